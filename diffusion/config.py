@@ -1,0 +1,287 @@
+"""Everything one can set: a frozen dataclass, presets as differences, command line, JSON.
+
+A field is declared once, with its default, its help and what it does to a run that is continued:
+fields marked `free` may differ between a run and its continuation, all others may not.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from . import UserError
+
+
+def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: bool = False):
+    metadata = {"group": group, "help": help, "choices": choices, "free": free}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run. Lengths in pixels, `step` means optimizer step, batch sizes are global."""
+
+    # fmt: off
+    mode: str = opt("pixel", "run", "what is diffused", ("pixel",))
+    save_folder: str = opt("results", "run", "where the run lives; a run found there is continued", free=True)
+    overwrite: bool = opt(False, "run", "start anew in save_folder, deleting the run found there", free=True)
+    load_path: str | None = opt(None, "run", "start from these weights, at step 0", free=True)
+    seed: int = opt(0, "run", "of everything random")
+    device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)
+    amp: str = opt("auto", "run", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA, else no", ("auto", "no", "bf16", "fp16"))
+    compile: bool = opt(False, "run", "torch.compile the network (minutes of start-up, then faster on GPUs)")
+    num_workers: int = opt(2, "run", "threads that decode images", free=True)
+    wandb: bool = opt(False, "run", "sync TensorBoard to Weights & Biases (pip install wandb)", free=True)
+
+    data: str = opt("toy", "data", "toy, a folder, a set's name (looked up under data/, then fetched) or hf:owner/name")
+    data_class: str = opt("all", "data", "use one class folder only, such as cat")
+    image_size: int = opt(64, "data", "height and width")
+    default_caption: str = opt("", "data", "caption of images that have none")
+    flip: bool = opt(True, "data", "mirror every other image")
+    cache: bool = opt(True, "data", "decode images once, into cache_dir; else at every use", free=True)
+    cache_dir: str = opt("data/.cache", "data", "where decoded images are kept", free=True)
+    streaming: bool = opt(False, "data", "read a hub set as a stream instead of downloading it")
+
+    unet_dim: int = opt(64, "model", "channels of the first level")
+    dim_mults: tuple[int, ...] = opt((1, 2, 4, 8), "model", "channels of each level, in units of unet_dim")
+    heads: int = opt(4, "model", "attention heads")
+    dropout: float = opt(0.0, "model", "inside ResBlocks")
+    condition: str = opt("none", "model", "what the network is told: none or the class folder", ("none", "class"))
+    condition_dropout: float = opt(0.1, "model", "share of samples whose condition is hidden, for guidance")
+    checkpointing: bool = opt(False, "model", "recompute activations in backward: less memory, a third more time")
+
+    time_steps: int = opt(1000, "diffusion", "T, the length of the forward process")
+    schedule: str = opt("cosine", "diffusion", "noise schedule", ("cosine", "linear", "sigmoid", "scaled_linear"))
+    zero_snr: bool = opt(False, "diffusion", "rescale the schedule so that x_T is pure noise (needs objective v or x0)")
+    objective: str = opt("v", "diffusion", "what the network predicts", ("eps", "x0", "v"))
+    loss: str = opt("l2", "diffusion", "distance to the target", ("l1", "l2", "huber"))
+    min_snr_gamma: float = opt(0.0, "diffusion", "min-SNR loss weights (5 in the paper); 0: equal weights")
+
+    batch_size: int = opt(32, "optimisation", "samples per step, over all ranks and accumulation")
+    train_steps: int = opt(100_000, "optimisation", "length of the run", free=True)
+    epochs: float | None = opt(None, "optimisation", "length of the run in passes over the data, instead of train_steps", free=True)
+    learning_rate: float = opt(1e-3, "optimisation", "of AdamW, at its highest")
+    lr_schedule: str = opt("constant", "optimisation", "after the warm-up", ("constant", "linear", "cosine"))
+    lr_warmup_steps: int = opt(100, "optimisation", "steps over which the learning rate rises from 0")
+    weight_decay: float = opt(0.0, "optimisation", "of AdamW")
+    grad_accum: int = opt(1, "optimisation", "micro-batches per step and rank")
+    grad_clip: float = opt(1.0, "optimisation", "largest gradient norm; 0: no clipping")
+    ema_decay: float = opt(0.9999, "optimisation", "largest decay of the averaged weights; (1+n)/(10+n) before")
+
+    save_and_sample_every: int = opt(1000, "output", "steps between checkpoints, held-out losses and sample grids", free=True)
+    log_every: int = opt(10, "output", "steps between lines of metrics.jsonl", free=True)
+    keep_last: int = opt(3, "output", "checkpoints kept", free=True)
+    num_samples: int = opt(64, "output", "images in a sample grid; 0: none", free=True)
+    sampler: str = opt("ddim", "output", "for sample grids", ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"), free=True)
+    sample_steps: int = opt(50, "output", "network evaluations per sample, at most time_steps", free=True)
+    guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
+    # fmt: on
+
+    def __post_init__(self):
+        for f in fields(self):
+            _check_field(f, getattr(self, f.name))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        positive = ("image_size", "unet_dim", "heads", "batch_size", "train_steps", "grad_accum",
+                    "save_and_sample_every", "log_every", "keep_last", "learning_rate")  # fmt: skip
+        rules = {f"{name} is {getattr(self, name)}; it must be above 0": getattr(self, name) > 0
+                 for name in (*positive, *(["epochs"] if self.epochs is not None else []))}  # fmt: skip
+        rules |= {
+            f"time_steps is {self.time_steps}; it must be at least 2": self.time_steps >= 2,
+            f"unet_dim is {self.unet_dim}; it must be even": self.unet_dim % 2 == 0,
+            f"dim_mults is {self.dim_mults}; give whole numbers above 0, such as 1,2,4,8":
+                len(self.dim_mults) > 0 and min(self.dim_mults) > 0,
+            f"ema_decay is {self.ema_decay}; it must be in [0, 1)": 0 <= self.ema_decay < 1,
+            f"dropout is {self.dropout}; it must be in [0, 1)": 0 <= self.dropout < 1,
+            f"condition_dropout is {self.condition_dropout}; it must be in [0, 1]":
+                0 <= self.condition_dropout <= 1,
+            "zero_snr needs objective v or x0: eps says nothing about x0 where there is only noise":
+                not (self.zero_snr and self.objective == "eps"),
+            "streaming reads hub sets only; give --data hf:owner/name":
+                not self.streaming or self.data.startswith("hf:"),
+        }  # fmt: skip
+        for name in ("grad_clip", "weight_decay", "min_snr_gamma", "lr_warmup_steps", "num_samples",
+                     "num_workers", "sample_steps"):  # fmt: skip
+            rules[f"{name} is {getattr(self, name)}; it cannot be negative"] = (
+                getattr(self, name) >= 0
+            )
+        for message, holds in rules.items():
+            if not holds:
+                raise UserError(message)
+
+    # --- JSON and continuation ---------------------------------------------------------------
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Raises UserError for fields that this version does not know or cannot use."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise UserError(f"configuration has unknown fields: {', '.join(sorted(unknown))}")
+        values = dict(values)
+        if isinstance(values.get("dim_mults"), list):
+            values["dim_mults"] = tuple(values["dim_mults"])
+        return cls(**values)
+
+    def differences(self, other: "Config") -> dict[str, tuple]:
+        """{field: (mine, the other's)} for fields that a continued run may not change."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name))
+                 for f in fields(self) if not f.metadata["free"]}  # fmt: skip
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _types(f: dataclasses.Field) -> tuple[type, ...]:
+    if isinstance(f.type, types.UnionType):
+        return typing.get_args(f.type)
+    return (typing.get_origin(f.type) or f.type,)
+
+
+def _check_field(f: dataclasses.Field, value) -> None:
+    allowed = _types(f)
+    ok = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
+    if not ok or (isinstance(value, bool) and bool not in allowed):
+        raise UserError(f"{f.name} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise UserError(f"{f.name} is {value!r}; {_choose(value, f.metadata['choices'])}")
+
+
+def _choose(value, choices) -> str:
+    close = difflib.get_close_matches(str(value), choices, 1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"{guess}choose one of {', '.join(choices)}"
+
+
+# --- presets ------------------------------------------------------------------------------------
+
+# Each is what differs from the defaults above. The command is `python train.py --preset NAME`.
+PRESETS: dict[str, dict] = {
+    # the first run: two CPU cores, within ten minutes
+    "toy": dict(
+        data="toy", image_size=32, unet_dim=24, dim_mults=(1, 2, 4), batch_size=32,
+        train_steps=1200, learning_rate=1e-3, lr_schedule="linear", save_and_sample_every=300,
+    ),
+    # 8 GPUs: torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
+    "anime_faces128": dict(
+        data="anime_faces", image_size=128, unet_dim=64, batch_size=256, epochs=300,
+        learning_rate=2e-4, lr_warmup_steps=500,
+    ),
+    "pokemon64": dict(
+        data="pokemon", image_size=64, unet_dim=64, batch_size=64, epochs=400,
+        learning_rate=1e-4, lr_schedule="cosine", lr_warmup_steps=500, dropout=0.1,
+    ),
+    "afhq_cat32": dict(
+        data="data/afhq_cat_128", image_size=32, batch_size=32, learning_rate=1e-3,
+        time_steps=50, unet_dim=16, train_steps=10_000, loss="l1",
+    ),
+    "cifar10": dict(
+        data="cifar10", image_size=32, unet_dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1,
+        batch_size=128, train_steps=400_000, learning_rate=2e-4, lr_warmup_steps=5000,
+    ),
+}  # fmt: skip
+
+# What --data NAME means where neither --preset nor the recipe's own options are given.
+PRESET_OF_DATA = {
+    "toy": "toy", "anime_faces": "anime_faces128", "pokemon": "pokemon64", "cifar10": "cifar10",
+}  # fmt: skip
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that never guesses an abbreviation, but says which option may have been meant."""
+
+    def __init__(self, **options):
+        width = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=width, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [s for a in self._actions for s in a.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+            guess = f"; did you mean {close[0]}?" if close else " (--help lists all)"
+            self.error(f"unknown option {unknown[0]}{guess}")
+        return values
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def add_config_arguments(parser: Parser) -> None:
+    """One option per field, grouped; an option not given does not appear in the namespace."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(Config):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        text = f.metadata["help"].replace("%", "%%")
+        options = dict(dest=f.name, default=argparse.SUPPRESS)
+        if f.type is bool:
+            on, off = (f"--{f.name}", f"--no_{f.name}")
+            names = ((off, False, "do not " + text) if f.default else (on, True, text), )
+            hidden = (on, True) if f.default else (off, False)
+            for name, const, line in names:
+                groups[group].add_argument(name, action="store_const", const=const, help=line, **options)
+            groups[group].add_argument(hidden[0], action="store_const", const=hidden[1],
+                                       help=argparse.SUPPRESS, **options)  # fmt: skip
+            continue
+        kind = int_list if f.name == "dim_mults" else _types(f)[0]
+        shown = ",".join(map(str, f.default)) if f.name == "dim_mults" else f.default
+        if f.metadata["choices"]:
+            options["metavar"] = "|".join(f.metadata["choices"])
+        else:
+            options["metavar"] = {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
+        names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])
+        default = "" if f.default is None or f.default == "" else f" (default: {shown})"
+        groups[group].add_argument(*names, type=kind, help=text + default, **options)
+
+
+def config_from_args(values: dict, preset: str | None = None) -> Config:
+    """Defaults, then the preset, then what was given.
+
+    With no preset named, --data NAME brings its own (PRESET_OF_DATA); preset "none" prevents that.
+    """
+    if preset is None:
+        preset = PRESET_OF_DATA.get(values.get("data", "toy"), "none")
+    if preset != "none" and preset not in PRESETS:
+        raise UserError(f"preset {preset!r} is unknown; {_choose(preset, ('none', *PRESETS))}")
+    if "train_steps" in values and "epochs" in values:
+        raise UserError("give either --train_steps or --epochs: both say how long to train")
+    base = dict(PRESETS.get(preset, {}))
+    if "train_steps" in values:
+        base.pop("epochs", None)
+    return Config(**base | values)
+
+
+def run_script(main) -> None:
+    """Call a script's main; a user's mistake becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises UserError if it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value

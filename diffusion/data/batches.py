@@ -1,0 +1,156 @@
+"""Batches as a function of the step: no iterator, no state, nothing to save.
+
+Sample j of step s is position p = s B + j of an endless sequence that runs through one
+permutation per (seed, epoch) after another. So a resumed run, another number of ranks and
+another number of micro-batches see the same samples.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import UserError
+from ..config import Config
+from ..distributed import log
+from ..seeding import generator, permutation
+from .cache import cached
+from .datasets import ImageSet, held_out, open_data
+from .images import BadImage
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """pixels: (b, 3, size, size) uint8, channels last in memory; labels: (b,) int64, -1: none."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Pixels:
+    """Decoded images by index: from the cache, or from the files at every use."""
+
+    def __init__(self, images: ImageSet, size: int, cache_dir: Path | None, workers: int = 2):
+        self.size, self.workers, self.reported = size, workers, set()
+        self.memory = None
+        if cache_dir is not None:
+            self.memory, kept = cached(images, size, cache_dir, workers)
+            images = images.subset(kept)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """(n, size, size, 3) uint8."""
+        if self.memory is not None:
+            return np.asarray(self.memory[indices])  # a copy: indexed by an array
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            return np.stack(list(pool.map(self._read, indices)))
+
+    def _read(self, index: int) -> np.ndarray:
+        """Image `index`; in place of one that cannot be read, the next that can."""
+        for i in range(index, index + len(self)):
+            i = int(i % len(self))
+            try:
+                return self.images.read(i, self.size)
+            except BadImage as error:
+                if i not in self.reported:
+                    self.reported.add(i)
+                    log(f"warning: {self.images.names[i]!r} is skipped: {error}")
+        raise UserError(f"none of the {len(self)} images of {self.images.name} can be used")
+
+
+class Batches:
+    """Training batches by step, and the held-out images.
+
+    Raises UserError if there are no images to train on.
+    """
+
+    def __init__(self, pixels: Pixels, batch_size: int, seed: int, flip: bool = True):
+        self.pixels, self.batch_size, self.seed, self.flip = pixels, batch_size, seed, flip
+        self.train, self.held_out = held_out(pixels.images.names)
+        self.labels = np.asarray(pixels.images.labels, np.int64)
+        self.classes = pixels.images.classes
+        self.orders: dict[int, np.ndarray] = {}
+        self.ahead: tuple[tuple, Future] | None = None
+        self.pool = ThreadPoolExecutor(1)
+        self.length: int | None = len(self.train)  # samples in an epoch, where known
+
+    def __len__(self) -> int:
+        """Images in an epoch."""
+        return len(self.train)
+
+    def describe(self) -> str:
+        return (f"{len(self.train):,} images to train on, {len(self.held_out)} held out"
+                + (f", {len(self.classes)} classes" if self.classes else ""))  # fmt: skip
+
+    def order_key(self) -> str:
+        """Two runs with the same one see the same images in the same order."""
+        return self.pixels.images.order_key()
+
+    def indices(self, step: int) -> np.ndarray:
+        """(batch_size,) the images of a step, as indices into pixels."""
+        n = len(self.train)
+        positions = step * self.batch_size + np.arange(self.batch_size)
+        epochs = positions // n
+        for old in [e for e in self.orders if e < epochs[0]]:
+            del self.orders[old]
+        for e in np.unique(epochs).tolist():
+            if e not in self.orders:
+                self.orders[e] = permutation(n, self.seed, "order", e)
+        return np.array([self.train[self.orders[e][p]]
+                         for e, p in zip(epochs.tolist(), (positions % n).tolist())])  # fmt: skip
+
+    def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
+        """Samples low ... high-1 of a step; `then`, the next call's arguments, is read ahead."""
+        key = (step, low, high)
+        ahead, self.ahead = self.ahead, None
+        batch = ahead[1].result() if ahead and ahead[0] == key else self._load(*key)
+        if then is not None:
+            self.ahead = (then, self.pool.submit(self._load, *then))
+        return batch
+
+    def _load(self, step: int, low: int, high: int) -> Batch:
+        chosen = self.indices(step)[low:high]
+        pixels = self.pixels[chosen]
+        if self.flip:
+            g = generator(self.seed, "flip", step)
+            flips = torch.randint(2, (self.batch_size,), generator=g).bool().numpy()[low:high]
+            pixels[flips] = pixels[flips, :, ::-1]
+        return self._batch(pixels, chosen)
+
+    def held_out_batch(self, low: int, high: int) -> Batch:
+        """Held-out images low ... high-1, never flipped."""
+        chosen = self.held_out[low:high]
+        return self._batch(self.pixels[chosen], chosen)
+
+    def _batch(self, pixels: np.ndarray, chosen: np.ndarray) -> Batch:
+        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[chosen]))
+
+
+def to_unit(pixels: Tensor, device: torch.device) -> Tensor:
+    """uint8 images to float32 in [-1, 1] on the device."""
+    return pixels.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def open_batches(config: Config):
+    """The training data of a configuration: `Batches`, or a `StreamBatches` of the same shape."""
+    if config.streaming:
+        from .hub import StreamBatches
+
+        return StreamBatches(config.data[3:], config.image_size, config.batch_size, config.seed, config.flip)
+    images = open_data(config.data, config.data_class, config.default_caption)
+    if config.condition == "class":
+        without = sum(label < 0 for label in images.labels)
+        if without or not images.classes:
+            raise UserError(
+                f"--condition class needs a folder per class; {without or len(images)} of "
+                f"{len(images)} images of {images.name} are in none"
+            )
+    cache_dir = Path(config.cache_dir) if config.cache else None
+    pixels = Pixels(images, config.image_size, cache_dir, config.num_workers)
+    return Batches(pixels, config.batch_size, config.seed, config.flip)

@@ -1,0 +1,111 @@
+"""Images decoded once into a uint8 memory map.
+
+    <key>.u8     (N, size, size, 3) uint8, the usable images in order
+    <key>.json   which ones they are; written last, so that its presence means completeness
+
+The key is a digest of the set's stamp, its names and the transform. Several processes may ask at
+once: one builds under a file lock while the others wait; a killed build leaves a temporary file
+that the next one removes.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from .. import UserError
+from ..distributed import log, progress
+from .datasets import ImageSet, digest, report
+from .images import BadImage
+
+TRANSFORM = "exif, rgb over white, central square, lanczos; 1"  # the number: raise on any change
+
+
+def decode_all(images: ImageSet, size: int, workers: int) -> Iterator[np.ndarray | BadImage]:
+    """Each image, or why it cannot be used, in order; decoded in threads, few held at a time."""
+
+    def one(i: int) -> np.ndarray | BadImage:
+        try:
+            return images.read(i, size)
+        except BadImage as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in range(0, len(images), 256):
+            yield from pool.map(one, range(start, min(start + 256, len(images))))
+
+
+def cached(images: ImageSet, size: int, folder: Path, workers: int = 2) -> tuple[np.ndarray, list[int]]:
+    """(N, size, size, 3) uint8 memory map of the usable images, and their indices in the set.
+
+    Raises UserError if no image is usable or the disk is too small.
+    """
+    key = digest(images.stamp, TRANSFORM, str(size), *images.names)
+    data, index = folder / f"{key}.u8", folder / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return _open(data, index, size)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f"{key}.lock"):
+            with contextlib.suppress(OSError, ValueError):
+                return _open(data, index, size)  # another process built it meanwhile
+            _build(images, size, data, index, workers)
+            return _open(data, index, size)
+    except OSError as error:
+        raise UserError(
+            f"the image cache in {folder} cannot be written: {error}; free some space, choose "
+            "another --cache_dir, or give --no_cache"
+        ) from None
+
+
+def _open(data: Path, index: Path, size: int) -> tuple[np.ndarray, list[int]]:
+    kept = json.loads(index.read_text())["kept"]
+    pixels = np.memmap(data, np.uint8, mode="r")
+    return pixels.reshape(len(kept), size, size, 3), kept
+
+
+def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int) -> None:
+    for stale in data.parent.glob(f"{data.stem}.*tmp"):
+        stale.unlink()
+    need, free = len(images) * size * size * 3, shutil.disk_usage(data.parent).free
+    if need > free:
+        raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    kept, problems, temporary = [], [], data.with_suffix(".u8.tmp")
+    with open(temporary, "wb") as out:
+        bar = progress(decode_all(images, size, workers), desc=f"decoding {images.name}",
+                       total=len(images), unit="img", leave=False)  # fmt: skip
+        for i, pixels in enumerate(bar):
+            if isinstance(pixels, BadImage):
+                problems.append((images.names[i], str(pixels)))
+            else:
+                out.write(pixels.tobytes())
+                kept.append(i)
+        out.flush()
+        os.fsync(out.fileno())
+    report("images cannot be used and are skipped", problems, len(images))
+    if not kept:
+        temporary.unlink()
+        raise UserError(f"none of the {len(images)} images of {images.name} can be used")
+    os.replace(temporary, data)
+    temporary = index.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps({"kept": kept, "skipped": problems}))
+    os.replace(temporary, index)
+    log(f"decoded {len(kept)} images of {images.name} to {size} px")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the system takes back if we die."""
+    with open(path, "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # no locks here: two builders do the work twice, the renames stay atomic
+        yield

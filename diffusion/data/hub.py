@@ -1,0 +1,255 @@
+"""Sets that are fetched: named archives, and the Hugging Face hub, downloaded or streamed."""
+
+import contextlib
+import os
+import shutil
+import tarfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import UserError
+from ..distributed import log, progress
+from ..seeding import generator, permutation
+from .batches import Batch
+from .cache import locked
+from .datasets import ImageSet, digest, folder_set
+from .images import BadImage, read_image
+
+CIFAR_FOLDER = "cifar-10-batches-bin"
+
+
+@dataclass(frozen=True)
+class Archive:
+    url: str
+
+
+NAMED = {
+    "anime_faces": "hf:jlbaker361/anime_faces_dim_128_50k",
+    "pokemon": "hf:huggan/pokemon",
+    "afhq": Archive("https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1"),
+    "cifar10": Archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"),
+}
+
+
+def named_set(name: str, data_class: str, default_caption: str) -> ImageSet:
+    """A set of the table above, fetched to data/NAME if it is not there."""
+    source = NAMED[name]
+    if isinstance(source, str):
+        return hub_set(source[3:], default_caption)
+    root = Path("data") / name
+    fetch(source.url, root)
+    if (root / CIFAR_FOLDER).is_dir():
+        return cifar_set(root)
+    inner = list(root.iterdir())
+    return folder_set(inner[0] if len(inner) == 1 else root, data_class, default_caption)
+
+
+def fetch(url: str, target: Path) -> None:
+    """Download an archive and unpack it to the folder `target`, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{target.name}.lock")):
+        if target.is_dir():
+            return
+        part = target.with_name(f".{target.name}.part")
+        unpacked = target.with_name(f".{target.name}.unpacked")
+        try:
+            _download(url, part)
+            shutil.rmtree(unpacked, ignore_errors=True)
+            unpacked.mkdir()
+            _unpack(part, unpacked)
+            os.replace(unpacked, target)
+        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+            raise UserError(
+                f"{url} could not be fetched: {error}; download it elsewhere and unpack it to "
+                f"{target}, or give --data a folder of images"
+            ) from None
+        finally:
+            part.unlink(missing_ok=True)
+            shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _download(url: str, part: Path) -> None:
+    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
+        total = int(response.headers.get("Content-Length", 0))
+        free = shutil.disk_usage(part.parent).free
+        if 2 * total > free:  # the archive, and what it holds
+            raise OSError(f"{2 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        with progress(desc=f"fetching {url.split('/')[-1]}", total=total or None, unit="B",
+                      unit_scale=True) as bar:  # fmt: skip
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                bar.update(len(chunk))
+        if total and out.tell() != total:
+            raise OSError(f"the connection broke after {out.tell()} of {total} bytes")
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as z:
+            z.extractall(target)
+    else:
+        with tarfile.open(archive) as t:
+            t.extractall(target, filter="data")
+
+
+def cifar_set(root: Path) -> ImageSet:
+    """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
+    folder = root / CIFAR_FOLDER
+    files = sorted(folder.glob("data_batch_*.bin"))
+    rows = [np.fromfile(f, np.uint8) for f in files]
+    for file, row in zip(files, rows):
+        if row.size == 0 or row.size % 3073:
+            raise UserError(f"{file} has {row.size} bytes, not a multiple of 3073: fetch it again")
+    if not rows:
+        raise UserError(f"{folder} has no data_batch_*.bin; delete {root} to fetch it again")
+    table = np.concatenate(rows).reshape(-1, 3073)
+    labels, pixels = table[:, 0], table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    names = (folder / "batches.meta.txt").read_text().split()
+
+    def read(i: int, size: int) -> np.ndarray:
+        from PIL import Image
+
+        from .images import to_pixels
+
+        return to_pixels(Image.fromarray(np.ascontiguousarray(pixels[i])), size)
+
+    return ImageSet(
+        name="cifar10", names=[f"cifar10/{i:05d}" for i in range(len(table))], read=read,
+        labels=labels.astype(int).tolist(), classes=names,
+        captions=[f"a photo of a {names[i]}" for i in labels], stamp=digest(str(table.shape)),
+    )  # fmt: skip
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+def _load(path: str, streaming: bool):
+    """The train split through the datasets library, images left encoded."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"--data hf:{path} needs the datasets library: pip install datasets"
+        ) from None
+    try:
+        with contextlib.redirect_stdout(None):
+            data = datasets.load_dataset(path, split="train", streaming=streaming)
+    except Exception as error:  # anything from the network to the repository's files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"hf:{path} could not be loaded: {reason}; check the name and the network (or set "
+            "HF_ENDPOINT to a mirror), or give --data a folder of images"
+        ) from None
+    features = data.features or {}
+    image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
+    if image is None:
+        raise UserError(f"hf:{path} has no image column; its columns are {', '.join(features)}")
+    text = next((n for n in ("text", "caption", "prompt") if n in features), None)
+    label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
+    return data.cast_column(image, datasets.Image(decode=False)), image, text, label
+
+
+def _encoded(value: dict, size: int) -> np.ndarray:
+    return read_image(value["bytes"] if value["bytes"] is not None else Path(value["path"]), size)
+
+
+def hub_set(path: str, default_caption: str = "") -> ImageSet:
+    """The train split of a hub set (or a local folder of parquet files), downloaded."""
+    data, image, text, label = _load(path, streaming=False)
+    files = [f["filename"] for f in data.cache_files]
+    captions = [str(c or default_caption) for c in data[text]] if text else None
+    return ImageSet(
+        name=f"hf:{path}",
+        names=[f"{path}/{i:08d}" for i in range(len(data))],
+        read=lambda i, size: _encoded(data[i][image], size),
+        labels=list(data[label]) if label else [-1] * len(data),
+        classes=data.features[label].names if label else [],
+        captions=captions,
+        stamp=digest(*files, str(len(data))),
+    )
+
+
+class StreamBatches:
+    """`Batches` over a stream that is never stored.
+
+    The stream is read in blocks, and block b of epoch e is shuffled by (seed, e, b): to resume,
+    it is opened at the block in question. How many samples an epoch has is known once one has
+    been read (`length`, which a checkpoint keeps). The stream's first images are held out.
+    """
+
+    BLOCK, HELD_OUT = 1024, 128
+
+    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
+        self.data, self.image, _, self.label = _load(path, streaming=True)
+        self.path, self.size, self.batch_size, self.seed, self.flip = path, size, batch_size, seed, flip
+        self.classes = self.data.features[self.label].names if self.label else []
+        self.length: int | None = None
+        self.blocks: dict[int, list] = {}
+        self.reader, self.next_block = None, -1
+        first = [self._decode(row) for row in self.data.take(self.HELD_OUT)]
+        if len(first) < self.HELD_OUT:
+            raise UserError(f"hf:{path} streams only {len(first)} images: drop --streaming")
+        self.first = [row for row in first if row is not None]
+        self.held_out = range(len(self.first))
+
+    def __len__(self) -> int:
+        return self.length or 0
+
+    def describe(self) -> str:
+        return f"a stream, its first {self.HELD_OUT} images held out"
+
+    def order_key(self) -> str:
+        return digest(self.path)
+
+    def _decode(self, row: dict):
+        try:
+            return _encoded(row[self.image], self.size), row[self.label] if self.label else -1
+        except BadImage as error:
+            log(f"warning: an image of hf:{self.path} is skipped: {error}")
+            return None
+
+    def _block(self, b: int) -> list:
+        """Raw block b: up to BLOCK (pixels, label); bad ones replaced by a good neighbour."""
+        if b not in self.blocks:
+            if b != self.next_block:
+                self.reader = iter(self.data.skip(self.HELD_OUT + b * self.BLOCK))
+            self.next_block = b + 1
+            rows = [self._decode(row) for row in islice(self.reader, self.BLOCK)]
+            good = [row for row in rows if row is not None]
+            if len(rows) < self.BLOCK:
+                self.length = b * self.BLOCK + len(rows)
+                if self.length == 0:
+                    raise UserError(f"hf:{self.path} streams nothing beyond its held-out images")
+            if rows and not good:
+                raise UserError(f"hf:{self.path}: no image of block {b} can be used")
+            self.blocks = {b: [row or good[i % len(good)] for i, row in enumerate(rows)]}
+        return self.blocks[b]
+
+    def _sample(self, position: int):
+        """The sample at a position of the endless sequence of epochs."""
+        epoch, offset = divmod(position, self.length) if self.length else (0, position)
+        b, place = divmod(offset, self.BLOCK)
+        block = self._block(b)
+        if place >= len(block):  # the stream has just ended here: length is known now
+            return self._sample(position)
+        return block[permutation(len(block), self.seed, "order", epoch, b)[place]]
+
+    def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
+        rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]
+        g = generator(self.seed, "flip", step)
+        flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
+        return self._batch([(p[:, ::-1] if flip and self.flip else p, label)
+                            for (p, label), flip in zip(rows, flips)])  # fmt: skip
+
+    def held_out_batch(self, low: int, high: int) -> Batch:
+        return self._batch(self.first[low:high])
+
+    def _batch(self, rows: list) -> Batch:
+        pixels = torch.from_numpy(np.stack([p for p, _ in rows])).permute(0, 3, 1, 2)
+        return Batch(pixels, torch.tensor([label for _, label in rows]))

@@ -1,0 +1,65 @@
+"""One image file or one Pillow image -> RGB pixels of the size asked for."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
+
+# What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif", ".heic", ".heif", ".jxl",
+}  # fmt: skip
+
+
+class BadImage(Exception):
+    """The file cannot be used; the message says why."""
+
+
+def read_image(file: Path | bytes, size: int) -> np.ndarray:
+    """(size, size, 3) uint8. Raises BadImage with the reason if the file cannot be decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warnings: MAX_PIXELS decides
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
+                return to_pixels(image, size)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"its header declares more than {MAX_PIXELS:,} pixels") from None
+    except FileNotFoundError:
+        raise BadImage("no such file (a broken link?)") from None
+    except Exception as error:  # Pillow raises nearly everything on damaged files
+        reason = "not an image that Pillow can read" if "identify" in str(error) else str(error)
+        raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
+
+
+def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Turn by EXIF, make RGB, cut the central square, resize (LANCZOS): (size, size, 3) uint8."""
+    image = to_rgb(ImageOps.exif_transpose(image))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
+        values = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        values = values * 255 if values.max(initial=0) <= 1 else values
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")

@@ -1,0 +1,117 @@
+"""The parts put together: configuration or checkpoint -> network, schedule -> images.
+
+    pipeline = Pipeline.load("results/model.pt")
+    images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from . import UserError
+from .config import Config
+from .models.unet import UNet
+from .process.samplers import guided, make_table, sample_loop
+from .process.schedule import Schedule, make_schedule
+from .seeding import ImageNoise
+from .weights.checkpoint import load_weights
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype of --amp on a device, None for float32. Raises UserError if it has none.
+
+    auto: bf16 on CUDA from sm_80 and on CPUs with AMX, fp16 on older CUDA, else float32.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            new = torch.cuda.get_device_capability(device) >= (8, 0)
+            return torch.bfloat16 if new else torch.float16
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return torch.bfloat16 if device.type == "cpu" and amx() else None
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use auto, bf16 or no")
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def build_model(config: Config, num_classes: int) -> UNet:
+    return UNet(
+        config.unet_dim, config.dim_mults, heads=config.heads, dropout=config.dropout,
+        num_classes=num_classes if config.condition == "class" else 0,
+        checkpointing=config.checkpointing,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Pipeline:
+    """A network and what is needed to sample from it.
+
+    classes: their names in label order; empty for an unconditional network.
+    """
+
+    config: Config
+    model: nn.Module
+    schedule: Schedule
+    classes: list[str] = field(default_factory=list)
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def load(cls, path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"):
+        """From a model.pt or .safetensors file. Raises UserError for any other file."""
+        tensors, config, metadata = load_weights(Path(path), weights)
+        model = build_model(config, len(metadata["classes"]))
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit its own configuration: {error}") from None
+        schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+        model = model.to(device).eval().requires_grad_(False)
+        return cls(config, model, schedule, metadata["classes"], torch.device(device))
+
+    @property
+    def conditional(self) -> bool:
+        return self.config.condition != "none"
+
+    def frames(
+        self, indices, *, seed: int = 0, sampler: str = "ddim", steps: int | None = None,
+        eta: float | None = None, spacing: str | None = None, labels: Tensor | None = None,
+        guidance_scale: float = 1.0, guidance_rescale: float = 0.0, amp: str = "auto",
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """Sample the images with these indices; yields (x_s, x0) after each step.
+
+        Image i of a seed starts from the same noise whatever stands beside it. labels: (B,) int64,
+        the null label where there is none; None means no label at all. steps: None means 50, or
+        all of a shorter schedule. Raises ValueError for settings that do not go together.
+        """
+        steps = min(50, len(self.schedule)) if steps is None else steps
+        table = make_table(self.schedule, sampler, steps, spacing=spacing, eta=eta)
+        size = self.config.image_size
+        noise = ImageNoise(seed, indices, (3, size, size))
+        draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
+        model = self.autocast(amp)
+        if self.conditional:
+            null = torch.full((len(noise.generators),), self.model.null_label, device=self.device)
+            labels = null if labels is None else labels.to(self.device)
+            model = guided(model, labels, null, guidance_scale, guidance_rescale)
+        elif labels is not None or guidance_scale != 1:
+            raise UserError("this model was trained without --condition class: it takes no class "
+                            "label and no guidance")  # fmt: skip
+        return sample_loop(model, draw(), table, self.config.objective, noise=draw)
+
+    def sample(self, indices, **options) -> Tensor:
+        """The last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
+        for x, _ in self.frames(indices, **options):
+            pass
+        return x
+
+    def autocast(self, amp: str):
+        """The network as a function (x, t, labels=None) under mixed precision."""
+        dtype = amp_dtype(amp, self.device)
+
+        def call(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                return self.model(x, t, labels)
+
+        return call

@@ -1,0 +1,219 @@
+"""Samplers as tables of coefficients, guidance, and the one loop that runs them.
+
+One row takes x from noise level (alpha_t, sigma_t) to the next, (alpha_s, sigma_s):
+
+    x_s = k_x x_t  +  k_x0 x0  +  k_prev x0_prev  +  k_eps noise
+
+x0 is what the network predicts at x_t (clipped if asked), x0_prev what it predicted a row
+earlier. Tables are built in float64 on the CPU and cast once. A row evaluates the network once,
+reads nothing from the device and has no branch.
+
+In this form a clipped x0 changes the noise that goes with it too (diffusers'
+use_clipped_model_output=True): x_t is always alpha_t x0 + sigma_t eps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .gaussian import x0_coefficients
+from .schedule import Schedule, timesteps
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """t: (N,); rows: (N, 4) k_x k_x0 k_prev k_eps; levels: (N+1, 2) alpha sigma. All float64."""
+
+    t: Tensor
+    rows: Tensor
+    levels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> Tensor:
+    """DDIM (arXiv:2010.02502, eq. 12 and 16); eta = 1 is DDPM's posterior (DDPM eq. 7).
+
+    variance "beta" keeps eta = 1's mean but adds noise of variance beta (DDPM section 3.2).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[:-1].T, levels[1:].T
+    beta = 1 - (alpha_t / alpha_s) ** 2
+    std = eta * sigma_s / sigma_t * beta.clamp(min=0).sqrt()
+    k_x = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t
+    if variance == "beta":
+        std = beta.clamp(min=0).sqrt() * (sigma_s > 0)  # the last row adds no noise
+    return torch.stack([k_x, alpha_s - k_x * alpha_t, torch.zeros_like(std), std], 1)
+
+
+def dpmpp_2m(levels: Tensor, eta: float = 0.0) -> Tensor:
+    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); eta = 1 is its SDE form, midpoint rule.
+
+    The first row, and the last where it ends at sigma = 0, are of first order.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[:-1].T, levels[1:].T
+    lam = levels[:, 0].log() - levels[:, 1].log()
+    h = lam[1:] - lam[:-1]
+    gain = -alpha_s * torch.expm1(-(1 + eta) * h)
+    second = torch.zeros_like(h)  # 1 / 2r with r = h_previous / h (eq. 17)
+    second[1:] = 0.5 * h[1:] / h[:-1]
+    second[torch.isinf(h)] = 0
+    noise = sigma_s * (-torch.expm1(-2 * eta * h)).sqrt() if eta else torch.zeros_like(h)
+    k_x = sigma_s / sigma_t * (torch.exp(-eta * h) if eta else 1)
+    return torch.stack([k_x, gain * (1 + second), -gain * second, noise], 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the table of samplers: how levels become rows, and what it does by default."""
+
+    rows: Callable[..., Tensor]
+    eta: float
+    spacing: str
+    extra: int = 0  # see `timesteps`
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ancestral, eta=1.0, spacing="trailing"),
+    "ddpm_large": Sampler(partial(ancestral, variance="beta"), eta=1.0, spacing="trailing"),
+    "ddim": Sampler(ancestral, eta=0.0, spacing="trailing"),
+    "dpmpp_2m": Sampler(dpmpp_2m, eta=0.0, spacing="trailing", extra=1),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m, eta=1.0, spacing="trailing", extra=1),
+}
+
+
+def make_table(
+    schedule: Schedule, sampler: str, steps: int, *, spacing: str | None = None,
+    eta: float | None = None, offset: int = 0, final: str = "zero", strength: float = 1.0,
+) -> Table:  # fmt: skip
+    """The table of a sampler for exactly `steps` network evaluations.
+
+    spacing, eta: None means the sampler's own. offset: see `timesteps`.
+    final: where the last row ends, "zero" (sigma = 0) or "alpha_bar_0" (the schedule's first
+        level, diffusers' set_alpha_to_one=False).
+    strength: for image to image, the share of the steps that is run, from the noisier end cut;
+        a table of int(steps * strength) rows, whose start is `levels[0]`.
+    Raises ValueError for unknown names, more steps than the schedule has, strength outside (0, 1].
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    if final not in ("zero", "alpha_bar_0"):
+        raise ValueError(f"final {final!r} is unknown; choose zero or alpha_bar_0")
+    kind = SAMPLERS[sampler]
+    spacing = kind.spacing if spacing is None else spacing
+    eta = kind.eta if eta is None else eta
+    if eta < 0 or (kind.rows is ancestral and eta > 1):
+        raise ValueError(f"eta is {eta}; {sampler} takes 0 (deterministic) to 1")
+    extra = kind.extra if spacing in ("leading", "linspace") else 0
+    if spacing == "logsnr" and final == "alpha_bar_0":
+        extra = 1  # the last point, t = 0, is where the last row ends
+    t = timesteps(schedule, steps, spacing, offset, extra)
+    end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
+    levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])
+    first = start_row(steps, strength)
+    t, levels = t[first:], levels[first:]
+    return Table(t, kind.rows(levels, eta=eta), levels)
+
+
+def start_row(steps: int, strength: float) -> int:
+    """The first row that image to image runs. Raises ValueError if no row would be left."""
+    rows = int(steps * strength + 1e-9)
+    if not 0 < strength <= 1 or rows < 1:
+        raise ValueError(
+            f"strength {strength} of {steps} steps leaves nothing to do; use more than "
+            f"{1 / steps:.2g} and at most 1"
+        )
+    return steps - rows
+
+
+# --- guidance ------------------------------------------------------------------------------------
+
+
+def guided(model, cond, uncond, scale: float, rescale: float = 0.0):
+    """A denoiser (x_t, t) -> out with classifier-free guidance; scale 1 means none.
+
+    out = uncond + scale (cond - uncond), arXiv:2207.12598 eq. 6 with scale = 1 + w; then its
+    standard deviation is drawn towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
+    """
+    if scale == 1:
+        return lambda x, t: model(x, t, cond)
+    both = torch.cat([cond, uncond])
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        out_c, out_u = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        out = out_u + scale * (out_c - out_u)
+        if rescale:
+            std_c, std = (o.std((1, 2, 3), keepdim=True) for o in (out_c, out))
+            out = out * (rescale * std_c / std + (1 - rescale))
+        return out
+
+    return denoise
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint:
+    """Keep `image` where mask is 0: after each row it is laid over x, noised to x's level.
+
+    image, noise: (B, C, H, W); mask: broadcastable to it, 1 where new content goes.
+    """
+
+    image: Tensor
+    mask: Tensor
+    noise: Tensor
+
+    def blend(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        known = alpha * self.image + sigma * self.noise
+        return self.mask * x + (1 - self.mask) * known
+
+
+def step(denoise, x: Tensor, x0_prev: Tensor, noise: Tensor, t: Tensor, k: Tensor, clip: bool):
+    """One row. k: (6,) = c_x c_out k_x k_x0 k_prev k_eps on the device. Returns x_s and x0."""
+    c_x, c_out, k_x, k_x0, k_prev, k_eps = k
+    x0 = c_x * x + c_out * denoise(x, t).float()
+    if clip:
+        x0 = x0.clamp(-1, 1)
+    return k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * noise, x0
+
+
+@torch.inference_mode()
+def sample_loop(
+    denoise, x: Tensor, table: Table, objective: str, *,
+    noise: Callable[[], Tensor] | None = None, clip: bool = True, inpaint: Inpaint | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Run a table from x at its first level; yields (x_s, x0) after each row.
+
+    denoise(x, t): x (B, C, H, W) and t (B,) float32 to the network's output, (B, C, H, W).
+    noise(): fresh (B, C, H, W) noise on x's device; needed by stochastic tables only.
+    Raises ValueError if the objective cannot start at the table's level or noise is missing.
+    """
+    alpha, sigma = table.levels.T
+    if objective == "eps" and alpha[0] == 0:
+        raise ValueError("a zero-terminal-SNR schedule needs objective v or x0: eps says nothing "
+                         "about x0 where alpha is 0")  # fmt: skip
+    random = (table.rows[:, 3] != 0).tolist()  # read on the CPU, before the loop
+    if any(random) and noise is None:
+        raise ValueError("this table adds noise in its rows; pass noise=")
+    k = torch.cat([torch.stack(x0_coefficients(objective, alpha, sigma), 1)[:-1], table.rows], 1)
+    k, levels, t = (v.to(x.device, torch.float32) for v in (k, table.levels, table.t))
+    x0, zero = torch.zeros_like(x), torch.zeros_like(x)
+    if inpaint is not None:
+        x = inpaint.blend(x, *levels[0])
+    for i in range(len(table)):
+        eps = noise() if random[i] else zero
+        x, x0 = step(denoise, x, x0, eps, t[i].expand(len(x)), k[i], clip)
+        if inpaint is not None:
+            x = inpaint.blend(x, *levels[i + 1])
+        yield x, x0
+
+
+def sample(denoise, x: Tensor, table: Table, objective: str, **options) -> Tensor:
+    """The end of `sample_loop`: (B, C, H, W)."""
+    for x, _ in sample_loop(denoise, x, table, objective, **options):
+        pass
+    return x

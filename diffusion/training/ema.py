@@ -1,0 +1,32 @@
+"""Exponential moving average of weights."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """ema <- ema + (1 - decay) (weights - ema), decay = min(ema_decay, (1 + n) / (10 + n)).
+
+    n is the number of optimizer steps so far, so the average follows a short run and smooths a
+    long one, and resuming needs no counter. It is a model of its own: sampling from it swaps
+    nothing, and a checkpoint can be written at any time.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.ema, self.weights = list(self.model.parameters()), list(model.parameters())
+
+    @torch.no_grad()
+    def update(self, n: int, ok: Tensor) -> None:
+        """After step n (counted from 0). ok: () bool on the device; where False, nothing happens."""
+        weight = ok * (1 - min(self.decay, (1 + n) / (10 + n)))
+        if weight.device.type == "cpu":
+            for e, w in zip(self.ema, self.weights):
+                e.lerp_(w, weight)
+            return
+        change = torch._foreach_sub(self.weights, self.ema)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(self.ema, change)

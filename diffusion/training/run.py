@@ -1,0 +1,146 @@
+"""A run's folder: who may use it, what it holds, its logs.
+
+    config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
+    checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/checkpoint.py)
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from .. import UserError
+from ..config import Config, read_json
+from ..distributed import barrier, is_main, log
+from ..weights import checkpoint
+
+FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safetensors",
+         "best.safetensors", "tensorboard", "checkpoints", "samples")  # fmt: skip
+
+
+def claim(folder: Path):
+    """Rank 0 holds a lock on the folder while it lives. Raises UserError if another process does."""
+    if not is_main():
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"--save_folder {folder} cannot be written: {error}") from None
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        raise UserError(f"another process is training in {folder}; wait, or choose another "
+                        "--save_folder") from None  # fmt: skip
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run writes, and nothing else."""
+    if is_main():
+        for name in FILES:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    barrier()
+
+
+def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
+    """The configuration to go on with, and the newest checkpoint of the folder's run, or None.
+
+    Raises UserError if the folder holds a run of another configuration.
+    """
+    own = config.load_path is not None and Path(config.load_path).resolve().parent in (
+        folder.resolve(), (folder / "checkpoints").resolve())  # fmt: skip
+    if config.overwrite and own:
+        raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere first")
+    if config.overwrite:
+        clear(folder)
+        return config, None
+    state = checkpoint.newest(folder, log)
+    if state is None:
+        if own:
+            raise UserError(f"--load_path {config.load_path}: {folder} holds no checkpoint")
+        return config, None
+    saved = Config.from_dict(state["config"])
+    if own:
+        config = dataclasses.replace(config, load_path=saved.load_path)
+    if changed := config.differences(saved):
+        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (new, old) in changed.items()]
+        raise UserError(
+            "\n".join([f"{folder} holds a run of another configuration:", *lines,
+                       "choose another --save_folder, or delete that run with --overwrite"])
+        )  # fmt: skip
+    return config, state
+
+
+class RunLog:
+    """metrics.jsonl, TensorBoard and sample grids; does nothing off rank 0.
+
+    step: where the run goes on; what was logged beyond it is cut away, so no step stands twice.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int):
+        self.folder, self.writer = folder, None
+        if not is_main():
+            return
+        if config.wandb:
+            _start_wandb(folder, config)
+        from torch.utils.tensorboard import SummaryWriter
+
+        checkpoint.write_text(folder / "config.json", config.to_json())
+        self.path = folder / "metrics.jsonl"
+        checkpoint.write_text(self.path, "".join(kept_lines(self.path, step)))
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and a TensorBoard scalar each."""
+        if self.writer is None:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, sheet) -> None:
+        """A sample grid (PIL image)."""
+        import numpy as np
+
+        from ..evaluation.viz import save_png
+
+        save_png(sheet, self.folder / "samples" / f"step_{step:08d}.png")
+        self.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def kept_lines(path: Path, step: int) -> list[str]:
+    """The whole lines of metrics.jsonl up to a step."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
+            continue  # torn by a kill
+    return lines
+
+
+def best_loss(folder: Path) -> float | None:
+    """The lowest held-out loss so far, None if there is none."""
+    path = folder / "metadata.json"
+    return read_json(path).get("best_loss") if path.exists() else None
+
+
+def _start_wandb(folder: Path, config: Config) -> None:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb library: pip install wandb") from None
+    wandb.init(project="diffusion", name=folder.name, dir=folder, sync_tensorboard=True,
+               config=dataclasses.asdict(config))  # fmt: skip

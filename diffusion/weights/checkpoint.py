@@ -1,0 +1,156 @@
+"""Our own checkpoints: complete, atomic, and safe to open.
+
+    checkpoints/step_00000500.pt   everything needed to resume; the last few are kept
+    model.pt                       the newest of them (a hard link where possible)
+    ema.safetensors                averaged weights only, configuration in the metadata
+    best.safetensors               the same, from the step of the lowest held-out loss
+
+Nothing here unpickles code: .pt files are opened with weights_only=True.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .. import UserError
+from ..config import Config
+
+FORMAT = "diffusion-checkpoint-1"
+
+
+def atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file so that `path` is at every moment the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    with contextlib.suppress(OSError):  # the rename itself; not every system syncs folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def save(folder: Path, state: dict, keep_last: int) -> Path:
+    """Write a checkpoint of `state["step"]`, make model.pt point to it, delete the oldest.
+
+    Raises OSError if the disk is full; what was there before is then still there.
+    """
+    path = folder / "checkpoints" / f"step_{state['step']:08d}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic(path, lambda p: torch.save({"format": FORMAT, **state}, p))
+    atomic(folder / "model.pt", lambda p: _link(path, p))
+    for old in step_files(folder)[keep_last:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], config: Config, **metadata) -> None:
+    """A safetensors file whose metadata tells everything needed to use the weights."""
+    text = {"format": FORMAT, "config": config.to_json(), "metadata": json.dumps(metadata)}
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    atomic(path, lambda p: save_file(weights, p, metadata=text))
+
+
+def step_files(folder: Path) -> list[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((folder / "checkpoints").glob("step_*.pt"), reverse=True)
+
+
+def read(path: Path) -> dict:
+    """A checkpoint's state on the CPU. Raises UserError for any file that is none, or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
+                        "of a model.pt or ema.safetensors")  # fmt: skip
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is not a checkpoint of this program: it is no such file at all, or a pickle "
+            "that would run code, which is never loaded"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} is damaged or incomplete ({str(error).splitlines()[0]}); use an older one "
+            "from checkpoints/"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(
+            f"{path} was not written by this version of train.py: its format is "
+            f"{state.get('format') if isinstance(state, dict) else type(state).__name__!r}, "
+            f"expected {FORMAT!r}"
+        )
+    return state
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
+    """The newest checkpoint of a run that can be read; None if the run has none.
+
+    Raises UserError if there are some and none can be read.
+    """
+    files = step_files(folder)
+    if not files and (folder / "model.pt").is_file():
+        files = [folder / "model.pt"]
+    for file in files:
+        try:
+            return read(file)
+        except UserError as error:
+            warn(f"warning: {error}")
+    if files:
+        raise UserError(f"none of the {len(files)} checkpoints in {folder} can be read; start anew "
+                        "with --overwrite or another --save_folder")  # fmt: skip
+    return None
+
+
+def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], Config, dict]:
+    """(weights, configuration, metadata) of a model.pt or a .safetensors file.
+
+    which: "ema" or "raw"; a .safetensors file holds averaged weights only.
+    metadata: step and classes. Raises UserError for foreign, damaged or unsuitable files.
+    """
+    if path.suffix != ".safetensors":
+        state = read(path)
+        weights = state["ema" if which == "ema" else "model"]
+        return weights, Config.from_dict(state["config"]), {k: state[k] for k in ("step", "classes")}
+    if which != "ema":
+        raise UserError(f"{path} holds averaged weights only; --weights raw needs a model.pt")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version of train.py: its metadata has no "
+                        f"format {FORMAT!r}")  # fmt: skip
+    config = Config.from_dict(json.loads(metadata["config"]))
+    return weights, config, json.loads(metadata["metadata"])

@@ -30,7 +30,7 @@ def parse(args: list[str] | None = None):
     add("--seed", type=int, default=0, metavar="N", help="image i of a seed is always the same")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--save_folder", default="results/samples_out", metavar="FOLDER", help="for images/ and grid.png")
+    add("--save_folder", default="results", metavar="FOLDER", help="for images/ and grid.png")
     # fmt: on
     return parser.parse_args(args)
 

@@ -45,8 +45,8 @@ def to_pixels(image: Image.Image, size: int) -> np.ndarray:
     image = to_rgb(ImageOps.exif_transpose(image))
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
+    image = image.crop((left, top, left + side, top + side))
+    return np.array(image.resize((size, size), Image.LANCZOS))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

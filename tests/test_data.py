@@ -1,0 +1,454 @@
+"""What goes in: images of all kinds, folders, captions, the cache, batches, archives and the hub."""
+
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from PIL import Image
+
+from diffusion import UserError
+from diffusion.data import cache, datasets, hub, toy
+from diffusion.data.batches import Batches, Pixels, to_unit
+from diffusion.data.datasets import folder_set, held_out, open_data
+from diffusion.data.images import BadImage, read_image, to_pixels
+
+
+def pixels_of(folder, size=16, cache_dir=None, **options):
+    return Pixels(folder_set(Path(folder), **options), size, cache_dir)
+
+
+# --- bad images ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    with tarfile.open(ROOT / "tests" / "assets" / "bad_images.tar") as tar:
+        tar.extractall(root, filter="fully_trusted")
+    return root / "bad_images"
+
+
+MANIFEST = json.loads(
+    tarfile.open(ROOT / "tests" / "assets" / "bad_images.tar").extractfile("bad_images/MANIFEST.json").read()
+)["entries"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scanned(bad, tmp_path_factory):
+    """The whole corpus through scan, captions and cache: (set, kept names, what was printed)."""
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        images = folder_set(bad)
+        _, kept = cache.cached(images, 96, tmp_path_factory.mktemp("cache"))
+    return images, {images.names[i] for i in kept}, out.getvalue()
+
+
+@pytest.mark.parametrize("entry", MANIFEST, ids=lambda e: ascii(e["path"]))
+def test_bad_images(bad, scanned, entry):
+    images, kept, printed = scanned
+    path, expect = entry["path"], entry["expect"]
+    warned = repr(path) in printed
+    if expect in ("load", "load_caption_warn"):
+        assert path in kept
+    if expect == "skip_warn":
+        assert path in images.names and path not in kept and warned
+    if expect == "load_or_skip_warn":
+        assert path in kept or warned
+    if expect in ("ignore", "not_an_image", "ignore_or_warn"):
+        assert path not in images.names
+    if expect == "load_caption_warn":
+        assert repr(str(bad / path))[1:-1] in printed or repr(str((bad / path).with_suffix(".txt")))[1:-1] in printed
+    if path in kept and "pixels" in entry:
+        _check_pixels(bad / path, entry)
+    if isinstance(entry.get("caption"), str) and path in kept:
+        assert images.captions[images.names.index(path)] == entry["caption"]
+    if "caption_any_of" in entry:
+        assert images.captions[images.names.index(path)] in entry["caption_any_of"]
+
+
+def _check_pixels(path, entry):
+    """The manifest samples the whole picture; a square crop of 96x64 keeps columns 16...80."""
+    from PIL import ImageOps
+
+    from diffusion.data.images import to_rgb
+
+    with Image.open(path) as image:
+        rgb = np.asarray(to_rgb(ImageOps.exif_transpose(image))).astype(int)
+    assert [rgb.shape[1], rgb.shape[0]] == entry["size"]
+    square = read_image(path, 64).astype(int)
+    for name, expected in entry["pixels"].items():
+        fy, fx = 0.25 + 0.5 * ("bottom" in name), 0.25 + 0.5 * ("right" in name)
+        whole = rgb[int(fy * rgb.shape[0]), int(fx * rgb.shape[1])]
+        assert abs(whole - expected).max() <= entry["tol"], (name, whole)
+        cut = square[int(fy * 64), int(0.125 * 64) if fx < 0.5 else int(0.875 * 64)]
+        assert abs(cut - expected).max() <= entry["tol"], (name, cut)
+
+
+def test_bad_images_are_told_once_and_counted(scanned):
+    images, kept, printed = scanned
+    skipped = len(images) - len(kept)
+    assert f"{skipped} of {len(images)} images cannot be used" in printed
+    assert printed.count("truncated.jpg'") == 1
+
+
+def test_no_cache_puts_a_good_image_in_place_of_a_bad_one(bad, capsys):
+    pixels = pixels_of(bad, 16)
+    everything = pixels[np.arange(len(pixels))]
+    pixels[np.arange(len(pixels))]
+    assert everything.shape == (len(pixels), 16, 16, 3)
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("'zero_byte.jpg'") == 1
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no images below"):
+        folder_set(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        pixels_of(tmp_path, 16, tmp_path / "cache")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        pixels_of(tmp_path, 16)[np.array([0])]
+
+
+# --- one image --------------------------------------------------------------------------------------
+
+
+def test_square_crop_and_lanczos():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    expected = np.asarray(image.crop((10, 0, 50, 40)).resize((16, 16), Image.LANCZOS))
+    assert np.array_equal(to_pixels(image, 16), expected)
+
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("F", 0.5, 128), ("F", 200.0, 200), ("1", 1, 255), ("P", 0, 0), ("LA", (100, 255), 100), ("LA", (0, 0), 255),
+])  # fmt: skip
+def test_modes(mode, value, expected):
+    assert abs(int(to_pixels(Image.new(mode, (4, 4), value), 4)[0, 0, 0]) - expected) <= 1
+
+
+def test_reasons_are_readable(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"<html>")
+    with pytest.raises(BadImage, match="not an image"):
+        read_image(tmp_path / "x.jpg", 8)
+    with pytest.raises(BadImage, match="no such file"):
+        read_image(tmp_path / "y.jpg", 8)
+
+
+# --- the toy ----------------------------------------------------------------------------------------
+
+
+def test_toy_is_deterministic_and_captioned():
+    images = open_data("toy")
+    assert len(images) >= 10_000 and len(set(images.names)) == len(images)
+    a, b = images.read(77, 32), toy.draw(77, 32)
+    assert a.shape == (32, 32, 3) and np.array_equal(a, b)
+    assert not np.array_equal(a, images.read(78, 32))
+    for i in range(200):
+        attributes, caption = toy.attributes(i), images.captions[i]
+        words = [attributes[k] for k in ("hair", "skin", "mouth", "background")]
+        assert all(w in caption for w in words)
+        background = toy.draw(i, 64)[1, 1]
+        assert abs(background.astype(int) - toy.BACKGROUND[attributes["background"]]).max() <= 4
+    bob = open_data("toy", data_class="bob")
+    assert set(bob.labels) == {0} and all("bob" in c for c in bob.captions)
+
+
+# --- folders ----------------------------------------------------------------------------------------
+
+
+def test_class_folders(faces):
+    images = folder_set(faces)
+    assert images.classes == ["bald", "bob", "spiky"] and len(images) == 120
+    assert all(images.classes[label] == name.split("/")[0] for label, name in zip(images.labels, images.names))
+    one = folder_set(faces, data_class="bob")
+    assert len(one) == 40 and one.classes == ["bob"] and set(one.labels) == {0}
+    with pytest.raises(UserError, match="bald, bob, spiky"):
+        folder_set(faces, data_class="dog")
+
+
+def test_afhq_layout_uses_train(tmp_path):
+    for split, kind, n in (("train", "cat", 3), ("train", "dog", 2), ("val", "cat", 1)):
+        folder = tmp_path / "afhq" / split / kind
+        folder.mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (8, 8), "red").save(folder / f"{i}.JPG", format="JPEG")
+    images = folder_set(tmp_path / "afhq")
+    assert len(images) == 5 and images.classes == ["cat", "dog"]
+    assert len(folder_set(tmp_path / "afhq", data_class="cat")) == 3
+
+
+def test_captions(tmp_path, capsys):
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    assert folder_set(tmp_path).captions is None
+    assert folder_set(tmp_path, default_caption="a cat").captions == ["a cat"] * 4
+    (tmp_path / "a.txt").write_text("from\n a file")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "from metadata"}\n\n')
+    assert folder_set(tmp_path, default_caption="none").captions == ["from a file", "from metadata", "none", "none"]
+    printed = capsys.readouterr().out
+    assert "2 of 4 captions have problems" in printed and "c.png" in printed
+    (tmp_path / "metadata.jsonl").write_text('{"file": "b.png"}\n')
+    with pytest.raises(UserError, match="line 1.*file_name"):
+        folder_set(tmp_path)
+
+
+def test_what_data_can_mean(tmp_path, monkeypatch, faces):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(faces)
+    assert len(open_data("mine")) == len(open_data(str(faces))) == 120
+    with pytest.raises(UserError, match="anime_faces, pokemon"):
+        open_data("anime_face")
+    (tmp_path / "x.zip").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        open_data("x.zip")
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+def test_cache_is_used_and_noticed_to_be_stale(tmp_path, monkeypatch):
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i * 50, 0, 0)).save(root / f"{i}.png")
+    first, kept = cache.cached(folder_set(root), 8, tmp_path / "c")
+    assert kept == [0, 1, 2, 3, 4] and first[:, 0, 0, 0].tolist() == [0, 50, 100, 150, 200]
+    monkeypatch.setattr(cache, "_build", None)  # a second build would fail
+    again, _ = cache.cached(folder_set(root), 8, tmp_path / "c")
+    assert np.array_equal(first, again) and isinstance(again, np.memmap)
+    monkeypatch.undo()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(root / "2.png")
+    os.utime(root / "2.png", ns=(1, 1))
+    assert cache.cached(folder_set(root), 8, tmp_path / "c")[0][2, 0, 0, 0] == 9
+    assert cache.cached(folder_set(root), 4, tmp_path / "c")[0].shape == (5, 4, 4, 3)
+
+
+def test_a_broken_cache_is_rebuilt(tmp_path, faces):
+    folder = tmp_path / "c"
+    good, _ = cache.cached(folder_set(faces), 16, folder)
+    good = np.array(good)
+    (data,) = folder.glob("*.u8")
+    os.truncate(data, 1000)
+    assert np.array_equal(cache.cached(folder_set(faces), 16, folder)[0], good)
+    (index,) = folder.glob("*.json")
+    index.write_text("{")
+    assert np.array_equal(cache.cached(folder_set(faces), 16, folder)[0], good)
+
+
+def _build_cache(root, folder, started):
+    images = folder_set(Path(root))
+    started.set()
+    pixels, kept = cache.cached(images, 48, Path(folder), workers=1)
+    assert len(pixels) == len(kept) == 120
+
+
+def test_several_builders_and_a_killed_one(faces, tmp_path):
+    """Five processes at once, after one was killed midway: one cache, whole, and no leftovers."""
+    spawn = multiprocessing.get_context("fork")
+    slow, started = tmp_path / "slow", spawn.Event()
+    slow.mkdir()
+    victim = spawn.Process(target=_slow_build, args=(faces, slow, started))
+    victim.start()
+    assert started.wait(30)
+    time.sleep(0.3)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    assert list(slow.glob("*.tmp")) and not list(slow.glob("*.json"))
+    several = [spawn.Process(target=_build_cache, args=(faces, slow, spawn.Event())) for _ in range(5)]
+    for p in several:
+        p.start()
+    for p in several:
+        p.join(60)
+    assert [p.exitcode for p in several] == [0] * 5
+    assert len(list(slow.glob("*.u8"))) == 1 and not list(slow.glob("*.tmp"))
+
+
+def _slow_build(root, folder, started):
+    images = folder_set(Path(root))
+    read = images.read
+
+    def slowly(i, size):
+        started.set()
+        time.sleep(0.05)
+        return read(i, size)
+
+    object.__setattr__(images, "read", slowly)
+    cache.cached(images, 48, Path(folder), workers=1)
+
+
+def test_too_little_disk(tmp_path, faces, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda p: type("U", (), {"free": 1000}))
+    with pytest.raises(UserError, match="--no_cache"):
+        cache.cached(folder_set(faces), 16, tmp_path)
+    assert not list(tmp_path.glob("*.u8*"))
+
+
+# --- batches ----------------------------------------------------------------------------------------
+
+
+def test_held_out_is_a_function_of_the_names():
+    names = [f"{i}.png" for i in range(1000)]
+    train, held = held_out(names)
+    assert len(held) == 20 and sorted([*train, *held]) == list(range(1000))
+    assert len(held_out(names[:99])[1]) == 0 and len(held_out([str(i) for i in range(50_000)])[1]) == 256
+    shuffled = list(reversed(names))
+    assert {shuffled[i] for i in held_out(shuffled)[1]} == {names[i] for i in held}
+
+
+def test_order_is_one_permutation_per_epoch(faces):
+    batches = Batches(pixels_of(faces), 7, seed=3)
+    n = len(batches)
+    assert n == 118 and len(batches.held_out) == 2
+    seen = np.concatenate([batches.indices(s) for s in range(3 * n)])
+    epochs = seen[: 7 * n * 3].reshape(-1, n)
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(batches.train)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert np.array_equal(batches.indices(40), seen[280:287])  # whatever was asked before
+    other = Batches(batches.pixels, 7, seed=4)
+    assert not np.array_equal(other.indices(0), batches.indices(0))
+
+
+def test_batches_do_not_depend_on_how_they_are_cut(faces, tmp_path):
+    batches = Batches(pixels_of(faces, cache_dir=tmp_path), 12, seed=0)
+    whole = batches(5, 0, 12)
+    parts = [batches(5, 0, 4, then=(5, 4, 12)), batches(5, 4, 12)]
+    assert torch.equal(whole.pixels, torch.cat([p.pixels for p in parts]))
+    assert torch.equal(whole.labels, torch.cat([p.labels for p in parts]))
+    uncached = Batches(pixels_of(faces), 12, seed=0)(5, 0, 12)
+    assert torch.equal(whole.pixels, uncached.pixels)
+    assert whole.pixels.is_contiguous(memory_format=torch.channels_last)
+    x = to_unit(whole.pixels, torch.device("cpu"))
+    assert x.min() >= -1 and x.max() <= 1 and x.dtype == torch.float32
+
+
+def test_flips_are_drawn_per_sample_and_step(faces):
+    pixels = pixels_of(faces)
+    plain, flipped = Batches(pixels, 64, 0, flip=False), Batches(pixels, 64, 0, flip=True)
+    a, b = plain(2, 0, 64).pixels, flipped(2, 0, 64).pixels
+    same = (a == b).flatten(1).all(1)
+    mirrored = (a.flip(3) == b).flatten(1).all(1)
+    assert (same | mirrored).all() and 16 < mirrored.sum() < 48
+
+
+# --- archives and the hub ------------------------------------------------------------------------------
+
+
+def test_cifar_binary_archive(tmp_path, monkeypatch):
+    """The real layout, made here: label byte, then the red, green and blue planes."""
+    folder = tmp_path / "made" / hub.CIFAR_FOLDER
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 255, (40, 3073), dtype=np.uint8)
+    rows[:, 0] %= 10
+    for i in range(2):
+        rows[i * 20 : i * 20 + 20].tofile(folder / f"data_batch_{i + 1}.bin")
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    (folder / "batches.meta.txt").write_text("\n".join(names) + "\n")
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
+        tar.add(folder, hub.CIFAR_FOLDER)
+    monkeypatch.setitem(hub.NAMED, "cifar10", hub.Archive((tmp_path / "c.tar.gz").as_uri()))
+    monkeypatch.chdir(tmp_path)
+    images = open_data("cifar10")
+    assert len(images) == 40 and images.classes == names and images.labels == rows[:, 0].tolist()
+    assert np.array_equal(images.read(31, 32), rows[31, 1:].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert len(open_data("cifar10")) == 40  # from data/cifar10 now
+    assert {p.name for p in Path("data").iterdir()} == {"cifar10", ".cifar10.lock"}
+
+
+def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 half of it")
+    for url in ((tmp_path / "broken.zip").as_uri(), "http://127.0.0.1:9/afhq.zip"):
+        monkeypatch.setitem(hub.NAMED, "afhq", hub.Archive(url))
+        with pytest.raises(UserError, match="unpack it to data/afhq"):
+            open_data("afhq")
+    assert [p.name for p in Path("data").iterdir()] == [".afhq.lock"]
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory, faces):
+    """A hub repository as the datasets library sees one: parquet shards with images and captions."""
+    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    root = tmp_path_factory.mktemp("hub")
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    library.config.HF_DATASETS_CACHE = Path(tmp_path_factory.mktemp("hf_cache"))
+    files = sorted(faces.rglob("*.png")) * 3
+    columns = {
+        "image": [str(f) for f in files],
+        "text": [f"caption {i}" for i in range(len(files))],
+        "label": [i % 2 for i in range(len(files))],
+    }
+    features = library.Features(
+        {"image": library.Image(), "text": library.Value("string"), "label": library.ClassLabel(names=["a", "b"])}
+    )
+    made = library.Dataset.from_dict(columns, features=features)
+    for i in range(2):
+        made.shard(2, i, contiguous=True).to_parquet(root / f"train-0000{i}-of-00002.parquet")
+    return root, files
+
+
+def test_hub_set_downloaded(parquet):
+    root, files = parquet
+    images = open_data(f"hf:{root}")
+    assert len(images) == 360 and images.classes == ["a", "b"] and images.labels[:3] == [0, 1, 0]
+    assert images.captions[17] == "caption 17"
+    assert np.array_equal(images.read(200, 16), read_image(files[200], 16))
+
+
+def test_hub_stream(parquet, monkeypatch):
+    """Every image once an epoch, in shuffled blocks; any step can be asked for first."""
+    root, files = parquet
+    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 50)
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 60)
+    stream = hub.StreamBatches(str(root), 16, 20, seed=0, flip=False)
+    assert stream.length is None and len(stream.held_out) == 60
+    steps = [stream(s, 0, 20).pixels for s in range(30)]  # two epochs of 15
+    assert stream.length == 300
+    key = lambda x: x.numpy().tobytes()
+    wanted = sorted(key(torch.from_numpy(read_image(f, 16)).permute(2, 0, 1).contiguous()) for f in files[60:])
+    for epoch in (steps[:15], steps[15:]):
+        assert sorted(key(p.contiguous()) for batch in epoch for p in batch) == wanted
+    assert not torch.equal(steps[0], steps[15])
+    resumed = hub.StreamBatches(str(root), 16, 20, seed=0, flip=False)
+    resumed.length = 300  # from the checkpoint
+    for s in (8, 9, 22):
+        assert torch.equal(resumed(s, 0, 20).pixels, steps[s])
+    half = [resumed(9, 0, 10).pixels, resumed(9, 10, 20).pixels]
+    assert torch.equal(torch.cat(half), steps[9])
+
+
+def test_hub_errors(tmp_path, monkeypatch):
+    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    table = library.Dataset.from_dict({"words": ["a"]})
+    table.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no image column.*words"):
+        open_data(f"hf:{tmp_path}")
+    with pytest.raises(UserError, match="HF_ENDPOINT"):
+        open_data(f"hf:{tmp_path / 'nowhere'}")
+    import builtins
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", lambda name, *a, **k: (_ for _ in ()).throw(ImportError(name))
+                        if name == "datasets" else real(name, *a, **k))  # fmt: skip
+    with pytest.raises(UserError, match="pip install datasets"):
+        open_data("hf:someone/something")
+
+
+def test_the_errors_are_one_line_for_a_user(tmp_path):
+    done = script("train.py", "--data", "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: --data 'nowhere'")
+    assert "Traceback" not in done.stderr
+    assert datasets.digest("a") != datasets.digest("b")

@@ -1,0 +1,318 @@
+"""Sampler tables against textbook formulas, orders of convergence, and diffusers."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffusion.process import gaussian, samplers
+from diffusion.process.samplers import Inpaint, Table, guided, make_table, sample, sample_loop
+from diffusion.process.schedule import make_schedule
+
+
+def toy_x0(x, alpha, sigma, mean=0.3, std=0.5):
+    """E[x0 | x_t] where the data are N(mean, std^2): the ideal denoiser, nonlinear in t."""
+    gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+    return mean + gain * (x - alpha * mean)
+
+
+def run(table: Table, x, denoiser=toy_x0, noise=None):
+    """The table in float64, straight from the definition in samplers.py."""
+    x0_prev, states = torch.zeros_like(x), [x]
+    for i, (k_x, k_x0, k_prev, k_eps) in enumerate(table.rows):
+        x0 = denoiser(x, *table.levels[i])
+        x = k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * (0 if noise is None else noise[i])
+        x0_prev = x0
+        states.append(x)
+    return states
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def draws(n, like):
+    g = torch.Generator().manual_seed(7)
+    return [torch.randn(like.shape, generator=g, dtype=like.dtype) for _ in range(n)]
+
+
+def test_ddpm_is_p_sample(x):
+    """Over all T steps the table is DDPM's algorithm 2."""
+    s = make_schedule("linear", 60)
+    noise = draws(60, x)
+    states = run(make_table(s, "ddpm", 60), x, noise=noise)
+    for i, t in enumerate(reversed(range(60))):
+        t = torch.full((len(x),), t)
+        x0 = toy_x0(x, s.alpha[t[0]], s.sigma[t[0]])
+        x = gaussian.p_sample(s, x0, x, t, noise[i])
+        assert_close(states[i + 1], x, rtol=1e-12, atol=1e-12)
+
+
+def test_ddpm_large_has_variance_beta():
+    s = make_schedule("linear", 60)
+    small, large = (make_table(s, name, 60).rows for name in ("ddpm", "ddpm_large"))
+    assert_close(small[:, :3], large[:, :3], rtol=0, atol=0)
+    assert_close(large[:-1, 3] ** 2, s.beta.flip(0)[:-1], rtol=1e-10, atol=1e-12)
+    assert large[-1, 3] == 0 and (large[:-1, 3] > small[:-1, 3]).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_formula(x, eta):
+    """DDIM eq. 12, written out with alpha_bar."""
+    s = make_schedule("cosine", 100)
+    table, noise = make_table(s, "ddim", 20, eta=eta), draws(20, x)
+    states = run(table, x, noise=noise)
+    bar = torch.cat([s.alpha_bar[table.t.long()], torch.ones(1, dtype=torch.float64)])
+    for i in range(20):
+        a_t, a_s = bar[i], bar[i + 1]
+        x0 = toy_x0(x, a_t.sqrt(), (1 - a_t).sqrt())
+        eps = (x - a_t.sqrt() * x0) / (1 - a_t).sqrt()
+        std = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt()
+        x = a_s.sqrt() * x0 + (1 - a_s - std**2).clamp(min=0).sqrt() * eps + std * noise[i]
+        assert_close(states[i + 1], x, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, eta", [("dpmpp_2m", 0), ("dpmpp_2m_sde", 1)])
+def test_dpmpp_formula(x, name, eta):
+    """DPM-Solver++(2M) in the noise levels sigma / alpha, as Karras-style samplers write it."""
+    s = make_schedule("linear", 1000)
+    table, noise = make_table(s, name, 12), draws(12, x)
+    states = run(table, x, noise=noise)
+    level = [float(b / a) for a, b in table.levels]
+    y, old = x / table.levels[0, 0], None
+    for i in range(12):
+        x0 = toy_x0(y * table.levels[i, 0], *table.levels[i])
+        if level[i + 1] == 0:
+            y = x0
+        else:
+            h = -math.log(level[i + 1] / level[i])
+            d = x0
+            if old is not None:
+                r = -math.log(level[i] / level[i - 1]) / h
+                d = x0 + (x0 - old) / (2 * r)
+            y = level[i + 1] / level[i] * math.exp(-eta * h) * y - math.expm1(-(1 + eta) * h) * d
+            y = y + level[i + 1] * math.sqrt(-math.expm1(-2 * eta * h)) * noise[i]
+        old = x0
+        assert_close(states[i + 1], y * table.levels[i + 1, 0], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("dpmpp_2m", 2)])
+def test_order_of_convergence(x, name, order):
+    """Halving log-SNR-uniform steps divides the error by 2^order; the exact flow is known here."""
+    s = make_schedule("linear", 1000)
+    exact_std = lambda a, b: (a**2 * 0.25 + b**2).sqrt()
+    errors = []
+    for steps in (40, 80, 160, 320):
+        table = make_table(s, name, steps, spacing="logsnr", final="alpha_bar_0")
+        (a, b), (c, d) = table.levels[0], table.levels[-1]
+        exact = c * 0.3 + exact_std(c, d) / exact_std(a, b) * (x - a * 0.3)
+        errors.append(float((run(table, x)[-1] - exact).abs().max()))
+    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert measured[-1] == pytest.approx(order, abs=0.1), measured
+
+
+def test_stochastic_samplers_reach_the_data():
+    """Mean and variance of the ideal denoiser's samples are the data's."""
+    g = torch.Generator().manual_seed(3)
+    for name in ("ddpm", "ddpm_large", "dpmpp_2m_sde"):
+        table = make_table(make_schedule("linear", 1000), name, 200)
+        x = torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
+        noise = [torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(200)]
+        end = run(table, x, noise=noise)[-1]
+        assert_close(end.mean().item(), 0.3, rtol=0, atol=0.015)
+        assert_close(end.std().item(), 0.5, rtol=0.04, atol=0)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "logsnr"])
+@pytest.mark.parametrize("steps", [1, 2, 13, 30])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_tables_are_finite_and_exact_in_number(name, spacing, steps, zero_snr):
+    table = make_table(make_schedule("cosine", 50, zero_snr), name, steps, spacing=spacing)
+    assert len(table) == steps and table.rows.isfinite().all() and table.levels.isfinite().all()
+    assert table.levels[-1].tolist() == [1, 0] and table.rows[-1].tolist()[3] == 0
+
+
+# --- diffusers ------------------------------------------------------------------------------------
+
+
+def diffusers_run(scheduler, steps, x, objective, noise):
+    scheduler.set_timesteps(steps)
+    bar = scheduler.alphas_cumprod.double()
+    states = [x]
+    for i, t in enumerate(scheduler.timesteps):
+        alpha, sigma = bar[t].sqrt(), (1 - bar[t]).sqrt()
+        x0 = toy_x0(x, alpha, sigma)
+        eps = (x - alpha * x0) / sigma
+        out = {"eps": eps, "v": alpha * eps - sigma * x0, "x0": x0}[objective]
+        x = scheduler.step(out, t, x, **noise(i)).prev_sample
+        states.append(x)
+    return states
+
+
+BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+PREDICTS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+@pytest.mark.parametrize("objective", PREDICTS)
+@pytest.mark.parametrize("spacing, steps, offset", [
+    ("leading", 50, 1), ("leading", 7, 0), ("trailing", 50, 0), ("trailing", 8, 0),
+])  # fmt: skip
+@pytest.mark.parametrize("final", ["zero", "alpha_bar_0"])
+def test_ddim_is_diffusers(x, objective, spacing, steps, offset, final):
+    d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
+    theirs = d.DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=final == "zero", steps_offset=offset,
+        timestep_spacing=spacing, prediction_type=PREDICTS[objective])  # fmt: skip
+    table = make_table(make_schedule("scaled_linear", 1000), "ddim", steps, spacing=spacing,
+                       offset=offset, final=final)  # fmt: skip
+    theirs.set_timesteps(steps)
+    assert table.t.tolist() == theirs.timesteps.tolist()
+    # its alphas are a float32 cumulative product: 1e-5 at best
+    for a, b in zip(run(table, x), diffusers_run(theirs, steps, x, objective, lambda i: {})):
+        assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, algorithm", [("dpmpp_2m", "dpmsolver++"), ("dpmpp_2m_sde", "sde-dpmsolver++")])
+@pytest.mark.parametrize("spacing, steps", [("leading", 20), ("trailing", 20), ("linspace", 20), ("trailing", 8)])
+def test_dpmpp_is_diffusers(x, name, algorithm, spacing, steps):
+    d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
+    theirs = d.DPMSolverMultistepScheduler(
+        **BETAS, algorithm_type=algorithm, solver_order=2, timestep_spacing=spacing,
+        final_sigmas_type="zero", euler_at_final=True, prediction_type="epsilon")  # fmt: skip
+    table = make_table(make_schedule("scaled_linear", 1000), name, steps, spacing=spacing)
+    theirs.set_timesteps(steps)
+    assert table.t.tolist() == theirs.timesteps.tolist()
+    noise = draws(steps, x)
+    give = (lambda i: {"variance_noise": noise[i]}) if "sde" in name else (lambda i: {})
+    for a, b in zip(run(table, x, noise=noise), diffusers_run(theirs, steps, x, "eps", give)):
+        assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_ddpm_is_diffusers(x, monkeypatch):
+    d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
+    theirs = d.DDPMScheduler(**BETAS, variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing")
+    noise = draws(50, x)
+    queue = iter(noise)
+    import diffusers.schedulers.scheduling_ddpm as module
+
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: next(queue))
+    table = make_table(make_schedule("scaled_linear", 1000), "ddpm", 50)
+    for a, b in zip(run(table, x, noise=noise), diffusers_run(theirs, 50, x, "eps", lambda i: {})):
+        assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+# --- the loop ---------------------------------------------------------------------------------
+
+
+def network(schedule, objective):
+    """The toy denoiser as a float32 network that puts out `objective`."""
+
+    def call(x, t, cond=None):
+        alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in schedule.at(t.double()))
+        x0 = toy_x0(x, alpha, sigma)
+        eps = (x - alpha * x0) / sigma
+        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[objective]
+
+    return call
+
+
+@pytest.mark.parametrize("objective", gaussian.OBJECTIVES)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_loop_runs_the_table(x, name, objective):
+    s = make_schedule("linear", 100)
+    table, noise = make_table(s, name, 25), draws(25, x)
+    queue = iter(noise)
+    got = sample(network(s, objective), x.float(), table, objective, clip=False,
+                 noise=lambda: next(queue).float())  # fmt: skip
+    assert_close(got, run(table, x, noise=noise)[-1].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_clipping_rederives_the_noise(x):
+    """With a clipped x0, x_t stays alpha_t x0 + sigma_t eps (use_clipped_model_output)."""
+    s = make_schedule("linear", 100)
+    table = make_table(s, "ddim", 10)
+    far = lambda x, t: torch.full_like(x, 3.0)
+    (x1, x0), *_ = sample_loop(far, x.float(), table, "x0")
+    assert x0.max() == 1
+    (a, b), (c, d) = table.levels[:2].float()
+    assert_close(x1, c * 1 + d * (x.float() - a) / b)
+
+
+def test_missing_noise_and_impossible_objective_are_refused(x):
+    s = make_schedule("linear", 100, zero_snr=True)
+    with pytest.raises(ValueError, match="noise"):
+        sample(lambda x, t: x, x, make_table(s, "ddpm", 10), "v")
+    with pytest.raises(ValueError, match="zero-terminal"):
+        sample(lambda x, t: x, x, make_table(s, "ddim", 10), "eps")
+    with pytest.raises(ValueError, match="ddpm, ddpm_large"):
+        make_table(s, "euler", 10)
+    with pytest.raises(ValueError, match="eta"):
+        make_table(s, "ddim", 10, eta=1.5)
+
+
+def test_guidance_scale_one_is_conditional(x):
+    x = x.float()
+    calls = []
+
+    def model(x, t, cond):
+        calls.append(len(x))
+        return x * cond.view(-1, 1, 1, 1)
+
+    cond, uncond, t = torch.full((4,), 2.0), torch.full((4,), 0.5), torch.zeros(4)
+    assert_close(guided(model, cond, uncond, 1.0)(x, t), 2 * x)
+    assert_close(guided(model, cond, uncond, 0.0)(x, t), 0.5 * x)
+    assert_close(guided(model, cond, uncond, 3.0)(x, t), (0.5 + 3 * 1.5) * x)
+    assert calls == [4, 8, 8]
+    rescaled = guided(model, cond, uncond, 3.0, rescale=1.0)(x, t)
+    assert_close(rescaled.std((1, 2, 3)), (2 * x).std((1, 2, 3)))
+
+
+def test_image_to_image_starts_later(x):
+    s = make_schedule("linear", 1000)
+    whole, late = make_table(s, "dpmpp_2m", 20), make_table(s, "dpmpp_2m", 20, strength=0.5)
+    assert len(late) == 10 and late.t.tolist() == whole.t[10:].tolist()
+    assert late.rows[0, 2] == 0, "no x0 stands before the first row that is run"
+    assert_close(late.rows[1:], whole.rows[11:], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="strength"):
+        make_table(s, "ddim", 20, strength=0.01)
+
+
+def test_inpainting_keeps_what_the_mask_keeps(x):
+    s = make_schedule("linear", 100)
+    known, noise = draws(2, x.float())
+    known = known.clamp(-1, 1)
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., :2] = 1
+    inpaint = Inpaint(known, mask, noise)
+    seen = []
+    net = network(s, "v")
+    for i, (state, _) in enumerate(sample_loop(net, x.float(), make_table(s, "ddim", 10), "v", inpaint=inpaint)):
+        seen.append(state)
+    assert_close(seen[-1][..., 2:], known[..., 2:])
+    assert not torch.allclose(seen[-1][..., :2], known[..., :2], atol=0.1)
+    a, b = make_table(s, "ddim", 10).levels[5].float()
+    assert_close(seen[4][..., 2:], (a * known + b * noise)[..., 2:])
+
+
+def test_step_reads_nothing_and_compiles_whole(x):
+    """Ready for CUDA graphs: no value goes to the host, and the step is one graph."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+            return func(*args, **(kwargs or {}))
+
+    from diffusion.models.unet import UNet
+
+    unet = UNet(8, (1, 2), heads=2).eval()
+    k = torch.cat([torch.ones(2), make_table(make_schedule("linear", 100), "ddim", 10).rows[3].float()])
+    args = (x.float(), torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4), torch.zeros(4), k, True)
+    with torch.inference_mode(), NoReads():
+        eager = samplers.step(unet, *args)
+    whole = torch.compile(samplers.step, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        assert_close(whole(unet, *args), eager)

@@ -1,0 +1,505 @@
+"""Training as a user runs it: what it writes, how it stops, resumes, splits and fails."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import command, environment, script
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data.batches import open_batches
+from diffusion.pipeline import Pipeline, build_model
+from diffusion.training import trainer
+from diffusion.training.ema import EMA
+from diffusion.training.trainer import Share, draw, learning_rate, rank_share, total_steps, train
+from diffusion.weights import checkpoint
+
+TIMES = ("img_per_s",)
+
+
+@pytest.fixture
+def tiny(faces, tmp_path) -> dict:
+    """The options of a run of a second or two."""
+    return dict(
+        data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8,
+        time_steps=20, train_steps=12, save_and_sample_every=4, log_every=2, lr_warmup_steps=4,
+        num_samples=4, sample_steps=5, cache_dir=str(tmp_path / "cache"), device="cpu", amp="no",
+        save_folder=str(tmp_path / "run"), condition="class", dropout=0.1, ema_decay=0.99,
+    )  # fmt: skip
+
+
+def flags(options: dict) -> list[str]:
+    """A configuration as command-line arguments."""
+    out = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            out.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            out += [f"--{name}", text]
+    return [*out, "--preset", "none"]
+
+
+def run_lines(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def same(a, b, path="") -> None:
+    """Bit for bit, through nested dictionaries and lists."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for k in a:
+            same(a[k], b[k], f"{path}/{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{path}/{i}")
+    else:
+        assert a == b, path
+
+
+def same_runs(a, b) -> None:
+    states = [checkpoint.read(folder / "model.pt") for folder in (a, b)]
+    for state in states:
+        for name in ("save_folder", "overwrite"):
+            state["config"].pop(name)
+    same(*states)
+    assert run_lines(a) == run_lines(b)
+
+
+# --- what a run writes -----------------------------------------------------------------------------
+
+
+def test_a_run_writes_what_is_promised(tiny, tmp_path):
+    train(Config(**tiny, keep_last=2))
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000008.pt", "step_00000012.pt"]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step_{s:08d}.png" for s in (4, 8, 12)]
+    assert json.loads((folder / "config.json").read_text())["unet_dim"] == 8
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["step"] == 12 and metadata["samples_seen"] == 96
+    assert metadata["epoch"] == pytest.approx(96 / 118)
+    lines = run_lines(folder)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "skipped"}
+    held = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
+    assert len(held) == 3 and metadata["best_loss"] == min(held)
+    best, _, told = checkpoint.load_weights(folder / "best.safetensors")
+    assert told["classes"] == ["bald", "bob", "spiky"] and told["step"] == [4, 8, 12][held.index(min(held))]
+    ema = checkpoint.load_weights(folder / "ema.safetensors")[0]
+    state = checkpoint.read(folder / "model.pt")
+    same(ema, dict(state["ema"]))
+    assert state["step"] == 12 and best.keys() == ema.keys()
+
+
+def test_tensorboard_has_the_same_numbers(tiny, tmp_path):
+    train(Config(**tiny))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"loss", "heldout_loss", "lr", "grad_norm", "img_per_s", "skipped"}
+    lines = run_lines(tmp_path / "run")
+    assert_close([e.value for e in events.Scalars("loss")], [line["loss"] for line in lines], rtol=1e-6, atol=0)
+    assert [e.step for e in events.Images("samples")] == [4, 8, 12]
+
+
+def test_it_learns(tiny, tmp_path):
+    train(Config(**tiny | dict(train_steps=150, log_every=10, save_and_sample_every=150, learning_rate=3e-3)))
+    losses = [line["loss"] for line in run_lines(tmp_path / "run")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# --- resuming --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uninterrupted(tiny, tmp_path):
+    """The run that was never stopped, in a process like those of the interrupted ones."""
+    options = tiny | dict(save_folder=str(tmp_path / "whole"), train_steps=40)
+    done = script("train.py", *flags(options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "whole"
+
+
+def start(options, cwd, ranks=0) -> subprocess.Popen:
+    return subprocess.Popen(command("train.py", *flags(options), ranks=ranks), cwd=cwd, env=environment(ranks),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def wait_for_step(folder, step, process, timeout=120) -> None:
+    deadline = time.time() + timeout
+    while time.time() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step}' in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.stdout.read())
+
+
+def test_kill_9_and_continue_is_bit_for_bit(tiny, tmp_path, uninterrupted):
+    """Killed three times at random moments, the same command ends in the same bits."""
+    options = tiny | dict(train_steps=40)
+    folder = tmp_path / "run"
+    rng = random.Random(time.time_ns())
+    moments = sorted(rng.sample(range(4, 38, 2), 3))
+    for moment in moments:
+        process = start(options, tmp_path)
+        wait_for_step(folder, moment, process)
+        time.sleep(rng.random() * 0.05)
+        process.kill()
+        process.wait()
+    done = script("train.py", *flags(options), cwd=tmp_path)
+    assert done.returncode == 0 and "continuing the run" in done.stdout + done.stderr, (moments, done.stderr)
+    same_runs(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_cleanly(tiny, tmp_path, uninterrupted, number):
+    options = tiny | dict(train_steps=40, save_and_sample_every=4)
+    process = start(options, tmp_path)
+    wait_for_step(tmp_path / "run", 6, process)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in printed
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] >= 6
+    done = script("train.py", *flags(options), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_runs(tmp_path / "run", uninterrupted)
+
+
+def test_tensorboard_is_cut_back_too(tiny, tmp_path):
+    train(Config(**tiny))
+    folder = tmp_path / "run"
+    for name in ("checkpoints/step_00000012.pt", "model.pt"):
+        (folder / name).unlink()
+    train(Config(**tiny))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny, tmp_path, capsys):
+    train(Config(**tiny))
+    folder = tmp_path / "run"
+    whole = checkpoint.read(folder / "model.pt")
+    os.truncate(folder / "checkpoints" / "step_00000012.pt", 5000)
+    train(Config(**tiny))
+    printed = capsys.readouterr()
+    assert "step_00000012.pt is damaged" in printed.out and "from step 8" in printed.out
+    same(checkpoint.read(folder / "model.pt")["model"], whole["model"])
+
+
+def test_the_folder_contract(tiny, tmp_path, capsys):
+    config = Config(**tiny)
+    train(config)
+    train(config)
+    assert "finished run of 12 steps" in capsys.readouterr().out
+    train(dataclasses.replace(config, train_steps=16, log_every=4, num_workers=1))
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 16
+    with pytest.raises(UserError, match="(?s)another configuration.*learning_rate: 0.001 there, 0.1 now.*--overwrite"):
+        train(dataclasses.replace(config, learning_rate=0.1))
+    kept = tmp_path / "run" / "notes.txt"
+    kept.write_text("mine")
+    train(dataclasses.replace(config, learning_rate=0.1, overwrite=True))
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["config"]["learning_rate"] == 0.1
+    assert kept.read_text() == "mine"
+
+
+def test_load_path(tiny, tmp_path):
+    train(Config(**tiny))
+    own = tmp_path / "run" / "model.pt"
+    train(Config(**tiny | dict(load_path=str(own), train_steps=14)))
+    assert checkpoint.read(own)["step"] == 14
+    new = Config(**tiny | dict(load_path=str(own), save_folder=str(tmp_path / "new"), train_steps=1, learning_rate=1e-9))
+    train(new)
+    state = checkpoint.read(tmp_path / "new" / "model.pt")
+    assert state["step"] == 1
+    for a, b in zip(state["model"].values(), checkpoint.read(own)["ema"].values()):
+        assert_close(a, b, rtol=0, atol=1e-6)
+    train(dataclasses.replace(new, train_steps=2))  # the same command goes on
+    with pytest.raises(UserError, match="does not fit this network.*unet_dim 8"):
+        train(dataclasses.replace(new, unet_dim=16, save_folder=str(tmp_path / "wide")))
+    with pytest.raises(UserError, match="does not exist"):
+        train(dataclasses.replace(new, load_path="nowhere.pt", save_folder=str(tmp_path / "x")))
+
+
+def test_other_files_in_the_data_folder_are_noticed(tiny, tmp_path, faces):
+    import shutil
+
+    data = tmp_path / "copy"
+    shutil.copytree(faces, data)
+    train(Config(**tiny | dict(data=str(data), train_steps=4)))
+    os.utime(next(data.rglob("*.png")), ns=(1, 1))  # a new date alone does no harm
+    train(Config(**tiny | dict(data=str(data), train_steps=5)))
+    next(data.rglob("*.png")).unlink()
+    with pytest.raises(UserError, match="not those that the run"):
+        train(Config(**tiny | dict(data=str(data), train_steps=8)))
+
+
+def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
+    process = start(tiny | dict(train_steps=4000), tmp_path)
+    wait_for_step(tmp_path / "run", 2, process)
+    second = script("train.py", *flags(tiny), cwd=tmp_path)
+    process.kill()
+    process.wait()
+    assert second.returncode == 1 and "another process is training" in second.stderr
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    train(Config(**tiny | dict(train_steps=4)))
+    real = torch.save
+
+    def full(state, path):
+        real(state, path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        train(Config(**tiny))
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    assert checkpoint.read(folder / "model.pt")["step"] == 4
+    assert not list(folder.rglob(".*.tmp"))
+    train(Config(**tiny))
+    assert checkpoint.read(folder / "model.pt")["step"] == 12
+
+
+# --- ranks, batches, randomness -----------------------------------------------------------------------
+
+
+def one_step_gradients(tmp_path, options, ranks) -> dict:
+    """Weights after one step of SGD-like size are the gradients: lr 1, no clipping, no Adam."""
+    out = tmp_path / f"grads_{ranks}_{options['grad_accum']}.pt"
+    code = f"""
+import sys, torch
+sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+from diffusion import distributed as dist
+from diffusion.config import Config
+from diffusion.training import trainer
+seen = {{}}
+def total_norm(gradients, real=torch.nn.utils.get_total_norm):
+    seen.setdefault("grads", [g.clone() for g in gradients])
+    return real(gradients)
+torch.nn.utils.get_total_norm = total_norm
+trainer.train(Config(**{options!r}))
+if dist.is_main():
+    torch.save(seen["grads"], {str(out)!r})
+dist.cleanup()
+"""
+    file = tmp_path / "one_step.py"
+    file.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([*(launch if ranks > 1 else [sys.executable]), str(file)], cwd=tmp_path, timeout=200,
+                          capture_output=True, text=True, env=environment(ranks))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def test_two_ranks_and_accumulation_give_the_gradients_of_one(tiny, tmp_path):
+    base = tiny | dict(train_steps=1, save_and_sample_every=1, num_samples=3, dropout=0.0, batch_size=8)
+    cases = [(1, 1), (2, 1), (2, 2), (1, 4)]
+    found = []
+    for ranks, accum in cases:
+        folder = str(tmp_path / f"run_{ranks}_{accum}")
+        found.append(one_step_gradients(tmp_path, base | dict(grad_accum=accum, save_folder=folder), ranks))
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert max(g.abs().max() for g in found[0]) > 1e-3
+
+
+def test_torchrun_resumes_on_another_number_of_ranks(tiny, tmp_path):
+    done = script("train.py", *flags(tiny | dict(train_steps=8)), cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "samples" / "step_00000008.png").exists()
+    alone = script("train.py", *flags(tiny | dict(train_steps=12)), cwd=tmp_path)
+    assert alone.returncode == 0 and "from step 8" in alone.stdout + alone.stderr
+    lines = run_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+
+
+def test_torchrun_stops_on_a_signal(tiny, tmp_path):
+    process = start(tiny | dict(train_steps=4000), tmp_path, ranks=2)
+    wait_for_step(tmp_path / "run", 4, process)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert "stopped at step" in printed
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] >= 4
+
+
+def test_shares_cover_the_batch(monkeypatch):
+    share = Share(ranks=2, accum=3, micro=4)
+    pieces = [p for rank in range(2) for p in share.pieces(rank)]
+    assert pieces == [(i, i + 4) for i in range(0, 24, 4)]
+    monkeypatch.setattr(trainer.dist, "world_size", lambda: 8)
+    with pytest.raises(UserError, match="nearest that do: 24 or 32"):
+        rank_share(Config(batch_size=30))
+    with pytest.raises(UserError, match="nearest that do: 16"):
+        rank_share(Config(batch_size=4, grad_accum=2))
+
+
+def test_draws_depend_on_seed_and_step_only():
+    config = Config(batch_size=16, image_size=8)
+    a, b = (draw(config, 7, 50, torch.device("cpu")) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    c = draw(config, 8, 50, torch.device("cpu"))
+    assert not any(torch.equal(x, y) for x, y in zip(a[:2], c[:2]))
+    many = torch.cat([draw(config, s, 50, torch.device("cpu"))[0] for s in range(200)])
+    assert many.min() == 0 and many.max() == 49
+    hidden = torch.cat([draw(config, s, 50, torch.device("cpu"))[2] for s in range(200)])
+    assert hidden.float().mean() == pytest.approx(0.1, abs=0.02)
+
+
+# --- the parts of a step -------------------------------------------------------------------------------
+
+
+def test_learning_rate_schedules():
+    c = Config(learning_rate=1.0, lr_warmup_steps=10)
+    assert [learning_rate(c, s, 110) for s in (0, 4, 9, 50, 109)] == [0.1, 0.5, 1, 1, 1]
+    linear = dataclasses.replace(c, lr_schedule="linear")
+    assert_close([learning_rate(linear, s, 110) for s in (9, 10, 60, 109)], [1.0, 1.0, 0.5, 0.01])
+    cosine = dataclasses.replace(c, lr_schedule="cosine")
+    assert_close([learning_rate(cosine, s, 110) for s in (10, 35, 60)], [1.0, (2 + math.sqrt(2)) / 4, 0.5])
+
+
+def test_ema_follows_its_formula():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ema = EMA(model, 0.9)
+    expected = model.weight.detach().clone()
+    for n in range(200):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+        ema.update(n, torch.tensor(n != 50))
+        decay = min(0.9, (1 + n) / (10 + n)) if n != 50 else 1
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    assert_close(ema.model.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_epochs():
+    assert total_steps(Config(epochs=2.5, batch_size=32), 1000) == 79
+    assert total_steps(Config(train_steps=7), None) == 7
+    with pytest.raises(UserError, match="--train_steps"):
+        total_steps(Config(epochs=1), None)
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of these steps NaN."""
+    real, count = trainer.training_loss, iter(range(10**6))
+
+    def loss(model, *args, **kwargs):
+        value = real(model, *args, **kwargs)
+        # held-out losses come without gradients and do not count
+        return value * float("nan") if value.requires_grad and next(count) in steps else value
+
+    monkeypatch.setattr(trainer, "training_loss", loss)
+
+
+def test_a_nonfinite_step_changes_nothing_and_is_counted(tiny, tmp_path, monkeypatch):
+    options = tiny | dict(save_and_sample_every=1, num_samples=0, keep_last=20)
+    poison(monkeypatch, {3, 4, 9})
+    train(Config(**options))
+    states = {s: checkpoint.read(tmp_path / "run" / "checkpoints" / f"step_{s:08d}.pt") for s in range(1, 13)}
+    for before, after in ((3, 4), (4, 5), (9, 10)):
+        for name in ("model", "ema", "optimizer"):
+            a, b = (dict(states[s][name]) for s in (before, after))
+            if name == "optimizer":
+                a, b = a["state"], b["state"]
+            same(a, b, name)
+    assert not torch.equal(states[5]["model"]["out.weight"], states[6]["model"]["out.weight"])
+    assert run_lines(tmp_path / "run")[-1]["skipped"] == 3
+    assert states[12]["step"] == 12
+
+
+def test_ten_nonfinite_steps_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, set(range(5, 100)))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        train(Config(**tiny | dict(train_steps=100, save_and_sample_every=4)))
+    state = checkpoint.read(tmp_path / "run" / "model.pt")
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *a, **k):
+        norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]))
+        return real(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(Config(**tiny | dict(grad_clip=0.01, train_steps=5)))
+    assert_close(torch.stack(norms), torch.full((5,), 0.01), rtol=1e-3, atol=0)
+
+
+def test_heldout_loss_is_fixed(tiny, tmp_path):
+    config = Config(**tiny)
+    data = open_batches(config)
+    model = build_model(config, 3)
+    schedule = trainer.make_schedule(config.schedule, config.time_steps)
+    sampler = Pipeline(config, model.eval(), schedule, data.classes)
+    values = [trainer.heldout_loss(config, sampler, data, micro) for micro in (1, 2, 8)]
+    assert_close(values, [values[0]] * 3, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", [
+    dict(objective="eps", loss="l1"), dict(objective="x0", loss="huber"), dict(zero_snr=True, schedule="linear"),
+    dict(min_snr_gamma=5.0, lr_schedule="cosine"), dict(amp="bf16"), dict(cache=False, num_workers=0),
+    dict(image_size=18, condition="none"), dict(grad_accum=4, checkpointing=True), dict(num_samples=0, grad_clip=0.0),
+    dict(sampler="dpmpp_2m", guidance_scale=2.0),
+], ids=str)  # fmt: skip
+def test_options_run(tiny, tmp_path, options):
+    train(Config(**tiny | dict(train_steps=3) | options))
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 3
+
+
+def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
+    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    from pathlib import Path
+
+    from diffusion.data import hub
+
+    files = sorted(str(f) for f in Path(tiny["data"]).rglob("*.png"))
+    features = library.Features({"image": library.Image()})
+    made = library.Dataset.from_dict({"image": files}, features=features)
+    (tmp_path / "hub").mkdir()
+    made.to_parquet(tmp_path / "hub" / "train.parquet")
+    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 16)
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 20)
+    options = tiny | dict(data=f"hf:{tmp_path / 'hub'}", streaming=True, condition="none", train_steps=30)
+    train(Config(**options | dict(save_folder=str(tmp_path / "whole"))))
+    train(Config(**options | dict(train_steps=18)))
+    train(Config(**options))
+    same(*[checkpoint.read(tmp_path / n / "model.pt")["model"] for n in ("run", "whole")])
+
+
+@pytest.mark.slow
+def test_compiled_training_runs(tiny, tmp_path):
+    train(Config(**tiny | dict(train_steps=3, compile=True, dim_mults=(1, 2), num_samples=0)))
+    assert set(checkpoint.read(tmp_path / "run" / "model.pt")["model"]) == set(build_model(Config(**tiny), 3).state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
+def test_gpu_training_and_resume(tiny, tmp_path, amp):
+    options = tiny | dict(device="cuda", amp=amp)
+    train(Config(**options))
+    train(Config(**options | dict(train_steps=16)))
+    assert all(math.isfinite(line["loss"]) for line in run_lines(tmp_path / "run"))

@@ -1,0 +1,143 @@
+"""The U-Net: shapes, weight standardisation, padding, labels, checkpointing."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from diffusion.models.unet import LinearAttention, TimeEmbedding, UNet, WSConv2d, group_norm
+
+
+def small(**options) -> UNet:
+    torch.manual_seed(0)
+    model = UNet(8, (1, 2, 4), heads=2, min_dim_head=4, **options)
+    return randomise(model)
+
+
+def randomise(model):
+    """Undo the zero initialisation, so that every branch counts."""
+    for p in model.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("size", [8, 12, 13, 36])
+def test_any_size_goes_through(size):
+    model = small()
+    x = torch.randn(2, 3, size, size + 3)
+    assert model(x, torch.tensor([0.0, 7.5])).shape == x.shape
+
+
+def test_padding_is_cropped_where_it_was_put():
+    """A 13-pixel image gives what its replicate-padded 16-pixel version gives there."""
+    model, x, t = small().eval(), torch.randn(1, 3, 13, 13), torch.zeros(1)
+    padded = torch.nn.functional.pad(x, (0, 3, 0, 3), mode="replicate")
+    assert_close(model(x, t), model(padded, t)[..., :13, :13])
+
+
+def test_starts_as_zero():
+    """The output convolution starts at zero: a v network begins by predicting the mean."""
+    assert UNet(8, (1, 2))(torch.randn(2, 3, 8, 8), torch.zeros(2)).abs().max() == 0
+
+
+def test_four_levels_by_default():
+    model = UNet(8)
+    assert [len(level) for level in model.down] == [4] * 4 and model.factor == 8
+    kinds = [type(level[2]).__name__ for level in model.down]
+    assert kinds == ["LinearAttention"] * 3 + ["Attention"]
+    assert type(model.mid[1]).__name__ == "Attention"
+
+
+def test_time_and_labels_matter():
+    model, x = small(num_classes=3).eval(), torch.randn(1, 3, 8, 8)
+    t = torch.zeros(1)
+    outs = [model(x, t, torch.tensor([i])) for i in range(4)]
+    assert all(not torch.allclose(outs[0], o, atol=1e-4) for o in outs[1:])
+    assert_close(model(x, t), outs[3])  # None is the null label
+    assert not torch.allclose(model(x, t + 5), outs[3], atol=1e-4)
+
+
+def test_weight_standardisation():
+    conv = WSConv2d(64, 32, 3, padding=1)
+    with torch.no_grad():
+        conv.weight.mul_(7).add_(3)  # it forgets mean and scale
+    x = torch.randn(8, 64, 16, 16)
+    y = conv(x) - conv.bias.view(1, -1, 1, 1)
+    w = conv.weight
+    n = 64 * 9
+    expected = (w - w.mean((1, 2, 3), keepdim=True)) / (
+        w.var((1, 2, 3), correction=0, keepdim=True) * n + 1e-5
+    ).sqrt()
+    assert_close(y, torch.nn.functional.conv2d(x, expected, padding=1), rtol=1e-4, atol=1e-4)
+    assert_close(y.std().item(), 1.0, rtol=0.1, atol=0)  # the gain: unit in, unit out
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_standardised_weights_do_not_depend_on_autocast(layout):
+    """The same function under bf16: only rounding differs (lucidrains' eps changed with it)."""
+    torch.manual_seed(0)
+    conv = WSConv2d(256, 32, 3, padding=1).to(memory_format=layout)
+    x = torch.randn(2, 256, 8, 8)
+    full = conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = conv(x)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float().std(), full.std(), rtol=0.01, atol=0)
+    assert_close(half.float(), full, rtol=0.02, atol=0.03)
+
+
+def test_under_autocast_the_network_stays_close():
+    model, x, t = small().eval(), torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
+    full = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x, t)
+    assert (half.float() - full).norm() / full.norm() < 0.03
+
+
+def test_linear_attention_is_its_definition():
+    torch.manual_seed(0)
+    layer = randomise(LinearAttention(16, heads=2, dim_head=8))
+    x = torch.randn(1, 16, 4, 4)
+    h = layer.norm(x)[0].flatten(1).T  # (N, C)
+    q, k, v = layer.to_qkv(h).chunk(3, dim=1)
+    heads = []
+    for i in range(2):
+        part = slice(8 * i, 8 * i + 8)
+        weights = q[:, part].softmax(1) @ k[:, part].softmax(0).T  # (N, N), rows need not sum to 1
+        heads.append(weights @ v[:, part])
+    expected = x + layer.to_out(torch.cat(heads, 1)).T.view(1, 16, 4, 4)
+    assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_time_embedding_sinusoids():
+    embed = TimeEmbedding(8, 8)
+    embed.mlp = torch.nn.Identity()
+    t, i = 12.5, 2
+    freq = 10_000 ** (-i / 4)
+    assert_close(embed(torch.tensor([t]))[0, [i, 4 + i]], torch.tensor([math.sin(t * freq), math.cos(t * freq)]))
+
+
+@pytest.mark.parametrize("channels, groups", [(8, 1), (16, 1), (24, 1), (64, 4), (40, 2), (512, 32)])
+def test_sixteen_channels_a_group(channels, groups):
+    assert group_norm(channels).num_groups == groups
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1.0, 9.0])
+    grads = []
+    for flag in (False, True):
+        model = small(checkpointing=flag, dropout=0.2)
+        torch.manual_seed(5)
+        model(x, t).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        assert_close(a, b)
+
+
+def test_every_parameter_gets_a_gradient():
+    """DDP waits for every parameter's gradient in every step."""
+    model = small(num_classes=2)
+    model(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([0, 2])).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []

@@ -97,10 +97,9 @@ def read(path: Path) -> dict:
             "that would run code, which is never loaded"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path} is damaged or incomplete ({str(error).splitlines()[0]}); use an older one "
-            "from checkpoints/"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or incomplete ({reason}); use an older one from "
+                        "checkpoints/") from None  # fmt: skip
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(
             f"{path} was not written by this version of train.py: its format is "

@@ -1,0 +1,138 @@
+"""The command line: defaults, presets, mistakes, --help and --dry_run."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, script
+
+from diffusion import UserError, config
+from diffusion.config import PRESET_OF_DATA, PRESETS, Config, config_from_args
+from diffusion.process import gaussian, samplers, schedule
+
+
+def parse(text: str) -> Config:
+    from train import parse as train_parse
+
+    return train_parse(text.split())[0]
+
+
+def test_choices_are_the_tables():
+    """The configuration does not import the process, so that its lists could go stale."""
+    choices = {f.name: set(f.metadata["choices"]) for f in fields(Config)}
+    assert choices["schedule"] == set(schedule.SCHEDULES)
+    assert choices["objective"] == set(gaussian.OBJECTIVES)
+    assert choices["loss"] == set(gaussian.LOSSES)
+    assert choices["sampler"] == set(samplers.SAMPLERS)
+
+
+def test_defaults_presets_and_what_was_given():
+    assert parse("") == config_from_args({}, "toy")
+    assert parse("--train_steps 7") == config_from_args({"train_steps": 7}, "toy")
+    assert parse("--data some/folder") == Config(data="some/folder")
+    faces = parse("--mode pixel --data anime_faces")
+    assert faces.image_size == 128 and faces.epochs == 300 and faces.batch_size % 8 == 0
+    assert parse("--data anime_faces --preset none") == Config(data="anime_faces")
+    assert parse("--data anime_faces --train_steps 5").epochs is None
+    assert parse("--preset pokemon64").lr_warmup_steps == 500 and parse("--preset pokemon64").epochs == 400
+    assert parse("--preset afhq_cat32 --unet_dim 32").unet_dim == 32
+    assert parse("--data_path x --dim_mults 1,2 --no_flip").dim_mults == (1, 2)
+    assert not parse("--no_flip").flip and parse("--flip").flip and not parse("--no_cache").cache
+    assert set(PRESET_OF_DATA.values()) <= set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_differ_from_the_defaults(preset):
+    made, plain = config_from_args({}, preset), Config()
+    for name, value in PRESETS[preset].items():
+        assert getattr(made, name) == value
+        assert name == "data" or value != getattr(plain, name) or name in ("image_size", "batch_size", "unet_dim",
+            "learning_rate"), f"{preset} repeats the default of {name}"  # fmt: skip
+
+
+@pytest.mark.parametrize("text, told", [
+    ("--batchsize 3", "did you mean --batch_size"),
+    ("--unet_dims=3", "did you mean --unet_dim"),
+    ("--schedule cosin", "did you mean cosine"),
+    ("--amp fp8", "choose one of auto, no, bf16, fp16"),
+    ("--preset cat", "none, toy"),
+    ("--batch_size x", "invalid int value"),
+    ("--batch_size 0", "must be above 0"),
+    ("--dim_mults 1,0", "dim_mults"),
+    ("--ema_decay 1", "[0, 1)"),
+    ("--epochs 3 --train_steps 4", "either"),
+    ("--zero_snr --objective eps", "objective v or x0"),
+    ("--streaming", "hf:owner/name"),
+    ("--time_steps 1", "at least 2"),
+    ("--learning_rate -1", "above 0"),
+])  # fmt: skip
+def test_mistakes_say_what_was_meant(text, told, capsys):
+    with pytest.raises((UserError, SystemExit)) as caught:
+        parse(text)
+    assert told in str(caught.value) + capsys.readouterr().err
+
+
+def test_json_round_trip():
+    made = Config(dim_mults=(1, 3), epochs=2.5)
+    assert Config.from_dict(json.loads(made.to_json())) == made
+    with pytest.raises(UserError, match="unknown fields: colour"):
+        Config.from_dict({"colour": 1})
+    with pytest.raises(UserError, match="batch_size is '8'"):
+        Config.from_dict({"batch_size": "8"})
+
+
+def test_differences_leave_out_what_does_not_change_the_mathematics():
+    a, b = Config(), Config(train_steps=5, log_every=3, keep_last=9, seed=1, save_folder="x")
+    assert a.differences(b) == {"seed": (0, 1)}
+
+
+def test_help_lists_every_option_in_groups(tmp_path):
+    done = script("train.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for f in fields(Config):
+        assert f"--{f.name}" in done.stdout or f"--no_{f.name}" in done.stdout
+        assert f"\n{f.metadata['group']}:" in done.stdout
+    assert "(default: 64)" in done.stdout and "--data_path" in done.stdout
+
+
+def test_dry_run_tells_and_writes_nothing(tmp_path, faces):
+    done = script("train.py", "--data", faces, "--image_size", 16, "--unet_dim", 8, "--dry_run",
+                  "--cache_dir", tmp_path / "cache", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for told in ('"unet_dim": 8', "118 images to train on", "parameters", "GFLOP", "memory: about", "100,000 steps"):
+        assert told in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_dry_run_counts_right():
+    """Parameters and FLOPs of one convolution's worth of network, by hand."""
+    from diffusion.training.summary import forward_cost
+
+    made = Config(unet_dim=8, dim_mults=(1,), heads=2, image_size=8)
+    parameters, flops, kept = forward_cost(made, 0)
+    from diffusion.pipeline import build_model
+
+    assert parameters == sum(p.numel() for p in build_model(made, 0).parameters())
+    n = 64  # positions
+    convs = 2 * n * 9 * (3 * 8 + 2 * 8 * 8 * 4 + 3 * (16 * 8 + 8 * 8)) + 2 * n * (3 * 16 * 8 + 8 * 3)
+    attention = 3 * (2 * n * 8 * 96 + 4 * n * n * 32 + 2 * n * 32 * 8)
+    embeddings = 2 * (8 * 32 + 32 * 32 + 7 * 32 * 16)
+    assert flops == convs + attention + embeddings
+    assert kept > 7 * 2 * n * 8 * 4
+
+
+def test_the_readme_tells_the_truth():
+    """Options and presets named in the README exist; the files of its table do too."""
+    import re
+
+    text = (ROOT / "README.md").read_text()
+    from sample import parse as sample_parse
+
+    known = {f"--{f.name}" for f in fields(Config)} | {f"--no_{f.name}" for f in fields(Config)}
+    known |= {"--data_path", "--preset", "--dry_run", "--help", "--nproc_per_node", "--limit"}
+    known |= {f"--{name}" for name in vars(sample_parse([]))}
+    assert set(re.findall(r"(?<!-)--[a-z_]+", text)) <= known
+    for name in re.findall(r"`(diffusion/[\w/]+\.py|docs/\w+\.md|\w+\.py)`", text):
+        assert (ROOT / name).exists(), name
+    for preset in re.findall(r"--preset (\w+)", text):
+        assert preset in config.PRESETS or preset == "none"

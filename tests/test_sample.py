@@ -1,0 +1,242 @@
+"""sample.py: the seeds contract, ranks, settings, and files that are no checkpoints."""
+
+import os
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+from safetensors.torch import save_file
+from test_training import tiny  # noqa: F401
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.evaluation import viz
+from diffusion.pipeline import Pipeline, amp_dtype, build_model
+from diffusion.seeding import ImageNoise
+from diffusion.training.trainer import train
+from diffusion.weights import checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, faces):
+    """A class-conditional run of 60 steps: (folder, model.pt)."""
+    folder = tmp_path_factory.mktemp("model")
+    train(Config(
+        data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8, time_steps=20,
+        train_steps=60, save_and_sample_every=60, num_samples=0, cache_dir=str(folder / "cache"), device="cpu",
+        amp="no", save_folder=str(folder), condition="class", learning_rate=3e-3,
+    ))  # fmt: skip
+    return folder / "model.pt"
+
+
+def pictures(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(p)) for p in sorted((folder / "images").iterdir())]).astype(int)
+
+
+def run(model, folder, *args, ranks=0) -> np.ndarray:
+    done = script("sample.py", "--load_path", model, "--save_folder", folder, "--amp", "no", "--device", "cpu",
+                  *args, cwd=folder.parent, ranks=ranks)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return pictures(folder)
+
+
+def test_noise_of_an_image_depends_on_seed_and_index_only():
+    a = ImageNoise(3, range(5), (3, 4, 4))
+    b = ImageNoise(3, [4, 2], (3, 4, 4))
+    for _ in range(3):  # each image's own stream goes on
+        x, y = a(), b()
+        assert torch.equal(x[[4, 2]], y)
+    assert not torch.equal(ImageNoise(4, [2], (3, 4, 4))(), ImageNoise(3, [2], (3, 4, 4))())
+
+
+def test_images_grid_and_seeds(model, tmp_path):
+    whole = run(model, tmp_path / "a", "--num_images", 6, "--batch_size", 6, "--sampler", "ddpm")
+    assert whole.shape == (6, 16, 16, 3)
+    assert sorted(p.name for p in (tmp_path / "a" / "images").iterdir()) == [f"{i:06d}.png" for i in range(6)]
+    assert Image.open(tmp_path / "a" / "grid.png").size == (3 * 18 + 2, 2 * 18 + 2)
+    cut = run(model, tmp_path / "b", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm")
+    assert abs(whole[:5] - cut).max() <= 2
+    ranks = run(model, tmp_path / "c", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm", ranks=2)
+    assert np.array_equal(cut, ranks)
+    other = run(model, tmp_path / "d", "--num_images", 5, "--batch_size", 2, "--seed", 1)
+    assert not np.array_equal(cut, other)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sampler="ddim", steps=1), dict(sampler="ddim", eta=0.5), dict(sampler="ddpm_large"),
+    dict(sampler="dpmpp_2m", steps=7), dict(sampler="dpmpp_2m_sde", steps=7, spacing="logsnr"),
+    dict(sampler="ddim", spacing="leading"), dict(sampler="dpmpp_2m", spacing="linspace", steps=5),
+    dict(guidance_scale=3.0, guidance_rescale=0.7), dict(amp="bf16"),
+], ids=str)  # fmt: skip
+def test_settings(model, settings):
+    pipeline = Pipeline.load(model)
+    labels = torch.tensor([0, 1, 2])
+    x = pipeline.sample(range(3), labels=labels, **{"amp": "no"} | settings)
+    assert x.shape == (3, 3, 16, 16) and x.isfinite().all() and x.abs().max() <= 1.01
+
+
+def test_exactly_as_many_evaluations_as_asked(model):
+    pipeline = Pipeline.load(model)
+    calls = []
+    pipeline.model.register_forward_hook(lambda *_: calls.append(1))
+    for sampler in ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"):
+        for steps in (1, 7, 13):
+            calls.clear()
+            pipeline.sample([0], sampler=sampler, steps=steps, amp="no")
+            assert len(calls) == steps
+
+
+def test_labels_and_guidance_change_the_picture(model):
+    pipeline = Pipeline.load(model)
+    draw = lambda label, scale: pipeline.sample([0], labels=torch.tensor([label]), guidance_scale=scale, amp="no")
+    assert not torch.allclose(draw(0, 1), draw(1, 1), atol=1e-3)
+    assert not torch.allclose(draw(0, 1), draw(0, 4), atol=1e-3)
+    null = pipeline.model.null_label
+    assert torch.allclose(draw(null, 5), draw(null, 1), atol=1e-5)
+    assert torch.allclose(pipeline.sample([0], amp="no"), draw(null, 1), atol=1e-5)
+
+
+def test_class_label_by_name_and_number(model, tmp_path):
+    a = run(model, tmp_path / "a", "--num_images", 2, "--class_label", "spiky")
+    b = run(model, tmp_path / "b", "--num_images", 2, "--class_label", "2")
+    assert np.array_equal(a, b)
+    everything = run(model, tmp_path / "c", "--num_images", 3, "--batch_size", 1, "--class_label", "all")
+    third = run(model, tmp_path / "d", "--num_images", 3, "--batch_size", 1, "--class_label", "spiky")
+    assert np.array_equal(everything[2], third[2]) and not np.array_equal(everything[0], third[0])
+
+
+def test_weights_ema_raw_and_safetensors(model):
+    ema, raw = Pipeline.load(model), Pipeline.load(model, "raw")
+    file = Pipeline.load(model.parent / "ema.safetensors")
+    draw = lambda p: p.sample([0], amp="no")
+    assert torch.equal(draw(ema), draw(file)) and not torch.equal(draw(ema), draw(raw))
+    with pytest.raises(UserError, match="averaged weights only"):
+        Pipeline.load(model.parent / "ema.safetensors", "raw")
+
+
+# --- files that are no checkpoints -----------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path, told):
+        with pytest.raises(UserError, match=told):
+            Pipeline.load(path)
+
+    refused("nowhere.pt", "does not exist")
+    (tmp_path / "empty.pt").touch()
+    refused("empty.pt", "damaged|not a checkpoint")
+    (tmp_path / "text.pt").write_text("hello")
+    refused("text.pt", "not a checkpoint|damaged")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"format": Evil()}))
+    refused("evil.pt", "would run code")
+    torch.save({"model": Evil()}, "evil2.pt")
+    refused("evil2.pt", "would run code")
+    assert not (tmp_path / "pwned").exists()
+    torch.save({"state_dict": {}}, "other.pt")
+    refused("other.pt", "not written by this version")
+    torch.save([1], "list.pt")
+    refused("list.pt", "'list'")
+    data = model.read_bytes()
+    for percent in (1, 10, 50, 90, 99):
+        (tmp_path / "cut.pt").write_bytes(data[: len(data) * percent // 100])
+        refused("cut.pt", "damaged|not a checkpoint")
+    with zipfile.ZipFile("plain.pt", "w") as z:
+        z.writestr("a", "b")
+    refused("plain.pt", "damaged|not a checkpoint")
+    file = (model.parent / "ema.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(file[:5000])
+    refused("cut.safetensors", "damaged")
+    save_file({"a": torch.zeros(1)}, "lora.safetensors")
+    refused("lora.safetensors", "not written by this version")
+    state = checkpoint.read(model)
+    state["config"]["unet_dim"] = 16
+    torch.save(state, "misfit.pt")
+    refused("misfit.pt", "does not fit")
+    state["config"]["colour"] = 1
+    torch.save(state, "newer.pt")
+    refused("newer.pt", "unknown fields: colour")
+
+
+@pytest.mark.parametrize("args, told", [
+    (["--steps", "21"], "at most 20"),
+    (["--sampler", "euler"], "ddpm, ddpm_large"),
+    (["--spacing", "karras"], "leading, trailing"),
+    (["--class_label", "cat"], "0 bald, 1 bob, 2 spiky"),
+    (["--num_images", "0"], "above 0"),
+    (["--stepz", "3"], "did you mean --steps"),
+    (["--amp", "fp16"], "needs a GPU"),
+    (["--load_path", "gone.pt"], "does not exist"),
+], ids=str)  # fmt: skip
+def test_mistakes_end_in_one_line_and_no_picture(model, tmp_path, args, told):
+    done = script("sample.py", "--load_path", model, "--save_folder", tmp_path / "out", "--device", "cpu", *args,
+                  cwd=tmp_path)  # fmt: skip
+    assert done.returncode in (1, 2) and told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unconditional_model_takes_no_label(tmp_path, faces):
+    train(Config(data=str(faces), image_size=8, unet_dim=8, dim_mults=(1,), heads=1, train_steps=1, num_samples=0,
+                 device="cpu", save_folder=str(tmp_path / "r"), cache_dir=str(tmp_path / "c")))  # fmt: skip
+    with pytest.raises(UserError, match="without --condition class"):
+        Pipeline.load(tmp_path / "r" / "model.pt").sample([0], guidance_scale=2.0)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------
+
+
+def test_model_pt_is_a_link_to_the_newest_or_a_copy(model, tmp_path, monkeypatch):
+    step = model.parent / "checkpoints" / "step_00000060.pt"
+    assert os.path.samefile(model, step)
+    monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError("not supported")))
+    checkpoint.save(tmp_path, checkpoint.read(model), 3)
+    assert (tmp_path / "model.pt").read_bytes() == (tmp_path / "checkpoints" / "step_00000060.pt").read_bytes()
+
+
+def test_pictures(tmp_path):
+    x = torch.tensor([-2.0, -1, 0, 1, 2]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    images = viz.to_uint8(x)
+    assert images[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    sheet = np.asarray(viz.grid(images, columns=3, gap=1))
+    assert sheet.shape == (2 * 3 + 1, 3 * 3 + 1, 3)
+    assert sheet[1, 1, 0] == 0 and sheet[4, 4, 0] == 255 and sheet[0, 0, 0] == 255 and sheet[1, 7, 0] == 128
+
+
+def test_amp_choices():
+    cpu = torch.device("cpu")
+    assert amp_dtype("no", cpu) is None and amp_dtype("bf16", cpu) == torch.bfloat16
+    assert amp_dtype("auto", cpu) in (None, torch.bfloat16)
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        amp_dtype("fp16", cpu)
+
+
+def test_null_label_is_beyond_the_classes():
+    assert build_model(Config(condition="class"), 7).null_label == 7
+    assert build_model(Config(), 7).label is None
+
+
+@pytest.mark.gpu
+def test_gpu_pictures_are_those_of_the_cpu(model):
+    cpu, gpu = (Pipeline.load(model, device=d) for d in ("cpu", "cuda"))
+    for sampler in ("ddim", "ddpm", "dpmpp_2m"):
+        a, b = (p.sample(range(4), sampler=sampler, amp="no").cpu() for p in (cpu, gpu))
+        assert (a - b).abs().max() * 127.5 < 2
+
+
+def test_the_folder_is_not_needed_after_loading(model, tmp_path):
+    copy = tmp_path / "model.pt"
+    shutil.copyfile(model, copy)
+    pipeline = Pipeline.load(copy)
+    copy.unlink()
+    assert pipeline.sample([0], steps=2).isfinite().all()

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Sample images from a trained model.
 
-    python sample.py --load_path results/model.pt
-    python sample.py --load_path results/model.pt --sampler dpmpp_2m --steps 15 --num_images 100
-    torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
+python sample.py --load_path results/model.pt
+python sample.py --load_path results/model.pt --sampler dpmpp_2m --steps 15 --num_images 100
+torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
 """
 
 from pathlib import Path
@@ -45,7 +45,10 @@ def class_labels(choice: str | None, classes: list[str], indices):
         return torch.tensor([i % len(classes) for i in indices])
     number = classes.index(choice) if choice in classes else int(choice) if choice.isdigit() else -1
     if not 0 <= number < len(classes):
-        known = ", ".join(f"{i} {name}" for i, name in enumerate(classes)) or "none: it is unconditional"
+        known = (
+            ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+            or "none: it is unconditional"
+        )
         raise UserError(f"class_label {choice!r} is unknown; the model's classes are {known}")
     return torch.full((len(indices),), number)
 
@@ -65,7 +68,16 @@ def main() -> None:
     folder = Path(args.save_folder)
 
     def settings(indices) -> dict:
-        options = ("seed", "sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale", "amp")
+        options = (
+            "seed",
+            "sampler",
+            "steps",
+            "eta",
+            "spacing",
+            "guidance_scale",
+            "guidance_rescale",
+            "amp",
+        )
         chosen = {name: getattr(args, name) for name in options}
         return chosen | {"labels": class_labels(args.class_label, pipeline.classes, indices)}
 
@@ -92,7 +104,9 @@ def main() -> None:
         shown = [np.asarray(Image.open(folder / "images" / f"{i:06d}.png"))
                  for i in range(min(args.num_images, 100))]  # fmt: skip
         save_png(grid(np.stack(shown)), folder / "grid.png")
-        dist.log(f"{args.num_images} images in {folder / 'images'}, the first in {folder / 'grid.png'}")
+        dist.log(
+            f"{args.num_images} images in {folder / 'images'}, the first in {folder / 'grid.png'}"
+        )
     dist.cleanup()
 
 

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """Train a diffusion model.
 
-    python train.py                                        cartoon faces, two CPU cores, minutes
-    python train.py --data FOLDER --image_size 64          a folder of images
-    torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
+python train.py                                        cartoon faces, two CPU cores, minutes
+python train.py --data FOLDER --image_size 64          a folder of images
+torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
 """
 
-from diffusion.config import Parser, PRESETS, add_config_arguments, config_from_args, run_script
+from diffusion.config import PRESETS, Parser, add_config_arguments, config_from_args, run_script
 
 
 def parse(args: list[str] | None = None):
     """(Config, dry_run)"""
-    import argparse
 
     parser = Parser(description=__doc__)
     add_config_arguments(parser)

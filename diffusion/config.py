@@ -12,7 +12,6 @@ import sys
 import types
 import typing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 from . import UserError
 
@@ -148,7 +147,9 @@ def _check_field(f: dataclasses.Field, value) -> None:
     allowed = _types(f)
     ok = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
     if not ok or (isinstance(value, bool) and bool not in allowed):
-        raise UserError(f"{f.name} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}")
+        raise UserError(
+            f"{f.name} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}"
+        )
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"{f.name} is {value!r}; {_choose(value, f.metadata['choices'])}")
 
@@ -231,10 +232,12 @@ def add_config_arguments(parser: Parser) -> None:
         options = dict(dest=f.name, default=argparse.SUPPRESS)
         if f.type is bool:
             on, off = (f"--{f.name}", f"--no_{f.name}")
-            names = ((off, False, "do not " + text) if f.default else (on, True, text), )
+            names = ((off, False, "do not " + text) if f.default else (on, True, text),)
             hidden = (on, True) if f.default else (off, False)
             for name, const, line in names:
-                groups[group].add_argument(name, action="store_const", const=const, help=line, **options)
+                groups[group].add_argument(
+                    name, action="store_const", const=const, help=line, **options
+                )
             groups[group].add_argument(hidden[0], action="store_const", const=hidden[1],
                                        help=argparse.SUPPRESS, **options)  # fmt: skip
             continue
@@ -274,14 +277,3 @@ def run_script(main) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises UserError if it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}; expected a JSON object")
-    return value

@@ -62,7 +62,9 @@ def progress(iterable=None, **options):
     from tqdm import tqdm
 
     seen = sys.stderr.isatty()
-    options = dict(disable=not is_main(), mininterval=0.2 if seen else 10, dynamic_ncols=seen) | options
+    options = (
+        dict(disable=not is_main(), mininterval=0.2 if seen else 10, dynamic_ncols=seen) | options
+    )
     return tqdm(iterable, **options)
 
 

@@ -1,9 +1,10 @@
 """The parts put together: configuration or checkpoint -> network, schedule -> images.
 
-    pipeline = Pipeline.load("results/model.pt")
-    images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
+pipeline = Pipeline.load("results/model.pt")
+images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,7 @@ class Pipeline:
 
     def sample(self, indices, **options) -> Tensor:
         """The last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
-        for x, _ in self.frames(indices, **options):
-            pass
+        [(x, _)] = deque(self.frames(indices, **options), maxlen=1)
         return x
 
     def autocast(self, amp: str):

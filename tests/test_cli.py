@@ -34,7 +34,10 @@ def test_defaults_presets_and_what_was_given():
     assert faces.image_size == 128 and faces.epochs == 300 and faces.batch_size % 8 == 0
     assert parse("--data anime_faces --preset none") == Config(data="anime_faces")
     assert parse("--data anime_faces --train_steps 5").epochs is None
-    assert parse("--preset pokemon64").lr_warmup_steps == 500 and parse("--preset pokemon64").epochs == 400
+    assert (
+        parse("--preset pokemon64").lr_warmup_steps == 500
+        and parse("--preset pokemon64").epochs == 400
+    )
     assert parse("--preset afhq_cat32 --unet_dim 32").unet_dim == 32
     assert parse("--data_path x --dim_mults 1,2 --no_flip").dim_mults == (1, 2)
     assert not parse("--no_flip").flip and parse("--flip").flip and not parse("--no_cache").cache
@@ -99,7 +102,14 @@ def test_dry_run_tells_and_writes_nothing(tmp_path, faces):
     done = script("train.py", "--data", faces, "--image_size", 16, "--unet_dim", 8, "--dry_run",
                   "--cache_dir", tmp_path / "cache", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for told in ('"unet_dim": 8', "118 images to train on", "parameters", "GFLOP", "memory: about", "100,000 steps"):
+    for told in (
+        '"unet_dim": 8',
+        "118 images to train on",
+        "parameters",
+        "GFLOP",
+        "memory: about",
+        "100,000 steps",
+    ):
         assert told in done.stdout
     assert not (tmp_path / "results").exists()
 
@@ -114,7 +124,9 @@ def test_dry_run_counts_right():
 
     assert parameters == sum(p.numel() for p in build_model(made, 0).parameters())
     n = 64  # positions
-    convs = 2 * n * 9 * (3 * 8 + 2 * 8 * 8 * 4 + 3 * (16 * 8 + 8 * 8)) + 2 * n * (3 * 16 * 8 + 8 * 3)
+    convs = 2 * n * 9 * (3 * 8 + 2 * 8 * 8 * 4 + 3 * (16 * 8 + 8 * 8)) + 2 * n * (
+        3 * 16 * 8 + 8 * 3
+    )
     attention = 3 * (2 * n * 8 * 96 + 4 * n * n * 32 + 2 * n * 32 * 8)
     embeddings = 2 * (8 * 32 + 32 * 32 + 7 * 32 * 16)
     assert flops == convs + attention + embeddings
@@ -136,3 +148,15 @@ def test_the_readme_tells_the_truth():
         assert (ROOT / name).exists(), name
     for preset in re.findall(r"--preset (\w+)", text):
         assert preset in config.PRESETS or preset == "none"
+
+
+def test_the_mathematics_page_names_what_exists():
+    import re
+
+    text = (ROOT / "docs" / "math.md").read_text()
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    code = "\n".join(p.read_text() for p in (ROOT / "diffusion").rglob("*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", text)):
+        assert f"def {name}(" in tests, name
+    for name in set(re.findall(r"`\w+\.(\w+)`", text)):
+        assert f"def {name}(" in code or f"class {name}(" in code or f"class {name}:" in code, name

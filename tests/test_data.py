@@ -68,7 +68,10 @@ def test_bad_images(bad, scanned, entry):
     if expect in ("ignore", "not_an_image", "ignore_or_warn"):
         assert path not in images.names
     if expect == "load_caption_warn":
-        assert repr(str(bad / path))[1:-1] in printed or repr(str((bad / path).with_suffix(".txt")))[1:-1] in printed
+        assert (
+            repr(str(bad / path))[1:-1] in printed
+            or repr(str((bad / path).with_suffix(".txt")))[1:-1] in printed
+        )
     if path in kept and "pixels" in entry:
         _check_pixels(bad / path, entry)
     if isinstance(entry.get("caption"), str) and path in kept:
@@ -170,7 +173,10 @@ def test_toy_is_deterministic_and_captioned():
 def test_class_folders(faces):
     images = folder_set(faces)
     assert images.classes == ["bald", "bob", "spiky"] and len(images) == 120
-    assert all(images.classes[label] == name.split("/")[0] for label, name in zip(images.labels, images.names))
+    assert all(
+        images.classes[label] == name.split("/")[0]
+        for label, name in zip(images.labels, images.names)
+    )
     one = folder_set(faces, data_class="bob")
     assert len(one) == 40 and one.classes == ["bob"] and set(one.labels) == {0}
     with pytest.raises(UserError, match="bald, bob, spiky"):
@@ -195,7 +201,12 @@ def test_captions(tmp_path, capsys):
     assert folder_set(tmp_path, default_caption="a cat").captions == ["a cat"] * 4
     (tmp_path / "a.txt").write_text("from\n a file")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "from metadata"}\n\n')
-    assert folder_set(tmp_path, default_caption="none").captions == ["from a file", "from metadata", "none", "none"]
+    assert folder_set(tmp_path, default_caption="none").captions == [
+        "from a file",
+        "from metadata",
+        "none",
+        "none",
+    ]
     printed = capsys.readouterr().out
     assert "2 of 4 captions have problems" in printed and "c.png" in printed
     (tmp_path / "metadata.jsonl").write_text('{"file": "b.png"}\n')
@@ -266,7 +277,9 @@ def test_several_builders_and_a_killed_one(faces, tmp_path):
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     assert list(slow.glob("*.tmp")) and not list(slow.glob("*.json"))
-    several = [spawn.Process(target=_build_cache, args=(faces, slow, spawn.Event())) for _ in range(5)]
+    several = [
+        spawn.Process(target=_build_cache, args=(faces, slow, spawn.Event())) for _ in range(5)
+    ]
     for p in several:
         p.start()
     for p in several:
@@ -302,7 +315,10 @@ def test_held_out_is_a_function_of_the_names():
     names = [f"{i}.png" for i in range(1000)]
     train, held = held_out(names)
     assert len(held) == 20 and sorted([*train, *held]) == list(range(1000))
-    assert len(held_out(names[:99])[1]) == 0 and len(held_out([str(i) for i in range(50_000)])[1]) == 256
+    assert (
+        len(held_out(names[:99])[1]) == 0
+        and len(held_out([str(i) for i in range(50_000)])[1]) == 256
+    )
     shuffled = list(reversed(names))
     assert {shuffled[i] for i in held_out(shuffled)[1]} == {names[i] for i in held}
 
@@ -381,7 +397,9 @@ def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory, faces):
     """A hub repository as the datasets library sees one: parquet shards with images and captions."""
-    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    library = pytest.importorskip(
+        "datasets", reason="optional extra not installed: pip install datasets"
+    )
     root = tmp_path_factory.mktemp("hub")
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     library.config.HF_DATASETS_CACHE = Path(tmp_path_factory.mktemp("hf_cache"))
@@ -392,7 +410,11 @@ def parquet(tmp_path_factory, faces):
         "label": [i % 2 for i in range(len(files))],
     }
     features = library.Features(
-        {"image": library.Image(), "text": library.Value("string"), "label": library.ClassLabel(names=["a", "b"])}
+        {
+            "image": library.Image(),
+            "text": library.Value("string"),
+            "label": library.ClassLabel(names=["a", "b"]),
+        }
     )
     made = library.Dataset.from_dict(columns, features=features)
     for i in range(2):
@@ -418,7 +440,9 @@ def test_hub_stream(parquet, monkeypatch):
     steps = [stream(s, 0, 20).pixels for s in range(30)]  # two epochs of 15
     assert stream.length == 300
     key = lambda x: x.numpy().tobytes()
-    wanted = sorted(key(torch.from_numpy(read_image(f, 16)).permute(2, 0, 1).contiguous()) for f in files[60:])
+    wanted = sorted(
+        key(torch.from_numpy(read_image(f, 16)).permute(2, 0, 1).contiguous()) for f in files[60:]
+    )
     for epoch in (steps[:15], steps[15:]):
         assert sorted(key(p.contiguous()) for batch in epoch for p in batch) == wanted
     assert not torch.equal(steps[0], steps[15])
@@ -431,7 +455,9 @@ def test_hub_stream(parquet, monkeypatch):
 
 
 def test_hub_errors(tmp_path, monkeypatch):
-    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    library = pytest.importorskip(
+        "datasets", reason="optional extra not installed: pip install datasets"
+    )
     table = library.Dataset.from_dict({"words": ["a"]})
     table.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="no image column.*words"):

@@ -24,7 +24,9 @@ def test_linear_is_ddpm():
 def test_scaled_linear_is_stable_diffusion():
     s = make_schedule("scaled_linear", 1000)
     sigma = s.sigma / s.alpha
-    assert_close(s.alpha_bar[[0, -1]], torch.tensor([0.99915, 0.0046601]).double(), rtol=1e-5, atol=0)
+    assert_close(
+        s.alpha_bar[[0, -1]], torch.tensor([0.99915, 0.0046601]).double(), rtol=1e-5, atol=0
+    )
     assert_close(sigma[[0, -1]], torch.tensor([0.029167, 14.6146]).double(), rtol=1e-4, atol=0)
 
 

@@ -35,7 +35,9 @@ def model(tmp_path_factory, faces):
 
 
 def pictures(folder) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(p)) for p in sorted((folder / "images").iterdir())]).astype(int)
+    return np.stack(
+        [np.asarray(Image.open(p)) for p in sorted((folder / "images").iterdir())]
+    ).astype(int)
 
 
 def run(model, folder, *args, ranks=0) -> np.ndarray:
@@ -57,11 +59,15 @@ def test_noise_of_an_image_depends_on_seed_and_index_only():
 def test_images_grid_and_seeds(model, tmp_path):
     whole = run(model, tmp_path / "a", "--num_images", 6, "--batch_size", 6, "--sampler", "ddpm")
     assert whole.shape == (6, 16, 16, 3)
-    assert sorted(p.name for p in (tmp_path / "a" / "images").iterdir()) == [f"{i:06d}.png" for i in range(6)]
+    assert sorted(p.name for p in (tmp_path / "a" / "images").iterdir()) == [
+        f"{i:06d}.png" for i in range(6)
+    ]
     assert Image.open(tmp_path / "a" / "grid.png").size == (3 * 18 + 2, 2 * 18 + 2)
     cut = run(model, tmp_path / "b", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm")
     assert abs(whole[:5] - cut).max() <= 2
-    ranks = run(model, tmp_path / "c", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm", ranks=2)
+    ranks = run(
+        model, tmp_path / "c", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm", ranks=2
+    )
     assert np.array_equal(cut, ranks)
     other = run(model, tmp_path / "d", "--num_images", 5, "--batch_size", 2, "--seed", 1)
     assert not np.array_equal(cut, other)
@@ -93,7 +99,9 @@ def test_exactly_as_many_evaluations_as_asked(model):
 
 def test_labels_and_guidance_change_the_picture(model):
     pipeline = Pipeline.load(model)
-    draw = lambda label, scale: pipeline.sample([0], labels=torch.tensor([label]), guidance_scale=scale, amp="no")
+    draw = lambda label, scale: pipeline.sample(
+        [0], labels=torch.tensor([label]), guidance_scale=scale, amp="no"
+    )
     assert not torch.allclose(draw(0, 1), draw(1, 1), atol=1e-3)
     assert not torch.allclose(draw(0, 1), draw(0, 4), atol=1e-3)
     null = pipeline.model.null_label
@@ -105,8 +113,12 @@ def test_class_label_by_name_and_number(model, tmp_path):
     a = run(model, tmp_path / "a", "--num_images", 2, "--class_label", "spiky")
     b = run(model, tmp_path / "b", "--num_images", 2, "--class_label", "2")
     assert np.array_equal(a, b)
-    everything = run(model, tmp_path / "c", "--num_images", 3, "--batch_size", 1, "--class_label", "all")
-    third = run(model, tmp_path / "d", "--num_images", 3, "--batch_size", 1, "--class_label", "spiky")
+    everything = run(
+        model, tmp_path / "c", "--num_images", 3, "--batch_size", 1, "--class_label", "all"
+    )
+    third = run(
+        model, tmp_path / "d", "--num_images", 3, "--batch_size", 1, "--class_label", "spiky"
+    )
     assert np.array_equal(everything[2], third[2]) and not np.array_equal(everything[0], third[0])
 
 
@@ -201,7 +213,9 @@ def test_model_pt_is_a_link_to_the_newest_or_a_copy(model, tmp_path, monkeypatch
     assert os.path.samefile(model, step)
     monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError("not supported")))
     checkpoint.save(tmp_path, checkpoint.read(model), 3)
-    assert (tmp_path / "model.pt").read_bytes() == (tmp_path / "checkpoints" / "step_00000060.pt").read_bytes()
+    assert (tmp_path / "model.pt").read_bytes() == (
+        tmp_path / "checkpoints" / "step_00000060.pt"
+    ).read_bytes()
 
 
 def test_pictures(tmp_path):
@@ -210,7 +224,12 @@ def test_pictures(tmp_path):
     assert images[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
     sheet = np.asarray(viz.grid(images, columns=3, gap=1))
     assert sheet.shape == (2 * 3 + 1, 3 * 3 + 1, 3)
-    assert sheet[1, 1, 0] == 0 and sheet[4, 4, 0] == 255 and sheet[0, 0, 0] == 255 and sheet[1, 7, 0] == 128
+    assert (
+        sheet[1, 1, 0] == 0
+        and sheet[4, 4, 0] == 255
+        and sheet[0, 0, 0] == 255
+        and sheet[1, 7, 0] == 128
+    )
 
 
 def test_amp_choices():

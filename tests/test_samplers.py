@@ -152,7 +152,9 @@ def diffusers_run(scheduler, steps, x, objective, noise):
     return states
 
 
-BETAS = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+BETAS = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 PREDICTS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
@@ -175,8 +177,12 @@ def test_ddim_is_diffusers(x, objective, spacing, steps, offset, final):
         assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, algorithm", [("dpmpp_2m", "dpmsolver++"), ("dpmpp_2m_sde", "sde-dpmsolver++")])
-@pytest.mark.parametrize("spacing, steps", [("leading", 20), ("trailing", 20), ("linspace", 20), ("trailing", 8)])
+@pytest.mark.parametrize(
+    "name, algorithm", [("dpmpp_2m", "dpmsolver++"), ("dpmpp_2m_sde", "sde-dpmsolver++")]
+)
+@pytest.mark.parametrize(
+    "spacing, steps", [("leading", 20), ("trailing", 20), ("linspace", 20), ("trailing", 8)]
+)
 def test_dpmpp_is_diffusers(x, name, algorithm, spacing, steps):
     d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
     theirs = d.DPMSolverMultistepScheduler(
@@ -193,7 +199,9 @@ def test_dpmpp_is_diffusers(x, name, algorithm, spacing, steps):
 
 def test_ddpm_is_diffusers(x, monkeypatch):
     d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
-    theirs = d.DDPMScheduler(**BETAS, variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing")
+    theirs = d.DDPMScheduler(
+        **BETAS, variance_type="fixed_small", clip_sample=False, timestep_spacing="trailing"
+    )
     noise = draws(50, x)
     queue = iter(noise)
     import diffusers.schedulers.scheduling_ddpm as module
@@ -289,7 +297,7 @@ def test_inpainting_keeps_what_the_mask_keeps(x):
     inpaint = Inpaint(known, mask, noise)
     seen = []
     net = network(s, "v")
-    for i, (state, _) in enumerate(sample_loop(net, x.float(), make_table(s, "ddim", 10), "v", inpaint=inpaint)):
+    for state, _ in sample_loop(net, x.float(), make_table(s, "ddim", 10), "v", inpaint=inpaint):
         seen.append(state)
     assert_close(seen[-1][..., 2:], known[..., 2:])
     assert not torch.allclose(seen[-1][..., :2], known[..., :2], atol=0.1)
@@ -309,7 +317,9 @@ def test_step_reads_nothing_and_compiles_whole(x):
     from diffusion.models.unet import UNet
 
     unet = UNet(8, (1, 2), heads=2).eval()
-    k = torch.cat([torch.ones(2), make_table(make_schedule("linear", 100), "ddim", 10).rows[3].float()])
+    k = torch.cat(
+        [torch.ones(2), make_table(make_schedule("linear", 100), "ddim", 10).rows[3].float()]
+    )
     args = (x.float(), torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4), torch.zeros(4), k, True)
     with torch.inference_mode(), NoReads():
         eager = samplers.step(unet, *args)

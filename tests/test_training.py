@@ -19,9 +19,10 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data.batches import open_batches
 from diffusion.pipeline import Pipeline, build_model
-from diffusion.training import trainer
+from diffusion.training import steps, trainer
 from diffusion.training.ema import EMA
-from diffusion.training.trainer import Share, draw, learning_rate, rank_share, total_steps, train
+from diffusion.training.steps import Share, draw, learning_rate, rank_share, total_steps
+from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
 
 TIMES = ("img_per_s",)
@@ -87,8 +88,13 @@ def same_runs(a, b) -> None:
 def test_a_run_writes_what_is_promised(tiny, tmp_path):
     train(Config(**tiny, keep_last=2))
     folder = tmp_path / "run"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000008.pt", "step_00000012.pt"]
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == [f"step_{s:08d}.png" for s in (4, 8, 12)]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step_00000008.pt",
+        "step_00000012.pt",
+    ]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [
+        f"step_{s:08d}.png" for s in (4, 8, 12)
+    ]
     assert json.loads((folder / "config.json").read_text())["unet_dim"] == 8
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["step"] == 12 and metadata["samples_seen"] == 96
@@ -99,7 +105,10 @@ def test_a_run_writes_what_is_promised(tiny, tmp_path):
     held = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
     assert len(held) == 3 and metadata["best_loss"] == min(held)
     best, _, told = checkpoint.load_weights(folder / "best.safetensors")
-    assert told["classes"] == ["bald", "bob", "spiky"] and told["step"] == [4, 8, 12][held.index(min(held))]
+    assert (
+        told["classes"] == ["bald", "bob", "spiky"]
+        and told["step"] == [4, 8, 12][held.index(min(held))]
+    )
     ema = checkpoint.load_weights(folder / "ema.safetensors")[0]
     state = checkpoint.read(folder / "model.pt")
     same(ema, dict(state["ema"]))
@@ -112,14 +121,31 @@ def test_tensorboard_has_the_same_numbers(tiny, tmp_path):
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "heldout_loss", "lr", "grad_norm", "img_per_s", "skipped"}
+    assert set(events.Tags()["scalars"]) == {
+        "loss",
+        "heldout_loss",
+        "lr",
+        "grad_norm",
+        "img_per_s",
+        "skipped",
+    }
     lines = run_lines(tmp_path / "run")
-    assert_close([e.value for e in events.Scalars("loss")], [line["loss"] for line in lines], rtol=1e-6, atol=0)
+    assert_close(
+        [e.value for e in events.Scalars("loss")],
+        [line["loss"] for line in lines],
+        rtol=1e-6,
+        atol=0,
+    )
     assert [e.step for e in events.Images("samples")] == [4, 8, 12]
 
 
 def test_it_learns(tiny, tmp_path):
-    train(Config(**tiny | dict(train_steps=150, log_every=10, save_and_sample_every=150, learning_rate=3e-3)))
+    train(
+        Config(
+            **tiny
+            | dict(train_steps=150, log_every=10, save_and_sample_every=150, learning_rate=3e-3)
+        )
+    )
     losses = [line["loss"] for line in run_lines(tmp_path / "run")]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -164,7 +190,10 @@ def test_kill_9_and_continue_is_bit_for_bit(tiny, tmp_path, uninterrupted):
         process.kill()
         process.wait()
     done = script("train.py", *flags(options), cwd=tmp_path)
-    assert done.returncode == 0 and "continuing the run" in done.stdout + done.stderr, (moments, done.stderr)
+    assert done.returncode == 0 and "continuing the run" in done.stdout + done.stderr, (
+        moments,
+        done.stderr,
+    )
     same_runs(folder, uninterrupted)
 
 
@@ -213,7 +242,10 @@ def test_the_folder_contract(tiny, tmp_path, capsys):
     assert "finished run of 12 steps" in capsys.readouterr().out
     train(dataclasses.replace(config, train_steps=16, log_every=4, num_workers=1))
     assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 16
-    with pytest.raises(UserError, match="(?s)another configuration.*learning_rate: 0.001 there, 0.1 now.*--overwrite"):
+    with pytest.raises(
+        UserError,
+        match="(?s)another configuration.*learning_rate: 0.001 there, 0.1 now.*--overwrite",
+    ):
         train(dataclasses.replace(config, learning_rate=0.1))
     kept = tmp_path / "run" / "notes.txt"
     kept.write_text("mine")
@@ -227,7 +259,12 @@ def test_load_path(tiny, tmp_path):
     own = tmp_path / "run" / "model.pt"
     train(Config(**tiny | dict(load_path=str(own), train_steps=14)))
     assert checkpoint.read(own)["step"] == 14
-    new = Config(**tiny | dict(load_path=str(own), save_folder=str(tmp_path / "new"), train_steps=1, learning_rate=1e-9))
+    new = Config(
+        **tiny
+        | dict(
+            load_path=str(own), save_folder=str(tmp_path / "new"), train_steps=1, learning_rate=1e-9
+        )
+    )
     train(new)
     state = checkpoint.read(tmp_path / "new" / "model.pt")
     assert state["step"] == 1
@@ -292,7 +329,7 @@ import sys, torch
 sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
 from diffusion import distributed as dist
 from diffusion.config import Config
-from diffusion.training import trainer
+from diffusion.training import steps, trainer
 seen = {{}}
 def total_norm(gradients, real=torch.nn.utils.get_total_norm):
     seen.setdefault("grads", [g.clone() for g in gradients])
@@ -305,7 +342,13 @@ dist.cleanup()
 """
     file = tmp_path / "one_step.py"
     file.write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     done = subprocess.run([*(launch if ranks > 1 else [sys.executable]), str(file)], cwd=tmp_path, timeout=200,
                           capture_output=True, text=True, env=environment(ranks))  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -313,12 +356,16 @@ dist.cleanup()
 
 
 def test_two_ranks_and_accumulation_give_the_gradients_of_one(tiny, tmp_path):
-    base = tiny | dict(train_steps=1, save_and_sample_every=1, num_samples=3, dropout=0.0, batch_size=8)
+    base = tiny | dict(
+        train_steps=1, save_and_sample_every=1, num_samples=3, dropout=0.0, batch_size=8
+    )
     cases = [(1, 1), (2, 1), (2, 2), (1, 4)]
     found = []
     for ranks, accum in cases:
         folder = str(tmp_path / f"run_{ranks}_{accum}")
-        found.append(one_step_gradients(tmp_path, base | dict(grad_accum=accum, save_folder=folder), ranks))
+        found.append(
+            one_step_gradients(tmp_path, base | dict(grad_accum=accum, save_folder=folder), ranks)
+        )
     for other in found[1:]:
         for a, b in zip(found[0], other):
             assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -348,7 +395,7 @@ def test_shares_cover_the_batch(monkeypatch):
     share = Share(ranks=2, accum=3, micro=4)
     pieces = [p for rank in range(2) for p in share.pieces(rank)]
     assert pieces == [(i, i + 4) for i in range(0, 24, 4)]
-    monkeypatch.setattr(trainer.dist, "world_size", lambda: 8)
+    monkeypatch.setattr(steps.dist, "world_size", lambda: 8)
     with pytest.raises(UserError, match="nearest that do: 24 or 32"):
         rank_share(Config(batch_size=30))
     with pytest.raises(UserError, match="nearest that do: 16"):
@@ -376,7 +423,9 @@ def test_learning_rate_schedules():
     linear = dataclasses.replace(c, lr_schedule="linear")
     assert_close([learning_rate(linear, s, 110) for s in (9, 10, 60, 109)], [1.0, 1.0, 0.5, 0.01])
     cosine = dataclasses.replace(c, lr_schedule="cosine")
-    assert_close([learning_rate(cosine, s, 110) for s in (10, 35, 60)], [1.0, (2 + math.sqrt(2)) / 4, 0.5])
+    assert_close(
+        [learning_rate(cosine, s, 110) for s in (10, 35, 60)], [1.0, (2 + math.sqrt(2)) / 4, 0.5]
+    )
 
 
 def test_ema_follows_its_formula():
@@ -416,7 +465,10 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(tiny, tmp_path, monkeyp
     options = tiny | dict(save_and_sample_every=1, num_samples=0, keep_last=20)
     poison(monkeypatch, {3, 4, 9})
     train(Config(**options))
-    states = {s: checkpoint.read(tmp_path / "run" / "checkpoints" / f"step_{s:08d}.pt") for s in range(1, 13)}
+    states = {
+        s: checkpoint.read(tmp_path / "run" / "checkpoints" / f"step_{s:08d}.pt")
+        for s in range(1, 13)
+    }
     for before, after in ((3, 4), (4, 5), (9, 10)):
         for name in ("model", "ema", "optimizer"):
             a, b = (dict(states[s][name]) for s in (before, after))
@@ -441,7 +493,9 @@ def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
     real = torch.optim.AdamW.step
 
     def step(self, *a, **k):
-        norms.append(torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]]))
+        norms.append(
+            torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]])
+        )
         return real(self, *a, **k)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -471,7 +525,9 @@ def test_options_run(tiny, tmp_path, options):
 
 
 def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
-    library = pytest.importorskip("datasets", reason="optional extra not installed: pip install datasets")
+    library = pytest.importorskip(
+        "datasets", reason="optional extra not installed: pip install datasets"
+    )
     from pathlib import Path
 
     from diffusion.data import hub
@@ -483,7 +539,9 @@ def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     made.to_parquet(tmp_path / "hub" / "train.parquet")
     monkeypatch.setattr(hub.StreamBatches, "BLOCK", 16)
     monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 20)
-    options = tiny | dict(data=f"hf:{tmp_path / 'hub'}", streaming=True, condition="none", train_steps=30)
+    options = tiny | dict(
+        data=f"hf:{tmp_path / 'hub'}", streaming=True, condition="none", train_steps=30
+    )
     train(Config(**options | dict(save_folder=str(tmp_path / "whole"))))
     train(Config(**options | dict(train_steps=18)))
     train(Config(**options))
@@ -493,7 +551,9 @@ def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_training_runs(tiny, tmp_path):
     train(Config(**tiny | dict(train_steps=3, compile=True, dim_mults=(1, 2), num_samples=0)))
-    assert set(checkpoint.read(tmp_path / "run" / "model.pt")["model"]) == set(build_model(Config(**tiny), 3).state_dict())
+    assert set(checkpoint.read(tmp_path / "run" / "model.pt")["model"]) == set(
+        build_model(Config(**tiny), 3).state_dict()
+    )
 
 
 @pytest.mark.gpu

@@ -116,10 +116,15 @@ def test_time_embedding_sinusoids():
     embed.mlp = torch.nn.Identity()
     t, i = 12.5, 2
     freq = 10_000 ** (-i / 4)
-    assert_close(embed(torch.tensor([t]))[0, [i, 4 + i]], torch.tensor([math.sin(t * freq), math.cos(t * freq)]))
+    assert_close(
+        embed(torch.tensor([t]))[0, [i, 4 + i]],
+        torch.tensor([math.sin(t * freq), math.cos(t * freq)]),
+    )
 
 
-@pytest.mark.parametrize("channels, groups", [(8, 1), (16, 1), (24, 1), (64, 4), (40, 2), (512, 32)])
+@pytest.mark.parametrize(
+    "channels, groups", [(8, 1), (16, 1), (24, 1), (64, 4), (40, 2), (512, 32)]
+)
 def test_sixteen_channels_a_group(channels, groups):
     assert group_norm(channels).num_groups == groups
 

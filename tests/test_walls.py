@@ -11,7 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "diffusion").rglob("*.py"), *ROOT.glob("*.py")])
 ORDER = [{"seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"evaluation"},
          {"pipeline"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
-FOREIGN = {"diffusers", "transformers", "peft", "accelerate", "lightning", "pytorch_lightning", "k_diffusion"}
+FOREIGN = {
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "lightning",
+    "pytorch_lightning",
+    "k_diffusion",
+}
 
 
 def room(path: Path) -> str:
@@ -42,7 +50,9 @@ def test_walls(path):
     here, names = room(path), imports(path)
     ours = {n.split(".")[1] for n in names if n.startswith("diffusion.")}
     assert not {n.split(".")[0] for n in names} & FOREIGN
-    assert not (here == "process" and "models" in ours) and not (here == "models" and "process" in ours)
+    assert not (here == "process" and "models" in ours) and not (
+        here == "models" and "process" in ours
+    )
     if here != "__init__":
         higher = {n for n in ours if level(n) is not None and level(n) > level(here)}
         assert not higher, f"{here} imports {higher}, which stand above it"
@@ -56,10 +66,16 @@ def test_walls(path):
 
 def test_importing_does_nothing(tmp_path):
     """No file, folder, print or CUDA context comes from importing all modules."""
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in FILES if p.name != "__init__.py"]
+    modules = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in FILES
+        if p.name != "__init__.py"
+    ]
     code = ("import sys, torch; before = torch.get_rng_state().clone(); sys.path.insert(0, sys.argv[1]); "
             f"[__import__(m) for m in {modules!r}]; "
             "assert torch.equal(before, torch.get_rng_state()); assert not torch.cuda.is_initialized()")  # fmt: skip
-    done = subprocess.run([sys.executable, "-B", "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []

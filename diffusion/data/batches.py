@@ -129,7 +129,9 @@ class Batches:
         return self._batch(self.pixels[chosen], chosen)
 
     def _batch(self, pixels: np.ndarray, chosen: np.ndarray) -> Batch:
-        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[chosen]))
+        return Batch(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[chosen])
+        )
 
 
 def to_unit(pixels: Tensor, device: torch.device) -> Tensor:
@@ -142,7 +144,9 @@ def open_batches(config: Config):
     if config.streaming:
         from .hub import StreamBatches
 
-        return StreamBatches(config.data[3:], config.image_size, config.batch_size, config.seed, config.flip)
+        return StreamBatches(
+            config.data[3:], config.image_size, config.batch_size, config.seed, config.flip
+        )
     images = open_data(config.data, config.data_class, config.default_caption)
     if config.condition == "class":
         without = sum(label < 0 for label in images.labels)

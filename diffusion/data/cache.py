@@ -40,7 +40,9 @@ def decode_all(images: ImageSet, size: int, workers: int) -> Iterator[np.ndarray
             yield from pool.map(one, range(start, min(start + 256, len(images))))
 
 
-def cached(images: ImageSet, size: int, folder: Path, workers: int = 2) -> tuple[np.ndarray, list[int]]:
+def cached(
+    images: ImageSet, size: int, folder: Path, workers: int = 2
+) -> tuple[np.ndarray, list[int]]:
     """(N, size, size, 3) uint8 memory map of the usable images, and their indices in the set.
 
     Raises UserError if no image is usable or the disk is too small.

@@ -187,7 +187,13 @@ class StreamBatches:
 
     def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
         self.data, self.image, _, self.label = _load(path, streaming=True)
-        self.path, self.size, self.batch_size, self.seed, self.flip = path, size, batch_size, seed, flip
+        self.path, self.size, self.batch_size, self.seed, self.flip = (
+            path,
+            size,
+            batch_size,
+            seed,
+            flip,
+        )
         self.classes = self.data.features[self.label].names if self.label else []
         self.length: int | None = None
         self.blocks: dict[int, list] = {}

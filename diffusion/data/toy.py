@@ -20,7 +20,8 @@ HAIR = {"black": (38, 32, 36), "brown": (110, 66, 34), "blond": (242, 205, 96),
 SKIN = {"pale": (255, 225, 204), "tan": (232, 184, 142), "brown": (168, 112, 76),
         "dark": (102, 66, 48)}  # fmt: skip
 BACKGROUND = {"blue": (150, 198, 240), "yellow": (252, 232, 130), "green": (164, 222, 158),
-              "pink": (250, 190, 205), "purple": (190, 168, 232), "gray": (196, 200, 206)}  # fmt: skip
+              "pink": (250, 190, 205), "purple": (190, 168, 232),
+              "gray": (196, 200, 206)}  # fmt: skip
 IRIS = {"blue": (50, 110, 220), "green": (40, 150, 80), "brown": (105, 62, 30)}
 STYLE = ("short", "long", "bob", "spiky", "bald")
 MOUTH = ("smile", "grin", "frown", "flat mouth", "open mouth")
@@ -47,7 +48,14 @@ def caption(index: int) -> str:
     hair = f"{a['hair_style']} {a['hair']} hair" if a["hair"] else "bald"
     eyes = [] if a["glasses"] == "sunglasses" else [f"{a['eyes']} eyes"]
     glasses = [] if a["glasses"] == "no glasses" else [a["glasses"]]
-    parts = [hair, f"{a['skin']} skin", *eyes, a["mouth"], *glasses, f"{a['background']} background"]
+    parts = [
+        hair,
+        f"{a['skin']} skin",
+        *eyes,
+        a["mouth"],
+        *glasses,
+        f"{a['background']} background",
+    ]
     return "a cartoon face, " + ", ".join(parts)
 
 
@@ -89,7 +97,9 @@ def _hair_behind(pen, style, color, cx, cy, w, h):
     if style == "spiky":
         for x in range(-3, 4):
             tip = (cx + x * 15, cy - h - 26 + abs(x) * 9)
-            pen.polygon([(cx + x * 12 - 13, cy - h + 18), tip, (cx + x * 12 + 13, cy - h + 18)], fill=color)
+            pen.polygon(
+                [(cx + x * 12 - 13, cy - h + 18), tip, (cx + x * 12 + 13, cy - h + 18)], fill=color
+            )
 
 
 def _hair_front(pen, style, color, cx, cy, w, h):
@@ -121,7 +131,9 @@ def _mouth(pen, ellipse, mouth, x, y):
     if mouth == "smile":
         pen.arc((x - 14, y - 14, x + 14, y + 8), 20, 160, fill=dark, width=4)
     elif mouth == "grin":
-        pen.chord((x - 15, y - 13, x + 15, y + 11), 0, 180, fill=(255, 255, 255), outline=dark, width=2)
+        pen.chord(
+            (x - 15, y - 13, x + 15, y + 11), 0, 180, fill=(255, 255, 255), outline=dark, width=2
+        )
     elif mouth == "frown":
         pen.arc((x - 13, y - 2, x + 13, y + 18), 200, 340, fill=dark, width=4)
     elif mouth == "flat mouth":

@@ -12,6 +12,7 @@ In this form a clipped x0 changes the noise that goes with it too (diffusers'
 use_clipped_model_output=True): x_t is always alpha_t x0 + sigma_t eps.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ def dpmpp_2m(levels: Tensor, eta: float = 0.0) -> Tensor:
 
     The first row, and the last where it ends at sigma = 0, are of first order.
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[:-1].T, levels[1:].T
+    sigma_t, (alpha_s, sigma_s) = levels[:-1, 1], levels[1:].T
     lam = levels[:, 0].log() - levels[:, 1].log()
     h = lam[1:] - lam[:-1]
     gain = -alpha_s * torch.expm1(-(1 + eta) * h)
@@ -214,6 +215,5 @@ def sample_loop(
 
 def sample(denoise, x: Tensor, table: Table, objective: str, **options) -> Tensor:
     """The end of `sample_loop`: (B, C, H, W)."""
-    for x, _ in sample_loop(denoise, x, table, objective, **options):
-        pass
+    [(x, _)] = deque(sample_loop(denoise, x, table, objective, **options), maxlen=1)
     return x

@@ -109,7 +109,7 @@ SCHEDULES = {f.__name__: f for f in (cosine, linear, sigmoid, scaled_linear)}
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shift and scale alpha so that the last is 0 and the first stays (arXiv:2305.08891, alg. 1)."""
+    """Shift and scale alpha: the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
     a = schedule.alpha
     return Schedule(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 

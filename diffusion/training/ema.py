@@ -21,7 +21,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int, ok: Tensor) -> None:
-        """After step n (counted from 0). ok: () bool on the device; where False, nothing happens."""
+        """After step n, from 0. ok: () bool on the device; where it is False nothing happens."""
         weight = ok * (1 - min(self.decay, (1 + n) / (10 + n)))
         if weight.device.type == "cpu":
             for e, w in zip(self.ema, self.weights):

@@ -1,7 +1,7 @@
 """A run's folder: who may use it, what it holds, its logs.
 
-    config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
-    checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/checkpoint.py)
+config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
+checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/checkpoint.py)
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from .. import UserError
-from ..config import Config, read_json
+from ..config import Config
 from ..distributed import barrier, is_main, log
 from ..weights import checkpoint
 
@@ -19,7 +19,7 @@ FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safet
 
 
 def claim(folder: Path):
-    """Rank 0 holds a lock on the folder while it lives. Raises UserError if another process does."""
+    """Rank 0 locks the folder for as long as it lives. Raises UserError if another has it."""
     if not is_main():
         return None
     try:
@@ -129,12 +129,6 @@ def kept_lines(path: Path, step: int) -> list[str]:
         except (ValueError, TypeError, KeyError):
             continue  # torn by a kill
     return lines
-
-
-def best_loss(folder: Path) -> float | None:
-    """The lowest held-out loss so far, None if there is none."""
-    path = folder / "metadata.json"
-    return read_json(path).get("best_loss") if path.exists() else None
 
 
 def _start_wandb(folder: Path, config: Config) -> None:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Config
 from ..data.batches import open_batches
 from ..pipeline import build_model
-from .trainer import rank_share, total_steps
+from .steps import rank_share, total_steps
 
 
 def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int]:
@@ -45,6 +45,6 @@ def describe(config: Config) -> str:
         f"length: {total:,} steps of {config.batch_size}{epochs}",
         f"network: {parameters:,} parameters, {flops / 1e9:.3f} GFLOP forward per image",
         f"memory: about {fixed / 1e9:.2f} GB for weights, gradients, Adam and EMA, and "
-        f"{share.micro * activations / 1e9:.2f} GB for the activations of a micro-batch of {share.micro} in "
-        "float32 (about half in bf16)",
+        f"{share.micro * activations / 1e9:.2f} GB for the activations of a micro-batch of "
+        f"{share.micro} in float32 (about half in bf16)",
     ])  # fmt: skip

@@ -6,28 +6,26 @@ micro-batches. What sample j of step s sees (t, noise, flip, hidden condition) d
 (seed, s, j) only.
 """
 
-import math
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from .. import UserError
 from .. import distributed as dist
 from ..config import Config
-from ..data.batches import Batch, open_batches, to_unit
-from ..evaluation.viz import grid, to_uint8
+from ..data.batches import open_batches, to_unit
 from ..pipeline import Pipeline, amp_dtype, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
-from ..seeding import generator, seed_of
+from ..seeding import seed_of
 from ..weights import checkpoint
 from .ema import EMA
+from .milestones import heldout_loss, sample_grid, write_weights
 from .run import RunLog, claim, resume
+from .steps import Share, Tally, condition, draw, learning_rate, rank_share, total_steps
 
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
@@ -148,7 +146,9 @@ def train(config: Config) -> None:
             if milestone and len(data.held_out):
                 values["heldout_loss"] = heldout_loss(config, sampler, data, share.micro)
             run.metrics(step, values)
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s", refresh=False
+            )
         if milestone:
             loss = values.get("heldout_loss")
             improved = loss is not None and (best is None or loss < best)
@@ -175,96 +175,7 @@ def train(config: Config) -> None:
         dist.log(f"done: {folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}")
 
 
-# --- parts of a step ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Share:
-    """How a batch is split: `ranks` times `accum` pieces of `micro` samples."""
-
-    ranks: int
-    accum: int
-    micro: int
-
-    def pieces(self, rank: int) -> list[tuple[int, int]]:
-        first = rank * self.accum
-        return [(i * self.micro, (i + 1) * self.micro) for i in range(first, first + self.accum)]
-
-
-def rank_share(config: Config) -> Share:
-    """Raises UserError if the batch does not divide, naming the nearest sizes that do."""
-    ranks, B = dist.world_size(), config.batch_size
-    parts = ranks * config.grad_accum
-    if B % parts:
-        below = B // parts * parts
-        sizes = f"{below} or {below + parts}" if below else f"{parts}"
-        raise UserError(f"batch_size {B} does not divide by {ranks} ranks x {config.grad_accum} "
-                        f"micro-batches; the nearest that do: {sizes}")  # fmt: skip
-    return Share(ranks, config.grad_accum, B // parts)
-
-
-def draw(config: Config, step: int, T: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,) int64, eps (B, 3, H, W) and which conditions to hide (B,) bool, for a global batch."""
-    B, size = config.batch_size, config.image_size
-    t = torch.randint(T, (B,), generator=generator(config.seed, "t", step))
-    hidden = torch.rand(B, generator=generator(config.seed, "hide", step)) < config.condition_dropout
-    g = generator(config.seed, "noise", step, device=device)
-    eps = torch.randn((B, 3, size, size), generator=g, device=device)
-    return t, eps.contiguous(memory_format=torch.channels_last), hidden
-
-
-def condition(config: Config, batch: Batch, hidden: Tensor, model, device) -> Tensor | None:
-    """What the network is told: None, or labels of which the hidden ones are the null label."""
-    if config.condition == "none":
-        return None
-    return batch.labels.masked_fill(hidden, model.null_label).to(device, non_blocking=True)
-
-
-def learning_rate(config: Config, step: int, total: int) -> float:
-    """Of the update that leads from `step` to step + 1: warm-up, then the schedule down to 0."""
-    warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-    left = 1 - max(0, step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
-    return config.learning_rate * warmup * shape[config.lr_schedule]
-
-
-def total_steps(config: Config, epoch_length: int | None) -> int:
-    if config.epochs is None:
-        return config.train_steps
-    if epoch_length is None:
-        raise UserError("a stream's length is not known: give --train_steps instead of --epochs")
-    return math.ceil(config.epochs * epoch_length / config.batch_size)
-
-
-class Tally:
-    """Sums since the last log line, on the device: nothing is read until a line is written.
-
-    sums: loss, steps, norm of the last gradient, skipped steps in all, bad streak, worst streak.
-    """
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(6, dtype=torch.float64 if device.type != "mps" else torch.float32,
-                                device=device)  # fmt: skip
-
-    def add_loss(self, loss: Tensor) -> None:
-        self.sums[0] += loss.detach()
-
-    def add_step(self, norm: Tensor, ok: Tensor) -> None:
-        bad = ~ok
-        self.sums[1] += 1
-        self.sums[2] = norm
-        self.sums[3] += bad
-        self.sums[4] = (self.sums[4] + 1) * bad
-        self.sums[5] = torch.maximum(self.sums[5], self.sums[4])
-
-    def read(self) -> dict[str, float]:
-        """The means over ranks and steps; the sums start again."""
-        loss = dist.all_reduce_sum(self.sums[0].clone()) / dist.world_size()
-        total, steps, norm, skipped, _, worst = [float(loss), *self.sums[1:].tolist()]
-        self.sums[:2] = 0
-        self.sums[5] = 0
-        return {"loss": total / max(1, steps), "grad_norm": norm, "skipped": int(skipped),
-                "worst_streak": int(worst)}  # fmt: skip
+# --- while it runs -------------------------------------------------------------------------------
 
 
 class Clock:
@@ -301,62 +212,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-# --- milestones -----------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def heldout_loss(config: Config, sampler: Pipeline, data, micro: int) -> float:
-    """The averaged weights' loss on the held-out images, each with its fixed t and noise."""
-    n, T, device = len(data.held_out), len(sampler.schedule), sampler.device
-    shuffled = torch.randperm(n, generator=generator(config.seed, "held out t"))
-    t = (shuffled.double() + 0.5).mul(T / n).long()  # stratified over 0 ... T-1
-    total = torch.zeros((), device=device)
-    pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
-    for low, high in pieces[dist.rank() :: dist.world_size()]:
-        batch = data.held_out_batch(low, high)
-        noise = [torch.randn(batch.pixels.shape[1:], generator=generator(config.seed, "held out", i))
-                 for i in range(low, high)]  # fmt: skip
-        shown = torch.zeros(high - low, dtype=torch.bool)
-        cond = condition(config, batch, shown, sampler.model, device)
-        total += training_loss(
-            sampler.autocast(config.amp), sampler.schedule, config.objective,
-            to_unit(batch.pixels, device), t[low:high], torch.stack(noise).to(device), cond,
-            config.loss, config.min_snr_gamma,
-        ).sum()  # fmt: skip
-    return float(dist.all_reduce_sum(total)) / n
-
-
-def sample_grid(config: Config, sampler: Pipeline):
-    """The sheet of config.num_samples images on rank 0, which all ranks draw; None elsewhere."""
-    n, ranks = config.num_samples, dist.world_size()
-    indices = np.array_split(np.arange(n), ranks)[dist.rank()]
-    images = np.empty((0, config.image_size, config.image_size, 3), np.uint8)
-    labels = None
-    if sampler.conditional:  # a block of the sheet for each class
-        labels = torch.from_numpy(indices * len(sampler.classes) // n)
-    if len(indices):
-        x = sampler.sample(
-            indices, seed=config.seed, sampler=config.sampler, amp=config.amp, labels=labels,
-            steps=min(config.sample_steps, config.time_steps),
-            guidance_scale=config.guidance_scale,
-        )  # fmt: skip
-        images = to_uint8(x)
-    parts = dist.gather(torch.from_numpy(images))
-    return grid(torch.cat(parts).numpy()) if parts is not None else None
-
-
-def write_weights(folder: Path, config: Config, ema: EMA, data, step: int, best, improved) -> None:
-    """ema.safetensors, best.safetensors if this is it, metadata.json."""
-    weights, classes = ema.model.state_dict(), list(data.classes)
-    for name in ("ema", *(["best"] if improved else [])):
-        checkpoint.save_weights(folder / f"{name}.safetensors", weights, config, step=step, classes=classes)
-    samples = step * config.batch_size
-    epoch = samples / data.length if data.length else None
-    checkpoint.write_text(folder / "metadata.json", checkpoint.json.dumps(
-        {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best}, indent=2))  # fmt: skip
-
-
-# --- before the first step --------------------------------------------------------------------------
+# --- before the first step -----------------------------------------------------------------------
 
 
 def start_from(model, path: Path) -> None:

@@ -1,0 +1,104 @@
+"""The parts of a training step: how a batch is split, what is drawn for it, what is counted."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import UserError
+from .. import distributed as dist
+from ..config import Config
+from ..data.batches import Batch
+from ..seeding import generator
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a batch is split: `ranks` times `accum` pieces of `micro` samples."""
+
+    ranks: int
+    accum: int
+    micro: int
+
+    def pieces(self, rank: int) -> list[tuple[int, int]]:
+        first = rank * self.accum
+        return [(i * self.micro, (i + 1) * self.micro) for i in range(first, first + self.accum)]
+
+
+def rank_share(config: Config) -> Share:
+    """Raises UserError if the batch does not divide, naming the nearest sizes that do."""
+    ranks, B = dist.world_size(), config.batch_size
+    parts = ranks * config.grad_accum
+    if B % parts:
+        below = B // parts * parts
+        sizes = f"{below} or {below + parts}" if below else f"{parts}"
+        raise UserError(f"batch_size {B} does not divide by {ranks} ranks x {config.grad_accum} "
+                        f"micro-batches; the nearest that do: {sizes}")  # fmt: skip
+    return Share(ranks, config.grad_accum, B // parts)
+
+
+def draw(config: Config, step: int, T: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """t (B,) int64, eps (B, 3, H, W) and which conditions to hide (B,) bool, for a global batch."""
+    B, size = config.batch_size, config.image_size
+    t = torch.randint(T, (B,), generator=generator(config.seed, "t", step))
+    hidden = (
+        torch.rand(B, generator=generator(config.seed, "hide", step)) < config.condition_dropout
+    )
+    g = generator(config.seed, "noise", step, device=device)
+    eps = torch.randn((B, 3, size, size), generator=g, device=device)
+    return t, eps.contiguous(memory_format=torch.channels_last), hidden
+
+
+def condition(config: Config, batch: Batch, hidden: Tensor, model, device) -> Tensor | None:
+    """What the network is told: None, or labels of which the hidden ones are the null label."""
+    if config.condition == "none":
+        return None
+    return batch.labels.masked_fill(hidden, model.null_label).to(device, non_blocking=True)
+
+
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """Of the update that leads from `step` to step + 1: warm-up, then the schedule down to 0."""
+    warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+    left = 1 - max(0, step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return config.learning_rate * warmup * shape[config.lr_schedule]
+
+
+def total_steps(config: Config, epoch_length: int | None) -> int:
+    if config.epochs is None:
+        return config.train_steps
+    if epoch_length is None:
+        raise UserError("a stream's length is not known: give --train_steps instead of --epochs")
+    return math.ceil(config.epochs * epoch_length / config.batch_size)
+
+
+class Tally:
+    """Sums since the last log line, on the device: nothing is read until a line is written.
+
+    sums: loss, steps, norm of the last gradient, skipped steps in all, bad streak, worst streak.
+    """
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(6, dtype=torch.float64 if device.type != "mps" else torch.float32,
+                                device=device)  # fmt: skip
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.sums[0] += loss.detach()
+
+    def add_step(self, norm: Tensor, ok: Tensor) -> None:
+        bad = ~ok
+        self.sums[1] += 1
+        self.sums[2] = norm
+        self.sums[3] += bad
+        self.sums[4] = (self.sums[4] + 1) * bad
+        self.sums[5] = torch.maximum(self.sums[5], self.sums[4])
+
+    def read(self) -> dict[str, float]:
+        """The means over ranks and steps; the sums start again."""
+        loss = dist.all_reduce_sum(self.sums[0].clone()) / dist.world_size()
+        total, steps, norm, skipped, _, worst = [float(loss), *self.sums[1:].tolist()]
+        self.sums[:2] = 0
+        self.sums[5] = 0
+        return {"loss": total / max(1, steps), "grad_norm": norm, "skipped": int(skipped),
+                "worst_streak": int(worst)}  # fmt: skip

@@ -66,7 +66,7 @@ class Config:
     epochs: float | None = opt(None, "optimisation", "length of the run in passes over the data, instead of train_steps", free=True)
     learning_rate: float = opt(1e-3, "optimisation", "of AdamW, at its highest")
     lr_schedule: str = opt("constant", "optimisation", "after the warm-up", ("constant", "linear", "cosine"))
-    lr_warmup_steps: int = opt(100, "optimisation", "steps over which the learning rate rises from 0")
+    lr_warmup_steps: int = opt(20, "optimisation", "steps over which the learning rate rises from 0")
     weight_decay: float = opt(0.0, "optimisation", "of AdamW")
     grad_accum: int = opt(1, "optimisation", "micro-batches per step and rank")
     grad_clip: float = opt(1.0, "optimisation", "largest gradient norm; 0: no clipping")

@@ -98,6 +98,9 @@ def main() -> None:
     dist.barrier()
 
     if dist.is_main():
+        older = sum(1 for _ in (folder / "images").glob("*.png")) - args.num_images
+        if older > 0:
+            dist.log(f"warning: {folder / 'images'} also holds {older} pictures from before")
         import numpy as np
         from PIL import Image
 

@@ -29,7 +29,7 @@ class Config:
     mode: str = opt("pixel", "run", "what is diffused", ("pixel",))
     save_folder: str = opt("results", "run", "where the run lives; a run found there is continued", free=True)
     overwrite: bool = opt(False, "run", "start anew in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "run", "start from these weights, at step 0", free=True)
+    load_path: str | None = opt(None, "run", "start from these weights, at step 0")
     seed: int = opt(0, "run", "of everything random")
     device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)
     amp: str = opt("auto", "run", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA, else no", ("auto", "no", "bf16", "fp16"))
@@ -58,7 +58,7 @@ class Config:
     schedule: str = opt("cosine", "diffusion", "noise schedule", ("cosine", "linear", "sigmoid", "scaled_linear"))
     zero_snr: bool = opt(False, "diffusion", "rescale the schedule so that x_T is pure noise (needs objective v or x0)")
     objective: str = opt("v", "diffusion", "what the network predicts", ("eps", "x0", "v"))
-    loss: str = opt("l2", "diffusion", "distance to the target", ("l1", "l2", "huber"))
+    loss: str = opt("l1", "diffusion", "distance to the target", ("l1", "l2", "huber"))
     min_snr_gamma: float = opt(0.0, "diffusion", "min-SNR loss weights (5 in the paper); 0: equal weights")
 
     batch_size: int = opt(32, "optimisation", "samples per step, over all ranks and accumulation")
@@ -167,24 +167,24 @@ PRESETS: dict[str, dict] = {
     # the first run: two CPU cores, within ten minutes
     "toy": dict(
         data="toy", image_size=32, unet_dim=24, dim_mults=(1, 2, 4), batch_size=32,
-        train_steps=1200, learning_rate=1e-3, lr_schedule="linear", save_and_sample_every=300,
+        train_steps=1200, lr_schedule="linear", loss="l2", save_and_sample_every=300,
     ),
     # 8 GPUs: torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
     "anime_faces128": dict(
         data="anime_faces", image_size=128, unet_dim=64, batch_size=256, epochs=300,
-        learning_rate=2e-4, lr_warmup_steps=500,
+        learning_rate=2e-4, lr_warmup_steps=500, loss="l2",
     ),
     "pokemon64": dict(
         data="pokemon", image_size=64, unet_dim=64, batch_size=64, epochs=400,
-        learning_rate=1e-4, lr_schedule="cosine", lr_warmup_steps=500, dropout=0.1,
+        learning_rate=1e-4, lr_schedule="cosine", lr_warmup_steps=500, dropout=0.1, loss="l2",
     ),
     "afhq_cat32": dict(
         data="data/afhq_cat_128", image_size=32, batch_size=32, learning_rate=1e-3,
-        time_steps=50, unet_dim=16, train_steps=10_000, loss="l1",
+        time_steps=50, unet_dim=16, train_steps=10_000, sampler="ddpm",
     ),
     "cifar10": dict(
         data="cifar10", image_size=32, unet_dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1,
-        batch_size=128, train_steps=400_000, learning_rate=2e-4, lr_warmup_steps=5000,
+        batch_size=128, train_steps=400_000, learning_rate=2e-4, lr_warmup_steps=5000, loss="l2",
     ),
 }  # fmt: skip
 

@@ -144,9 +144,11 @@ def open_batches(config: Config):
     if config.streaming:
         from .hub import StreamBatches
 
-        return StreamBatches(
-            config.data[3:], config.image_size, config.batch_size, config.seed, config.flip
-        )
+        size, batch_size = config.image_size, config.batch_size
+        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip)
+        if config.condition == "class" and not stream.classes:
+            raise UserError(f"--condition class: {config.data} has no column of class labels")
+        return stream
     images = open_data(config.data, config.data_class, config.default_caption)
     if config.condition == "class":
         without = sum(label < 0 for label in images.labels)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..distributed import log, progress
+from ..distributed import barrier, is_main, log, progress
 from .datasets import ImageSet, digest, report
 from .images import BadImage
 
@@ -47,28 +47,39 @@ def cached(
 
     Raises UserError if no image is usable or the disk is too small.
     """
-    key = digest(images.stamp, TRANSFORM, str(size), *images.names)
-    data, index = folder / f"{key}.u8", folder / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return _open(data, index, size)
+    if not is_main():
+        barrier()  # rank 0 comes first: it shows progress and tells what is skipped
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{key}.lock"):
-            with contextlib.suppress(OSError, ValueError):
-                return _open(data, index, size)  # another process built it meanwhile
-            _build(images, size, data, index, workers)
-            return _open(data, index, size)
+        pixels, kept, skipped = _open_or_build(images, size, folder, workers)
     except OSError as error:
         raise UserError(
             f"the image cache in {folder} cannot be written: {error}; free some space, choose "
             "another --cache_dir, or give --no_cache"
         ) from None
+    if is_main():
+        barrier()
+    report("images cannot be used and are skipped", skipped, len(images))
+    return pixels, kept
 
 
-def _open(data: Path, index: Path, size: int) -> tuple[np.ndarray, list[int]]:
-    kept = json.loads(index.read_text())["kept"]
-    pixels = np.memmap(data, np.uint8, mode="r")
-    return pixels.reshape(len(kept), size, size, 3), kept
+def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> tuple:
+    key = digest(images.stamp, TRANSFORM, str(size), *images.names)
+    data, index = folder / f"{key}.u8", folder / f"{key}.json"
+    unusable = (OSError, ValueError, KeyError, TypeError)
+    with contextlib.suppress(*unusable):
+        return _open(data, index, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f"{key}.lock"):
+        with contextlib.suppress(*unusable):
+            return _open(data, index, size)  # another process built it meanwhile
+        _build(images, size, data, index, workers)
+        return _open(data, index, size)
+
+
+def _open(data: Path, index: Path, size: int) -> tuple[np.ndarray, list[int], list]:
+    found = json.loads(index.read_text())
+    pixels = np.memmap(data, np.uint8, mode="r").reshape(len(found["kept"]), size, size, 3)
+    return pixels, found["kept"], found["skipped"]
 
 
 def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int) -> None:
@@ -89,8 +100,8 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int) -
                 kept.append(i)
         out.flush()
         os.fsync(out.fileno())
-    report("images cannot be used and are skipped", problems, len(images))
     if not kept:
+        report("images cannot be used", problems, len(images))
         temporary.unlink()
         raise UserError(f"none of the {len(images)} images of {images.name} can be used")
     os.replace(temporary, data)

@@ -195,7 +195,11 @@ def _metadata(base: Path) -> dict[Path, str]:
     """{image path: text} from the metadata.jsonl files below base."""
     table = {}
     for file in sorted(base.rglob("metadata.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"{file} cannot be read: {error}; expected UTF-8 text") from None
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

@@ -178,9 +178,10 @@ def hub_set(path: str, default_caption: str = "") -> ImageSet:
 class StreamBatches:
     """`Batches` over a stream that is never stored.
 
-    The stream is read in blocks, and block b of epoch e is shuffled by (seed, e, b): to resume,
-    it is opened at the block in question. How many samples an epoch has is known once one has
-    been read (`length`, which a checkpoint keeps). The stream's first images are held out.
+    Every rank reads the whole stream and decodes its share. Block b of epoch e is shuffled by
+    (seed, e, b), so that resuming means to open the stream at the block in question. How many
+    samples an epoch has is known once one has been read (`length`, which a checkpoint keeps).
+    The stream's first images are held out.
     """
 
     BLOCK, HELD_OUT = 1024, 128
@@ -220,31 +221,31 @@ class StreamBatches:
             log(f"warning: an image of hf:{self.path} is skipped: {error}")
             return None
 
-    def _block(self, b: int) -> list:
-        """Raw block b: up to BLOCK (pixels, label); bad ones replaced by a good neighbour."""
+    def _block(self, b: int) -> list[dict]:
+        """Block b of the stream, up to BLOCK rows, images still encoded."""
         if b not in self.blocks:
             if b != self.next_block:
                 self.reader = iter(self.data.skip(self.HELD_OUT + b * self.BLOCK))
             self.next_block = b + 1
-            rows = [self._decode(row) for row in islice(self.reader, self.BLOCK)]
-            good = [row for row in rows if row is not None]
-            if len(rows) < self.BLOCK:
-                self.length = b * self.BLOCK + len(rows)
+            self.blocks = {b: list(islice(self.reader, self.BLOCK))}
+            if len(self.blocks[b]) < self.BLOCK:
+                self.length = b * self.BLOCK + len(self.blocks[b])
                 if self.length == 0:
                     raise UserError(f"hf:{self.path} streams nothing beyond its held-out images")
-            if rows and not good:
-                raise UserError(f"hf:{self.path}: no image of block {b} can be used")
-            self.blocks = {b: [row or good[i % len(good)] for i, row in enumerate(rows)]}
         return self.blocks[b]
 
-    def _sample(self, position: int):
+    def _sample(self, position: int) -> tuple[np.ndarray, int]:
         """The sample at a position of the endless sequence of epochs."""
         epoch, offset = divmod(position, self.length) if self.length else (0, position)
         b, place = divmod(offset, self.BLOCK)
         block = self._block(b)
         if place >= len(block):  # the stream has just ended here: length is known now
             return self._sample(position)
-        return block[permutation(len(block), self.seed, "order", epoch, b)[place]]
+        first = int(permutation(len(block), self.seed, "order", epoch, b)[place])
+        for i in range(first, first + len(block)):  # in place of a bad image, the next good one
+            if (row := self._decode(block[i % len(block)])) is not None:
+                return row
+        raise UserError(f"hf:{self.path}: no image of block {b} can be used")
 
     def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
         rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]

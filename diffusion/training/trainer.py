@@ -54,7 +54,8 @@ def train(config: Config) -> None:
         start_from(model, Path(config.load_path))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)  # fmt: skip
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # from 2^12 even ten overflows in a row leave a usable scale
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)
     tally = Tally(device)
     step = 0

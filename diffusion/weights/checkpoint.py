@@ -84,13 +84,16 @@ def step_files(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*.pt"), reverse=True)
 
 
-def read(path: Path) -> dict:
-    """A checkpoint's state on the CPU. Raises UserError for any file that is none, or damaged."""
+def read(path: Path, mmap: bool = False) -> dict:
+    """A checkpoint's state on the CPU. Raises UserError for any file that is none, or damaged.
+
+    mmap: read from disk only what is used, for as long as it is used.
+    """
     if not path.is_file():
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a checkpoint of this program: it is no such file at all, or a pickle "
@@ -135,7 +138,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     metadata: step and classes. Raises UserError for foreign, damaged or unsuitable files.
     """
     if path.suffix != ".safetensors":
-        state = read(path)
+        state = read(path, mmap=True)
         weights = state["ema" if which == "ema" else "model"]
         return (
             weights,

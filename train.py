@@ -33,10 +33,8 @@ def main() -> None:
     from diffusion import distributed
     from diffusion.training.trainer import train
 
-    try:
-        train(config)
-    finally:
-        distributed.cleanup()
+    train(config)
+    distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
 
 
 if __name__ == "__main__":

@@ -21,6 +21,20 @@ def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: boo
     return field(default=default, metadata=metadata)
 
 
+RULES = (
+    ("it must be above 0", lambda v: v > 0,
+     "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
+     "save_and_sample_every log_every keep_last sample_steps"),
+    ("it cannot be negative", lambda v: v >= 0,
+     "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers"),
+    ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout"),
+    ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
+    ("it must be at least 2", lambda v: v >= 2, "time_steps"),
+    ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
+    ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0, "dim_mults"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     """A training run. Lengths in pixels, `step` means optimizer step, batch sizes are global."""
@@ -87,32 +101,16 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        positive = ("image_size", "unet_dim", "heads", "batch_size", "train_steps", "grad_accum",
-                    "save_and_sample_every", "log_every", "keep_last", "learning_rate")  # fmt: skip
-        rules = {f"{name} is {getattr(self, name)}; it must be above 0": getattr(self, name) > 0
-                 for name in (*positive, *(["epochs"] if self.epochs is not None else []))}  # fmt: skip
-        rules |= {
-            f"time_steps is {self.time_steps}; it must be at least 2": self.time_steps >= 2,
-            f"unet_dim is {self.unet_dim}; it must be even": self.unet_dim % 2 == 0,
-            f"dim_mults is {self.dim_mults}; give whole numbers above 0, such as 1,2,4,8":
-                len(self.dim_mults) > 0 and min(self.dim_mults) > 0,
-            f"ema_decay is {self.ema_decay}; it must be in [0, 1)": 0 <= self.ema_decay < 1,
-            f"dropout is {self.dropout}; it must be in [0, 1)": 0 <= self.dropout < 1,
-            f"condition_dropout is {self.condition_dropout}; it must be in [0, 1]":
-                0 <= self.condition_dropout <= 1,
-            "zero_snr needs objective v or x0: eps says nothing about x0 where there is only noise":
-                not (self.zero_snr and self.objective == "eps"),
-            "streaming reads hub sets only; give --data hf:owner/name":
-                not self.streaming or self.data.startswith("hf:"),
-        }  # fmt: skip
-        for name in ("grad_clip", "weight_decay", "min_snr_gamma", "lr_warmup_steps", "num_samples",
-                     "num_workers", "sample_steps"):  # fmt: skip
-            rules[f"{name} is {getattr(self, name)}; it cannot be negative"] = (
-                getattr(self, name) >= 0
-            )
-        for message, holds in rules.items():
-            if not holds:
-                raise UserError(message)
+        for told, holds, names in RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise UserError(f"{name} is {value}; {told}")
+        if self.zero_snr and self.objective == "eps":
+            raise UserError("zero_snr needs objective v or x0: where there is only noise, eps says "
+                            "nothing about x0")  # fmt: skip
+        if self.streaming and not self.data.startswith("hf:"):
+            raise UserError("streaming reads hub sets only; give --data hf:owner/name")
 
     # --- JSON and continuation ---------------------------------------------------------------
 
@@ -197,12 +195,20 @@ PRESET_OF_DATA = {
 # --- command line -----------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and adds defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        unsaid = action.default in (None, "", False, argparse.SUPPRESS)
+        return action.help if unsaid else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that never guesses an abbreviation, but says which option may have been meant."""
 
     def __init__(self, **options):
-        width = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=width, **options)
+        options = dict(usage="%(prog)s [options]", formatter_class=HelpFormatter) | options
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)
@@ -230,16 +236,11 @@ def add_config_arguments(parser: Parser) -> None:
             groups[group] = parser.add_argument_group(group)
         text = f.metadata["help"].replace("%", "%%")
         options = dict(dest=f.name, default=argparse.SUPPRESS)
-        if f.type is bool:
-            on, off = (f"--{f.name}", f"--no_{f.name}")
-            names = ((off, False, "do not " + text) if f.default else (on, True, text),)
-            hidden = (on, True) if f.default else (off, False)
-            for name, const, line in names:
-                groups[group].add_argument(
-                    name, action="store_const", const=const, help=line, **options
-                )
-            groups[group].add_argument(hidden[0], action="store_const", const=hidden[1],
-                                       help=argparse.SUPPRESS, **options)  # fmt: skip
+        if f.type is bool:  # help shows the one that changes the default
+            for name, value in ((f"--{f.name}", True), (f"--no_{f.name}", False)):
+                line = text if value else f"not: {text}"
+                options["help"] = argparse.SUPPRESS if value == f.default else line
+                groups[group].add_argument(name, action="store_const", const=value, **options)
             continue
         kind = int_list if f.name == "dim_mults" else _types(f)[0]
         shown = ",".join(map(str, f.default)) if f.name == "dim_mults" else f.default

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from . import UserError
+
 TIMEOUT = timedelta(hours=1)  # rank 0 may build a cache or write pictures while the others wait
 
 
@@ -21,11 +23,19 @@ def setup(device: str = "auto") -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: there is no Apple GPU here; use auto or cpu")
     if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))
+        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(
+                f"rank {index} of this machine wants a GPU of its own and there are {count}; start "
+                f"at most {count} ranks, or use --device cpu"
+            )
         torch.cuda.set_device(index)
         device = f"cuda:{index}"
-    if "RANK" in os.environ and not dist.is_initialized():
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # by torchrun
+    if launched and not dist.is_initialized():
         # gloo beside nccl: small host-side questions must not wait for the device
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
@@ -87,15 +97,6 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
-
-
-def broadcast_object(value):
-    """Rank 0's value on every rank (plain Python data)."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def gather(x: torch.Tensor) -> list[torch.Tensor] | None:

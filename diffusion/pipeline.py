@@ -92,6 +92,8 @@ class Pipeline:
         noise = ImageNoise(seed, indices, (3, size, size))
         draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
         model = self.autocast(amp)
+        if self.conditional and labels is None and guidance_scale != 1:
+            raise UserError("guidance leads towards a class: give a class label with it")
         if self.conditional:
             null = torch.full((len(noise.generators),), self.model.null_label, device=self.device)
             labels = null if labels is None else labels.to(self.device)

@@ -364,7 +364,7 @@ def test_flips_are_drawn_per_sample_and_step(faces):
 
 def test_cifar_binary_archive(tmp_path, monkeypatch):
     """The real layout, made here: label byte, then the red, green and blue planes."""
-    folder = tmp_path / "made" / hub.CIFAR_FOLDER
+    folder = tmp_path / "made" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 255, (40, 3073), dtype=np.uint8)
@@ -374,7 +374,7 @@ def test_cifar_binary_archive(tmp_path, monkeypatch):
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     (folder / "batches.meta.txt").write_text("\n".join(names) + "\n")
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
-        tar.add(folder, hub.CIFAR_FOLDER)
+        tar.add(folder, folder.name)
     monkeypatch.setitem(hub.NAMED, "cifar10", hub.Archive((tmp_path / "c.tar.gz").as_uri()))
     monkeypatch.chdir(tmp_path)
     images = open_data("cifar10")
@@ -478,3 +478,53 @@ def test_the_errors_are_one_line_for_a_user(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: --data 'nowhere'")
     assert "Traceback" not in done.stderr
     assert datasets.digest("a") != datasets.digest("b")
+
+
+def test_an_archive_is_the_same_set_at_every_opening(tmp_path, monkeypatch):
+    """AFHQ's zip holds one folder, afhq/train/cat/...; it is taken off once, when unpacked."""
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "afhq.zip", "w") as z:
+        for name in ("afhq/train/cat/1.png", "afhq/train/dog/1.png", "afhq/val/cat/2.png"):
+            image = tmp_path / "i.png"
+            Image.new("RGB", (8, 8)).save(image)
+            z.write(image, name)
+        z.writestr("__MACOSX/x", "")
+    monkeypatch.setitem(hub.NAMED, "afhq", hub.Archive((tmp_path / "afhq.zip").as_uri()))
+    monkeypatch.chdir(tmp_path)
+    first, second = open_data("afhq"), open_data("afhq")
+    assert first.names == second.names == ["cat/1.png", "dog/1.png"] and first.classes == [
+        "cat",
+        "dog",
+    ]
+    assert len(open_data("afhq", data_class="cat")) == 1
+
+
+def test_data_class_holds_for_every_kind_of_set(parquet):
+    root, _ = parquet
+    assert set(open_data(f"hf:{root}", data_class="a").labels) == {0}
+    with pytest.raises(UserError, match="a, b"):
+        open_data(f"hf:{root}", data_class="cat")
+
+
+@pytest.mark.parametrize("n, batch", [(300, 120), (300, 50), (310, 130)])
+def test_stream_length_is_found_wherever_one_reads_first(parquet, monkeypatch, n, batch):
+    """A rank whose first sample lies beyond the end learns the same length as the others."""
+    root, _ = parquet
+    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 50)
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 360 - n)
+    whole, late = (hub.StreamBatches(str(root), 16, batch, seed=0) for _ in range(2))
+    pictures = [whole(s, 0, batch).pixels for s in range(8)]
+    assert torch.equal(late(4, batch // 2, batch).pixels, pictures[4][batch // 2 :])
+    late(7, 0, 1)
+    assert whole.length == late.length == n
+
+
+def test_a_stand_in_brings_its_own_label(tmp_path):
+    for name, kind in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), kind).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "2.png").write_bytes(b"broken")
+    batches = Batches(pixels_of(tmp_path, 8), 3, seed=0, flip=False)
+    batch = batches(0, 0, 3)
+    assert (batch.labels == (batch.pixels[:, 2, 0, 0] > 100)).all()

@@ -140,14 +140,11 @@ def test_tensorboard_has_the_same_numbers(tiny, tmp_path):
 
 
 def test_it_learns(tiny, tmp_path):
-    train(
-        Config(
-            **tiny
-            | dict(train_steps=150, log_every=10, save_and_sample_every=150, learning_rate=3e-3)
-        )
-    )
+    """Well below the 0.79 of a network that puts out zero (L1 of v, of unit variance)."""
+    options = dict(train_steps=150, log_every=50, save_and_sample_every=150, learning_rate=3e-3)
+    train(Config(**tiny | options))
     losses = [line["loss"] for line in run_lines(tmp_path / "run")]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[0] > losses[1] > losses[2] and losses[2] < 0.45
 
 
 # --- resuming --------------------------------------------------------------------------------------
@@ -308,7 +305,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="No space.*is kept"):
         train(Config(**tiny))
     monkeypatch.undo()
     folder = tmp_path / "run"
@@ -563,3 +560,89 @@ def test_gpu_training_and_resume(tiny, tmp_path, amp):
     train(Config(**options))
     train(Config(**options | dict(train_steps=16)))
     assert all(math.isfinite(line["loss"]) for line in run_lines(tmp_path / "run"))
+
+
+def test_overwrite_deletes_nothing_before_all_is_checked(tiny, tmp_path):
+    train(Config(**tiny | dict(train_steps=2)))
+    for wrong in (
+        dict(data="nowhere"),
+        dict(load_path="nowhere.pt"),
+        dict(batch_size=7, grad_accum=2),
+    ):
+        with pytest.raises(UserError):
+            train(Config(**tiny | dict(overwrite=True) | wrong))
+    assert (tmp_path / "run" / "model.pt").exists()
+    with pytest.raises(UserError, match="would delete the file of --load_path"):
+        train(
+            Config(
+                **tiny | dict(overwrite=True, load_path=str(tmp_path / "run" / "ema.safetensors"))
+            )
+        )
+
+
+def test_a_wrong_sampling_setting_shows_before_training(tiny, tmp_path):
+    with pytest.raises(UserError, match="without --condition class"):
+        train(Config(**tiny | dict(condition="none", guidance_scale=3.0)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_kill_before_the_last_checkpoint_redoes_the_last_step(tiny, tmp_path, monkeypatch):
+    """Weights and pictures come before the checkpoint, so that no finished run lacks them."""
+    real = checkpoint.save
+
+    def die(folder, state, keep):
+        if state["step"] == 12:
+            raise KeyboardInterrupt
+        return real(folder, state, keep)
+
+    monkeypatch.setattr(checkpoint, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(Config(**tiny))
+    monkeypatch.undo()
+    train(Config(**tiny))
+    folder = tmp_path / "run"
+    assert json.loads((folder / "metadata.json").read_text())["step"] == 12
+    assert [line["step"] for line in run_lines(folder)] == [2, 4, 6, 8, 10, 12]
+    same(
+        checkpoint.load_weights(folder / "ema.safetensors")[0],
+        dict(checkpoint.read(folder / "model.pt")["ema"]),
+    )
+
+
+def test_keep_last_one_after_a_damaged_checkpoint(tiny, tmp_path):
+    train(Config(**tiny | dict(train_steps=8)))
+    damaged = tmp_path / "run" / "checkpoints" / "step_00000099.pt"
+    damaged.write_bytes(b"half")
+    train(Config(**tiny | dict(train_steps=12, keep_last=1)))
+    assert [p.name for p in damaged.parent.iterdir()] == ["step_00000012.pt"]
+
+
+def test_losses_of_bad_steps_do_not_spoil_the_mean(tiny, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 6, 7})
+    train(Config(**tiny | dict(train_steps=10)))
+    lines = {line["step"]: line for line in run_lines(tmp_path / "run")}
+    assert (
+        math.isfinite(lines[4]["loss"])
+        and lines[8]["loss"] is None
+        and lines[8]["grad_norm"] is None
+    )
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text and lines[10]["skipped"] == 3
+
+
+@pytest.mark.gpu
+def test_a_gpu_step_never_waits_for_the_device(tiny, monkeypatch):
+    """Between log lines nothing synchronises host and device."""
+    real_draw, real_read = trainer.draw, steps.Tally.read
+
+    def strict_draw(config, step, *args):
+        torch.cuda.set_sync_debug_mode("error" if step % 2 == 1 else "default")
+        return real_draw(config, step, *args)
+
+    def read(self):
+        torch.cuda.set_sync_debug_mode("default")
+        return real_read(self)
+
+    monkeypatch.setattr(trainer, "draw", strict_draw)
+    monkeypatch.setattr(steps.Tally, "read", read)
+    train(Config(**tiny | dict(device="cuda", amp="bf16", dropout=0.0)))

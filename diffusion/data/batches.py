@@ -34,7 +34,8 @@ class Pixels:
     """Decoded images by index: from the cache, or from the files at every use."""
 
     def __init__(self, images: ImageSet, size: int, cache_dir: Path | None, workers: int = 2):
-        self.size, self.workers, self.reported = size, workers, set()
+        self.size, self.workers = size, workers
+        self.instead: dict[int, int] = {}  # bad image -> the one that stands in for it
         self.memory = None
         if cache_dir is not None:
             self.memory, kept = cached(images, size, cache_dir, workers)
@@ -56,28 +57,48 @@ class Pixels:
         for i in range(index, index + len(self)):
             i = int(i % len(self))
             try:
-                return self.images.read(i, self.size)
+                pixels = self.images.read(i, self.size)
             except BadImage as error:
-                if i not in self.reported:
-                    self.reported.add(i)
+                if i not in self.instead:
                     log(f"warning: {self.images.names[i]!r} is skipped: {error}")
+                self.instead[i] = -1
+                continue
+            if i != index:
+                self.instead[int(index)] = i
+            return pixels
         raise UserError(f"none of the {len(self)} images of {self.images.name} can be used")
 
 
-class Batches:
+class StepBatches:
+    """Calls _load(step, low, high), the next call's in a thread while this one's is used."""
+
+    def __init__(self):
+        self.ahead: tuple[tuple, Future] | None = None
+        self.pool = ThreadPoolExecutor(1)
+
+    def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
+        """Samples low ... high-1 of a step; `then`, the next call's arguments, is read ahead."""
+        key = (step, low, high)
+        ahead, self.ahead = self.ahead, None
+        batch = ahead[1].result() if ahead and ahead[0] == key else self._load(*key)
+        if then is not None:
+            self.ahead = (then, self.pool.submit(self._load, *then))
+        return batch
+
+
+class Batches(StepBatches):
     """Training batches by step, and the held-out images.
 
     Raises UserError if there are no images to train on.
     """
 
     def __init__(self, pixels: Pixels, batch_size: int, seed: int, flip: bool = True):
+        super().__init__()
         self.pixels, self.batch_size, self.seed, self.flip = pixels, batch_size, seed, flip
         self.train, self.held_out = held_out(pixels.images.names)
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
         self.orders: dict[int, np.ndarray] = {}
-        self.ahead: tuple[tuple, Future] | None = None
-        self.pool = ThreadPoolExecutor(1)
         self.length: int | None = len(self.train)  # samples in an epoch, where known
 
     def __len__(self) -> int:
@@ -105,15 +126,6 @@ class Batches:
         return np.array([self.train[self.orders[e][p]]
                          for e, p in zip(epochs.tolist(), (positions % n).tolist())])  # fmt: skip
 
-    def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
-        """Samples low ... high-1 of a step; `then`, the next call's arguments, is read ahead."""
-        key = (step, low, high)
-        ahead, self.ahead = self.ahead, None
-        batch = ahead[1].result() if ahead and ahead[0] == key else self._load(*key)
-        if then is not None:
-            self.ahead = (then, self.pool.submit(self._load, *then))
-        return batch
-
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen = self.indices(step)[low:high]
         pixels = self.pixels[chosen]
@@ -129,14 +141,18 @@ class Batches:
         return self._batch(self.pixels[chosen], chosen)
 
     def _batch(self, pixels: np.ndarray, chosen: np.ndarray) -> Batch:
-        return Batch(
-            torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(self.labels[chosen])
-        )
+        labels = self.labels[[self.pixels.instead.get(int(i), int(i)) for i in chosen]]
+        return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels))
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; to a GPU through pinned memory, so that nothing waits."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def to_unit(pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 images to float32 in [-1, 1] on the device."""
-    return pixels.to(device, non_blocking=True).float() / 127.5 - 1
+    return move(pixels, device).float() / 127.5 - 1
 
 
 def open_batches(config: Config):
@@ -144,6 +160,8 @@ def open_batches(config: Config):
     if config.streaming:
         from .hub import StreamBatches
 
+        if config.data_class != "all":
+            raise UserError("--data_class picks from a whole set: drop it, or --streaming")
         size, batch_size = config.image_size, config.batch_size
         stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip)
         if config.condition == "class" and not stream.classes:

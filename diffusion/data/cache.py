@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,8 @@ def decode_all(images: ImageSet, size: int, workers: int) -> Iterator[np.ndarray
         except BadImage as error:
             return error
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's on large images: MAX_PIXELS decides
         for start in range(0, len(images), 256):
             yield from pool.map(one, range(start, min(start + 256, len(images))))
 
@@ -69,10 +71,10 @@ def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> t
     with contextlib.suppress(*unusable):
         return _open(data, index, size)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{key}.lock"):
+    with locked(folder / f"{key}.lock") as alone:
         with contextlib.suppress(*unusable):
             return _open(data, index, size)  # another process built it meanwhile
-        _build(images, size, data, index, workers)
+        _build(images, size, data, index, workers, alone)
         return _open(data, index, size)
 
 
@@ -82,13 +84,14 @@ def _open(data: Path, index: Path, size: int) -> tuple[np.ndarray, list[int], li
     return pixels, found["kept"], found["skipped"]
 
 
-def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int) -> None:
-    for stale in data.parent.glob(f"{data.stem}.*tmp"):
-        stale.unlink()
+def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, alone: bool) -> None:
+    if alone:
+        for stale in data.parent.glob(f"{data.stem}.*.tmp"):
+            stale.unlink()
     need, free = len(images) * size * size * 3, shutil.disk_usage(data.parent).free
     if need > free:
         raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    kept, problems, temporary = [], [], data.with_suffix(".u8.tmp")
+    kept, problems, temporary = [], [], data.with_suffix(f".{os.getpid()}.u8.tmp")
     with open(temporary, "wb") as out:
         bar = progress(decode_all(images, size, workers), desc=f"decoding {images.name}",
                        total=len(images), unit="img", leave=False)  # fmt: skip
@@ -105,20 +108,24 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int) -
         temporary.unlink()
         raise UserError(f"none of the {len(images)} images of {images.name} can be used")
     os.replace(temporary, data)
-    temporary = index.with_suffix(".json.tmp")
+    temporary = index.with_suffix(f".{os.getpid()}.json.tmp")
     temporary.write_text(json.dumps({"kept": kept, "skipped": problems}))
     os.replace(temporary, index)
     log(f"decoded {len(kept)} images of {images.name} to {size} px")
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the system takes back if we die."""
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an advisory lock, which the system takes back if we die; False where there are none.
+
+    Without it two builders do the work twice, each in files of its own.
+    """
     with open(path, "w") as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
         except (ImportError, OSError):
-            pass  # no locks here: two builders do the work twice, the renames stay atomic
-        yield
+            alone = False
+        yield alone

@@ -140,7 +140,7 @@ def folder_set(root: Path, data_class: str = "all", default_caption: str = "") -
         files, relative = [files[i] for i in keep], [relative[i] for i in keep]
         classes = [data_class]
     number = {c: i for i, c in enumerate(classes)}
-    stats = [_stat(f) for f in files]
+    stats = [file_stamp(f) for f in files]
     return ImageSet(
         name=str(root),
         names=[r.as_posix() for r in relative],
@@ -157,7 +157,7 @@ def _has_splits(root: Path, files: list[Path]) -> bool:
     return "train" in tops and tops <= set(CLASS_SPLITS)
 
 
-def _stat(file: Path) -> str:
+def file_stamp(file: Path) -> str:
     try:
         s = file.stat()
     except OSError:
@@ -218,30 +218,33 @@ def open_data(data: str, data_class: str = "all", default_caption: str = "") -> 
     from . import hub
 
     if data == "toy":
-        images = toy_set()
-        return images if data_class == "all" else _only(images, data_class)
+        return only_class(toy_set(), data_class)
     if data.startswith("hf:"):
-        return hub.hub_set(data[3:], default_caption)
+        return only_class(hub.hub_set(data[3:], default_caption), data_class)
     for root in (Path(data), Path("data") / data):
-        if (root / hub.CIFAR_FOLDER).is_dir():
-            return hub.cifar_set(root)
+        for folder in (root, root / "cifar-10-batches-bin"):
+            if hub.is_cifar(folder):
+                return only_class(hub.cifar_set(folder), data_class)
         if root.is_dir():
             return folder_set(root, data_class, default_caption)
         if root.is_file():
             raise UserError(f"{root} is a file; --data takes a folder of images")
     if data in hub.NAMED:
-        return hub.named_set(data, data_class, default_caption)
+        return only_class(hub.named_set(data, data_class, default_caption), data_class)
     raise UserError(
         f"--data {data!r} is neither a folder nor a known set; there is no folder {data} or "
         f"{Path('data') / data}, and the known sets are toy, {', '.join(hub.NAMED)}, hf:owner/name"
     )
 
 
-def _only(images: ImageSet, data_class: str) -> ImageSet:
+def only_class(images: ImageSet, data_class: str) -> ImageSet:
+    """The images of one class. Raises UserError if the set does not have it."""
+    if data_class == "all" or images.classes == [data_class]:
+        return images
     if data_class not in images.classes:
         raise UserError(
             f"data_class {data_class!r} is no class of {images.name}; it has "
-            f"{', '.join(images.classes)}"
+            f"{', '.join(images.classes) or 'no classes'}"
         )
     wanted = images.classes.index(data_class)
     chosen = images.subset([i for i, label in enumerate(images.labels) if label == wanted])

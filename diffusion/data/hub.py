@@ -16,12 +16,10 @@ import torch
 from .. import UserError
 from ..distributed import log, progress
 from ..seeding import generator, permutation
-from .batches import Batch
+from .batches import Batch, StepBatches
 from .cache import locked
-from .datasets import ImageSet, digest, folder_set
+from .datasets import ImageSet, digest, file_stamp, folder_set
 from .images import BadImage, read_image
-
-CIFAR_FOLDER = "cifar-10-batches-bin"
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,7 @@ def named_set(name: str, data_class: str, default_caption: str) -> ImageSet:
         return hub_set(source[3:], default_caption)
     root = Path("data") / name
     fetch(source.url, root)
-    if (root / CIFAR_FOLDER).is_dir():
-        return cifar_set(root)
-    inner = list(root.iterdir())
-    return folder_set(inner[0] if len(inner) == 1 else root, data_class, default_caption)
+    return cifar_set(root) if is_cifar(root) else folder_set(root, data_class, default_caption)
 
 
 def fetch(url: str, target: Path) -> None:
@@ -63,7 +58,9 @@ def fetch(url: str, target: Path) -> None:
             shutil.rmtree(unpacked, ignore_errors=True)
             unpacked.mkdir()
             _unpack(part, unpacked)
-            os.replace(unpacked, target)
+            inner = [p for p in unpacked.iterdir() if not p.name.startswith((".", "__MACOSX"))]
+            whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else unpacked
+            os.replace(whole, target)
         except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
             raise UserError(
                 f"{url} could not be fetched: {error}; download it elsewhere and unpack it to "
@@ -98,16 +95,17 @@ def _unpack(archive: Path, target: Path) -> None:
             t.extractall(target, filter="data")
 
 
-def cifar_set(root: Path) -> ImageSet:
+def is_cifar(folder: Path) -> bool:
+    return (folder / "data_batch_1.bin").is_file()
+
+
+def cifar_set(folder: Path) -> ImageSet:
     """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
-    folder = root / CIFAR_FOLDER
     files = sorted(folder.glob("data_batch_*.bin"))
     rows = [np.fromfile(f, np.uint8) for f in files]
     for file, row in zip(files, rows):
         if row.size == 0 or row.size % 3073:
             raise UserError(f"{file} has {row.size} bytes, not a multiple of 3073: fetch it again")
-    if not rows:
-        raise UserError(f"{folder} has no data_batch_*.bin; delete {root} to fetch it again")
     table = np.concatenate(rows).reshape(-1, 3073)
     labels, pixels = table[:, 0], table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     names = (folder / "batches.meta.txt").read_text().split()
@@ -122,7 +120,8 @@ def cifar_set(root: Path) -> ImageSet:
     return ImageSet(
         name="cifar10", names=[f"cifar10/{i:05d}" for i in range(len(table))], read=read,
         labels=labels.astype(int).tolist(), classes=names,
-        captions=[f"a photo of a {names[i]}" for i in labels], stamp=digest(str(table.shape)),
+        captions=[f"a photo of a {names[i]}" for i in labels],
+        stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ def hub_set(path: str, default_caption: str = "") -> ImageSet:
     )
 
 
-class StreamBatches:
+class StreamBatches(StepBatches):
     """`Batches` over a stream that is never stored.
 
     Every rank reads the whole stream and decodes its share. Block b of epoch e is shuffled by
@@ -187,6 +186,7 @@ class StreamBatches:
     BLOCK, HELD_OUT = 1024, 128
 
     def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
+        super().__init__()
         self.data, self.image, _, self.label = _load(path, streaming=True)
         self.path, self.size, self.batch_size, self.seed, self.flip = (
             path,
@@ -227,11 +227,14 @@ class StreamBatches:
             if b != self.next_block:
                 self.reader = iter(self.data.skip(self.HELD_OUT + b * self.BLOCK))
             self.next_block = b + 1
-            self.blocks = {b: list(islice(self.reader, self.BLOCK))}
-            if len(self.blocks[b]) < self.BLOCK:
-                self.length = b * self.BLOCK + len(self.blocks[b])
+            rows = list(islice(self.reader, self.BLOCK))
+            if len(rows) < self.BLOCK and self.length is None:
+                # an empty block may lie anywhere beyond the end: the one before it knows
+                if rows or b == 0 or len(self._block(b - 1)) == self.BLOCK:
+                    self.length = b * self.BLOCK + len(rows)
                 if self.length == 0:
                     raise UserError(f"hf:{self.path} streams nothing beyond its held-out images")
+            self.blocks = {b: rows}
         return self.blocks[b]
 
     def _sample(self, position: int) -> tuple[np.ndarray, int]:
@@ -247,7 +250,7 @@ class StreamBatches:
                 return row
         raise UserError(f"hf:{self.path}: no image of block {b} can be used")
 
-    def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
+    def _load(self, step: int, low: int, high: int) -> Batch:
         rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]
         g = generator(self.seed, "flip", step)
         flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]

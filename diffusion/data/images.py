@@ -1,7 +1,6 @@
 """One image file or one Pillow image -> RGB pixels of the size asked for."""
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +22,10 @@ class BadImage(Exception):
 def read_image(file: Path | bytes, size: int) -> np.ndarray:
     """(size, size, 3) uint8. Raises BadImage with the reason if the file cannot be decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warnings: MAX_PIXELS decides
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
-                return to_pixels(image, size)
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
+            return to_pixels(image, size)
     except BadImage:
         raise
     except Image.DecompressionBombError:

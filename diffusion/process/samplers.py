@@ -73,16 +73,17 @@ class Sampler:
 
     rows: Callable[..., Tensor]
     eta: float
-    spacing: str
+    etas: tuple[float, float]  # what eta may be set to
+    spacing: str = "trailing"
     extra: int = 0  # see `timesteps`
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ancestral, eta=1.0, spacing="trailing"),
-    "ddpm_large": Sampler(partial(ancestral, variance="beta"), eta=1.0, spacing="trailing"),
-    "ddim": Sampler(ancestral, eta=0.0, spacing="trailing"),
-    "dpmpp_2m": Sampler(dpmpp_2m, eta=0.0, spacing="trailing", extra=1),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m, eta=1.0, spacing="trailing", extra=1),
+    "ddpm": Sampler(ancestral, eta=1.0, etas=(1, 1)),
+    "ddpm_large": Sampler(partial(ancestral, variance="beta"), eta=1.0, etas=(1, 1)),
+    "ddim": Sampler(ancestral, eta=0.0, etas=(0, 1)),
+    "dpmpp_2m": Sampler(dpmpp_2m, eta=0.0, etas=(0, 0), extra=1),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m, eta=1.0, etas=(0, 1), extra=1),
 }
 
 
@@ -106,8 +107,9 @@ def make_table(
     kind = SAMPLERS[sampler]
     spacing = kind.spacing if spacing is None else spacing
     eta = kind.eta if eta is None else eta
-    if eta < 0 or (kind.rows is ancestral and eta > 1):
-        raise ValueError(f"eta is {eta}; {sampler} takes 0 (deterministic) to 1")
+    low, high = kind.etas
+    if not low <= eta <= high:
+        raise ValueError(f"eta is {eta}; {sampler} takes {low} to {high} (0: deterministic)")
     extra = kind.extra if spacing in ("leading", "linspace") else 0
     if spacing == "logsnr" and final == "alpha_bar_0":
         extra = 1  # the last point, t = 0, is where the last row ends

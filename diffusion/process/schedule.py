@@ -22,6 +22,10 @@ class Schedule:
 
     alpha_bar: Tensor
 
+    def to(self, device: torch.device) -> "Schedule":
+        """The same with its tables on a device, still float64 (MPS has none: stays where it is)."""
+        return self if device.type == "mps" else Schedule(self.alpha_bar.to(device))
+
     def __len__(self) -> int:
         return len(self.alpha_bar)
 

@@ -1,6 +1,7 @@
 """What is done every few hundred steps: held-out loss, sample grid, weights for others to use."""
 
 import json
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def heldout_loss(config: Config, sampler: Pipeline, data, micro: int) -> float:
     """The averaged weights' loss on the held-out images, each with its fixed t and noise."""
     n, T, device = len(data.held_out), len(sampler.schedule), sampler.device
     shuffled = torch.randperm(n, generator=generator(config.seed, "held out t"))
-    t = (shuffled.double() + 0.5).mul(T / n).long()  # stratified over 0 ... T-1
+    t = (shuffled.double() + 0.5).mul(T / n).long().to(device)  # stratified over 0 ... T-1
     total = torch.zeros((), device=device)
     pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
     for low, high in pieces[dist.rank() :: dist.world_size()]:
@@ -41,22 +42,26 @@ def heldout_loss(config: Config, sampler: Pipeline, data, micro: int) -> float:
     return float(dist.all_reduce_sum(total)) / n
 
 
-def sample_grid(config: Config, sampler: Pipeline) -> Image.Image | None:
-    """The sheet of config.num_samples images on rank 0, which all ranks draw; None elsewhere."""
-    n, ranks = config.num_samples, dist.world_size()
-    indices = np.array_split(np.arange(n), ranks)[dist.rank()]
-    images = np.empty((0, config.image_size, config.image_size, 3), np.uint8)
+def frames(config: Config, sampler: Pipeline, indices):
+    """`Pipeline.frames` with the run's own settings; a block of the sheet for each class."""
     labels = None
-    if sampler.conditional:  # a block of the sheet for each class
-        labels = torch.from_numpy(indices * len(sampler.classes) // n)
-    if len(indices):
-        x = sampler.sample(
-            indices, seed=config.seed, sampler=config.sampler, amp=config.amp, labels=labels,
-            steps=min(config.sample_steps, config.time_steps),
-            guidance_scale=config.guidance_scale,
-        )  # fmt: skip
-        images = to_uint8(x)
-    parts = dist.gather(torch.from_numpy(images))
+    if sampler.conditional:
+        labels = torch.tensor([i * len(sampler.classes) // config.num_samples for i in indices])
+    return sampler.frames(
+        indices, seed=config.seed, sampler=config.sampler, amp=config.amp, labels=labels,
+        steps=min(config.sample_steps, config.time_steps), guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+
+
+def sample_grid(config: Config, sampler: Pipeline, micro: int) -> Image.Image | None:
+    """The sheet of config.num_samples images on rank 0, which all ranks draw; None elsewhere."""
+    size = config.image_size
+    images = [np.empty((0, size, size, 3), np.uint8)]
+    mine = np.array_split(np.arange(config.num_samples), dist.world_size())[dist.rank()].tolist()
+    for low in range(0, len(mine), micro):
+        [(x, _)] = deque(frames(config, sampler, mine[low : low + micro]), maxlen=1)
+        images.append(to_uint8(x))
+    parts = dist.gather(torch.from_numpy(np.concatenate(images)))
     return grid(torch.cat(parts).numpy()) if parts is not None else None
 
 

@@ -6,12 +6,14 @@ checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/chec
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
 from .. import UserError
 from ..config import Config
 from ..distributed import barrier, is_main, log
+from ..seeding import seed_of
 from ..weights import checkpoint
 
 FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safetensors",
@@ -33,9 +35,11 @@ def claim(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"another process is training in {folder}; wait, or choose another "
                         "--save_folder") from None  # fmt: skip
+    except OSError:
+        pass  # a file system without locks
     return lock
 
 
@@ -53,13 +57,12 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
 
     Raises UserError if the folder holds a run of another configuration.
     """
-    own = config.load_path is not None and Path(config.load_path).resolve().parent in (
-        folder.resolve(), (folder / "checkpoints").resolve())  # fmt: skip
-    if config.overwrite and own:
-        raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere first")
+    source = Path(config.load_path).resolve() if config.load_path is not None else None
+    own = source == (folder / "model.pt").resolve()
     if config.overwrite:
-        clear(folder)
-        return config, None
+        if source is not None and folder.resolve() in source.parents:
+            raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere")
+        return config, None  # the old run goes when the new one is about to write
     state = checkpoint.newest(folder, log)
     if state is None:
         if own:
@@ -88,7 +91,12 @@ class RunLog:
         if not is_main():
             return
         if config.wandb:
-            _start_wandb(folder, config)
+            # one run there for one run here, however often it is continued
+            name = f"{folder.resolve()} {config.to_json()}"
+            import_wandb().init(
+                project="diffusion", name=folder.name, dir=folder, sync_tensorboard=True,
+                id=f"{seed_of(name):x}", resume="allow", config=dataclasses.asdict(config),
+            )  # fmt: skip
         from torch.utils.tensorboard import SummaryWriter
 
         checkpoint.write_text(folder / "config.json", config.to_json())
@@ -100,8 +108,9 @@ class RunLog:
         """One line of metrics.jsonl, and a TensorBoard scalar each."""
         if self.writer is None:
             return
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -131,10 +140,9 @@ def kept_lines(path: Path, step: int) -> list[str]:
     return lines
 
 
-def _start_wandb(folder: Path, config: Config) -> None:
+def import_wandb():
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb library: pip install wandb") from None
-    wandb.init(project="diffusion", name=folder.name, dir=folder, sync_tensorboard=True,
-               config=dataclasses.asdict(config))  # fmt: skip
+    return wandb

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import UserError
 from .. import distributed as dist
 from ..config import Config
-from ..data.batches import Batch
+from ..data.batches import Batch, move
 from ..seeding import generator
 
 
@@ -41,7 +41,7 @@ def rank_share(config: Config) -> Share:
 def draw(config: Config, step: int, T: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """t (B,) int64, eps (B, 3, H, W) and which conditions to hide (B,) bool, for a global batch."""
     B, size = config.batch_size, config.image_size
-    t = torch.randint(T, (B,), generator=generator(config.seed, "t", step))
+    t = move(torch.randint(T, (B,), generator=generator(config.seed, "t", step)), device)
     hidden = (
         torch.rand(B, generator=generator(config.seed, "hide", step)) < config.condition_dropout
     )
@@ -54,7 +54,7 @@ def condition(config: Config, batch: Batch, hidden: Tensor, model, device) -> Te
     """What the network is told: None, or labels of which the hidden ones are the null label."""
     if config.condition == "none":
         return None
-    return batch.labels.masked_fill(hidden, model.null_label).to(device, non_blocking=True)
+    return move(batch.labels.masked_fill(hidden, model.null_label), device)
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
@@ -76,29 +76,32 @@ def total_steps(config: Config, epoch_length: int | None) -> int:
 class Tally:
     """Sums since the last log line, on the device: nothing is read until a line is written.
 
-    sums: loss, steps, norm of the last gradient, skipped steps in all, bad streak, worst streak.
+    sums: loss and number of the good steps, norm of the last gradient, skipped steps in all, bad
+        streak, worst streak; then the loss of the step that is being summed.
     """
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(6, dtype=torch.float64 if device.type != "mps" else torch.float32,
-                                device=device)  # fmt: skip
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(7, dtype=dtype, device=device)
 
     def add_loss(self, loss: Tensor) -> None:
-        self.sums[0] += loss.detach()
+        """Of a micro-batch: its share of the step's loss."""
+        self.sums[6] += loss.detach()
 
     def add_step(self, norm: Tensor, ok: Tensor) -> None:
-        bad = ~ok
-        self.sums[1] += 1
+        self.sums[0] += torch.where(ok, self.sums[6], 0)
+        self.sums[1] += ok
         self.sums[2] = norm
-        self.sums[3] += bad
-        self.sums[4] = (self.sums[4] + 1) * bad
+        self.sums[3] += ~ok
+        self.sums[4] = (self.sums[4] + 1) * ~ok
         self.sums[5] = torch.maximum(self.sums[5], self.sums[4])
+        self.sums[6] = 0
 
     def read(self) -> dict[str, float]:
-        """The means over ranks and steps; the sums start again."""
-        loss = dist.all_reduce_sum(self.sums[0].clone()) / dist.world_size()
-        total, steps, norm, skipped, _, worst = [float(loss), *self.sums[1:].tolist()]
+        """The means over ranks and steps (NaN if every step was bad); the sums start again."""
+        loss = float(dist.all_reduce_sum(self.sums[0].clone())) / dist.world_size()
+        _, good, norm, skipped, _, worst, _ = self.sums.tolist()
         self.sums[:2] = 0
         self.sums[5] = 0
-        return {"loss": total / max(1, steps), "grad_norm": norm, "skipped": int(skipped),
-                "worst_streak": int(worst)}  # fmt: skip
+        return {"loss": loss / good if good else math.nan, "grad_norm": norm,
+                "skipped": int(skipped), "worst_streak": int(worst)}  # fmt: skip

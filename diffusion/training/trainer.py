@@ -6,6 +6,8 @@ micro-batches. What sample j of step s sees (t, noise, flip, hidden condition) d
 (seed, s, j) only.
 """
 
+import contextlib
+import math
 import signal
 import time
 from dataclasses import asdict
@@ -23,8 +25,8 @@ from ..process.schedule import make_schedule
 from ..seeding import seed_of
 from ..weights import checkpoint
 from .ema import EMA
-from .milestones import heldout_loss, sample_grid, write_weights
-from .run import RunLog, claim, resume
+from .milestones import frames, heldout_loss, sample_grid, write_weights
+from .run import RunLog, claim, clear, import_wandb, resume
 from .steps import Share, Tally, condition, draw, learning_rate, rank_share, total_steps
 
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -40,6 +42,8 @@ def train(config: Config) -> None:
 
     # the parts
     config, state = resume(config, folder)
+    if config.wandb:
+        import_wandb()  # missing: say so now
     data = open_batches(config)
     check_data(state, data, config)
     total = total_steps(config, data.length)
@@ -50,6 +54,7 @@ def train(config: Config) -> None:
     torch.manual_seed(seed_of(config.seed, "init"))
     model = build_model(config, len(data.classes)).to(device)
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+    levels = schedule.to(device)
     if state is None and config.load_path is not None:
         start_from(model, Path(config.load_path))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
@@ -66,7 +71,8 @@ def train(config: Config) -> None:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         tally.sums.copy_(state["tally"])
         data.length = state["data"]["length"]
         dist.log(f"continuing the run in {folder} from step {step}")
@@ -75,12 +81,21 @@ def train(config: Config) -> None:
     if config.compile:
         model.compile()
     parallel = dist.wrap(model)
-    run = RunLog(folder, config, step)
     sampler = Pipeline(config, ema.model, schedule, data.classes, device)
+    check_sampling(config, sampler)
+
+    # nothing is wrong: from here on files are written
+    if config.overwrite:
+        clear(folder)
+    run = RunLog(folder, config, step)
     announce(config, model, data, device, dtype, share, total)
 
-    def save() -> None:
-        if dist.is_main():
+    def save(improved: bool) -> None:
+        """The checkpoint comes last: a run killed before it does this step again, whole."""
+        if not dist.is_main():
+            return
+        try:
+            write_weights(folder, config, ema, data, step, best, improved)
             checkpoint.save(folder, {
                 "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
                 "config": asdict(config), "classes": list(data.classes),
@@ -89,89 +104,93 @@ def train(config: Config) -> None:
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "tally": tally.sums.cpu(),
             }, config.keep_last)  # fmt: skip
+        except OSError as error:
+            raise UserError(
+                f"step {step} could not be saved in {folder}: {error}; what was saved before is "
+                "kept, and the same command goes on from it"
+            ) from None
 
-    stop = StopSignal()
-    bar = dist.progress(total=total, initial=step, unit="step")
-    clock = Clock(step)
-    while step < total:
-        # the random numbers of this step's whole batch, of which this rank takes its share
-        t, eps, hidden = draw(config, step, len(schedule), device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, total)
-        if config.dropout:
-            torch.manual_seed(seed_of(config.seed, "dropout", step, dist.rank()))
+    with contextlib.ExitStack() as closing:  # however the run ends
+        stop = StopSignal()
+        closing.callback(stop.restore)
+        closing.callback(run.close)
+        bar = closing.enter_context(dist.progress(total=total, initial=step, unit="step"))
+        clock = Clock(step)
+        while step < total:
+            # the random numbers of this step's whole batch, of which this rank takes its share
+            t, eps, hidden = draw(config, step, len(schedule), device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, total)
+            if config.dropout:
+                torch.manual_seed(seed_of(config.seed, "dropout", step, dist.rank()))
 
-        # forward, backward
-        pieces = share.pieces(dist.rank())
-        for i, (low, high) in enumerate(pieces):
-            more = i + 1 < len(pieces)
-            then = (step, *pieces[i + 1]) if more else (step + 1, *pieces[0])
-            batch = data(step, low, high, then if more or step + 1 < total else None)
-            cond = condition(config, batch, hidden[low:high], model, device)
-            with dist.no_sync(parallel, more):
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    loss = training_loss(
-                        parallel, schedule, config.objective, to_unit(batch.pixels, device),
-                        t[low:high], eps[low:high], cond, config.loss, config.min_snr_gamma,
-                    ).mean() / len(pieces)  # fmt: skip
-                scaler.scale(loss).backward()
-            tally.add_loss(loss)
+            # forward, backward
+            pieces = share.pieces(dist.rank())
+            for i, (low, high) in enumerate(pieces):
+                more = i + 1 < len(pieces)
+                then = (step, *pieces[i + 1]) if more else (step + 1, *pieces[0])
+                batch = data(step, low, high, then if more or step + 1 < total else None)
+                cond = condition(config, batch, hidden[low:high], model, device)
+                with dist.no_sync(parallel, more):
+                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                        loss = training_loss(
+                            parallel, levels, config.objective, to_unit(batch.pixels, device),
+                            t[low:high], eps[low:high], cond, config.loss, config.min_snr_gamma,
+                        ).mean() / len(pieces)  # fmt: skip
+                    scaler.scale(loss).backward()
+                tally.add_loss(loss)
 
-        # update; a non-finite gradient is the same on all ranks, and changes nothing
-        scaler.unscale_(optimizer)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        ok = torch.isfinite(norm)
-        if config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
-        optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(step, ok)
-        tally.add_step(norm, ok)
-        step += 1
-        bar.update()
+            # update; a non-finite gradient is the same on all ranks, and changes nothing
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            ok = torch.isfinite(norm)
+            if config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+            optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(step, ok)
+            tally.add_step(norm, ok)
+            step += 1
+            bar.update()
 
-        # log, save, sample
-        milestone = step % config.save_and_sample_every == 0 or step == total
-        if milestone or step % config.log_every == 0:
-            values = tally.read() | {"lr": learning_rate(config, step - 1, total)}
-            if values.pop("worst_streak") >= MOST_BAD_STEPS:
-                raise UserError(
-                    f"{MOST_BAD_STEPS} steps in a row before step {step} had non-finite gradients; "
-                    f"the checkpoints in {folder} are from before. Try a lower --learning_rate, "
-                    "--amp no, or --grad_clip 1"
+            # log, save, sample
+            milestone = step % config.save_and_sample_every == 0 or step == total
+            if milestone or step % config.log_every == 0:
+                values = tally.read() | {"lr": learning_rate(config, step - 1, total)}
+                if values.pop("worst_streak") >= MOST_BAD_STEPS:
+                    raise UserError(
+                        f"{MOST_BAD_STEPS} steps in a row before step {step} had non-finite "
+                        f"gradients; the checkpoints in {folder} are from before. Try a lower "
+                        "--learning_rate, --amp no, or --grad_clip 1"
+                    )
+                values["img_per_s"] = clock.rate(step) * config.batch_size
+                if milestone and len(data.held_out):
+                    values["heldout_loss"] = heldout_loss(config, sampler, data, share.micro)
+                run.metrics(step, values)
+                told = f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s"
+                bar.set_postfix_str(told, refresh=False)
+            if milestone:
+                loss = values.get("heldout_loss")
+                improved = (
+                    loss is not None and math.isfinite(loss) and (best is None or loss < best)
                 )
-            values["img_per_s"] = clock.rate(step) * config.batch_size
-            if milestone and len(data.held_out):
-                values["heldout_loss"] = heldout_loss(config, sampler, data, share.micro)
-            run.metrics(step, values)
-            bar.set_postfix_str(
-                f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s", refresh=False
-            )
-        if milestone:
-            loss = values.get("heldout_loss")
-            improved = loss is not None and (best is None or loss < best)
-            best = loss if improved else best
-            save()
-            if dist.is_main():
-                write_weights(folder, config, ema, data, step, best, improved)
-            if config.num_samples:
-                sheet = sample_grid(config, sampler)
-                if sheet is not None:
-                    run.picture(step, sheet)
-            clock.skip(step)
+                best = loss if improved else best
+                if config.num_samples:
+                    sheet = sample_grid(config, sampler, share.micro)
+                    if sheet is not None:
+                        run.picture(step, sheet)
+                save(improved)
+                clock.skip(step)
 
-        # stop
-        if dist.any_rank(stop.requested) and step < total:
-            save()
-            dist.log(f"stopped at step {step}; the same command goes on from there")
-            break
+            # stop
+            if dist.any_rank(stop.requested) and step < total:
+                save(improved=False)
+                dist.log(f"stopped at step {step}; the same command goes on from there")
+                break
 
-    bar.close()
-    run.close()
-    stop.restore()
     if step == total:
         dist.log(f"done: {folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}")
 
@@ -225,6 +244,15 @@ def start_from(model, path: Path) -> None:
         raise UserError(f"{path} does not fit this network (it was trained with unet_dim "
                         f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
                         f"condition {theirs.condition}): {error}") from None  # fmt: skip
+
+
+def check_sampling(config: Config, sampler: Pipeline) -> None:
+    """Raises UserError now for settings that would end the first sample grid."""
+    try:
+        if config.num_samples:
+            next(frames(config, sampler, [0]))
+    except ValueError as error:
+        raise UserError(f"sample grids: {error}") from None
 
 
 def check_data(state: dict | None, data, config: Config) -> None:

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,9 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic(path, lambda p: torch.save({"format": FORMAT, **state}, p))
     atomic(folder / "model.pt", lambda p: _link(path, p))
-    for old in step_files(folder)[keep_last:]:
+    files = step_files(folder)
+    newest = files.index(path)  # what lies beyond it could not be read when the run was continued
+    for old in [*files[:newest], *files[newest + keep_last :]]:
         old.unlink(missing_ok=True)
     return path
 
@@ -92,6 +95,7 @@ def read(path: Path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip
+    mmap = mmap and zipfile.is_zipfile(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
@@ -118,8 +122,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     Raises UserError if there are some and none can be read.
     """
     files = step_files(folder)
-    if not files and (folder / "model.pt").is_file():
-        files = [folder / "model.pt"]
+    if (folder / "model.pt").is_file():
+        files.append(folder / "model.pt")
     for file in files:
         try:
             return read(file)

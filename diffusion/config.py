@@ -55,8 +55,8 @@ class Config:
     data_class: str = opt("all", "data", "use one class folder only, such as cat")
     image_size: int = opt(64, "data", "height and width")
     default_caption: str = opt("", "data", "caption of images that have none")
-    flip: bool = opt(True, "data", "mirror every other image")
-    cache: bool = opt(True, "data", "decode images once, into cache_dir; else at every use", free=True)
+    flip: bool = opt(True, "data", "mirror half of the images, drawn anew at each step")
+    cache: bool = opt(True, "data", "decode images once, into cache_dir, not at every use", free=True)
     cache_dir: str = opt("data/.cache", "data", "where decoded images are kept", free=True)
     streaming: bool = opt(False, "data", "read a hub set as a stream instead of downloading it")
 
@@ -238,7 +238,7 @@ def add_config_arguments(parser: Parser) -> None:
         options = dict(dest=f.name, default=argparse.SUPPRESS)
         if f.type is bool:  # help shows the one that changes the default
             for name, value in ((f"--{f.name}", True), (f"--no_{f.name}", False)):
-                line = text if value else f"not: {text}"
+                line = text if value else f"do not {text}"
                 options["help"] = argparse.SUPPRESS if value == f.default else line
                 groups[group].add_argument(name, action="store_const", const=value, **options)
             continue

@@ -93,30 +93,8 @@ class ResBlock(nn.Module):
         return self.block2(self.dropout(h)) + self.skip(x)
 
 
-class LinearAttention(nn.Module):
-    """Attention of cost N D^2 (arXiv:1812.01243): softmax over D of q, over N of k."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(1, dim, eps=1e-5)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = zero_init(nn.Linear(heads * dim_head, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        H = x.shape[2]
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.to_qkv(h), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        with torch.autocast(x.device.type, enabled=False):  # k is about 1/N: float32
-            q = q.float().softmax(-1)
-            k = k.float().softmax(-2)
-            context = k.transpose(-1, -2) @ v.float()  # (B, heads, D, D)
-            h = rearrange(q @ context, "b h n d -> b n (h d)").to(x.dtype)
-        return x + rearrange(self.to_out(h), "b (h w) c -> b c h w", h=H)
-
-
 class Attention(nn.Module):
-    """Multi-head softmax attention over all positions."""
+    """Multi-head softmax attention over all positions: x + to_out(mix(q, k, v))."""
 
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
@@ -130,11 +108,25 @@ class Attention(nn.Module):
         h = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(self.to_qkv(h), "b n (k h d) -> k b h n d", k=3, h=self.heads)
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type == "cpu":  # bfloat16's backward is 10 times slower there
-                q, k, v = q.float(), k.float(), v.float()
-            h = F.scaled_dot_product_attention(q, k, v)
-        h = rearrange(h, "b h n d -> b n (h d)").to(x.dtype)
+            h = rearrange(self.mix(q, k, v), "b h n d -> b n (h d)").to(x.dtype)
         return x + rearrange(self.to_out(h), "b (h w) c -> b c h w", h=H)
+
+    @staticmethod
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, N, D) each."""
+        if q.device.type == "cpu":  # bfloat16's backward is 10 times slower there
+            q, k, v = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class LinearAttention(Attention):
+    """Attention of cost N D^2 (arXiv:1812.01243): softmax over D of q, over N of k."""
+
+    @staticmethod
+    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, N, D) each. In float32: k is about 1/N."""
+        context = k.float().softmax(-2).transpose(-1, -2) @ v.float()  # (B, heads, D, D)
+        return q.float().softmax(-1) @ context
 
 
 class Upsample(nn.Sequential):

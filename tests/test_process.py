@@ -219,3 +219,32 @@ def test_unknown_names_are_refused(case):
         gaussian.training_loss(None, s, "v", x0, t, eps, loss="l3")
     with pytest.raises(ValueError, match="eps, x0, v"):
         gaussian.target(s, "score", x0, t, eps)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_schedules_and_posterior_are_lucidrains(name):
+    """denoising-diffusion-pytorch, whose buffers are float32."""
+    peer = pytest.importorskip(
+        "denoising_diffusion_pytorch", reason="oracle not installed: tests/requirements.txt"
+    )
+    theirs = peer.GaussianDiffusion(
+        peer.Unet(8, dim_mults=(1,)),
+        image_size=8,
+        timesteps=100,
+        beta_schedule=name,
+        auto_normalize=False,
+    )
+    s = make_schedule(name, 100)
+    assert_close(s.alpha_bar.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(4, 3, 8, 8, generator=g) for _ in range(2))
+    t = torch.tensor([1, 20, 60, 98])
+    x_t = gaussian.q_sample(s, x0, t, eps)
+    assert_close(x_t, theirs.q_sample(x0, t, eps), rtol=1e-4, atol=1e-5)
+    mean, variance = gaussian.posterior(s, x0, x_t, t)
+    their_mean, their_variance, _ = theirs.q_posterior(x0, x_t, t)
+    assert_close(mean, their_mean, rtol=1e-3, atol=1e-4)
+    assert_close(variance, their_variance, rtol=1e-3, atol=1e-7)
+    assert_close(
+        gaussian.target(s, "v", x0, t, eps), theirs.predict_v(x0, t, eps), rtol=1e-4, atol=1e-5
+    )

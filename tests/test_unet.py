@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.models.unet import LinearAttention, TimeEmbedding, UNet, WSConv2d, group_norm
+from diffusion.models.unet import GroupNorm, LinearAttention, TimeEmbedding, UNet, WSConv2d
 
 
 def small(**options) -> UNet:
@@ -124,7 +124,13 @@ def test_time_embedding_sinusoids():
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (12, 4), (16, 8), (512, 8), (3, 1)])
 def test_groups_divide_the_channels(channels, groups):
-    assert group_norm(channels).num_groups == groups
+    norm = GroupNorm(channels)
+    assert norm.num_groups == groups
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, channels, 5, 4).to(memory_format=layout)
+        wide = x.reshape(2, groups, -1)
+        var, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
+        assert_close(norm(x), ((wide - mean) / (var + 1e-5).sqrt()).view(x.shape))
 
 
 def test_checkpointing_changes_nothing_but_memory():

@@ -61,7 +61,7 @@ class Pixels:
             except BadImage as error:
                 if i not in self.instead:
                     log(f"warning: {self.images.names[i]!r} is skipped: {error}")
-                self.instead[i] = -1
+                self.instead.setdefault(i, -1)
                 continue
             if i != index:
                 self.instead[int(index)] = i

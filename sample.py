@@ -35,24 +35,6 @@ def parse(args: list[str] | None = None):
     return parser.parse_args(args)
 
 
-def class_labels(choice: str | None, classes: list[str], indices):
-    """(B,) int64 labels of images `indices`, or None. Raises UserError for an unknown class."""
-    import torch
-
-    if choice is None:
-        return None
-    if choice == "all" and classes:
-        return torch.tensor([i % len(classes) for i in indices])
-    number = classes.index(choice) if choice in classes else int(choice) if choice.isdigit() else -1
-    if not 0 <= number < len(classes):
-        known = (
-            ", ".join(f"{i} {name}" for i, name in enumerate(classes))
-            or "none: it is unconditional"
-        )
-        raise UserError(f"class_label {choice!r} is unknown; the model's classes are {known}")
-    return torch.full((len(indices),), number)
-
-
 def main() -> None:
     args = parse()
     for name in ("num_images", "batch_size"):
@@ -79,7 +61,7 @@ def main() -> None:
             "amp",
         )
         chosen = {name: getattr(args, name) for name in options}
-        return chosen | {"labels": class_labels(args.class_label, pipeline.classes, indices)}
+        return chosen | {"labels": pipeline.labels(args.class_label, indices)}
 
     try:
         pipeline.frames([0], **settings([0]))  # builds the table: mistakes show before the work

@@ -24,12 +24,12 @@ def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: boo
 RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
-     "save_and_sample_every log_every keep_last sample_steps"),
+     "save_and_sample_every log_every keep_last sample_steps fid_every"),
     ("it cannot be negative", lambda v: v >= 0,
      "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers"),
     ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout"),
     ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
-    ("it must be at least 2", lambda v: v >= 2, "time_steps"),
+    ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images"),
     ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
     ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0, "dim_mults"),
 )  # fmt: skip
@@ -92,6 +92,10 @@ class Config:
     num_samples: int = opt(64, "output", "images in a sample grid; 0: none", free=True)
     sampler: str = opt("ddim", "output", "for sample grids", ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"), free=True)
     sample_steps: int = opt(50, "output", "network evaluations per sample, at most time_steps", free=True)
+    fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
+    fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
+    fid_num_images: int = opt(10_000, "output", "samples of an FID measurement", free=True)
+    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception; the distance is named after the file", free=True)
     guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
     # fmt: on
 
@@ -109,6 +113,8 @@ class Config:
         if self.zero_snr and self.objective == "eps":
             raise UserError("zero_snr needs objective v or x0: where there is only noise, eps says "
                             "nothing about x0")  # fmt: skip
+        if self.fid_features is not None and not self.fid:
+            raise UserError("fid_features is the network of --fid: give --fid as well")
         if self.streaming and not self.data.startswith("hf:"):
             raise UserError("streaming reads hub sets only; give --data hf:owner/name")
 

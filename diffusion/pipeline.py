@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import UserError
 from .config import Config
 from .models.unet import UNet
-from .process.samplers import guided, make_table, sample_loop
+from .process.samplers import Table, guided, make_table, sample_loop
 from .process.schedule import Schedule, make_schedule
 from .seeding import ImageNoise
 from .weights.checkpoint import load_weights
@@ -75,22 +75,33 @@ class Pipeline:
     def conditional(self) -> bool:
         return self.config.condition != "none"
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what is diffused: (C, H, W)."""
+        return (3, self.config.image_size, self.config.image_size)
+
     def frames(
         self, indices, *, seed: int = 0, sampler: str = "ddim", steps: int | None = None,
         eta: float | None = None, spacing: str | None = None, labels: Tensor | None = None,
         guidance_scale: float = 1.0, guidance_rescale: float = 0.0, amp: str = "auto",
+        eps: Tensor | None = None, init: Tensor | None = None, strength: float = 1.0,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
         Image i of a seed starts from the same noise whatever stands beside it. labels: (B,) int64,
         the null label where there is none; None means no label at all. steps: None means 50, or
-        all of a shorter schedule. Raises ValueError for settings that do not go together.
+        all of a shorter schedule. eps: the noise to start from instead, (B, 3, H, W).
+        init: images (B, 3, H, W) that are noised for the last `strength` of the steps, SDEdit
+        (arXiv:2108.01073). Raises ValueError for settings that do not go together.
         """
-        steps = min(50, len(self.schedule)) if steps is None else steps
-        table = make_table(self.schedule, sampler, steps, spacing=spacing, eta=eta)
-        size = self.config.image_size
-        noise = ImageNoise(seed, indices, (3, size, size))
+        table = self.table(sampler, steps, spacing, eta, strength)
+        noise = ImageNoise(seed, indices, self.shape)
         draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
+        x = draw()  # also where another noise is given: the rows' noise is then the same
+        x = x if eps is None else eps.to(self.device)
+        if init is not None:
+            alpha, sigma = table.levels[0].tolist()
+            x = alpha * init.to(self.device) + sigma * x
         model = self.autocast(amp)
         if self.conditional and labels is None and guidance_scale != 1:
             raise UserError("guidance leads towards a class: give a class label with it")
@@ -101,11 +112,43 @@ class Pipeline:
         elif labels is not None or guidance_scale != 1:
             raise UserError("this model was trained without --condition class: it takes no class "
                             "label and no guidance")  # fmt: skip
-        return sample_loop(model, draw(), table, self.config.objective, noise=draw)
+        return sample_loop(model, x, table, self.config.objective, noise=draw)
+
+    def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
+        """What `frames` runs."""
+        steps = min(50, len(self.schedule)) if steps is None else steps
+        return make_table(
+            self.schedule, sampler, steps, spacing=spacing, eta=eta, strength=strength
+        )
 
     def sample(self, indices, **options) -> Tensor:
         """The last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
         [(x, _)] = deque(self.frames(indices, **options), maxlen=1)
+        return x
+
+    def labels(self, choice: str | None, indices) -> Tensor | None:
+        """(B,) class labels of images `indices` by a class's name or number; "all": in turn.
+
+        Raises UserError for an unknown class.
+        """
+        if choice is None:
+            return None
+        names = self.classes
+        if choice == "all" and names:
+            return torch.tensor([i % len(names) for i in indices])
+        number = names.index(choice) if choice in names else int(choice) if choice.isdigit() else -1
+        if not 0 <= number < len(names):
+            known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+            raise UserError(f"class_label {choice!r} is unknown; the model's classes are "
+                            f"{known or 'none: it is unconditional'}")  # fmt: skip
+        return torch.full((len(indices),), number)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to what is diffused: in pixel mode, themselves."""
+        return images.to(self.device)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The inverse of `encode`."""
         return x
 
     def autocast(self, amp: str):

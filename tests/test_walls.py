@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "diffusion").rglob("*.py"), *ROOT.glob("*.py")])
-ORDER = [{"seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"evaluation"},
-         {"pipeline"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
+ORDER = [{"seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline"},
+         {"evaluation"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
 FOREIGN = {
     "diffusers",
     "transformers",

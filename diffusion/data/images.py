@@ -19,8 +19,11 @@ class BadImage(Exception):
     """The file cannot be used; the message says why."""
 
 
-def read_image(file: Path | bytes, size: int) -> np.ndarray:
-    """(size, size, 3) uint8. Raises BadImage with the reason if the file cannot be decoded."""
+def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
+    """(size, size, 3) uint8; size None: as large as it is.
+
+    Raises BadImage with the reason if the file cannot be decoded.
+    """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -37,9 +40,14 @@ def read_image(file: Path | bytes, size: int) -> np.ndarray:
         raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
 
 
-def to_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Turn by EXIF, make RGB, cut the central square, resize (LANCZOS): (size, size, 3) uint8."""
+def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
+    """Turn by EXIF, make RGB, cut the central square, resize (LANCZOS): (size, size, 3) uint8.
+
+    size None: neither cut nor resized, (H, W, 3).
+    """
     image = to_rgb(ImageOps.exif_transpose(image))
+    if size is None:
+        return np.array(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))

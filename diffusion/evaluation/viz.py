@@ -1,11 +1,13 @@
-"""Pictures: tensors to PNG files and grids."""
+"""Pictures: tensors to PNG files, grids, labelled strips and films."""
 
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from .plot import INK, font
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -30,3 +32,36 @@ def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(path, format="PNG")
+
+
+def enlarge(images: np.ndarray, least: int = 96) -> np.ndarray:
+    """(..., H, W, 3) with each pixel repeated until the height is at least `least`."""
+    times = max(1, math.ceil(least / images.shape[-3]))
+    return images.repeat(times, -3).repeat(times, -2)
+
+
+def with_heading(picture: Image.Image, text: str, height: int = 26) -> Image.Image:
+    """The picture below a line of text."""
+    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet.paste(picture, (0, height))
+    ImageDraw.Draw(sheet).text((6, height / 2), text, INK, font(15), anchor="lm")
+    return sheet
+
+
+def strip(rows: np.ndarray, labels: list[str], heading: str = "") -> Image.Image:
+    """(R, C, H, W, 3) uint8 -> a table of pictures, a label above each column."""
+    rows = enlarge(rows)
+    R, C, H, W, _ = rows.shape
+    sheet = with_heading(grid(rows.reshape(R * C, H, W, 3), columns=C, gap=4), "")
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(labels):
+        draw.text((4 + i * (W + 4) + W / 2, 13), label, INK, font(14), anchor="mm")
+    return with_heading(sheet, heading) if heading else sheet
+
+
+def save_film(frames: list[Image.Image], path: Path, ms: int = 80, last_ms: int = 1500) -> None:
+    """An animated WebP, `ms` milliseconds a frame; the last one stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durations = [ms] * (len(frames) - 1) + [last_ms]
+    frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=durations,
+                   loop=0, quality=80, method=4)  # fmt: skip

@@ -114,6 +114,10 @@ class RunLog:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a value of this step has been logged; False off rank 0."""
+        return self.writer is not None and logged(self.path, step, name)
+
     def picture(self, step: int, sheet) -> None:
         """A sample grid (PIL image)."""
         import numpy as np
@@ -126,6 +130,12 @@ class RunLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def logged(path: Path, step: int, name: str) -> bool:
+    """Whether metrics.jsonl has a value of this name for this step."""
+    lines = [json.loads(line) for line in kept_lines(path, step)]
+    return any(line["step"] == step and name in line for line in lines)
 
 
 def kept_lines(path: Path, step: int) -> list[str]:

@@ -19,14 +19,16 @@ from .. import UserError
 from .. import distributed as dist
 from ..config import Config
 from ..data.batches import open_batches, to_unit
+from ..evaluation.features import name_of
 from ..pipeline import Pipeline, amp_dtype, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
 from ..seeding import seed_of
 from ..weights import checkpoint
 from .ema import EMA
+from .fid import Fid
 from .milestones import frames, heldout_loss, sample_grid, write_weights
-from .run import RunLog, claim, clear, import_wandb, resume
+from .run import RunLog, claim, clear, import_wandb, logged, resume
 from .steps import Share, Tally, condition, draw, learning_rate, rank_share, total_steps
 
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -47,7 +49,7 @@ def train(config: Config) -> None:
     data = open_batches(config)
     check_data(state, data, config)
     total = total_steps(config, data.length)
-    if state is not None and state["step"] >= total:
+    if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
         dist.log(f"{folder} holds a finished run of {state['step']} steps; more --train_steps "
                  "would continue it, --overwrite start anew")  # fmt: skip
         return
@@ -83,6 +85,7 @@ def train(config: Config) -> None:
     parallel = dist.wrap(model)
     sampler = Pipeline(config, ema.model, schedule, data.classes, device)
     check_sampling(config, sampler)
+    fid = Fid(config, data, device) if config.fid else None
 
     # nothing is wrong: from here on files are written
     if config.overwrite:
@@ -110,12 +113,24 @@ def train(config: Config) -> None:
                 "kept, and the same command goes on from it"
             ) from None
 
+    def measure_fid() -> None:
+        """Where it is due, and not done before the run was stopped and continued."""
+        if fid is None or not fid.due(step, total) or dist.any_rank(run.has(step, fid.name)):
+            return
+        values = fid.measure(sampler, lambda: stop.requested)
+        if values is not None:
+            run.metrics(step, values)
+            dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} "
+                     f"({values['fid_seconds']:.0f} s)")  # fmt: skip
+        clock.skip(step)
+
     with contextlib.ExitStack() as closing:  # however the run ends
         stop = StopSignal()
         closing.callback(stop.restore)
         closing.callback(run.close)
         bar = closing.enter_context(dist.progress(total=total, initial=step, unit="step"))
         clock = Clock(step)
+        measure_fid()
         while step < total:
             # the random numbers of this step's whole batch, of which this rank takes its share
             t, eps, hidden = draw(config, step, len(schedule), device)
@@ -185,6 +200,8 @@ def train(config: Config) -> None:
                 save(improved)
                 clock.skip(step)
 
+            measure_fid()
+
             # stop
             if dist.any_rank(stop.requested) and step < total:
                 save(improved=False)
@@ -253,6 +270,12 @@ def check_sampling(config: Config, sampler: Pipeline) -> None:
             next(frames(config, sampler, [0]))
     except ValueError as error:
         raise UserError(f"sample grids: {error}") from None
+
+
+def fid_is_missing(config: Config, step: int) -> bool:
+    """Of a finished run that was stopped while it measured."""
+    path = Path(config.save_folder) / "metrics.jsonl"
+    return config.fid and not logged(path, step, name_of(config.fid_features))
 
 
 def check_data(state: dict | None, data, config: Config) -> None:

@@ -1,0 +1,104 @@
+"""--fid: the Fréchet distance of the averaged weights' samples to the training images.
+
+All ranks sample and compute features; the sums are all that is exchanged.
+"""
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import UserError
+from .. import distributed as dist
+from ..config import Config
+from ..data.cache import TRANSFORM
+from ..data.datasets import digest
+from ..evaluation.features import open_features, sampled
+from ..evaluation.metrics import FEW, Moments, frechet_distance
+from ..pipeline import Pipeline
+from ..weights.checkpoint import atomic
+
+SAMPLER, STEPS = "dpmpp_2m", 20
+
+
+class Fid:
+    """Opens the network and the reference; raises UserError now for all that would fail later."""
+
+    def __init__(self, config: Config, data, device: torch.device):
+        if config.streaming:
+            raise UserError("--fid compares with the whole training set: it needs a set that is "
+                            "downloaded, not --streaming")  # fmt: skip
+        self.config, self.data = config, data
+        self.features = open_features(config.fid_features, device)
+        self.name = self.features.name
+        self.steps = min(STEPS, config.time_steps)
+        self.reference = self._reference()
+        few = f"; below {FEW} it is mostly bias" if config.fid_num_images < FEW else ""
+        dist.log(f"{self.name} every {config.fid_every} steps: {self.features.about}, "
+                 f"{config.fid_num_images} samples of the averaged weights by {SAMPLER} in "
+                 f"{self.steps} steps, against {len(data.train)} training images at "
+                 f"{config.image_size} px{few}")  # fmt: skip
+
+    def due(self, step: int, total: int) -> bool:
+        return step > 0 and (step % self.config.fid_every == 0 or step == total)
+
+    def measure(self, pipeline: Pipeline, stopped: Callable[[], bool]) -> dict | None:
+        """{name: distance, fid_seconds: time}; None if `stopped` says so on some rank."""
+        count, labels, train = self.config.fid_num_images, self.data.labels, self.data.train
+        began, found = time.perf_counter(), Moments(len(self.reference[0]))
+        micro = max(1, min(64, self.config.batch_size // dist.world_size()))
+        with dist.progress(total=count, desc=self.name, unit="img", leave=False) as bar:
+            for images in sampled(pipeline, count, micro, seed=self.config.seed, sampler=SAMPLER,
+                                  label=lambda i: labels[train[i % len(train)]],
+                                  steps=self.steps, amp=self.config.amp):  # fmt: skip
+                if len(images):
+                    found.add(self.features(images))
+                bar.update(min(micro * dist.world_size(), count - bar.n))
+                if dist.any_rank(stopped()):
+                    return None
+        statistics = found.reduce()
+        value = frechet_distance(*self.reference, *statistics) if dist.is_main() else 0.0
+        return {self.name: value, "fid_seconds": time.perf_counter() - began}
+
+    def _reference(self) -> tuple[Tensor, Tensor]:
+        """(mean, covariance) of the training images' features, from the cache if they are there."""
+        key = digest(self.data.pixels.images.stamp, self.data.order_key(), TRANSFORM,
+                     str(self.config.image_size), self.features.key)  # fmt: skip
+        file = Path(self.config.cache_dir) / f"{key}.npz"
+        known = _read(file)
+        if not dist.any_rank(known is None):
+            dist.log(f"reference features of {self.config.data}: from {file}")
+            return known
+        train = self.data.train
+        mine, found = np.array_split(train, dist.world_size())[dist.rank()], None
+        for low in dist.progress(range(0, len(mine), 64), desc="reference features", leave=False):
+            features = self.features(self.data.pixels[mine[low : low + 64]])
+            found = found or Moments(features.shape[1])
+            found.add(features)
+        known = found.reduce()
+        if dist.is_main():
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                atomic(file, lambda path: _write(path, *known))
+            except OSError as error:
+                dist.log(f"warning: reference features are not kept: {error}")
+        return known
+
+
+def _read(file: Path) -> tuple[Tensor, Tensor] | None:
+    """Mean and covariance; None if there is no such file or it is damaged."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+            mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
+    except Exception:  # a zip file can be damaged in many ways
+        return None
+    return (mean, cov) if cov.shape == (len(mean), len(mean)) else None
+
+
+def _write(path: Path, mean: Tensor, cov: Tensor) -> None:
+    with open(path, "wb") as out:
+        np.savez(out, mean=mean.numpy(), cov=cov.numpy())

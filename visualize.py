@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Look at a model: the forward and the reverse process, interpolations, schedule, curves.
+
+python visualize.py                        results/model.pt, or the toy's forward process
+python visualize.py --load_path results/model.pt --data FOLDER --html
+"""
+
+from pathlib import Path
+
+from diffusion import UserError
+from diffusion.config import Config, Parser, run_script
+
+
+def parse(args: list[str] | None = None):
+    # fmt: off
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--load_path", metavar="FILE", help="a model.pt or .safetensors file (default: results/model.pt if there is one)")
+    add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
+    add("--data", metavar="TEXT", help="images of the forward process: toy, a folder, a set's name (default: what the model was trained on)")
+    add("--num_images", type=int, default=4, metavar="N", help="how many of each")
+    add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
+    add("--steps", type=int, metavar="N", help="network evaluations (default: 50, or all of a shorter schedule)")
+    add("--guidance_scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; 1: none")
+    add("--class_label", metavar="NAME", help="a class by name or number (default: every class in turn)")
+    add("--seed", type=int, default=0, metavar="N", help="of the noise")
+    add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--save_folder", default="results", metavar="FOLDER", help="for viz/")
+    add("--html", action="store_true", help="also viz/index.html, a page to play with")
+    # fmt: on
+    args = parser.parse_args(args)
+    if not 1 <= args.num_images <= 16:
+        raise UserError(f"num_images is {args.num_images}; it must be 1 to 16")
+    return args
+
+
+# what the page compares, from the same noise
+PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
+
+
+def save_process(folder: Path, name: str, process, T: int) -> None:
+    """A picture at each share of the time, all of them in one strip, and the film."""
+    from diffusion.evaluation import views
+    from diffusion.evaluation.viz import enlarge, grid, save_film, save_png
+
+    at = views.at_percents(process, T)
+    for p, i in zip(views.PERCENT, at):
+        save_png(grid(enlarge(process.x[i]), len(process.x[i])), folder / f"{name}_t{p:02d}.png")
+    order = at if process.x0 is None else at[::-1]  # as time goes
+    save_png(views.labelled(process, order, process.x), folder / f"{name}.png")
+    save_film(views.film(process), folder / f"{name}.webp")
+
+
+def draw_model(folder: Path, pipeline, data, args, options) -> None:
+    """The reverse process, and interpolations."""
+    from diffusion.evaluation import views
+    from diffusion.evaluation.viz import save_png, strip
+
+    n, T = args.num_images, len(pipeline.schedule)
+    reverse = views.reverse(pipeline, range(n), args.sampler, args.steps, **options(range(n)))
+    save_process(folder, "backward", reverse, T)
+    at = views.at_percents(reverse, T)[::-1]
+    save_png(views.labelled(reverse, at, reverse.x0), folder / "backward_x0.png")
+
+    points = [f"{s:.2g}" for s in (0, 1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1)]
+    sampler, seeds = views.deterministic(args.sampler), [args.seed, args.seed + 1]
+    shared = dict(sampler=sampler, steps=args.steps, points=len(points))
+    rows = views.between_seeds(pipeline, args.seed, n, **shared, options=options)
+    heading = f"between the noise of seeds {seeds[0]} and {seeds[1]}, {sampler}"
+    save_png(strip(rows, points, heading), folder / "interpolate_seeds.png")
+    if len(data.images) >= 2:
+        half = len(data.images) // 2
+        rows = views.between_images(pipeline, data.images[:half], data.images[half : 2 * half],
+                                    args.seed, **shared, options=options)  # fmt: skip
+        heading = f"between two images, noised for half of the steps, {sampler}"
+        save_png(
+            strip(rows, ["image", *points, "image"], heading), folder / "interpolate_images.png"
+        )
+
+
+def main() -> None:
+    args = parse()
+    import torch
+
+    from diffusion import distributed as dist
+    from diffusion.evaluation import views
+    from diffusion.evaluation.viz import save_png
+    from diffusion.pipeline import Pipeline
+    from diffusion.process.schedule import make_schedule
+
+    device = dist.setup(args.device)
+    path = args.load_path
+    if path is None and Path("results/model.pt").is_file():
+        path = "results/model.pt"
+    if path is not None:
+        pipeline = Pipeline.load(path, args.weights, device)
+    else:
+        dist.log("no results/model.pt: only the forward process and the schedules are shown")
+        config = Config(data="toy")
+        schedule = make_schedule(config.schedule, config.time_steps)
+        pipeline = Pipeline(config, torch.nn.Identity(), schedule, device=device)
+    n, folder, T = args.num_images, Path(args.save_folder) / "viz", len(pipeline.schedule)
+    args.steps = min(50, T) if args.steps is None else args.steps
+
+    def options(indices) -> dict:
+        """Of the images with these indices."""
+        choice = args.class_label or ("all" if pipeline.conditional else None)
+        return {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed,
+                "labels": pipeline.labels(choice, indices)}  # fmt: skip
+
+    try:  # mistakes show before the work
+        table = pipeline.table(args.sampler, args.steps)
+        if path is not None:
+            pipeline.frames([0], sampler=args.sampler, steps=args.steps, **options([0]))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    data = views.pick_images(args.data, pipeline.config, 2 * n)
+
+    times = sorted(
+        {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
+    )
+    forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)
+    save_process(folder, "forward", forward, T)
+    save_png(views.schedule_plot(pipeline.schedule, table, args.sampler), folder / "schedule.png")
+    save_png(views.table_plot(table, args.sampler), folder / "table.png")
+    if path is not None:
+        draw_model(folder, pipeline, data, args, options)
+        if (curves := views.curves(Path(path).parent / "metrics.jsonl")) is not None:
+            save_png(curves, folder / "curves.png")
+    if args.html:
+        from diffusion.evaluation.page import write_page
+
+        kinds = [k for k in PAGE_RUNS if k[1] <= T] if path is not None else []
+        runs = [views.reverse(pipeline, range(n), *k, **options(range(n))) for k in kinds]
+        write_page(folder / "index.html", pipeline, forward, data, runs)
+    dist.log(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

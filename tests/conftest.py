@@ -44,3 +44,18 @@ def faces(tmp_path_factory) -> Path:
         Image.fromarray(toy.draw(i, 24)).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(toy.caption(i))
     return root
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory, faces):
+    """The model.pt of a class-conditional run of 60 steps."""
+    from diffusion.config import Config
+    from diffusion.training.trainer import train
+
+    folder = tmp_path_factory.mktemp("model")
+    train(Config(
+        data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8, time_steps=20,
+        train_steps=60, save_and_sample_every=60, num_samples=0, cache_dir=str(folder / "cache"), device="cpu",
+        amp="no", save_folder=str(folder), condition="class", learning_rate=3e-3,
+    ))  # fmt: skip
+    return folder / "model.pt"

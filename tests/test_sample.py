@@ -23,18 +23,6 @@ from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, faces):
-    """A class-conditional run of 60 steps: (folder, model.pt)."""
-    folder = tmp_path_factory.mktemp("model")
-    train(Config(
-        data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8, time_steps=20,
-        train_steps=60, save_and_sample_every=60, num_samples=0, cache_dir=str(folder / "cache"), device="cpu",
-        amp="no", save_folder=str(folder), condition="class", learning_rate=3e-3,
-    ))  # fmt: skip
-    return folder / "model.pt"
-
-
 def pictures(folder) -> np.ndarray:
     return np.stack(
         [np.asarray(Image.open(p)) for p in sorted((folder / "images").iterdir())]

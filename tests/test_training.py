@@ -25,7 +25,7 @@ from diffusion.training.steps import Share, draw, learning_rate, rank_share, tot
 from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
 
-TIMES = ("img_per_s",)
+TIMES = ("img_per_s", "fid_seconds")
 
 
 @pytest.fixture

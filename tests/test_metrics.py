@@ -1,0 +1,503 @@
+"""Distances against closed forms and clean-fid, feature networks, the command, --fid."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, environment, script
+from PIL import Image
+from resnet56 import write as write_resnet56
+from test_training import flags, run_lines, tiny  # noqa: F401
+from torch import nn
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data import toy
+from diffusion.evaluation import metrics
+from diffusion.evaluation.features import (
+    INCEPTION,
+    Features,
+    cache_folder,
+    folder_features,
+    name_of,
+    open_features,
+)
+from diffusion.evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
+from diffusion.training.fid import Fid
+from diffusion.training.trainer import train
+
+CPU = torch.device("cpu")
+
+
+def normal(*shape, seed=0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+# --- pure functions ------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 0.0]).double()
+    mean = torch.tensor([1.0, -2.0, 0.5]).double()
+    value = frechet_distance(torch.zeros(3).double(), a.diag(), mean, b.diag())
+    expected = (mean**2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
+    assert_close(value, float(expected), rtol=1e-12, atol=0)
+
+
+def test_frechet_distance_of_rotated_and_singular_gaussians():
+    q = torch.linalg.qr(normal(6, 6)).Q
+    a, b = torch.rand(6).double() + 0.1, torch.rand(6).double()
+    b[:3] = 0  # fewer images than features
+    turn = lambda d: q @ d.diag() @ q.T  # noqa: E731
+    zero = torch.zeros(6).double()
+    expected = float(((a.sqrt() - b.sqrt()) ** 2).sum())
+    assert_close(frechet_distance(zero, turn(a), zero, turn(b)), expected, rtol=1e-7, atol=1e-7)
+    assert_close(frechet_distance(zero, turn(b), zero, turn(a)), expected, rtol=1e-7, atol=1e-7)
+    assert abs(frechet_distance(zero, turn(b), zero, turn(b))) < 1e-7
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """For 2x2: Tr sqrt(M) = sqrt(Tr M + 2 sqrt(det M))."""
+    a, b = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(), torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()  # fmt: skip
+    m = a @ b
+    root = (m.trace() + 2 * torch.linalg.det(m).sqrt()).sqrt()
+    zero = torch.zeros(2).double()
+    expected = float(a.trace() + b.trace() - 2 * root)
+    assert_close(frechet_distance(zero, a, zero, b), expected, rtol=1e-12, atol=0)
+
+
+def test_frechet_and_kernel_distance_are_clean_fids():
+    fid = pytest.importorskip("cleanfid.fid")
+    a, b = normal(300, 24), normal(200, 24, seed=1) * 1.3 + 0.2
+    theirs = fid.frechet_distance(*(v.numpy() for v in (*moments(a), *moments(b))))
+    assert_close(frechet_distance(*moments(a), *moments(b)), float(theirs), rtol=1e-8, atol=0)
+    np.random.seed(5)
+    theirs = fid.kernel_distance(a.numpy(), b.numpy(), num_subsets=7, max_subset_size=150)
+    ours = kernel_distance(a, b, subsets=7, most=150, seed=5)
+    assert_close(ours, theirs, rtol=1e-10, atol=0)
+
+
+def test_kernel_distance_is_unbiased():
+    """Zero on average for two samples of one distribution, and not for two."""
+    same = [kernel_distance(normal(60, 4, seed=i), normal(60, 4, seed=100 + i), 1) for i in range(80)]  # fmt: skip
+    assert abs(np.mean(same)) < 3 * np.std(same) / 80**0.5
+    assert kernel_distance(normal(60, 4), normal(60, 4, seed=1) + 1, 1) > 10 * np.std(same)
+
+
+def test_moments_of_pieces():
+    x = normal(100, 5) + 3
+    found = Moments(5)
+    for part in x.split(17):
+        found.add(part)
+    assert_close(found.reduce(), moments(x), rtol=1e-10, atol=1e-12)
+
+
+def test_precision_and_recall():
+    real, far = normal(200, 3), normal(200, 3, seed=1) + 100
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, far) == (0.0, 0.0)
+    # a generator that knows one of two modes: all it makes is real, half of what is real it makes
+    two = torch.cat([normal(200, 3, seed=2), normal(200, 3, seed=3) + 100])
+    precision, recall = precision_recall(two, two[:200] + 1e-9)
+    assert precision == 1.0 and recall == 0.5
+    # against the definition, written out
+    a, b = normal(40, 2, seed=4), normal(30, 2, seed=5)
+    radius = [sorted(float((x - y).norm()) for y in a)[3] for x in a]
+    inside = [any((y - x).norm() <= r for x, r in zip(a, radius)) for y in b]
+    assert_close(precision_recall(a, b)[0], sum(inside) / 30)
+
+
+def test_inception_score():
+    sure = torch.eye(8).double().repeat(20, 1)
+    assert_close(inception_score(sure, 5), (8.0, 0.0))
+    assert_close(inception_score(torch.full((50, 8), 1 / 8).double()), (1.0, 0.0))
+    p = normal(40, 6).softmax(1)
+    kl = (p * (p / p.mean(0)).log()).sum(1).mean()
+    assert_close(inception_score(p, 1)[0], float(kl.exp()))
+
+
+# --- feature networks ----------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """uint8 images to the mean and the contrast of 2x2 cells: (N, 24)."""
+
+    def forward(self, x):
+        x = x.float() / 255
+        mean = nn.functional.adaptive_avg_pool2d(x, 2)
+        spread = nn.functional.adaptive_avg_pool2d(x * x, 2) - mean * mean
+        return torch.cat([mean.flatten(1), spread.flatten(1)], 1)
+
+
+class Layers(nn.Module):
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)[:, :48].repeat(1, 43)[:, :2048]
+
+
+class Inception(nn.Module):
+    """What clean-fid asks of NVIDIA's file: layers, and output for class scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+        self.output = nn.Linear(2048, 10)
+
+    def forward(self, x, return_features: bool = False):
+        return self.layers(x)
+
+
+@pytest.fixture(scope="session")
+def pooled(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("network") / "pooled.pt"
+    torch.jit.script(Pooled()).save(str(file))
+    return file
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch) -> Inception:
+    """A network of the Inception file's interface, where ours looks for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    cache_folder().mkdir(parents=True)
+    torch.manual_seed(0)
+    network = Inception()
+    torch.jit.script(network).save(str(cache_folder() / INCEPTION))
+    return network
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory) -> Path:
+    """40 toy faces of 16 px."""
+    return pictures(tmp_path_factory.mktemp("real"), range(40))
+
+
+def pictures(folder: Path, indices, size=16) -> Path:
+    folder.mkdir(exist_ok=True, parents=True)
+    for i in indices:
+        Image.fromarray(toy.draw(i, size)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_features_are_clean_fids(inception, real):
+    """The same resize, the same order of channels, the same scaling."""
+    fid = pytest.importorskip("cleanfid.fid")
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    network = InceptionV3W(str(cache_folder()), download=False).eval()
+    theirs = fid.get_folder_features(str(real), network, num_workers=0, device=CPU, verbose=False)
+    features = open_features(None, CPU)
+    ours, sizes = folder_features(real, None, features)
+    assert sizes == {(16, 16)} and features.name == "fid"
+    assert_close(ours, torch.from_numpy(theirs).double(), rtol=0, atol=1e-6)
+    expected = (ours @ inception.output.weight.double().T).softmax(1)
+    assert_close(features.probabilities(ours), expected)
+
+
+def test_a_network_of_ones_own(pooled, real):
+    features = open_features(str(pooled), CPU)
+    found, _ = folder_features(real, None, features)
+    assert features.name == "pooled" and found.shape == (40, 24)
+    x = torch.from_numpy(np.stack([toy.draw(i, 16) for i in range(40)])).permute(0, 3, 1, 2)
+    assert_close(found, Pooled()(x).double())
+    assert features.probabilities(found) is None
+
+
+def test_a_network_is_never_called_fid(tmp_path, pooled):
+    for name in ("fid", "FID", "loss", "kid"):
+        assert name_of(str(tmp_path / f"{name}.pt")) == f"{name}_features"
+    assert name_of(None) == "fid" and name_of("a/clip.pt") == "clip"
+
+
+def test_missing_and_broken_networks(tmp_path, monkeypatch, real):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("cleanfid.downloads_helper.inception_url", "http://127.0.0.1:9/none.pt")
+    with pytest.raises(UserError, match=rf"put it at {cache_folder() / INCEPTION}"):
+        open_features(None, CPU)
+    assert not any(cache_folder().glob("*"))  # half a file would be taken for a whole one
+    (cache_folder() / INCEPTION).write_bytes(b"PK\3\4 half of it")
+    with pytest.raises(UserError, match="delete it"):
+        open_features(None, CPU)
+    with pytest.raises(UserError, match="does not exist"):
+        open_features(str(tmp_path / "no.pt"), CPU)
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match="cannot be read as TorchScript"):
+        open_features(str(tmp_path / "text.pt"), CPU)
+    torch.jit.script(nn.Identity()).save(str(tmp_path / "identity.pt"))
+    with pytest.raises(UserError, match=r"expected a tensor \(N, D\)"):
+        folder_features(real, None, open_features(str(tmp_path / "identity.pt"), CPU))
+    torch.jit.script(nn.Linear(3, 4)).save(str(tmp_path / "linear.pt"))
+    with pytest.raises(UserError, match="cannot use images of"):
+        folder_features(real, None, open_features(str(tmp_path / "linear.pt"), CPU))
+
+
+def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    source = tmp_path / "source.pt"
+    torch.jit.script(Inception()).save(str(source))
+    monkeypatch.setattr("cleanfid.downloads_helper.inception_url", source.as_uri())
+    assert open_features(None, CPU).is_inception
+    assert (cache_folder() / INCEPTION).read_bytes() == source.read_bytes()
+    assert list(cache_folder().iterdir()) == [cache_folder() / INCEPTION]
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measure(monkeypatch, capsys):
+    """python -m diffusion.evaluation.metrics in this process: (its JSON line, what it told)."""
+
+    def call(*args) -> tuple[dict, str]:
+        monkeypatch.setattr(sys, "argv", ["metrics", *map(str, args), "--device", "cpu"])
+        metrics.main()
+        out = capsys.readouterr()
+        return json.loads(out.out.splitlines()[-1]), out.out
+
+    return call
+
+
+def test_two_folders(real, pooled, tmp_path, measure):
+    fake = pictures(tmp_path / "fake", range(50, 80))
+    found, told = measure(real, fake, "--fid_features", pooled)
+    assert found["num_real"] == 40 and found["num_fake"] == 30 and "mostly bias" in told
+    features = open_features(str(pooled), CPU)
+    a, b = (folder_features(f, None, features)[0] for f in (real, fake))
+    assert_close(found["pooled"], frechet_distance(*moments(a), *moments(b)))
+    assert_close(found["pooled_kid"], kernel_distance(a, b))
+    assert "fid" not in found and "inception_score" not in found
+    same, _ = measure(real, real, "--fid_features", pooled)
+    assert abs(same["pooled"]) < 1e-8 and same["precision"] == same["recall"] == 1
+
+
+def test_inception_gives_fid_kid_and_score(real, inception, tmp_path, measure):
+    found, _ = measure(real, pictures(tmp_path / "fake", range(50, 90), 20))
+    assert {"fid", "kid", "precision", "recall", "inception_score"} <= set(found)
+    assert "Inception" in found["features"]
+
+
+def test_grey_and_unreadable_images(real, pooled, tmp_path, measure):
+    fake = pictures(tmp_path / "fake", range(20))
+    for i in range(10):
+        Image.fromarray(toy.draw(i, 16)).convert("L").save(fake / f"grey{i}.png")
+    (fake / "broken.png").write_bytes(b"\x89PNG\r\n")
+    found, told = measure(real, fake, "--fid_features", pooled)
+    assert found["num_fake"] == 30 and "broken.png" in told
+
+
+def test_other_sizes(real, pooled, tmp_path, measure, inception):
+    fake = pictures(tmp_path / "fake", range(20), 24)
+    with pytest.raises(UserError, match=r"16x16, 24x24.*--size N"):
+        measure(real, fake, "--fid_features", pooled)
+    found, _ = measure(real, fake, "--fid_features", pooled, "--size", 8)
+    assert found["num_fake"] == 20
+    _, told = measure(real, fake)  # Inception resizes everything itself, but it matters
+    assert "warning" in told and "16x16, 24x24" in told
+
+
+def test_ten_images_and_fewer(real, pooled, tmp_path, measure):
+    found, told = measure(real, pictures(tmp_path / "ten", range(10)), "--fid_features", pooled)
+    assert "warning: 40 real and 10 generated images; below 2048" in told and found["pooled"] > 0
+    with pytest.raises(UserError, match="at least 2"):
+        measure(real, pictures(tmp_path / "one", range(1)), "--fid_features", pooled)
+
+
+def test_jpeg_is_told(real, pooled, tmp_path, measure):
+    fake = pictures(tmp_path / "fake", range(5))
+    Image.fromarray(toy.draw(1, 16)).save(fake / "a.jpg")
+    assert "JPEG" in measure(real, fake, "--fid_features", pooled)[1]
+
+
+def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
+    (tmp_path / "empty").mkdir()
+    network = ("--fid_features", pooled)
+    for args, told in (
+        ((real, tmp_path / "empty"), "no images below"),
+        ((tmp_path / "empty", real), "no images below"),
+        ((tmp_path / "none", real), "is no folder"),
+        ((real, tmp_path / "none.pt"), "does not exist"),
+        ((real, model, "--samplers", "heun:5"), "heun"),
+        ((real, model, "--samplers", "ddim:21"), "ddim:21.*more than the schedule's 20"),
+        ((real, model, "--samplers", "ddim"), "such as ddim:50"),
+        ((real, model, "--size", 24), "the model's images have 16 pixels"),
+        ((real, model, "--num_images", 0), "num_images is 0"),
+    ):
+        with pytest.raises(UserError, match=told):
+            measure(*args, *network)
+
+
+def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
+    args = (real, model, "--fid_features", pooled, "--num_images", 12, "--batch_size", 5,
+            "--samplers", "ddim:3,ddpm:20,ddim:10", "--seeds", "0,1,2", "--amp", "no",
+            "--save_folder", tmp_path)  # fmt: skip
+    found, told = measure(*args)
+    rows = found["rows"]
+    assert [(r["sampler"], r["steps"]) for r in rows] == [("ddim", 3), ("ddpm", 20), ("ddim", 10)]
+    for row in rows:
+        assert len(set(row["pooled_of_seeds"])) == 3
+        assert row["pooled"] == sorted(row["pooled_of_seeds"])[1]
+    assert json.loads((tmp_path / "metrics" / "quality.json").read_text()) == found
+    assert Image.open(tmp_path / "metrics" / "quality.png").size == (640, 400)
+    assert "ddpm    20 steps  pooled" in told
+    # it is the distance of what sample.py writes
+    done = script("sample.py", "--load_path", model, "--save_folder", tmp_path / "s", "--steps", 3,
+                  "--num_images", 12, "--batch_size", 5, "--class_label", "all", "--seed", 1,
+                  "--amp", "no", "--device", "cpu", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again, _ = measure(real, tmp_path / "s" / "images", "--fid_features", pooled)
+    assert_close(again["pooled"], rows[0]["pooled_of_seeds"][1], rtol=1e-6, atol=0)
+
+
+def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
+    args = [real, model, "--fid_features", pooled, "--num_images", "10", "--batch_size", "3",
+            "--samplers", "ddim:3", "--amp", "no", "--device", "cpu"]  # fmt: skip
+    values = []
+    for ranks in (1, 2):
+        launch = [sys.executable, "-m"]
+        if ranks > 1:
+            launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+        full = [*launch, "diffusion.evaluation.metrics", *map(str, args), "--save_folder", tmp_path]
+        done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, env=environment())
+        assert done.returncode == 0, done.stderr
+        values.append(json.loads(done.stdout.splitlines()[-1])["rows"][0]["pooled"])
+    assert_close(values[0], values[1], rtol=1e-6, atol=0)
+
+
+def test_the_reference_tool_gives_the_same_number(real, tmp_path, measure):
+    """tools/frechet.py, where the shared folder stands beside the checkout."""
+    shared = ROOT.parent / "shared"
+    weights = shared / "weights" / "cifar_resnet56.safetensors"
+    if not weights.is_file():
+        pytest.skip(f"needs {weights.relative_to(ROOT.parent)}")
+    write_resnet56(str(weights), str(tmp_path / "resnet56.pt"))
+    fake = pictures(tmp_path / "fake", range(60, 100))
+    found, _ = measure(real, fake, "--size", 32, "--fid_features", tmp_path / "resnet56.pt")
+    done = subprocess.run([sys.executable, shared / "tools" / "frechet.py", real, fake],
+                          capture_output=True, text=True)  # fmt: skip
+    theirs = float(done.stdout.split()[-1])  # of features 10 times as large, in effect
+    assert_close(100 * found["resnet56"], theirs, rtol=1e-4, atol=1e-3)
+
+
+# --- --fid ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fid(tiny, pooled) -> dict:  # noqa: F811
+    return tiny | dict(fid=True, fid_every=6, fid_num_images=10, fid_features=str(pooled))
+
+
+def values_of(folder) -> dict[int, float]:
+    lines = run_lines(Path(folder))
+    return {line["step"]: line["pooled"] for line in lines if "pooled" in line}
+
+
+def test_fid_during_training(fid, tmp_path, capsys):
+    train(Config(**fid))
+    first = values_of(tmp_path / "run")
+    told = capsys.readouterr().out
+    assert sorted(first) == [6, 12] and "dpmpp_2m in 20 steps" in told
+    assert "118 training images at 16 px" in told and "step 12: pooled" in told
+
+    # against the definition: these samples, the training images
+    from diffusion.data.batches import open_batches
+    from diffusion.evaluation.viz import to_uint8
+    from diffusion.pipeline import Pipeline
+
+    pipeline, data = Pipeline.load(tmp_path / "run" / "model.pt"), open_batches(Config(**fid))
+    features = open_features(fid["fid_features"], CPU)
+    labels = torch.tensor([data.labels[data.train[i]] for i in range(10)])
+    fake = to_uint8(pipeline.sample(range(10), sampler="dpmpp_2m", steps=20, labels=labels, amp="no"))  # fmt: skip
+    a, b = features(data.pixels[data.train]), features(fake)
+    assert_close(first[12], frechet_distance(*moments(a), *moments(b)), rtol=1e-4, atol=1e-6)
+
+    # a second run finds the reference, and the number is the same
+    train(Config(**fid | dict(save_folder=str(tmp_path / "second"))))
+    assert "reference features" in capsys.readouterr().out
+    assert values_of(tmp_path / "second") == first
+    # a damaged reference is made anew
+    [file] = (tmp_path / "cache").glob("*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    train(Config(**fid | dict(save_folder=str(tmp_path / "third"))))
+    assert "reference features" not in capsys.readouterr().out
+    assert values_of(tmp_path / "third") == first
+
+
+def test_fid_leaves_the_run_as_it_is(fid, tmp_path):
+    train(Config(**fid))
+    train(Config(**fid | dict(fid=False, fid_features=None, save_folder=str(tmp_path / "plain"))))
+    mine = [line for line in run_lines(tmp_path / "run") if "pooled" not in line]
+    assert mine == run_lines(tmp_path / "plain")
+
+
+def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
+    train(Config(**fid | dict(train_steps=6)))
+    other = tmp_path / "other.pt"
+    other.write_bytes(pooled.read_bytes())
+    for i, change in enumerate([dict(image_size=12), dict(fid_features=str(other)), dict(seed=1)]):
+        train(Config(**fid | dict(train_steps=6, save_folder=str(tmp_path / str(i))) | change))
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 3  # another seed needs no other
+
+
+def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
+    train(Config(**fid | dict(dropout=0.0)))
+    options = fid | dict(dropout=0.0, save_folder=str(tmp_path / "two"))
+    done = script("train.py", *flags(options), cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = values_of(tmp_path / "run"), values_of(tmp_path / "two")
+    assert sorted(two) == [6, 12]
+    assert_close(list(two.values()), list(one.values()), rtol=1e-3, atol=1e-5)
+
+
+def test_stopped_while_it_measures(fid, tmp_path):
+    """The run saves and stops; continued, it measures what is missing, also at the last step."""
+    slow = fid | dict(fid_num_images=1_000_000)
+    run = subprocess.Popen(command("train.py", *flags(slow)), cwd=tmp_path, stderr=subprocess.DEVNULL,
+                           env=environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
+        time.sleep(0.05)
+        assert run.poll() is None
+    time.sleep(2)  # steps 5 and 6 take milliseconds
+    run.send_signal(signal.SIGINT)
+    out, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped at step 6" in out
+    assert values_of(tmp_path / "run") == {}
+    train(Config(**fid))
+    train(Config(**fid | dict(save_folder=str(tmp_path / "straight"))))
+    assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
+    # cut away the last value: a finished run still lacks it
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]) + "\n")
+    train(Config(**fid))
+    assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
+
+
+def test_a_missing_network_is_told_before_anything_is_written(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr("cleanfid.downloads_helper.inception_url", "http://127.0.0.1:9/none.pt")
+    with pytest.raises(UserError, match="put it at"):
+        train(Config(**tiny | dict(fid=True)))
+    assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(UserError, match="give --fid as well"):
+        Config(fid_features="a.pt")
+    with pytest.raises(UserError, match="not --streaming"):
+        Fid(Config(data="hf:a/b", streaming=True, fid=True), None, CPU)
+
+
+def test_features_are_float64_on_the_cpu():
+    features = Features("x", "x", "x", Pooled(), CPU)
+    out = features(np.zeros((2, 8, 8, 3), np.uint8))
+    assert out.dtype == torch.float64 and out.device == CPU

@@ -1,0 +1,245 @@
+"""visualize.py: what it writes, and that the pictures are those of the process."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.evaluation import plot, views
+from diffusion.evaluation.viz import enlarge, strip, to_uint8
+from diffusion.pipeline import Pipeline
+from diffusion.process.samplers import SAMPLERS
+from diffusion.seeding import ImageNoise
+
+PERCENT = ("00", "25", "50", "75", "99")
+FORWARD = {f"forward_t{p}.png" for p in PERCENT} | {"forward.png", "forward.webp", "schedule.png", "table.png"}  # fmt: skip
+REVERSE = {f"backward_t{p}.png" for p in PERCENT} | {
+    "backward.png", "backward.webp", "backward_x0.png", "interpolate_seeds.png",
+    "interpolate_images.png", "curves.png",
+}  # fmt: skip
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """visualize.py's main in this process."""
+    import visualize
+
+    def main(*args):
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args), "--device", "cpu"])
+        visualize.main()
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def pipeline(model):
+    return Pipeline.load(model)
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_as_a_user_calls_it(tmp_path):
+    """Without arguments and without a model: the toy's forward process and the schedules."""
+    done = script("visualize.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "only the forward process" in done.stdout
+    assert {p.name for p in (tmp_path / "results" / "viz").iterdir()} == FORWARD
+
+
+def test_a_model(model, tmp_path, show):
+    show(
+        "--load_path", model, "--save_folder", tmp_path, "--html", "--num_images", 2, "--steps", 10
+    )
+    viz = tmp_path / "viz"
+    assert {p.name for p in viz.iterdir()} == FORWARD | REVERSE | {"index.html"}
+    # the page: the runs that fit into T = 20 steps
+    text = (viz / "index.html").read_text()
+    data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    names = [run["name"] for run in data["runs"]]
+    assert names == ["ddim, 10 steps", "dpmpp_2m, 20 steps", "dpmpp_2m, 10 steps"]
+    assert data["T"] == 20 and data["size"] == 16 and len(data["forward"]["x"]) == 2
+    # films: one frame per timestep, and the last one stays
+    film = Image.open(viz / "backward.webp")
+    assert film.n_frames == 11 and Image.open(viz / "forward.webp").n_frames == 20
+
+
+def test_the_pictures_are_those_of_q_sample(model, tmp_path, show, pipeline):
+    show("--load_path", model, "--save_folder", tmp_path, "--num_images", 2, "--steps", 5)
+    data = views.pick_images(None, pipeline.config, 4)
+    eps = ImageNoise(0, range(2), (3, 16, 16))()
+    for p in (0, 50, 99):
+        t = round(p / 100 * 19)
+        a, s = pipeline.schedule.alpha[t].float(), pipeline.schedule.sigma[t].float()
+        x_t = to_uint8(a * data.images[:2] + s * eps).astype(int)
+        picture = pixels(tmp_path / "viz" / f"forward_t{p:02d}.png")[2:-2, 2:]
+        left = picture[:, :96].reshape(16, 6, 16, 6, 3)  # enlarged six times
+        assert np.ptp(left, (1, 3)).max() == 0 and abs(left[:, 0, :, 0] - x_t[0]).max() <= 1
+
+
+def test_the_last_picture_is_the_sample(model, tmp_path, show):
+    args = ("--load_path", model, "--steps", 7, "--sampler", "ddpm", "--class_label", "bob", "--seed", 3, "--amp", "no")  # fmt: skip
+    show(*args, "--save_folder", tmp_path, "--num_images", 2)
+    done = script("sample.py", *args, "--num_images", 2, "--batch_size", 2, "--device", "cpu",
+                  "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = pixels(tmp_path / "viz" / "backward_t00.png")[2:-2, 2:98][::6, ::6]
+    assert abs(last - pixels(tmp_path / "s" / "images" / "000000.png")).max() <= 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_trajectory_is_the_loop(pipeline, sampler):
+    options = dict(seed=1, sampler=sampler, steps=6, amp="no")
+    path = views.reverse(pipeline, [4, 5], **options)
+    assert path.t == [*pipeline.table(sampler, 6).t.tolist(), -1.0]
+    assert len(path.x) == len(path.x0) == 7
+    start = ImageNoise(1, [4, 5], pipeline.shape)()
+    np.testing.assert_array_equal(path.x[0], to_uint8(start))
+    steps = list(pipeline.frames([4, 5], **options))
+    np.testing.assert_array_equal(path.x[-1], to_uint8(steps[-1][0]))
+    np.testing.assert_array_equal(path.x[3], to_uint8(steps[2][0]))
+    np.testing.assert_array_equal(path.x0[3], to_uint8(steps[3][1]))
+
+
+def test_slerp_keeps_the_norm_and_meets_the_ends():
+    a, b = (ImageNoise(s, [0], (3, 8, 8))()[0] for s in (0, 1))
+    assert_close(views.slerp(a, b, 0.0), a)
+    assert_close(views.slerp(a, b, 1.0), b)
+    for share in (0.2, 0.5, 0.8):
+        norm = views.slerp(a / a.norm(), b / b.norm(), share).norm()
+        assert_close(norm, torch.tensor(1.0), rtol=1e-5, atol=0)
+    assert_close(views.slerp(a, a, 0.3), a)
+
+
+def test_interpolations_end_at_the_samples(pipeline):
+    own = dict(amp="no")
+    rows = views.between_seeds(pipeline, 3, 2, points=3, options=lambda _: own, sampler="ddim", steps=5)  # fmt: skip
+    assert rows.shape == (2, 3, 16, 16, 3)
+    for column, seed in ((0, 3), (-1, 4)):
+        samples = pipeline.sample(range(2), seed=seed, sampler="ddim", steps=5, **own)
+        difference = rows[:, column].astype(int) - to_uint8(samples)
+        assert abs(difference).max() <= 1
+    images = views.pick_images(None, pipeline.config, 2).images
+    rows = views.between_images(pipeline, images[:1], images[1:], 3, points=3, options=lambda _: own, sampler="ddim", steps=10)  # fmt: skip
+    assert rows.shape == (1, 5, 16, 16, 3)
+    np.testing.assert_array_equal(rows[0, 0], to_uint8(images[:1])[0])
+    np.testing.assert_array_equal(rows[0, -1], to_uint8(images[1:])[0])
+    # half of the steps from the image's own q_sample
+    [*_, (x, _)] = pipeline.frames([0], seed=3, init=images[:1], strength=0.5, steps=10, eps=ImageNoise(3, [0], pipeline.shape)(), **own)  # fmt: skip
+    assert abs(rows[0, 1].astype(int) - to_uint8(x)[0]).max() <= 1
+
+
+def test_noise_given_from_outside_is_not_reused_by_the_rows(pipeline):
+    """ddpm from the image's own first noise is ddpm."""
+    eps = ImageNoise(0, [0], pipeline.shape)()
+    options = dict(sampler="ddpm", steps=5, amp="no")
+    assert_close(pipeline.sample([0], eps=eps, **options), pipeline.sample([0], **options))
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--load_path", "none.pt"), "none.pt does not exist"),
+        (("--num_images", 0), "it must be 1 to 16"),
+        (("--sampler", "heun"), "sampler 'heun' is unknown"),
+        (("--steps", 21), "more than the schedule's 20"),
+        (("--data", "nowhere"), "neither a folder nor a known set"),
+        (("--class_label", "dog"), "class_label 'dog' is unknown"),
+    ],
+)
+def test_mistakes_are_told_before_any_picture(model, tmp_path, show, args, told):
+    args = args if "--load_path" in args else ("--load_path", model, *args)
+    with pytest.raises(UserError, match=told):
+        show(*args, "--save_folder", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_has_gone_is_told(model, tmp_path, show, monkeypatch, pipeline):
+    def gone(*_):
+        raise UserError("no images below here")
+
+    monkeypatch.setattr(views, "open_data", gone)
+    with pytest.raises(UserError, match="give another with --data"):
+        show("--load_path", model, "--save_folder", tmp_path)
+    with pytest.raises(UserError, match="below here$"):
+        views.pick_images("x", pipeline.config, 2)
+
+
+def test_bad_images_are_passed_over(tmp_path, pipeline, faces, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i, file in enumerate(sorted(faces.rglob("*.png"))[:3]):
+        (folder / f"{i}.png").write_bytes(file.read_bytes())
+    for i in range(5):
+        (folder / f"bad{i}.png").write_bytes(b"no image")
+    picked = views.pick_images(str(folder), pipeline.config, 8)
+    assert sorted(picked.names) == ["0.png", "1.png", "2.png"] and picked.images.shape == (3, 3, 16, 16)  # fmt: skip
+
+
+# --- plots ---------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round():
+    assert plot.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert plot.ticks(-3.2, 4.1) == pytest.approx([-2, 0, 2, 4])
+    assert plot.ticks(1e5, 9e5) == pytest.approx([2e5, 4e5, 6e5, 8e5])
+    marks = [10**v for v in plot.log_ticks(1, 3)]
+    assert marks == pytest.approx([10, 20, 50, 100, 200, 500, 1000])
+    assert [plot.told(v) for v in (0.05, 1200, 3e-5, 0.1 + 0.2)] == ["0.05", "1200", "3e-05", "0.3"]
+
+
+def colours(picture) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def where(picture, colour: str) -> np.ndarray:
+    """(n, 2) rows and columns of the pixels of this colour."""
+    target = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return np.argwhere(abs(colours(picture) - target).max(-1) < 60)
+
+
+def test_a_line_is_where_its_numbers_are():
+    picture = plot.line_plot([plot.Line([0, 10], [0, 5])], "title", "x")
+    found = where(picture, plot.COLOURS[0])
+    left, right = found[found[:, 1].argmin()], found[found[:, 1].argmax()]
+    assert left[0] > 300 and right[0] < 80 and left[1] < 120 and right[1] > 560
+    middle = found[abs(found[:, 1] - (left[1] + right[1]) / 2) < 1]
+    assert abs(middle[:, 0].mean() - (left[0] + right[0]) / 2) < 3
+
+
+def test_plots_take_what_runs_produce():
+    nan = float("nan")
+    plot.line_plot([plot.Line([1, 2, 3], [nan, 1, float("inf")], "a")], "t", "x")
+    plot.line_plot([plot.Line([5], [0.3], "one point")], "t", "x", log_x=True, log_y=True)
+    plot.line_plot([plot.Line([0, 1, 2], [0, 1, 2], "zero on a log axis")], "t", "x", log_x=True)
+    with pytest.raises(ValueError, match="no finite point"):
+        plot.line_plot([plot.Line([1], [nan])], "t", "x")
+
+
+def test_curves_show_loss_and_distances(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert views.curves(file) is None
+    lines = [{"step": 10 * i, "loss": 1 / (i + 1)} for i in range(5)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert views.curves(file).size == (640, 400)
+    lines += [{"step": 40, "fid": 3.0, "fid_seconds": 1.0}, {"step": 50, "loss": None}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert views.curves(file).size == (640, 800)
+
+
+def test_strip_and_enlarge():
+    rows = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16, 3), np.uint8)
+    large = enlarge(rows)
+    assert large.shape == (2, 3, 96, 96, 3)
+    np.testing.assert_array_equal(large[..., ::6, ::6, :], rows)
+    picture = colours(strip(rows, ["a", "b", "c"], "heading"))
+    assert picture.shape == (2 * 100 + 4 + 52, 3 * 100 + 4, 3)
+    np.testing.assert_array_equal(picture[56:152, 4:100], large[0, 0])
+    np.testing.assert_array_equal(picture[156:252, 204:300], large[1, 2])

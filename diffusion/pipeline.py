@@ -122,9 +122,9 @@ class Pipeline:
         )
 
     def sample(self, indices, **options) -> Tensor:
-        """The last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
+        """The last x of `frames`, decoded: (B, 3, H, W) float32 in [-1, 1]."""
         [(x, _)] = deque(self.frames(indices, **options), maxlen=1)
-        return x
+        return self.decode(x)
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
         """(B,) class labels of images `indices` by a class's name or number; "all": in turn.

@@ -138,14 +138,19 @@ def test_the_readme_tells_the_truth():
     import re
 
     text = (ROOT / "README.md").read_text()
-    from sample import parse as sample_parse
+    import sample
+    import visualize
+    from diffusion.evaluation import metrics
 
     known = {f"--{f.name}" for f in fields(Config)} | {f"--no_{f.name}" for f in fields(Config)}
     known |= {"--data_path", "--preset", "--dry_run", "--help", "--nproc_per_node", "--limit"}
-    known |= {f"--{name}" for name in vars(sample_parse([]))}
+    for parsed in (sample.parse([]), visualize.parse([]), metrics.parse(["REAL", "FAKE"])):
+        known |= {f"--{name}" for name in vars(parsed)}
     assert set(re.findall(r"(?<!-)--[a-z_]+", text)) <= known
     for name in re.findall(r"`(diffusion/[\w/]+\.py|docs/\w+\.md|\w+\.py)`", text):
         assert (ROOT / name).exists() or list((ROOT / "diffusion").rglob(name)), name
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (ROOT / picture).is_file(), picture
     for preset in re.findall(r"--preset (\w+)", text):
         assert preset in config.PRESETS or preset == "none"
 

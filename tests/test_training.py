@@ -17,9 +17,8 @@ from torch.testing import assert_close
 
 from diffusion import UserError
 from diffusion.config import Config
-from diffusion.data.batches import open_batches
-from diffusion.pipeline import Pipeline, build_model
-from diffusion.training import steps, trainer
+from diffusion.pipeline import build_model
+from diffusion.training import steps, tasks
 from diffusion.training.ema import EMA
 from diffusion.training.steps import Share, draw, learning_rate, rank_share, total_steps
 from diffusion.training.trainer import train
@@ -326,7 +325,7 @@ import sys, torch
 sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
 from diffusion import distributed as dist
 from diffusion.config import Config
-from diffusion.training import steps, trainer
+from diffusion.training import steps, tasks, trainer
 seen = {{}}
 def total_norm(gradients, real=torch.nn.utils.get_total_norm):
     seen.setdefault("grads", [g.clone() for g in gradients])
@@ -400,14 +399,14 @@ def test_shares_cover_the_batch(monkeypatch):
 
 
 def test_draws_depend_on_seed_and_step_only():
-    config = Config(batch_size=16, image_size=8)
-    a, b = (draw(config, 7, 50, torch.device("cpu")) for _ in range(2))
+    config = Config(batch_size=16)
+    drawn = [draw(config, step, 50, (3, 8, 8), torch.device("cpu")) for step in (7, 7, *range(200))]
+    a, b, c = drawn[0], drawn[1], drawn[2]
     assert all(torch.equal(x, y) for x, y in zip(a, b))
-    c = draw(config, 8, 50, torch.device("cpu"))
     assert not any(torch.equal(x, y) for x, y in zip(a[:2], c[:2]))
-    many = torch.cat([draw(config, s, 50, torch.device("cpu"))[0] for s in range(200)])
+    many = torch.cat([t for t, _, _ in drawn[2:]])
     assert many.min() == 0 and many.max() == 49
-    hidden = torch.cat([draw(config, s, 50, torch.device("cpu"))[2] for s in range(200)])
+    hidden = torch.cat([hidden for _, _, hidden in drawn[2:]])
     assert hidden.float().mean() == pytest.approx(0.1, abs=0.02)
 
 
@@ -448,14 +447,14 @@ def test_epochs():
 
 def poison(monkeypatch, steps):
     """Make the loss of these steps NaN."""
-    real, count = trainer.training_loss, iter(range(10**6))
+    real, count = tasks.training_loss, iter(range(10**6))
 
     def loss(model, *args, **kwargs):
         value = real(model, *args, **kwargs)
         # held-out losses come without gradients and do not count
         return value * float("nan") if value.requires_grad and next(count) in steps else value
 
-    monkeypatch.setattr(trainer, "training_loss", loss)
+    monkeypatch.setattr(tasks, "training_loss", loss)
 
 
 def test_a_nonfinite_step_changes_nothing_and_is_counted(tiny, tmp_path, monkeypatch):
@@ -501,12 +500,9 @@ def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
 
 
 def test_heldout_loss_is_fixed(tiny, tmp_path):
-    config = Config(**tiny)
-    data = open_batches(config)
-    model = build_model(config, 3)
-    schedule = trainer.make_schedule(config.schedule, config.time_steps)
-    sampler = Pipeline(config, model.eval(), schedule, data.classes)
-    values = [trainer.heldout_loss(config, sampler, data, micro) for micro in (1, 2, 8)]
+    task = tasks.open_task(Config(**tiny), torch.device("cpu"))
+    model = task.build().eval()
+    values = [task.heldout_loss(model, micro) for micro in (1, 2, 8)]
     assert_close(values, [values[0]] * 3, rtol=1e-5, atol=0)
 
 
@@ -633,7 +629,7 @@ def test_losses_of_bad_steps_do_not_spoil_the_mean(tiny, tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_a_gpu_step_never_waits_for_the_device(tiny, monkeypatch):
     """Between log lines nothing synchronises host and device."""
-    real_draw, real_read = trainer.draw, steps.Tally.read
+    real_draw, real_read = tasks.draw, steps.Tally.read
 
     def strict_draw(config, step, *args):
         torch.cuda.set_sync_debug_mode("error" if step % 2 == 1 else "default")
@@ -643,6 +639,6 @@ def test_a_gpu_step_never_waits_for_the_device(tiny, monkeypatch):
         torch.cuda.set_sync_debug_mode("default")
         return real_read(self)
 
-    monkeypatch.setattr(trainer, "draw", strict_draw)
+    monkeypatch.setattr(tasks, "draw", strict_draw)
     monkeypatch.setattr(steps.Tally, "read", read)
     train(Config(**tiny | dict(device="cuda", amp="bf16", dropout=0.0)))

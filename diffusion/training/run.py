@@ -132,6 +132,17 @@ class RunLog:
             self.writer.close()
 
 
+def write_weights(folder: Path, config: Config, weights: dict, told: dict, data, step: int, best,
+                  improved: bool) -> None:  # fmt: skip
+    """ema.safetensors, best.safetensors if this is it, metadata.json. told: see tasks.py."""
+    for name in ("ema", *(["best"] if improved else [])):
+        checkpoint.save_weights(folder / f"{name}.safetensors", weights, config, step=step, **told)
+    samples = step * config.batch_size
+    epoch = samples / data.length if data.length else None
+    about = {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best}
+    checkpoint.write_text(folder / "metadata.json", json.dumps(about, indent=2))
+
+
 def logged(path: Path, step: int, name: str) -> bool:
     """Whether metrics.jsonl has a value of this name for this step."""
     lines = [json.loads(line) for line in kept_lines(path, step)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import UserError
 from .. import distributed as dist
 from ..config import Config
-from ..data.batches import Batch, move
+from ..data.batches import move
 from ..seeding import generator
 
 
@@ -38,23 +38,18 @@ def rank_share(config: Config) -> Share:
     return Share(ranks, config.grad_accum, B // parts)
 
 
-def draw(config: Config, step: int, T: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,) int64, eps (B, 3, H, W) and which conditions to hide (B,) bool, for a global batch."""
-    B, size = config.batch_size, config.image_size
+def draw(
+    config: Config, step: int, T: int, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """t (B,) int64, eps (B, *shape) and which conditions to hide (B,) bool, for a global batch."""
+    B = config.batch_size
     t = move(torch.randint(T, (B,), generator=generator(config.seed, "t", step)), device)
     hidden = (
         torch.rand(B, generator=generator(config.seed, "hide", step)) < config.condition_dropout
     )
     g = generator(config.seed, "noise", step, device=device)
-    eps = torch.randn((B, 3, size, size), generator=g, device=device)
+    eps = torch.randn((B, *shape), generator=g, device=device)
     return t, eps.contiguous(memory_format=torch.channels_last), hidden
-
-
-def condition(config: Config, batch: Batch, hidden: Tensor, model, device) -> Tensor | None:
-    """What the network is told: None, or labels of which the hidden ones are the null label."""
-    if config.condition == "none":
-        return None
-    return move(batch.labels.masked_fill(hidden, model.null_label), device)
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:

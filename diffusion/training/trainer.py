@@ -18,18 +18,15 @@ import torch
 from .. import UserError
 from .. import distributed as dist
 from ..config import Config
-from ..data.batches import open_batches, to_unit
 from ..evaluation.features import name_of
-from ..pipeline import Pipeline, amp_dtype, build_model
-from ..process.gaussian import training_loss
-from ..process.schedule import make_schedule
+from ..pipeline import amp_dtype
 from ..seeding import seed_of
 from ..weights import checkpoint
 from .ema import EMA
 from .fid import Fid
-from .milestones import frames, heldout_loss, sample_grid, write_weights
-from .run import RunLog, claim, clear, import_wandb, logged, resume
-from .steps import Share, Tally, condition, draw, learning_rate, rank_share, total_steps
+from .run import RunLog, claim, clear, import_wandb, logged, resume, write_weights
+from .steps import Share, Tally, learning_rate, rank_share, total_steps
+from .tasks import open_task
 
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
@@ -46,7 +43,8 @@ def train(config: Config) -> None:
     config, state = resume(config, folder)
     if config.wandb:
         import_wandb()  # missing: say so now
-    data = open_batches(config)
+    task = open_task(config, device)
+    data = task.data
     check_data(state, data, config)
     total = total_steps(config, data.length)
     if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
@@ -54,9 +52,7 @@ def train(config: Config) -> None:
                  "would continue it, --overwrite start anew")  # fmt: skip
         return
     torch.manual_seed(seed_of(config.seed, "init"))
-    model = build_model(config, len(data.classes)).to(device)
-    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-    levels = schedule.to(device)
+    model = task.build().to(device)
     if state is None and config.load_path is not None:
         start_from(model, Path(config.load_path))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
@@ -83,8 +79,7 @@ def train(config: Config) -> None:
     if config.compile:
         model.compile()
     parallel = dist.wrap(model)
-    sampler = Pipeline(config, ema.model, schedule, data.classes, device)
-    check_sampling(config, sampler)
+    task.check(ema.model)
     fid = Fid(config, data, device) if config.fid else None
 
     # nothing is wrong: from here on files are written
@@ -98,10 +93,11 @@ def train(config: Config) -> None:
         if not dist.is_main():
             return
         try:
-            write_weights(folder, config, ema, data, step, best, improved)
+            told = task.told()
+            write_weights(folder, config, ema.model.state_dict(), told, data, step, best, improved)
             checkpoint.save(folder, {
                 "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
-                "config": asdict(config), "classes": list(data.classes),
+                "config": asdict(config), **told,
                 "data": {"order": data.order_key(), "length": data.length},
                 "model": model.state_dict(), "ema": ema.model.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -117,7 +113,7 @@ def train(config: Config) -> None:
         """Where it is due, and not done before the run was stopped and continued."""
         if fid is None or not fid.due(step, total) or dist.any_rank(run.has(step, fid.name)):
             return
-        values = fid.measure(sampler, lambda: stop.requested)
+        values = fid.measure(task.pipeline(ema.model), lambda: stop.requested)
         if values is not None:
             run.metrics(step, values)
             dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} "
@@ -133,7 +129,7 @@ def train(config: Config) -> None:
         measure_fid()
         while step < total:
             # the random numbers of this step's whole batch, of which this rank takes its share
-            t, eps, hidden = draw(config, step, len(schedule), device)
+            drawn = task.draw(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, total)
             if config.dropout:
@@ -145,13 +141,10 @@ def train(config: Config) -> None:
                 more = i + 1 < len(pieces)
                 then = (step, *pieces[i + 1]) if more else (step + 1, *pieces[0])
                 batch = data(step, low, high, then if more or step + 1 < total else None)
-                cond = condition(config, batch, hidden[low:high], model, device)
                 with dist.no_sync(parallel, more):
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        loss = training_loss(
-                            parallel, levels, config.objective, to_unit(batch.pixels, device),
-                            t[low:high], eps[low:high], cond, config.loss, config.min_snr_gamma,
-                        ).mean() / len(pieces)  # fmt: skip
+                        losses = task.loss(parallel, batch, drawn, low, high)
+                        loss = losses.mean() / len(pieces)
                     scaler.scale(loss).backward()
                 tally.add_loss(loss)
 
@@ -183,7 +176,7 @@ def train(config: Config) -> None:
                     )
                 values["img_per_s"] = clock.rate(step) * config.batch_size
                 if milestone and len(data.held_out):
-                    values["heldout_loss"] = heldout_loss(config, sampler, data, share.micro)
+                    values["heldout_loss"] = task.heldout_loss(ema.model, share.micro)
                 run.metrics(step, values)
                 told = f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s"
                 bar.set_postfix_str(told, refresh=False)
@@ -194,7 +187,7 @@ def train(config: Config) -> None:
                 )
                 best = loss if improved else best
                 if config.num_samples:
-                    sheet = sample_grid(config, sampler, share.micro)
+                    sheet = task.sheet(ema.model, share.micro)
                     if sheet is not None:
                         run.picture(step, sheet)
                 save(improved)
@@ -261,15 +254,6 @@ def start_from(model, path: Path) -> None:
         raise UserError(f"{path} does not fit this network (it was trained with unet_dim "
                         f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
                         f"condition {theirs.condition}): {error}") from None  # fmt: skip
-
-
-def check_sampling(config: Config, sampler: Pipeline) -> None:
-    """Raises UserError now for settings that would end the first sample grid."""
-    try:
-        if config.num_samples:
-            next(frames(config, sampler, [0]))
-    except ValueError as error:
-        raise UserError(f"sample grids: {error}") from None
 
 
 def fid_is_missing(config: Config, step: int) -> bool:

@@ -144,11 +144,8 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     if path.suffix != ".safetensors":
         state = read(path, mmap=True)
         weights = state["ema" if which == "ema" else "model"]
-        return (
-            weights,
-            Config.from_dict(state["config"]),
-            {k: state[k] for k in ("step", "classes")},
-        )
+        metadata = {k: state[k] for k in ("step", "classes", "networks") if k in state}
+        return weights, Config.from_dict(state["config"]), metadata
     if which != "ema":
         raise UserError(f"{path} holds averaged weights only; --weights raw needs a model.pt")
     if not path.is_file():

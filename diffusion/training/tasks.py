@@ -1,0 +1,133 @@
+"""What --mode changes: the batches that come in, what is trained, its loss, its pictures.
+
+The loop in trainer.py is the same for all. A task has
+
+    data                        batches by step, and the held-out images
+    build()                     the network that is trained
+    draw(step)                  the random numbers of a global batch
+    loss(model, batch, drawn, low, high)     of samples low ... high-1, (high - low,)
+    heldout_loss(model, micro)  of the averaged weights
+    sheet(model, micro)         a picture of what the averaged weights can do
+    told()                      what a checkpoint must tell besides the configuration
+"""
+
+from collections import deque
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .. import UserError
+from .. import distributed as dist
+from ..config import Config
+from ..data.batches import Batch, move, open_batches, to_unit
+from ..evaluation.viz import grid, to_uint8
+from ..pipeline import Pipeline, build_model
+from ..process.gaussian import training_loss
+from ..process.schedule import make_schedule
+from ..seeding import generator
+from .steps import draw
+
+
+class Diffusion:
+    """--mode pixel: from x_t, predict what `objective` says."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.data = open_batches(config)
+        self.schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+        self.levels = self.schedule.to(device)
+
+    def build(self) -> nn.Module:
+        return build_model(self.config, len(self.data.classes))
+
+    def pipeline(self, model: nn.Module) -> Pipeline:
+        return Pipeline(self.config, model, self.schedule, self.data.classes, self.device)
+
+    def told(self) -> dict:
+        return {"classes": list(self.data.classes)}
+
+    # --- a step
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """t (B,), eps (B, C, H, W), and which conditions are hidden (B,)."""
+        shape = (3, self.config.image_size, self.config.image_size)
+        return draw(self.config, step, len(self.schedule), shape, self.device)
+
+    def loss(self, model, batch: Batch, drawn, low: int, high: int) -> Tensor:
+        t, eps, hidden = (value[low:high] for value in drawn)
+        x0, cond = self.x0(batch), self.condition(batch, hidden)
+        return self.diffusion_loss(model, x0, t, eps, cond)
+
+    def diffusion_loss(self, model, x0, t, eps, cond) -> Tensor:
+        c = self.config
+        return training_loss(model, self.levels, c.objective, x0, t, eps, cond, c.loss,
+                             c.min_snr_gamma)  # fmt: skip
+
+    def x0(self, batch: Batch) -> Tensor:
+        return to_unit(batch.pixels, self.device)
+
+    def condition(self, batch: Batch, hidden: Tensor) -> Tensor | None:
+        """What the network is told: None, or labels of which the hidden ones are the null label."""
+        if self.config.condition == "none":
+            return None
+        return move(batch.labels.masked_fill(hidden, len(self.data.classes)), self.device)
+
+    # --- every few hundred steps
+
+    @torch.no_grad()
+    def heldout_loss(self, model: nn.Module, micro: int) -> float:
+        """The averaged weights' loss on the held-out images, each with its fixed t and noise."""
+        n, T, seed = len(self.data.held_out), len(self.schedule), self.config.seed
+        shuffled = torch.randperm(n, generator=generator(seed, "held out t"))
+        t = (shuffled.double() + 0.5).mul(T / n).long().to(self.device)  # stratified over 0 ... T-1
+        total = torch.zeros((), device=self.device)
+        pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
+        network = self.pipeline(model).autocast(self.config.amp)
+        for low, high in pieces[dist.rank() :: dist.world_size()]:
+            batch = self.data.held_out_batch(low, high)
+            x0 = self.x0(batch)
+            generators = [generator(seed, "held out", i) for i in range(low, high)]
+            eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+            shown = torch.zeros(high - low, dtype=torch.bool)
+            cond = self.condition(batch, shown)
+            total += self.diffusion_loss(network, x0, t[low:high], eps.to(self.device), cond).sum()
+        return float(dist.all_reduce_sum(total)) / n
+
+    def frames(self, model: nn.Module, indices):
+        """`Pipeline.frames` with the run's own settings; a block of the sheet for each class."""
+        c, pipeline = self.config, self.pipeline(model)
+        labels = None
+        if pipeline.conditional:
+            labels = torch.tensor([i * len(pipeline.classes) // c.num_samples for i in indices])
+        return pipeline.frames(indices, seed=c.seed, sampler=c.sampler, amp=c.amp, labels=labels,
+                               steps=min(c.sample_steps, c.time_steps),
+                               guidance_scale=c.guidance_scale)  # fmt: skip
+
+    def check(self, model: nn.Module) -> None:
+        """Raises UserError now for settings that would end the first sample grid."""
+        try:
+            if self.config.num_samples:
+                next(self.frames(model, [0]))
+        except ValueError as error:
+            raise UserError(f"sample grids: {error}") from None
+
+    def sheet(self, model: nn.Module, micro: int) -> Image.Image | None:
+        """config.num_samples images on rank 0, which all ranks draw; None elsewhere."""
+        size, decode = self.config.image_size, self.pipeline(model).decode
+        images = [np.empty((0, size, size, 3), np.uint8)]
+        every = np.arange(self.config.num_samples)
+        mine = np.array_split(every, dist.world_size())[dist.rank()].tolist()
+        for low in range(0, len(mine), micro):
+            [(x, _)] = deque(self.frames(model, mine[low : low + micro]), maxlen=1)
+            images.append(to_uint8(decode(x)))
+        parts = dist.gather(torch.from_numpy(np.concatenate(images)))
+        return grid(torch.cat(parts).numpy()) if parts is not None else None
+
+
+def open_task(config: Config, device: torch.device) -> Diffusion:
+    return TASKS[config.mode](config, device)
+
+
+TASKS = {"pixel": Diffusion}

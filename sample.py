@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Sample images from a trained model.
+"""Sample images from a trained model, or from Stable Diffusion.
 
 python sample.py --load_path results/model.pt
 python sample.py --load_path results/model.pt --sampler dpmpp_2m --steps 15 --num_images 100
+python sample.py --sd_path stable-diffusion-v1-5 --prompt "a red fox" --sampler dpmpp_2m --steps 25
 torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
 """
 
@@ -16,52 +17,143 @@ def parse(args: list[str] | None = None):
     # fmt: off
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--load_path", default="results/model.pt", metavar="FILE", help="a model.pt, or an ema.safetensors")
+    add("--load_path", metavar="FILE", help="a model.pt, or an ema.safetensors (default: results/model.pt)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
-    add("--num_images", type=int, default=16, metavar="N", help="how many")
+    add("--num_images", type=int, metavar="N", help="how many (default: one for each prompt, 16 without)")
     add("--batch_size", type=int, default=16, metavar="N", help="images drawn at a time")
     add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
     add("--steps", type=int, metavar="N", help="network evaluations (default: 50, or all of a shorter schedule)")
     add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the sampler's own)")
-    add("--spacing", metavar="NAME", help="leading|trailing|linspace|logsnr (default: the sampler's own)")
-    add("--guidance_scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; 1: none")
+    add("--spacing", metavar="NAME", help="leading|trailing|linspace|logsnr (default: the sampler's or the model's own)")
+    add("--guidance_scale", type=float, metavar="X", help="classifier-free guidance; 1: none (default: 7.5 with prompts, else 1)")
     add("--guidance_rescale", type=float, default=0.0, metavar="X", help="0 to 1: towards the unguided contrast")
     add("--class_label", metavar="NAME", help="a class by name or number; all: every class in turn (default: no label)")
     add("--seed", type=int, default=0, metavar="N", help="image i of a seed is always the same")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--save_folder", default="results", metavar="FOLDER", help="for images/ and grid.png")
+
+    add = parser.add_argument_group("latent models").add_argument
+    add("--sd_path", metavar="PATH", help="Stable Diffusion 1.x: a diffusers folder, or a .safetensors or .ckpt file")
+    add("--config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes than 1.5's")
+    add("--vae", metavar="PATH", help="another VAE than the one the model was trained with")
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given again; @FILE: a prompt per line")
+    add("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
+    add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
+    add("--width", type=int, metavar="N", help="in pixels (default: the model's own)")
+    add("--clip_skip", type=int, metavar="N", help="text encoder layer from the end; 1: the last (default: the model's own)")
+    add("--vae_tiling", action="store_true", help="decode in overlapping tiles: less memory for large images")
+    add("--sequential_guidance", action="store_true", help="two network calls per step in half the memory")
+
+    add = parser.add_argument_group("from an image").add_argument
+    add("--init_image", metavar="FILE", help="start from this image, noised")
+    add("--strength", type=float, default=0.8, metavar="X", help="share of the steps that is run on it, 0 to 1")
+    add("--mask", metavar="FILE", help="image that is white where new content goes; the rest of init_image stays")
     # fmt: on
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    args.prompt = [line for text in args.prompt or [] for line in prompts_of(text)]
+    if args.num_images is None:
+        args.num_images = len(args.prompt) or 16
+    if args.guidance_scale is None:
+        args.guidance_scale = 7.5 if args.prompt else 1.0
+    for name in ("num_images", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
+    if args.load_path is not None and args.sd_path is not None:
+        raise UserError("give either --load_path or --sd_path: both say which model draws")
+    if args.mask is not None and args.init_image is None:
+        raise UserError("--mask says what of an image stays: give --init_image as well")
+    return args
+
+
+def prompts_of(text: str) -> list[str]:
+    """The prompt itself, or the lines of @FILE."""
+    if not text.startswith("@"):
+        return [text]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt {text}: {error}") from None
+    if not any(lines):
+        raise UserError(f"--prompt {text}: the file holds no prompt")
+    return [line for line in lines if line.strip()]
+
+
+def read_start(pipeline, init_image: str | None, mask: str | None) -> dict:
+    """init (1, C, H, W) and mask (1, 1, H, W) as `Pipeline.frames` takes them; {} without."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from diffusion.data.images import BadImage, read_image
+
+    if init_image is None:
+        return {}
+    h, w = pipeline.image_hw
+
+    def read(path: str) -> Image.Image:
+        try:
+            return ImageOps.fit(
+                Image.fromarray(read_image(Path(path), None)), (w, h), Image.LANCZOS
+            )
+        except BadImage as error:
+            raise UserError(f"{path}: {error}") from None
+
+    pixels = torch.from_numpy(np.array(read(init_image))).permute(2, 0, 1)[None]
+    start = {"init": pipeline.encode(pixels.float() / 127.5 - 1)}
+    if mask is not None:
+        white = torch.from_numpy(np.array(read(mask).convert("L"))).float()[None, None] / 255
+        size = start["init"].shape[-2:]
+        start["mask"] = (torch.nn.functional.interpolate(white, size, mode="area") > 0.5).float()
+    return start
+
+
+def parameters(args, pipeline, index: int, image) -> str:
+    """How image `index` came about, as other programs read it."""
+    from diffusion.evaluation.viz import SAMPLER_NAMES, parameters_text
+
+    prompt = args.prompt[index % len(args.prompt)] if args.prompt else None
+    settings = {
+        "Steps": len(pipeline.table(args.sampler, args.steps)),
+        "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.guidance_scale,
+        "Seed": args.seed, "Image": index, "Size": f"{image.shape[1]}x{image.shape[0]}",
+        "Model": Path(args.sd_path or args.load_path or "results/model.pt").stem,
+        "Clip skip": args.clip_skip, "Class": args.class_label,
+        "Denoising strength": args.strength if args.init_image else None,
+    }  # fmt: skip
+    return parameters_text(prompt, args.negative_prompt if args.prompt else "", settings)
 
 
 def main() -> None:
     args = parse()
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
 
     from diffusion import distributed as dist
     from diffusion.evaluation.viz import grid, save_png, to_uint8
-    from diffusion.pipeline import Pipeline
+    from diffusion.latent import open_pipeline
 
     device = dist.setup(args.device)
-    pipeline = Pipeline.load(args.load_path, args.weights, device)
+    pipeline = open_pipeline(
+        args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
+        vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,
+        tiling=args.vae_tiling,
+    )  # fmt: skip
     folder = Path(args.save_folder)
+    start = read_start(pipeline, args.init_image, args.mask)
 
     def settings(indices) -> dict:
-        options = (
-            "seed",
-            "sampler",
-            "steps",
-            "eta",
-            "spacing",
-            "guidance_scale",
-            "guidance_rescale",
-            "amp",
-        )
-        chosen = {name: getattr(args, name) for name in options}
-        return chosen | {"labels": pipeline.labels(args.class_label, indices)}
+        same = ("seed", "sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale", "amp")  # fmt: skip
+        chosen = {name: getattr(args, name) for name in same}
+        chosen["labels"] = pipeline.labels(args.class_label, indices)
+        if args.prompt:
+            chosen["prompts"] = [args.prompt[i % len(args.prompt)] for i in indices]
+            chosen["negative_prompts"] = [args.negative_prompt] * len(indices)
+        if args.sequential_guidance:
+            chosen["batched"] = False
+        if start:
+            n = len(indices)
+            chosen |= {k: v.expand(n, *v.shape[1:]) for k, v in start.items()}
+            chosen["strength"] = args.strength
+        return chosen
 
     try:
         pipeline.frames([0], **settings([0]))  # builds the table: mistakes show before the work
@@ -71,11 +163,12 @@ def main() -> None:
     # whole batches go to the ranks in turn, so that an image's batch mates never change
     starts = range(0, args.num_images, args.batch_size)[dist.rank() :: dist.world_size()]
     with dist.progress(total=args.num_images, unit="img") as bar:
-        for start in starts:
-            indices = range(start, min(start + args.batch_size, args.num_images))
+        for low in starts:
+            indices = range(low, min(low + args.batch_size, args.num_images))
             images = to_uint8(pipeline.sample(indices, **settings(indices)))
             for i, image in zip(indices, images):
-                save_png(image, folder / "images" / f"{i:06d}.png")
+                path = folder / "images" / f"{i:06d}.png"
+                save_png(image, path, {"parameters": parameters(args, pipeline, i, image)})
             bar.update(min(len(indices) * dist.world_size(), args.num_images - bar.n))
     dist.barrier()
 

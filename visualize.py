@@ -35,48 +35,66 @@ def parse(args: list[str] | None = None):
     return args
 
 
-# what the page compares, from the same noise
+# what the page compares with the chosen sampler, from the same noise
 PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
 
 
-def save_process(folder: Path, name: str, process, T: int) -> None:
-    """A picture at each share of the time, all of them in one strip, and the film."""
+class Folder:
+    """viz/, and what has been written to it."""
+
+    def __init__(self, path: Path):
+        self.path, self.names = path, []
+
+    def file(self, name: str) -> Path:
+        self.names.append(name)
+        return self.path / name
+
+    def png(self, name: str, picture) -> None:
+        from diffusion.evaluation.viz import save_png
+
+        save_png(picture, self.file(f"{name}.png"))
+
+    def process(self, name: str, process, T: int) -> None:
+        """A picture at each share of the time, all of them in one strip, and the film."""
+        from diffusion.evaluation import views
+        from diffusion.evaluation.viz import enlarge, grid, save_film
+
+        at = views.at_percents(process, T)
+        for p, i in zip(views.PERCENT, at):
+            self.png(f"{name}_t{p:02d}", grid(enlarge(process.x[i]), len(process.x[i])))
+        order = at if process.x0 is None else at[::-1]  # as time goes
+        self.png(name, views.labelled(process, order, process.x))
+        save_film(views.film(process), self.file(f"{name}.webp"))
+
+
+def draw_model(folder: Folder, pipeline, data, args, options):
+    """The reverse process, which is returned, and interpolations."""
     from diffusion.evaluation import views
-    from diffusion.evaluation.viz import enlarge, grid, save_film, save_png
-
-    at = views.at_percents(process, T)
-    for p, i in zip(views.PERCENT, at):
-        save_png(grid(enlarge(process.x[i]), len(process.x[i])), folder / f"{name}_t{p:02d}.png")
-    order = at if process.x0 is None else at[::-1]  # as time goes
-    save_png(views.labelled(process, order, process.x), folder / f"{name}.png")
-    save_film(views.film(process), folder / f"{name}.webp")
-
-
-def draw_model(folder: Path, pipeline, data, args, options) -> None:
-    """The reverse process, and interpolations."""
-    from diffusion.evaluation import views
-    from diffusion.evaluation.viz import save_png, strip
+    from diffusion.evaluation.viz import strip
 
     n, T = args.num_images, len(pipeline.schedule)
     reverse = views.reverse(pipeline, range(n), args.sampler, args.steps, **options(range(n)))
-    save_process(folder, "backward", reverse, T)
+    folder.process("backward", reverse, T)
     at = views.at_percents(reverse, T)[::-1]
-    save_png(views.labelled(reverse, at, reverse.x0), folder / "backward_x0.png")
+    folder.png("backward_x0", views.labelled(reverse, at, reverse.x0))
 
-    points = [f"{s:.2g}" for s in (0, 1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1)]
+    points = [f"{i / 7:.2g}" for i in range(8)]
     sampler, seeds = views.deterministic(args.sampler), [args.seed, args.seed + 1]
     shared = dict(sampler=sampler, steps=args.steps, points=len(points))
     rows = views.between_seeds(pipeline, args.seed, n, **shared, options=options)
     heading = f"between the noise of seeds {seeds[0]} and {seeds[1]}, {sampler}"
-    save_png(strip(rows, points, heading), folder / "interpolate_seeds.png")
-    if len(data.images) >= 2:
-        half = len(data.images) // 2
-        rows = views.between_images(pipeline, data.images[:half], data.images[half : 2 * half],
-                                    args.seed, **shared, options=options)  # fmt: skip
+    folder.png("interpolate_seeds", strip(rows, points, heading))
+    if (half := len(data.images) // 2) > 0:
+        a, b = data.images[:half], data.images[half : 2 * half]
+
+        def plain(indices) -> dict:  # the pictures have classes of their own
+            told = options(indices)
+            return told if args.class_label else told | {"labels": None, "guidance_scale": 1.0}
+
+        rows = views.between_images(pipeline, a, b, args.seed, **shared, options=plain)
         heading = f"between two images, noised for half of the steps, {sampler}"
-        save_png(
-            strip(rows, ["image", *points, "image"], heading), folder / "interpolate_images.png"
-        )
+        folder.png("interpolate_images", strip(rows, ["image", *points, "image"], heading))
+    return reverse
 
 
 def main() -> None:
@@ -85,7 +103,6 @@ def main() -> None:
 
     from diffusion import distributed as dist
     from diffusion.evaluation import views
-    from diffusion.evaluation.viz import save_png
     from diffusion.pipeline import Pipeline
     from diffusion.process.schedule import make_schedule
 
@@ -100,7 +117,8 @@ def main() -> None:
         config = Config(data="toy")
         schedule = make_schedule(config.schedule, config.time_steps)
         pipeline = Pipeline(config, torch.nn.Identity(), schedule, device=device)
-    n, folder, T = args.num_images, Path(args.save_folder) / "viz", len(pipeline.schedule)
+    n, T = args.num_images, len(pipeline.schedule)
+    folder = Folder(Path(args.save_folder) / "viz")
     args.steps = min(50, T) if args.steps is None else args.steps
 
     def options(indices) -> dict:
@@ -117,24 +135,26 @@ def main() -> None:
         raise UserError(str(error)) from None
     data = views.pick_images(args.data, pipeline.config, 2 * n)
 
-    times = sorted(
-        {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
-    )
+    times = {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
     forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)
-    save_process(folder, "forward", forward, T)
-    save_png(views.schedule_plot(pipeline.schedule, table, args.sampler), folder / "schedule.png")
-    save_png(views.table_plot(table, args.sampler), folder / "table.png")
+    folder.process("forward", forward, T)
+    folder.png("schedule", views.schedule_plot(pipeline.schedule, table, args.sampler))
+    folder.png("table", views.table_plot(table, args.sampler))
+    runs = {}
     if path is not None:
-        draw_model(folder, pipeline, data, args, options)
+        chosen = (args.sampler, args.steps)
+        runs[chosen] = draw_model(folder, pipeline, data, args, options)
         if (curves := views.curves(Path(path).parent / "metrics.jsonl")) is not None:
-            save_png(curves, folder / "curves.png")
+            folder.png("curves", curves)
     if args.html:
         from diffusion.evaluation.page import write_page
 
-        kinds = [k for k in PAGE_RUNS if k[1] <= T] if path is not None else []
-        runs = [views.reverse(pipeline, range(n), *k, **options(range(n))) for k in kinds]
-        write_page(folder / "index.html", pipeline, forward, data, runs)
-    dist.log(f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+        for sampler, steps in PAGE_RUNS if path is not None else ():
+            key = (sampler, min(steps, T))
+            if key not in runs:
+                runs[key] = views.reverse(pipeline, range(n), *key, **options(range(n)))
+        write_page(folder.file("index.html"), pipeline, forward, data, list(runs.values()))
+    dist.log(f"{folder.path}: {', '.join(sorted(folder.names))}")
 
 
 if __name__ == "__main__":

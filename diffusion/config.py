@@ -24,12 +24,15 @@ def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: boo
 RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
-     "save_and_sample_every log_every keep_last sample_steps fid_every"),
+     "save_and_sample_every log_every keep_last sample_steps fid_every text_dim text_layers "
+     "clip_skip latent_channels"),
     ("it cannot be negative", lambda v: v >= 0,
-     "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers"),
+     "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers noise_offset "
+     "kl_weight perceptual_weight"),
     ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout"),
     ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
     ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images"),
+    ("it must be at least 3", lambda v: v >= 3, "text_length"),
     ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
     ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0, "dim_mults"),
 )  # fmt: skip
@@ -40,10 +43,13 @@ class Config:
     """A training run. Lengths in pixels, `step` means optimizer step, batch sizes are global."""
 
     # fmt: off
-    mode: str = opt("pixel", "run", "what is diffused", ("pixel",))
+    mode: str = opt("pixel", "run", "what is diffused, or vae: the network that makes latents is trained", ("pixel", "latent", "vae"))
     save_folder: str = opt("results", "run", "where the run lives; a run found there is continued", free=True)
     overwrite: bool = opt(False, "run", "start anew in save_folder, deleting the run found there", free=True)
     load_path: str | None = opt(None, "run", "start from these weights, at step 0")
+    sd_path: str | None = opt(None, "run", "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file")
+    sd_config: str | None = opt(None, "run", "folder with the configs and tokenizer of a single file of other sizes")
+    vae: str | None = opt(None, "run", "VAE of a latent model trained from scratch: a run of --mode vae, or a diffusers VAE folder")
     seed: int = opt(0, "run", "of everything random")
     device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)
     amp: str = opt("auto", "run", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA, else no", ("auto", "no", "bf16", "fp16"))
@@ -64,7 +70,13 @@ class Config:
     dim_mults: tuple[int, ...] = opt((1, 2, 4, 8), "model", "channels of each level, in units of unet_dim")
     heads: int = opt(4, "model", "attention heads")
     dropout: float = opt(0.0, "model", "inside ResBlocks")
-    condition: str = opt("none", "model", "what the network is told: none or the class folder", ("none", "class"))
+    condition: str = opt("none", "model", "what the network is told: nothing, the class folder, or the caption (latent mode)", ("none", "class", "text"))
+    text_encoder: str = opt("clip", "model", "of captions: that of sd_path, frozen, or scratch: a small one trained along", ("clip", "scratch"))
+    text_dim: int = opt(128, "model", "width of a text encoder from scratch")
+    text_layers: int = opt(4, "model", "its layers")
+    text_length: int = opt(256, "model", "its context length, in bytes of the caption")
+    clip_skip: int = opt(1, "model", "text encoder layer that is used, from the end; 1: the last")
+    latent_channels: int = opt(4, "model", "channels of a VAE's latents (mode vae)")
     condition_dropout: float = opt(0.1, "model", "share of samples whose condition is hidden, for guidance")
     checkpointing: bool = opt(False, "model", "recompute activations in backward: less memory, a third more time")
 
@@ -73,6 +85,9 @@ class Config:
     zero_snr: bool = opt(False, "diffusion", "rescale the schedule so that x_T is pure noise (needs objective v or x0)")
     objective: str = opt("v", "diffusion", "what the network predicts", ("eps", "x0", "v"))
     loss: str = opt("l1", "diffusion", "distance to the target", ("l1", "l2", "huber"))
+    noise_offset: float = opt(0.0, "diffusion", "noise added to whole channels, for very dark and bright images")
+    kl_weight: float = opt(1e-6, "diffusion", "of the KL term of a VAE (mode vae)")
+    perceptual_weight: float = opt(0.0, "diffusion", "of LPIPS in a VAE's loss (mode vae; pip install lpips)")
     min_snr_gamma: float = opt(0.0, "diffusion", "min-SNR loss weights (5 in the paper); 0: equal weights")
 
     batch_size: int = opt(32, "optimisation", "samples per step, over all ranks and accumulation")
@@ -96,6 +111,7 @@ class Config:
     fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
     fid_num_images: int = opt(10_000, "output", "samples of an FID measurement", free=True)
     fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception; the distance is named after the file", free=True)
+    validation_prompts: str | None = opt(None, "output", "file with a prompt per line for sample grids (default: captions of the data)", free=True)
     guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
     # fmt: on
 

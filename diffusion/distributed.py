@@ -101,10 +101,15 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 def gather(x: torch.Tensor) -> list[torch.Tensor] | None:
     """Each rank's CPU tensor, in rank order, on rank 0; None elsewhere. Shapes may differ."""
+    return gather_object(x.cpu())
+
+
+def gather_object(value) -> list | None:
+    """Each rank's value, of any small picklable kind, in rank order on rank 0; None elsewhere."""
     if not dist.is_initialized():
-        return [x]
+        return [value]
     out = [None] * world_size() if is_main() else None
-    dist.gather_object(x.cpu(), out, dst=0)
+    dist.gather_object(value, out, dst=0)
     return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import UserError
 from .config import Config
 from .models.unet import UNet
-from .process.samplers import Table, guided, make_table, sample_loop
+from .process.samplers import Inpaint, Table, guided, make_table, sample_loop
 from .process.schedule import Schedule, make_schedule
 from .seeding import ImageNoise
 from .weights.checkpoint import load_weights
@@ -57,6 +57,7 @@ class Pipeline:
     schedule: Schedule
     classes: list[str] = field(default_factory=list)
     device: torch.device = torch.device("cpu")
+    clip = True  # x0 is known to lie in [-1, 1]
 
     @classmethod
     def load(cls, path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"):
@@ -82,44 +83,59 @@ class Pipeline:
 
     def frames(
         self, indices, *, seed: int = 0, sampler: str = "ddim", steps: int | None = None,
-        eta: float | None = None, spacing: str | None = None, labels: Tensor | None = None,
-        guidance_scale: float = 1.0, guidance_rescale: float = 0.0, amp: str = "auto",
+        eta: float | None = None, spacing: str | None = None, amp: str = "auto",
         eps: Tensor | None = None, init: Tensor | None = None, strength: float = 1.0,
+        mask: Tensor | None = None, **told,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
-        Image i of a seed starts from the same noise whatever stands beside it. labels: (B,) int64,
-        the null label where there is none; None means no label at all. steps: None means 50, or
-        all of a shorter schedule. eps: the noise to start from instead, (B, 3, H, W).
-        init: images (B, 3, H, W) that are noised for the last `strength` of the steps, SDEdit
-        (arXiv:2108.01073). Raises ValueError for settings that do not go together.
+        Image i of a seed starts from the same noise whatever stands beside it. steps: None means
+        50, or all of a shorter schedule. eps: the noise to start from instead, (B, C, H, W).
+        init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
+        (arXiv:2108.01073); with a mask (B, 1, H, W) it stays where the mask is 0.
+        told: what the network is told, see `denoiser`.
+        Raises ValueError for settings that do not go together.
         """
         table = self.table(sampler, steps, spacing, eta, strength)
         noise = ImageNoise(seed, indices, self.shape)
         draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
-        x = draw()  # also where another noise is given: the rows' noise is then the same
-        x = x if eps is None else eps.to(self.device)
+        start = draw()  # also where another noise is given: the rows' noise is then the same
+        x = eps = start if eps is None else eps.to(self.device)
+        inpaint = None
         if init is not None:
             alpha, sigma = table.levels[0].tolist()
-            x = alpha * init.to(self.device) + sigma * x
+            x = alpha * init.to(self.device) + sigma * eps
+            if mask is not None:
+                inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
+        denoise = self.denoiser(len(x), amp, **told)
+        return sample_loop(denoise, x, table, self.config.objective, noise=draw, clip=self.clip,
+                           inpaint=inpaint)  # fmt: skip
+
+    def denoiser(
+        self, n: int, amp: str, labels: Tensor | None = None, guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+    ):  # fmt: skip
+        """(x, t) -> the network's output, for n images.
+
+        labels: (n,) int64, the null label where there is none; None means no label at all.
+        """
         model = self.autocast(amp)
-        if self.conditional and labels is None and guidance_scale != 1:
+        if not self.conditional:
+            if labels is not None or guidance_scale != 1:
+                raise UserError("this model was trained without --condition class: it takes no "
+                                "class label and no guidance")  # fmt: skip
+            return model
+        if labels is None and guidance_scale != 1:
             raise UserError("guidance leads towards a class: give a class label with it")
-        if self.conditional:
-            null = torch.full((len(noise.generators),), self.model.null_label, device=self.device)
-            labels = null if labels is None else labels.to(self.device)
-            model = guided(model, labels, null, guidance_scale, guidance_rescale)
-        elif labels is not None or guidance_scale != 1:
-            raise UserError("this model was trained without --condition class: it takes no class "
-                            "label and no guidance")  # fmt: skip
-        return sample_loop(model, x, table, self.config.objective, noise=draw)
+        null = torch.full((n,), self.model.null_label, device=self.device)
+        labels = null if labels is None else labels.to(self.device)
+        return guided(model, labels, null, guidance_scale, guidance_rescale)
 
     def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
         """What `frames` runs."""
         steps = min(50, len(self.schedule)) if steps is None else steps
-        return make_table(
-            self.schedule, sampler, steps, spacing=spacing, eta=eta, strength=strength
-        )
+        options = dict(spacing=spacing, eta=eta, strength=strength)
+        return make_table(self.schedule, sampler, steps, **options)
 
     def sample(self, indices, **options) -> Tensor:
         """The last x of `frames`, decoded: (B, 3, H, W) float32 in [-1, 1]."""
@@ -142,6 +158,11 @@ class Pipeline:
             raise UserError(f"class_label {choice!r} is unknown; the model's classes are "
                             f"{known or 'none: it is unconditional'}")  # fmt: skip
         return torch.full((len(indices),), number)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.config.image_size, self.config.image_size)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to what is diffused: in pixel mode, themselves."""

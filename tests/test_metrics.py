@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
+from diffusion.evaluation import features as features_module
 from diffusion.evaluation import metrics
 from diffusion.evaluation.features import (
     INCEPTION,
@@ -37,8 +40,11 @@ from diffusion.evaluation.metrics import (
     moments,
     precision_recall,
 )
+from diffusion.pipeline import build_model
+from diffusion.seeding import permutation
 from diffusion.training.fid import Fid
 from diffusion.training.trainer import train
+from diffusion.weights.checkpoint import save_weights
 
 CPU = torch.device("cpu")
 
@@ -124,7 +130,7 @@ def test_precision_and_recall():
 
 def test_inception_score():
     sure = torch.eye(8).double().repeat(20, 1)
-    assert_close(inception_score(sure, 5), (8.0, 0.0))
+    assert_close(inception_score(sure, 1), (8.0, 0.0))
     assert_close(inception_score(torch.full((50, 8), 1 / 8).double()), (1.0, 0.0))
     p = normal(40, 6).softmax(1)
     kl = (p * (p / p.mean(0)).log()).sum(1).mean()
@@ -217,7 +223,7 @@ def test_a_network_of_ones_own(pooled, real):
 
 
 def test_a_network_is_never_called_fid(tmp_path, pooled):
-    for name in ("fid", "FID", "loss", "kid"):
+    for name in ("fid", "FID", "loss", "kid", "features", "skipped", "num_real"):
         assert name_of(str(tmp_path / f"{name}.pt")) == f"{name}_features"
     assert name_of(None) == "fid" and name_of("a/clip.pt") == "clip"
 
@@ -242,6 +248,29 @@ def test_missing_and_broken_networks(tmp_path, monkeypatch, real):
     torch.jit.script(nn.Linear(3, 4)).save(str(tmp_path / "linear.pt"))
     with pytest.raises(UserError, match="cannot use images of"):
         folder_features(real, None, open_features(str(tmp_path / "linear.pt"), CPU))
+
+
+def test_a_broken_connection_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 500)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/network.pt"
+        monkeypatch.setattr("cleanfid.downloads_helper.inception_url", url)
+        with pytest.raises(UserError, match="could not be fetched"):
+            open_features(None, CPU)
+        server.shutdown()
+    assert list(cache_folder().iterdir()) == []
 
 
 def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -324,6 +353,9 @@ def test_jpeg_is_told(real, pooled, tmp_path, measure):
 def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
     (tmp_path / "empty").mkdir()
     network = ("--fid_features", pooled)
+    unconditional = tmp_path / "plain.safetensors"
+    config = Config(image_size=16, unet_dim=8, dim_mults=(1, 2), time_steps=20)
+    save_weights(unconditional, build_model(config, 0).state_dict(), config, step=0, classes=[])
     for args, told in (
         ((real, tmp_path / "empty"), "no images below"),
         ((tmp_path / "empty", real), "no images below"),
@@ -333,7 +365,9 @@ def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
         ((real, model, "--samplers", "ddim:21"), "ddim:21.*more than the schedule's 20"),
         ((real, model, "--samplers", "ddim"), "such as ddim:50"),
         ((real, model, "--size", 24), "the model's images have 16 pixels"),
-        ((real, model, "--num_images", 0), "num_images is 0"),
+        ((real, model, "--num_images", 1), "num_images is 1; it must be at least 2"),
+        ((real, unconditional, "--guidance_scale", 2), "no class label and no guidance"),
+        ((pictures(tmp_path / "one", [1]), model), "holds 1 usable image"),
     ):
         with pytest.raises(UserError, match=told):
             measure(*args, *network)
@@ -362,9 +396,11 @@ def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
 
 
 def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
+    mixed = pictures(pictures(tmp_path / "mixed", range(12)), range(1, 12, 2), 24)
+    (mixed / "001.png").write_bytes(b"broken")
     args = [real, model, "--fid_features", pooled, "--num_images", "10", "--batch_size", "3",
             "--samplers", "ddim:3", "--amp", "no", "--device", "cpu"]  # fmt: skip
-    values = []
+    values, launch = [], []
     for ranks in (1, 2):
         launch = [sys.executable, "-m"]
         if ranks > 1:
@@ -374,6 +410,10 @@ def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
         assert done.returncode == 0, done.stderr
         values.append(json.loads(done.stdout.splitlines()[-1])["rows"][0]["pooled"])
     assert_close(values[0], values[1], rtol=1e-6, atol=0)
+    # what the other rank has seen counts too
+    args = [*launch, "diffusion.evaluation.metrics", str(real), str(mixed), "--fid_features", str(pooled)]  # fmt: skip
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode != 0 and "images of 2 sizes" in done.stderr and "001.png" in done.stdout
 
 
 def test_the_reference_tool_gives_the_same_number(real, tmp_path, measure):
@@ -401,6 +441,7 @@ def fid(tiny, pooled) -> dict:  # noqa: F811
 
 def values_of(folder) -> dict[int, float]:
     lines = run_lines(Path(folder))
+    assert all("fid_num_images" in line for line in lines if "pooled" in line)
     return {line["step"]: line["pooled"] for line in lines if "pooled" in line}
 
 
@@ -418,7 +459,9 @@ def test_fid_during_training(fid, tmp_path, capsys):
 
     pipeline, data = Pipeline.load(tmp_path / "run" / "model.pt"), open_batches(Config(**fid))
     features = open_features(fid["fid_features"], CPU)
-    labels = torch.tensor([data.labels[data.train[i]] for i in range(10)])
+    order = permutation(118, 0, "fid")
+    labels = torch.tensor([data.labels[data.train[order[i]]] for i in range(10)])
+    assert len(set(labels.tolist())) == 3  # though the files come by class
     fake = to_uint8(pipeline.sample(range(10), sampler="dpmpp_2m", steps=20, labels=labels, amp="no"))  # fmt: skip
     a, b = features(data.pixels[data.train]), features(fake)
     assert_close(first[12], frechet_distance(*moments(a), *moments(b)), rtol=1e-4, atol=1e-6)
@@ -449,11 +492,18 @@ def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
     for i, change in enumerate([dict(image_size=12), dict(fid_features=str(other)), dict(seed=1)]):
         train(Config(**fid | dict(train_steps=6, save_folder=str(tmp_path / str(i))) | change))
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 3  # another seed needs no other
+    # other data: another folder, and the same one with a file changed in place
+    folder = pictures(tmp_path / "folder", range(20))
+    for name in "ab":
+        options = dict(data=str(folder), condition="none", train_steps=6, save_folder=str(tmp_path / name))  # fmt: skip
+        train(Config(**fid | options))
+        Image.fromarray(toy.draw(99, 17)).save(folder / "003.png")
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 5
 
 
 def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
     train(Config(**fid | dict(dropout=0.0)))
-    options = fid | dict(dropout=0.0, save_folder=str(tmp_path / "two"))
+    options = fid | dict(dropout=0.0, save_folder=str(tmp_path / "two"), cache_dir=str(tmp_path / "own"))  # fmt: skip
     done = script("train.py", *flags(options), cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = values_of(tmp_path / "run"), values_of(tmp_path / "two")
@@ -495,6 +545,35 @@ def test_a_missing_network_is_told_before_anything_is_written(tiny, tmp_path, mo
         Config(fid_features="a.pt")
     with pytest.raises(UserError, match="not --streaming"):
         Fid(Config(data="hf:a/b", streaming=True, fid=True), None, CPU)
+
+
+def test_too_little_for_a_distance_is_told_at_once(fid, tmp_path):
+    folder = pictures(tmp_path / "one", [1])
+    with pytest.raises(UserError, match="there is only 1"):
+        train(Config(**fid | dict(data=str(folder), condition="none")))
+
+    class Broken(Pooled):
+        def forward(self, x):
+            return x.float().mean((2, 3)) / 0.0 - x.float().mean((2, 3)) / 0.0
+
+    torch.jit.script(Broken()).save(str(tmp_path / "broken.pt"))
+    with pytest.raises(UserError, match="non-finite"):
+        train(Config(**fid | dict(fid_features=str(tmp_path / "broken.pt"))))
+
+
+def test_a_shorter_train_steps_measures_the_end(fid, tmp_path):
+    """Of a run that is longer already."""
+    train(Config(**fid | dict(fid=False, fid_features=None, train_steps=10)))
+    train(Config(**fid | dict(train_steps=8)))
+    assert sorted(values_of(tmp_path / "run")) == [10]
+
+
+def test_scores_do_not_depend_on_the_order_of_files():
+    sure = torch.eye(8).double().repeat_interleave(20, 0)
+    assert inception_score(sure, 5)[0] > 5
+    pieces = [([3, 1], normal(2, 4)), ([0, 2], normal(2, 4, seed=1))]
+    merged = features_module.gathered(pieces, "x")
+    assert_close(merged, torch.stack([pieces[1][1][0], pieces[0][1][1], pieces[1][1][1], pieces[0][1][0]]))  # fmt: skip
 
 
 def test_features_are_float64_on_the_cpu():

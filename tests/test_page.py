@@ -49,6 +49,8 @@ def play(page, script: str) -> dict:
       const key = k => document.dispatchEvent(new KeyboardEvent("keydown", { key: k, bubbles: true }));
       const slide = v => { $("time").value = v; $("time").dispatchEvent(new Event("input")); };
       setTimeout(() => { const out = {}; @@SCRIPT@@; out.errors = errors; out.evil = window.evil || 0;
+        for (const p of [D.forward, ...D.runs]) for (const s of [...p.x, ...(p.x0 || [])])
+          if (!s.naturalWidth) errors.push("a film strip does not load");
         const e = document.createElement("pre"); e.id = "out"; e.textContent = JSON.stringify(out);
         document.body.append(e); }, 800);
     </script></body>"""

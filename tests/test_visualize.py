@@ -1,5 +1,6 @@
 """visualize.py: what it writes, and that the pictures are those of the process."""
 
+import dataclasses
 import json
 import sys
 
@@ -64,7 +65,7 @@ def test_a_model(model, tmp_path, show):
     text = (viz / "index.html").read_text()
     data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
     names = [run["name"] for run in data["runs"]]
-    assert names == ["ddim, 10 steps", "dpmpp_2m, 20 steps", "dpmpp_2m, 10 steps"]
+    assert names == ["ddim, 10 steps", "ddpm, 20 steps", "ddim, 20 steps", "dpmpp_2m, 20 steps", "dpmpp_2m, 10 steps"]  # fmt: skip
     assert data["T"] == 20 and data["size"] == 16 and len(data["forward"]["x"]) == 2
     # films: one frame per timestep, and the last one stays
     film = Image.open(viz / "backward.webp")
@@ -232,6 +233,46 @@ def test_curves_show_loss_and_distances(tmp_path):
     lines += [{"step": 40, "fid": 3.0, "fid_seconds": 1.0}, {"step": 50, "loss": None}]
     file.write_text("\n".join(map(json.dumps, lines)))
     assert views.curves(file).size == (640, 800)
+
+
+def test_curves_of_a_killed_run_and_of_other_counts(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 1, "loss": 1.0}, {"step": 2, "x": None, "fid_seconds": 1.0},
+             {"step": 2, "fid": 3.0, "fid_num_images": 10, "fid_seconds": 1.0},
+             {"step": 3, "fid": 1.0, "fid_num_images": 500, "fid_seconds": 1.0}]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, lines)) + '\n\n{"step": 4, "lo')
+    picture = views.curves(file)
+    assert picture.size == (640, 800)
+    fid_plot = picture.crop((0, 400, 640, 800))
+    assert len(where(fid_plot, plot.COLOURS[0])) and len(where(fid_plot, plot.COLOURS[1]))
+
+
+def test_long_processes_keep_few_frames(pipeline):
+    times = [float(t) for t in range(999, -1, -1)]
+    kept = views.kept_frames(times, 1000)
+    assert len(kept) <= views.MOST_FRAMES + 5 and {0, 999} <= kept
+    for p in views.PERCENT:
+        assert 999 - round(p / 100 * 999) in kept
+
+
+def test_one_step_and_one_image(model, tmp_path, show):
+    show("--load_path", model, "--save_folder", tmp_path, "--num_images", 1, "--steps", 1)
+    film = Image.open(tmp_path / "viz" / "backward.webp")
+    assert film.width >= plot.font(15).getlength("ddim, 1 steps   t = 19")
+
+
+def test_a_stream_is_not_downloaded_to_look_at(pipeline):
+    streamed = dataclasses.replace(pipeline.config, data="hf:a/b", streaming=True)
+    with pytest.raises(UserError, match="say with --data"):
+        views.pick_images(None, streamed, 2)
+
+
+def test_only_what_was_written_is_listed(tmp_path, show, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "viz").mkdir()
+    (tmp_path / "viz" / "curves.png").write_text("another run's")
+    show("--save_folder", tmp_path)
+    assert "curves.png" not in capsys.readouterr().out
 
 
 def test_strip_and_enlarge():

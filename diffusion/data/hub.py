@@ -54,7 +54,7 @@ def fetch(url: str, target: Path) -> None:
         part = target.with_name(f".{target.name}.part")
         unpacked = target.with_name(f".{target.name}.unpacked")
         try:
-            _download(url, part)
+            download(url, part)
             shutil.rmtree(unpacked, ignore_errors=True)
             unpacked.mkdir()
             _unpack(part, unpacked)
@@ -71,7 +71,8 @@ def fetch(url: str, target: Path) -> None:
             shutil.rmtree(unpacked, ignore_errors=True)
 
 
-def _download(url: str, part: Path) -> None:
+def download(url: str, part: Path) -> None:
+    """Fetch a file. Raises OSError if the disk is too small or the connection breaks."""
     with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
         total = int(response.headers.get("Content-Length", 0))
         free = shutil.disk_usage(part.parent).free

@@ -6,7 +6,6 @@ network's own name.
 """
 
 import os
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,13 +17,19 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..data.datasets import report, scan
+from ..data.hub import download
 from ..data.images import BadImage, read_image
-from ..distributed import any_rank, gather, is_main, log, progress, rank, world_size
+from ..distributed import any_rank, gather_object, is_main, log, progress, rank, world_size
 from ..pipeline import Pipeline
 from .viz import to_uint8
 
 INCEPTION = "inception-2015-12-05.pt"
-RESERVED = {"fid", "kid", "loss", "heldout_loss", "lr", "step", "precision", "recall"}
+# what else stands beside a distance in results and logs; no network may be called so
+RESERVED = {
+    "fid", "kid", "precision", "recall", "inception_score", "inception_score_std", "features",
+    "num_real", "num_fake", "sampler", "steps", "evaluations", "seconds", "step", "loss",
+    "heldout_loss", "lr", "grad_norm", "skipped", "img_per_s", "fid_seconds", "fid_num_images",
+}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -68,7 +73,7 @@ class Features:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise UserError(f"the feature network {self.about} returned {got} for "
                             f"{len(images)} images; expected a tensor (N, D)")  # fmt: skip
-        return out.double().cpu()
+        return out.cpu().double()  # MPS has no float64
 
     def probabilities(self, features: Tensor) -> Tensor | None:
         """(N, D) -> (N, K) class probabilities, as Inception Score uses them: without biases."""
@@ -150,13 +155,7 @@ def _fetch(file: Path) -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        log(f"fetching {inception_url}")
-        with urllib.request.urlopen(inception_url, timeout=30) as response, open(part, "wb") as out:
-            total = int(response.headers.get("Content-Length", 0)) or None
-            with progress(desc=INCEPTION, total=total, unit="B", unit_scale=True) as bar:
-                while block := response.read(1 << 20):
-                    out.write(block)
-                    bar.update(len(block))
+        download(inception_url, part)
         os.replace(part, file)
     except OSError as error:
         raise UserError(
@@ -182,21 +181,26 @@ def folder_features(folder: Path, size: int | None, features: Features):
     files = scan(folder)
     if not files:
         raise UserError(f"no images below {folder}")
-    found, sizes, bad = [], set(), []
-    mine = files[rank() :: world_size()]
+    found, sizes, bad = [], set(), []  # found: (numbers of the files, features)
+    mine = range(len(files))[rank() :: world_size()]
     for start in progress(range(0, len(mine), 64), desc=folder.name or str(folder), leave=False):
-        groups: dict[tuple, list[np.ndarray]] = {}
-        for file in mine[start : start + 64]:
+        groups: dict[tuple, list] = {}
+        for i in mine[start : start + 64]:
             try:
-                image = read_image(file, size)
+                image = read_image(files[i], size)
             except BadImage as error:
-                bad.append((str(file), str(error)))
+                bad.append((str(files[i]), str(error)))
                 continue
-            groups.setdefault(image.shape[:2], []).append(image)
+            groups.setdefault(image.shape[:2], []).append((i, image))
         sizes |= set(groups)
-        found += [features(np.stack(group)) for group in groups.values()]
-    report(f"images of {folder} cannot be used and are skipped", bad, len(mine))
-    check_sizes(sizes, features, str(folder))
+        found += [([i for i, _ in group], features(np.stack([image for _, image in group])))
+                  for group in groups.values()]  # fmt: skip
+    ranks = gather_object((sizes, bad))
+    if ranks is not None:
+        sizes = set().union(*(s for s, _ in ranks))
+        bad = sorted(entry for _, entries in ranks for entry in entries)
+        report(f"images of {folder} cannot be used and are skipped", bad, len(files))
+        check_sizes(sizes, features, str(folder))
     return gathered(found, folder), sizes
 
 
@@ -212,22 +216,25 @@ def check_sizes(sizes: set[tuple[int, int]], features: Features, what: str) -> N
         "brings all to N pixels")  # fmt: skip
 
 
-def gathered(parts: list[Tensor], what) -> Tensor | None:
-    """All ranks' features on rank 0, None elsewhere. Raises UserError if there are none."""
-    own = torch.cat(parts) if parts else torch.empty(0)
-    ranks = gather(own)
+def gathered(parts: list[tuple[list[int], Tensor]], what) -> Tensor | None:
+    """All ranks' features on rank 0, in the order of their numbers; None elsewhere.
+
+    Raises UserError if there are none.
+    """
+    ranks = gather_object(parts)
     if ranks is None:
         return None
-    ranks = [r for r in ranks if len(r)]
-    if not ranks:
+    parts = [part for rank_parts in ranks for part in rank_parts]
+    if not parts:
         raise UserError(f"none of the images of {what} can be used")
-    return torch.cat(ranks)
+    order = np.argsort(np.concatenate([numbers for numbers, _ in parts]))
+    return torch.cat([features for _, features in parts])[order]
 
 
 def sampled(
     pipeline: Pipeline, count: int, batch: int, label=None, **options
-) -> Iterator[np.ndarray]:
-    """This rank's share of images 0 ... count-1: (b, H, W, 3) uint8.
+) -> Iterator[tuple[range, np.ndarray]]:
+    """This rank's share of images 0 ... count-1: their numbers and (b, H, W, 3) uint8.
 
     label(i): the class of image i, if the model knows any; by default classes take turns.
     """
@@ -241,6 +248,6 @@ def sampled(
         labels = None
         if pipeline.conditional:
             labels = torch.tensor([label(i) for i in indices])
-        size = pipeline.config.image_size
-        yield (to_uint8(pipeline.sample(indices, labels=labels, **options)) if len(indices)
-               else np.empty((0, size, size, 3), np.uint8))  # fmt: skip
+        H, W = pipeline.image_hw
+        yield indices, (to_uint8(pipeline.sample(indices, labels=labels, **options))
+                        if len(indices) else np.empty((0, H, W, 3), np.uint8))  # fmt: skip

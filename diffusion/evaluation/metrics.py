@@ -113,7 +113,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
     """Mean and deviation over splits of exp(E KL(p(y|x) || p(y))), arXiv:1606.03498 section 4."""
-    scores = []
+    order = np.random.RandomState(0).permutation(len(probabilities))  # files may come by class
+    scores, probabilities = [], probabilities[order]
     for p in probabilities.tensor_split(min(splits, len(probabilities))):
         kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
         scores.append(kl.sum(1).mean().exp())
@@ -126,9 +127,6 @@ def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
     n, m, name = len(real), len(fake), features.name
     if min(n, m) < 2:
         raise UserError(f"{n} real and {m} generated images: a distance needs at least 2 of each")
-    if min(n, m) < FEW:
-        dist.log(f"warning: {n} real and {m} generated images; below {FEW} a Fréchet distance is "
-                 "mostly bias, and comparable only at equal numbers")  # fmt: skip
     kid = "kid" if features.is_inception else f"{name}_kid"
     found = {name: frechet_distance(*moments(real), *moments(fake)),
              kid: kernel_distance(real, fake)}  # fmt: skip
@@ -137,6 +135,12 @@ def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
     if (probabilities := features.probabilities(fake)) is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(probabilities)
     return found | {"features": features.about, "num_real": n, "num_fake": m}
+
+
+def warn_of_few(n: int, m: int) -> None:
+    if min(n, m) < FEW:
+        dist.log(f"warning: {n} real and {m} generated images; below {FEW} a Fréchet distance is "
+                 "mostly bias, and comparable only at equal numbers")  # fmt: skip
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -162,8 +166,9 @@ def parse(args: list[str] | None = None):
     # fmt: on
     args = parser.parse_args(args)
     for name in ("num_images", "batch_size", "size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be above 0")
+        least = 2 if name == "num_images" else 1  # a covariance
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
     return args
 
 
@@ -179,11 +184,11 @@ def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, 
     """(N, D) of sampled images on rank 0, None elsewhere."""
     found, done = [], 0
     with dist.progress(total=args.num_images, desc=f"{sampler} {steps}", unit="img") as bar:
-        for images in sampled(pipeline, args.num_images, args.batch_size, seed=seed,
+        for numbers, images in sampled(pipeline, args.num_images, args.batch_size, seed=seed,
                               sampler=sampler, steps=steps, amp=args.amp,
                               guidance_scale=args.guidance_scale):  # fmt: skip
             if len(images):
-                found.append(features(images))
+                found.append((list(numbers), features(images)))
             done = min(done + args.batch_size * dist.world_size(), args.num_images)
             bar.update(done - bar.n)
     return gathered(found, "the model")
@@ -193,15 +198,18 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
     """A row for each sampler, all metrics' medians over the seeds. Empty off rank 0."""
     rows = []
     for sampler, steps in parse_samplers(args.samplers):
-        found, began = [], time.perf_counter()
+        found, seconds = [], 0.0
         for seed in args.seeds:
+            began = time.perf_counter()
             fake = model_features(pipeline, features, args, seed, sampler, steps)
+            seconds += (time.perf_counter() - began) / len(args.seeds)
             if fake is not None:
                 found.append(compare(real, fake, features))
-        seconds = (time.perf_counter() - began) / len(args.seeds)
+        evaluations = steps if args.guidance_scale == 1 else 2 * steps  # with and without the class
         if found:
             numbers = [k for k, v in found[0].items() if isinstance(v, float)]
-            row = {"sampler": sampler, "steps": steps, "seconds": round(seconds, 1)}
+            row = {"sampler": sampler, "steps": steps, "evaluations": evaluations,
+                   "seconds": round(seconds, 1)}  # fmt: skip
             row |= {k: median(f[k] for f in found) for k in numbers}
             row[f"{features.name}_of_seeds"] = [f[features.name] for f in found]
             dist.log("  ".join([f"{sampler:>12} {steps:>5} steps", *(
@@ -216,7 +224,7 @@ def save_quality(folder: Path, result: dict, name: str) -> None:
     write_text(folder / "quality.json", json.dumps(result, indent=2))
     rows, lines = result["rows"], []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
-        own = sorted((r["steps"], r[name]) for r in rows if r["sampler"] == sampler)
+        own = sorted((r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler)
         lines.append(Line(*zip(*own), sampler, dots=True))
     title = "FID" if name == "fid" else f"Fréchet distance ({name})"
     plot = line_plot(lines, f"{title} against network evaluations", "evaluations",
@@ -236,16 +244,21 @@ def main() -> None:
         b, others = folder_features(fake, args.size, features)
         check_sizes(sizes | others, features, f"{real} and {fake}")
         if dist.is_main():
+            warn_of_few(len(a), len(b))
             result = compare(a, b, features)
     else:
         pipeline = Pipeline.load(fake, args.weights, device)
         for sampler, steps in parse_samplers(args.samplers):
-            check_sampler(pipeline, sampler, steps)
+            check_sampler(pipeline, sampler, steps, args.guidance_scale)
         size = pipeline.config.image_size
         if args.size not in (None, size):
             raise UserError(f"--size {args.size}: the model's images have {size} pixels")
         features = open_features(args.fid_features, device)
         a, _ = folder_features(real, size, features)
+        if a is not None:
+            if len(a) < 2:
+                raise UserError(f"{real} holds {len(a)} usable image; a distance needs at least 2")
+            warn_of_few(len(a), args.num_images)
         rows = quality_table(args, pipeline, a, features)
         if dist.is_main():
             result = {"checkpoint": str(fake), "weights": args.weights, "real": str(real),
@@ -258,10 +271,12 @@ def main() -> None:
     dist.cleanup()
 
 
-def check_sampler(pipeline: Pipeline, sampler: str, steps: int) -> None:
-    """Raises UserError for an unknown sampler or too many steps, before the long work."""
+def check_sampler(pipeline: Pipeline, sampler: str, steps: int, guidance_scale: float) -> None:
+    """Raises UserError for settings that the model cannot be sampled with, before the long work."""
+    labels = torch.zeros(1, dtype=torch.long) if pipeline.conditional else None
     try:
-        pipeline.frames([0], sampler=sampler, steps=steps)
+        pipeline.frames([0], sampler=sampler, steps=steps, labels=labels,
+                        guidance_scale=guidance_scale)  # fmt: skip
     except ValueError as error:
         raise UserError(f"--samplers {sampler}:{steps}: {error}") from None
 

@@ -17,7 +17,6 @@ from ..weights.checkpoint import write_text
 from .views import Picked, Trajectory
 
 MOST_BYTES = 9_500_000
-MOST_FRAMES = 51
 # (largest side, WebP options), the best first; the page takes the first that fits
 LOSSLESS = (64, {"lossless": True})  # small pictures are worth it, and noise suffers from the rest
 QUALITIES = (
@@ -38,14 +37,6 @@ def film_strip(frames: np.ndarray, side: int, options: dict) -> str:
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def thinned(process: Trajectory) -> Trajectory:
-    """At most MOST_FRAMES of its frames, the first and the last among them."""
-    F = len(process.t)
-    keep = np.unique(np.linspace(0, F - 1, min(F, MOST_FRAMES)).round().astype(int))
-    x0 = None if process.x0 is None else process.x0[keep]
-    return Trajectory(process.name, [process.t[i] for i in keep], process.x[keep], x0)
-
-
 def encode(process: Trajectory, side: int, options: dict) -> dict:
     strips = {"x": process.x, "x0": process.x0}
     return {"name": process.name, "t": process.t} | {
@@ -63,10 +54,10 @@ def page_data(pipeline: Pipeline, forward: Trajectory, data: Picked, runs, side,
         "T": T, "size": min(size, side),
         "schedule": {"t": at.tolist(), "alpha_bar": pipeline.schedule.alpha_bar[at].tolist(),
                      "log_snr": snr.clamp(-30, 30).tolist(), "name": pipeline.config.schedule},
-        "forward": encode(thinned(forward), side, options),
+        "forward": encode(forward, side, options),
         "names": data.names[: forward.x.shape[1]],
         "captions": data.captions[: forward.x.shape[1]],
-        "runs": [encode(thinned(run), side, options) for run in runs],
+        "runs": [encode(run, side, options) for run in runs],
         "about": f"{Path(pipeline.config.data).name}, {pipeline.config.image_size} px, T = {T}",
     }  # fmt: skip
 

@@ -3,7 +3,6 @@
 Everything here is made from `Pipeline.frames`, q_sample and `Pipeline.decode`.
 """
 
-import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,18 @@ from .. import UserError
 from ..config import Config
 from ..data.datasets import open_data
 from ..data.images import BadImage
-from ..distributed import log
+from ..distributed import log, progress
 from ..pipeline import Pipeline
 from ..process.gaussian import q_sample
 from ..process.samplers import SAMPLERS, Table
 from ..process.schedule import Schedule
 from ..seeding import ImageNoise
+from ..weights.checkpoint import read_lines
 from .plot import Line, line_plot, stack
 from .viz import enlarge, grid, strip, to_uint8, with_heading
 
 PERCENT = (0, 25, 50, 75, 99)
+MOST_FRAMES = 51  # of a trajectory that are kept, besides those at PERCENT
 
 
 def timestep_at(p: int, T: int) -> int:
@@ -64,6 +65,9 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
 
     Raises UserError if the set cannot be opened or has no usable image.
     """
+    if data is None and config.streaming:
+        raise UserError(f"the model was trained on a stream, {config.data}: say with --data which "
+                        "images to show")  # fmt: skip
     try:
         source = open_data(data or config.data, config.data_class if data is None else "all")
     except UserError as error:
@@ -101,22 +105,33 @@ def forward(pipeline: Pipeline, images: Tensor, timesteps: list[int], seed: int 
 
 def reverse(pipeline: Pipeline, indices, sampler: str, steps: int, seed=0, **options) -> Trajectory:
     """A sampler's way from noise; each x with the x0 predicted from it, the last with itself."""
-    table = pipeline.table(sampler, steps)
+    times = pipeline.table(sampler, steps).t.tolist()
+    keep = kept_frames(times, len(pipeline.schedule))
     x = ImageNoise(seed, indices, pipeline.shape)(pipeline.device)  # where `frames` starts
-    xs, x0s = [], []
-    for x_next, x0 in pipeline.frames(indices, seed=seed, sampler=sampler, steps=steps, **options):
-        xs.append(to_uint8(pipeline.decode(x)))
-        x0s.append(to_uint8(pipeline.decode(x0)))
+    xs, x0s, name = [], [], f"{sampler}, {steps} steps"
+    frames = pipeline.frames(indices, seed=seed, sampler=sampler, steps=steps, **options)
+    for i, (x_next, x0) in enumerate(progress(frames, total=steps, desc=name, leave=False)):
+        if i in keep:
+            xs.append(to_uint8(pipeline.decode(x)))
+            x0s.append(to_uint8(pipeline.decode(x0)))
         x = x_next
     last = to_uint8(pipeline.decode(x))
-    return Trajectory(
-        f"{sampler}, {steps} steps", [*table.t.tolist(), -1.0],
-        np.stack([*xs, last]), np.stack([*x0s, last]),
-    )  # fmt: skip
+    return Trajectory(name, [*(times[i] for i in sorted(keep)), -1.0],
+                      np.stack([*xs, last]), np.stack([*x0s, last]))  # fmt: skip
+
+
+def kept_frames(times: list[float], T: int) -> set[int]:
+    """Of many frames, those that a film and the strips need."""
+    n = len(times)
+    even = np.linspace(0, n - 1, min(n, MOST_FRAMES)).round().astype(int).tolist()
+    near = [min(range(n), key=lambda i: abs(times[i] - timestep_at(p, T))) for p in PERCENT]
+    return {*even, *near}
 
 
 def at_percents(trajectory: Trajectory, T: int) -> list[int]:
-    return [trajectory.nearest(timestep_at(p, T)) for p in PERCENT]
+    """The frame for each of PERCENT; at 0 the reverse process shows its result."""
+    chosen = [trajectory.nearest(timestep_at(p, T)) for p in PERCENT]
+    return chosen if trajectory.x0 is None else [len(trajectory.t) - 1, *chosen[1:]]
 
 
 def labelled(trajectory: Trajectory, chosen: list[int], pictures: np.ndarray) -> Image.Image:
@@ -183,7 +198,8 @@ def between_images(
         ends = pipeline.encode(torch.stack([a[i], b[i]]))
         init = torch.stack([torch.lerp(*ends, s) for s in torch.linspace(0, 1, points).tolist()])
         eps = ImageNoise(seed, [i] * points, pipeline.shape)()
-        middle = last(pipeline, [i] * points, options, eps=eps, init=init, strength=0.5, **sampling)
+        start = {"eps": eps, "init": init, "strength": max(0.5, 1 / sampling["steps"])}
+        middle = last(pipeline, [i] * points, options, **start, **sampling)
         out.append(np.concatenate([to_uint8(a[i : i + 1]), middle, to_uint8(b[i : i + 1])]))
     return np.stack(out)
 
@@ -221,21 +237,24 @@ def table_plot(table: Table, sampler: str) -> Image.Image:
 
 def curves(metrics: Path) -> Image.Image | None:
     """Loss, held-out loss and measured distances over steps; None where nothing is logged."""
-    if not metrics.is_file():
-        return None
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    names = dict.fromkeys(k for line in lines if "fid_seconds" in line for k in line)
-    measured = [n for n in names if n not in ("step", "fid_seconds")]
+    lines = read_lines(metrics)
+    measured = [line for line in lines if "fid_seconds" in line]
+    names = dict.fromkeys(k for line in measured for k in line)
 
-    def series(name: str, label: str, dots: bool) -> Line:
-        pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        return Line([x for x, _ in pairs], [y for _, y in pairs], label, dots)
+    def series(name: str, label: str, dots: bool, among: list[dict]) -> list[Line]:
+        pairs = [(line["step"], line[name]) for line in among if line.get(name) is not None]
+        return [Line(*zip(*pairs), label, dots)] if pairs else []
 
-    loss = [series("loss", "training loss", False), series("heldout_loss", "held-out loss", True)]
-    plots = []
-    if any(line.x for line in loss):
-        plots.append(line_plot([line for line in loss if line.x], "Loss", "step", log_y=True))
-    for name in measured:
-        title = "FID" if name == "fid" else f"Fréchet distance ({name})"
-        plots.append(line_plot([series(name, "", True)], title, "step"))
+    loss = [*series("loss", "training loss", False, lines),
+            *series("heldout_loss", "held-out loss", True, lines)]  # fmt: skip
+    plots = [line_plot(loss, "Loss", "step", log_y=True)] if loss else []
+    for name in [n for n in names if n not in ("step", "fid_seconds", "fid_num_images")]:
+        found = []
+        for n in sorted({m.get("fid_num_images", 0) for m in measured}):
+            # distances of other numbers of samples are another curve
+            same = [m for m in measured if m.get("fid_num_images", 0) == n]
+            found += series(name, f"{n} samples", True, same)
+        if found:
+            title = "FID" if name == "fid" else f"Fréchet distance ({name})"
+            plots.append(line_plot(found, title, "step"))
     return stack(plots) if plots else None

@@ -1,10 +1,12 @@
 """Pictures: tensors to PNG files, grids, labelled strips and films."""
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .plot import INK, font
@@ -28,10 +30,39 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.
     return Image.fromarray(sheet)
 
 
-def save_png(image: Image.Image | np.ndarray, path: Path) -> None:
+def save_png(
+    image: Image.Image | np.ndarray, path: Path, text: dict[str, str] | None = None
+) -> None:
+    """text: kept in the file's text chunks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(path, format="PNG")
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
+    image.save(path, format="PNG", pnginfo=info)
+
+
+# what other programs call the samplers
+SAMPLER_NAMES = {"ddpm": "DDPM", "ddpm_large": "DDPM large", "ddim": "DDIM",
+                 "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE"}  # fmt: skip
+
+
+def parameters_text(prompt: str | None, negative: str, settings: dict) -> str:
+    """The `parameters` text that AUTOMATIC1111 writes into a PNG and many programs read.
+
+    settings: by their names there, such as Steps, Sampler, CFG scale, Seed, Size.
+    """
+    lines = [] if prompt is None else [prompt]
+    lines += [f"Negative prompt: {negative}"] if negative else []
+    told = ", ".join(f"{k}: {quoted(v)}" for k, v in settings.items() if v is not None)
+    return "\n".join([*lines, told])
+
+
+def quoted(value) -> str:
+    """Values with commas or colons stand in quotes there."""
+    text = str(value)
+    special = any(c in text for c in ",:\n")
+    return json.dumps(text, ensure_ascii=False) if special else text
 
 
 def enlarge(images: np.ndarray, least: int = 96) -> np.ndarray:
@@ -41,8 +72,9 @@ def enlarge(images: np.ndarray, least: int = 96) -> np.ndarray:
 
 
 def with_heading(picture: Image.Image, text: str, height: int = 26) -> Image.Image:
-    """The picture below a line of text."""
-    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    """The picture below a line of text; as wide as the wider of them."""
+    width = max(picture.width, math.ceil(font(15).getlength(text)) + 12 if text else 0)
+    sheet = Image.new("RGB", (width, picture.height + height), "white")
     sheet.paste(picture, (0, height))
     ImageDraw.Draw(sheet).text((6, height / 2), text, INK, font(15), anchor="lm")
     return sheet
@@ -62,6 +94,9 @@ def strip(rows: np.ndarray, labels: list[str], heading: str = "") -> Image.Image
 def save_film(frames: list[Image.Image], path: Path, ms: int = 80, last_ms: int = 1500) -> None:
     """An animated WebP, `ms` milliseconds a frame; the last one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = (max(f.width for f in frames), max(f.height for f in frames))
+    frames = [ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f
+              for f in frames]  # fmt: skip
     durations = [ms] * (len(frames) - 1) + [last_ms]
     frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=durations,
                    loop=0, quality=80, method=4)  # fmt: skip

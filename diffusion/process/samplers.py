@@ -135,18 +135,22 @@ def start_row(steps: int, strength: float) -> int:
 # --- guidance ------------------------------------------------------------------------------------
 
 
-def guided(model, cond, uncond, scale: float, rescale: float = 0.0):
+def guided(model, cond, uncond, scale: float, rescale: float = 0.0, batched: bool = True):
     """A denoiser (x_t, t) -> out with classifier-free guidance; scale 1 means none.
 
     out = uncond + scale (cond - uncond), arXiv:2207.12598 eq. 6 with scale = 1 + w; then its
     standard deviation is drawn towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
+    batched: one call of the model with both, or two calls in half the memory.
     """
     if scale == 1:
         return lambda x, t: model(x, t, cond)
-    both = torch.cat([cond, uncond])
+    both = torch.cat([cond, uncond]) if batched else None
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        out_c, out_u = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        if batched:
+            out_c, out_u = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        else:
+            out_c, out_u = (model(x, t, told).float() for told in (cond, uncond))
         out = out_u + scale * (out_c - out_u)
         if rescale:
             std_c, std = (o.std((1, 2, 3), keepdim=True) for o in (out_c, out))

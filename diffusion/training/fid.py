@@ -4,6 +4,7 @@ All ranks sample and compute features; the sums are all that is exchanged.
 """
 
 import io
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..data.datasets import digest
 from ..evaluation.features import open_features, sampled
 from ..evaluation.metrics import FEW, Moments, frechet_distance
 from ..pipeline import Pipeline
+from ..seeding import permutation
 from ..weights.checkpoint import atomic
 
 SAMPLER, STEPS = "dpmpp_2m", 20
@@ -32,11 +34,18 @@ class Fid:
         if config.streaming:
             raise UserError("--fid compares with the whole training set: it needs a set that is "
                             "downloaded, not --streaming")  # fmt: skip
+        if len(data.train) < 2:
+            raise UserError(f"--fid compares with the training images, and there is only "
+                            f"{len(data.train)}; it needs at least 2")  # fmt: skip
         self.config, self.data = config, data
+        self.order = permutation(len(data.train), config.seed, "fid")
         self.features = open_features(config.fid_features, device)
         self.name = self.features.name
         self.steps = min(STEPS, config.time_steps)
         self.reference = self._reference()
+        if not all(part.isfinite().all() for part in self.reference):
+            raise UserError(f"the feature network {self.features.about} makes non-finite features "
+                            "of the training images")  # fmt: skip
         few = f"; below {FEW} it is mostly bias" if config.fid_num_images < FEW else ""
         dist.log(f"{self.name} every {config.fid_every} steps: {self.features.about}, "
                  f"{config.fid_num_images} samples of the averaged weights by {SAMPLER} in "
@@ -44,25 +53,34 @@ class Fid:
                  f"{config.image_size} px{few}")  # fmt: skip
 
     def due(self, step: int, total: int) -> bool:
-        return step > 0 and (step % self.config.fid_every == 0 or step == total)
+        return step > 0 and (step % self.config.fid_every == 0 or step >= total)
 
-    def measure(self, pipeline: Pipeline, stopped: Callable[[], bool]) -> dict | None:
-        """{name: distance, fid_seconds: time}; None if `stopped` says so on some rank."""
-        count, labels, train = self.config.fid_num_images, self.data.labels, self.data.train
+    def label(self, i: int) -> int:
+        """The class of sample i: as frequent as among the training images."""
+        return int(self.data.labels[self.data.train[self.order[i % len(self.order)]]])
+
+    def measure(
+        self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]
+    ) -> dict | None:  # fmt: skip
+        """{name: distance, how it was measured}; None if `stopped` says so on some rank."""
+        count, micro = self.config.fid_num_images, min(64, micro)
         began, found = time.perf_counter(), Moments(len(self.reference[0]))
-        micro = max(1, min(64, self.config.batch_size // dist.world_size()))
         with dist.progress(total=count, desc=self.name, unit="img", leave=False) as bar:
-            for images in sampled(pipeline, count, micro, seed=self.config.seed, sampler=SAMPLER,
-                                  label=lambda i: labels[train[i % len(train)]],
-                                  steps=self.steps, amp=self.config.amp):  # fmt: skip
+            options = dict(sampler=SAMPLER, steps=self.steps, amp=self.config.amp)
+            options["seed"] = self.config.seed
+            for _, images in sampled(pipeline, count, micro, self.label, **options):
                 if len(images):
                     found.add(self.features(images))
                 bar.update(min(micro * dist.world_size(), count - bar.n))
                 if dist.any_rank(stopped()):
                     return None
         statistics = found.reduce()
-        value = frechet_distance(*self.reference, *statistics) if dist.is_main() else 0.0
-        return {self.name: value, "fid_seconds": time.perf_counter() - began}
+        finite = all(part.isfinite().all() for part in statistics)  # else the run tells by null
+        value = math.nan
+        if finite and dist.is_main():
+            value = frechet_distance(*self.reference, *statistics)
+        return {self.name: value, "fid_num_images": count,
+                "fid_seconds": time.perf_counter() - began}  # fmt: skip
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """(mean, covariance) of the training images' features, from the cache if they are there."""
@@ -74,11 +92,10 @@ class Fid:
             dist.log(f"reference features of {self.config.data}: from {file}")
             return known
         train = self.data.train
-        mine, found = np.array_split(train, dist.world_size())[dist.rank()], None
+        mine = np.array_split(train, dist.world_size())[dist.rank()]
+        found = Moments(self.features(self.data.pixels[train[:1]]).shape[1])
         for low in dist.progress(range(0, len(mine), 64), desc="reference features", leave=False):
-            features = self.features(self.data.pixels[mine[low : low + 64]])
-            found = found or Moments(features.shape[1])
-            found.add(features)
+            found.add(self.features(self.data.pixels[mine[low : low + 64]]))
         known = found.reduce()
         if dist.is_main():
             try:

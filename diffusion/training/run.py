@@ -101,7 +101,8 @@ class RunLog:
 
         checkpoint.write_text(folder / "config.json", config.to_json())
         self.path = folder / "metrics.jsonl"
-        checkpoint.write_text(self.path, "".join(kept_lines(self.path, step)))
+        kept = [line for line in checkpoint.read_lines(self.path) if line["step"] <= step]
+        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -145,20 +146,7 @@ def write_weights(folder: Path, config: Config, weights: dict, told: dict, data,
 
 def logged(path: Path, step: int, name: str) -> bool:
     """Whether metrics.jsonl has a value of this name for this step."""
-    lines = [json.loads(line) for line in kept_lines(path, step)]
-    return any(line["step"] == step and name in line for line in lines)
-
-
-def kept_lines(path: Path, step: int) -> list[str]:
-    """The whole lines of metrics.jsonl up to a step."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue  # torn by a kill
-    return lines
+    return any(line["step"] == step and name in line for line in checkpoint.read_lines(path))
 
 
 def import_wandb():

@@ -8,7 +8,7 @@ The loop in trainer.py is the same for all. A task has
     loss(model, batch, drawn, low, high)     of samples low ... high-1, (high - low,)
     heldout_loss(model, micro)  of the averaged weights
     sheet(model, micro)         a picture of what the averaged weights can do
-    told()                      what a checkpoint must tell besides the configuration
+    told(model)                 what a checkpoint must tell besides the configuration
 """
 
 from collections import deque
@@ -27,6 +27,7 @@ from ..pipeline import Pipeline, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
 from ..seeding import generator
+from .autoencoder import Autoencoding
 from .steps import draw
 
 
@@ -45,7 +46,7 @@ class Diffusion:
     def pipeline(self, model: nn.Module) -> Pipeline:
         return Pipeline(self.config, model, self.schedule, self.data.classes, self.device)
 
-    def told(self) -> dict:
+    def told(self, model: nn.Module) -> dict:
         return {"classes": list(self.data.classes)}
 
     # --- a step
@@ -126,8 +127,8 @@ class Diffusion:
         return grid(torch.cat(parts).numpy()) if parts is not None else None
 
 
-def open_task(config: Config, device: torch.device) -> Diffusion:
+def open_task(config: Config, device: torch.device):
     return TASKS[config.mode](config, device)
 
 
-TASKS = {"pixel": Diffusion}
+TASKS = {"pixel": Diffusion, "vae": Autoencoding}

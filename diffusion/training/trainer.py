@@ -93,7 +93,7 @@ def train(config: Config) -> None:
         if not dist.is_main():
             return
         try:
-            told = task.told()
+            told = task.told(ema.model)
             write_weights(folder, config, ema.model.state_dict(), told, data, step, best, improved)
             checkpoint.save(folder, {
                 "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
@@ -113,7 +113,7 @@ def train(config: Config) -> None:
         """Where it is due, and not done before the run was stopped and continued."""
         if fid is None or not fid.due(step, total) or dist.any_rank(run.has(step, fid.name)):
             return
-        values = fid.measure(task.pipeline(ema.model), lambda: stop.requested)
+        values = fid.measure(task.pipeline(ema.model), share.micro, lambda: stop.requested)
         if values is not None:
             run.metrics(step, values)
             dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} "
@@ -201,7 +201,7 @@ def train(config: Config) -> None:
                 dist.log(f"stopped at step {step}; the same command goes on from there")
                 break
 
-    if step == total:
+    if step >= total:
         dist.log(f"done: {folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}")
 
 

@@ -51,6 +51,19 @@ def write_text(path: Path, text: str) -> None:
     atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; a kill may have torn the last one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
 def save(folder: Path, state: dict, keep_last: int) -> Path:
     """Write a checkpoint of `state["step"]`, make model.pt point to it, delete the oldest.
 

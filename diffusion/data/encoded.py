@@ -1,0 +1,139 @@
+"""What frozen networks make of the data, computed once: latents of images, embeddings of captions.
+
+    <cache_dir>/<key>/00000.npy ...    float16 arrays of SHARD entries, each written whole
+
+The key holds the images, their transform, the digest of the encoding network and all else the
+numbers depend on. A build that is cut off goes on with the shards that are missing; ranks share
+the work. The index of an entry is its image's or its caption's.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import UserError
+from ..distributed import barrier, log, progress, rank, world_size
+from .batches import Pixels, to_unit
+from .cache import TRANSFORM
+from .datasets import digest
+
+SHARD = 1024
+VERSION = "1"  # raise on any change of what is stored
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of all weights, in their own precision: another network has another digest."""
+    h = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:32]
+
+
+class Shards:
+    """(count, *shape) float16 on disk; a shard is computed where it is missing or damaged.
+
+    compute(indices): (n, *shape) float tensor of entries with these indices.
+    Raises UserError if the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, count: int, shape: tuple[int, ...],
+                 compute: Callable[[range], Tensor], batch: int, what: str):  # fmt: skip
+        self.folder, self.count, self.shape = folder, count, tuple(shape)
+        shards = range(-(-count // SHARD))
+        missing = [s for s in shards if self._open(s) is None]
+        barrier()  # all ranks have looked before one writes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._build(missing, compute, batch, what)
+        except OSError as error:
+            raise UserError(f"{what} cannot be kept in {folder}: {error}; free some space or "
+                            "choose another --cache_dir") from None  # fmt: skip
+        barrier()
+        self.arrays = [self._open(s) for s in shards]
+        if any(array is None for array in self.arrays):
+            raise UserError(f"{folder} changed while it was read; start again")
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """(n, *shape) float16."""
+        out = np.empty((len(indices), *self.shape), np.float16)
+        for row, i in enumerate(indices):
+            out[row] = self.arrays[i // SHARD][i % SHARD]
+        return out
+
+    def _range(self, shard: int) -> range:
+        return range(shard * SHARD, min((shard + 1) * SHARD, self.count))
+
+    def _open(self, shard: int) -> np.ndarray | None:
+        try:
+            array = np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        expected = (len(self._range(shard)), *self.shape)
+        return array if array.shape == expected and array.dtype == np.float16 else None
+
+    def _build(self, missing: list[int], compute, batch: int, what: str) -> None:
+        if missing:
+            done = sum(len(self._range(s)) for s in missing)
+            log(f"{what}: {done} of {self.count} are computed, once")
+        mine = missing[rank() :: world_size()]
+        total = sum(len(self._range(s)) for s in mine)
+        with progress(total=total, desc=what, unit="", leave=False) as bar:
+            for shard in mine:
+                entries, parts = self._range(shard), []
+                for low in range(0, len(entries), batch):
+                    chosen = entries[low : low + batch]
+                    parts.append(compute(chosen).to("cpu", torch.float16).numpy())
+                    bar.update(len(chosen))
+                values = np.concatenate(parts)
+                if not np.isfinite(values).all():
+                    raise UserError(f"{what}: the network made non-finite numbers; try --amp no")
+                path = self.folder / f"{shard:05d}.npy"
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                with open(temporary, "wb") as out:
+                    np.save(out, values)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(temporary, path)
+
+
+def image_latents(
+    pixels: Pixels, encode: Callable[[Tensor], tuple[Tensor, Tensor]], key: str, shape, flip: bool,
+    cache_dir: Path, device: torch.device, batch: int,
+) -> Shards:  # fmt: skip
+    """Mean and log-variance of every image, (F, 2, C, h, w); F = 2 with its mirror image.
+
+    encode(x): (mean, logvar), each (B, C, h, w), of images in [-1, 1]. shape: (C, h, w).
+    """
+    images = pixels.images
+    name = digest("latents", VERSION, images.stamp, TRANSFORM, str(pixels.size), str(flip), key,
+                  *images.names)  # fmt: skip
+
+    @torch.inference_mode()
+    def compute(indices: range) -> Tensor:
+        x = torch.from_numpy(pixels[np.asarray(indices)]).permute(0, 3, 1, 2)
+        x = to_unit(x, device)
+        views = [x, x.flip(3)] if flip else [x]
+        return torch.stack([torch.stack(encode(view), 1) for view in views], 1)
+
+    shape = (2 if flip else 1, 2, *shape)
+    return Shards(cache_dir / name, len(pixels), shape, compute, batch, "latents of the images")
+
+
+def caption_embeddings(
+    captions: list[str], encode: Callable[[list[str]], Tensor], key: str, shape, cache_dir: Path,
+    batch: int,
+) -> Shards:  # fmt: skip
+    """The text encoder's output for each caption, (L, D)."""
+    name = digest("captions", VERSION, key, str(shape), *captions)
+
+    @torch.inference_mode()
+    def compute(indices: range) -> Tensor:
+        return encode([captions[i] for i in indices])
+
+    return Shards(cache_dir / name, len(captions), shape, compute, batch, "embeddings of captions")

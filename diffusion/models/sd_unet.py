@@ -1,0 +1,318 @@
+"""The U-Net of Stable Diffusion 1.x and 2.x (arXiv:2112.10752), for latents and a text's tokens.
+
+    conv_in -> [ResBlock transformer] x 2, down      per level; the last has no transformers
+            -> ResBlock transformer ResBlock
+            -> [ResBlock transformer] x 3, up        per level -> norm, SiLU, conv_out
+
+Skips run from conv_in, each layer and each downsampling to the layers on the way up. A transformer
+attends among the positions, then to the context, and ends with a gated MLP.
+Shapes: B batch, C channels, H W latent pixels, N = HW positions, L tokens, D their width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .sd_blocks import (
+    Attention, AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D, read_config, to_image,
+    to_tokens, write_config,
+)  # fmt: skip
+from .unet import zero_init
+
+DOWN = ("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
+MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+UP = ("CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+
+FIXED = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_type": "default",
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1,
+}
+# upcast_attention: SDPA's softmax is in float32 anyway; the others matter with addition_embed_type
+IGNORED = ("upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The fields of UNet2DConditionModel's config.json; the defaults are Stable Diffusion 1.5's.
+
+    in_channels: 4; 9 for inpainting (latent, mask, masked image's latent).
+    *_block_types: what each level attends to: CrossAttn the positions and the context, Attn the
+        positions only, without a prefix nothing. A network without CrossAttn takes no context.
+    attention_head_dim: misnamed there: the number of heads of CrossAttn blocks, but the channels
+        of a head in Attn blocks. One number, or one per level.
+    num_classes: 0 for none; else labels are 0 ... num_classes, of which the last is `null_label`.
+        In the file, num_class_embeds = num_classes + 1.
+    sample_size: H and W that it was trained for; the network takes any.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int | tuple[int, int] | None = 64
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = (*3 * (DOWN[0],), DOWN[2])
+    mid_block_type: str = MID[0]
+    up_block_types: tuple[str, ...] = (UP[2], *3 * (UP[0],))
+    cross_attention_dim: int = 768
+    attention_head_dim: int | tuple[int, ...] = 8
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    use_linear_projection: bool = False
+    num_classes: int = 0
+
+    def __post_init__(self):
+        levels = len(self.block_out_channels)
+        for name, choices in [("down_block_types", DOWN), ("up_block_types", UP)]:
+            types = getattr(self, name)
+            if len(types) != levels or not set(types) <= set(choices):
+                raise ValueError(f"{name} is {types}; it names one of {', '.join(choices)} for "
+                                 f"each of the {levels} block_out_channels")  # fmt: skip
+        if self.mid_block_type not in MID:
+            raise ValueError(f"mid_block_type is {self.mid_block_type!r}; choose {' or '.join(MID)}")
+        for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; supported: one whole number")
+        if isinstance(self.attention_head_dim, tuple) and len(self.attention_head_dim) != levels:
+            raise ValueError(f"attention_head_dim is {self.attention_head_dim}; give one number or "
+                             f"one for each of the {levels} levels")  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "UNetConfig":
+        """From the contents of a config.json. Raises ValueError for networks of other families."""
+        config = dict(config)
+        classes = config.pop("num_class_embeds", None)
+        config["num_classes"] = 0 if classes is None else classes - 1
+        missing = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' defaults
+        return read_config(cls, config, FIXED, missing, IGNORED)
+
+    def to_dict(self) -> dict:
+        """The contents of a config.json that diffusers reads."""
+        values = write_config(self, FIXED)
+        classes = values.pop("num_classes")
+        return {**values, "num_class_embeds": classes + 1 if classes else None}
+
+
+class GEGLU(nn.Module):
+    """a gelu(gate) of a twice as wide projection (arXiv:2002.05202); the gate is its second half."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, gate = self.proj(x).chunk(2, dim=-1)
+        return a * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return self.net(x)
+        parts = x.flatten(0, 1).split(1024)  # the wide layer stays in the cache: 35 ms, not 62
+        return torch.cat([self.net(part) for part in parts]).view_as(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Tokens (B, N, C): self-attention, attention to the context (B, L, D), gated MLP; pre-norm."""
+
+    def __init__(self, dim: int, heads: int, dim_context: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn2 = Attention(dim, heads, dim_context)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-5)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """A transformer block on the positions of an image (B, C, H, W), added to it.
+
+    linear: SD 2's projections in and out are linear layers, SD 1's 1x1 convolutions.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_context: int, groups: int, linear: bool):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)  # the ResBlocks' is 1e-5
+        self.proj_in = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(dim, heads, dim_context)])
+        self.proj_out = nn.Linear(dim, dim) if linear else nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        H = x.shape[2]
+        h = self.norm(x)
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + (to_image(self.proj_out(h), H) if self.linear else self.proj_out(to_image(h, H)))
+
+
+class TimestepEmbedding(nn.Module):
+    """A two-layer MLP of the sinusoids of t."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, dim_out)
+        self.linear_2 = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoids(t: Tensor, dim: int, flip: bool, shift: float) -> Tensor:
+    """t (B,) -> (B, dim) float32: sin, then cos (DDPM appendix B), or flipped. shift: of half dim."""
+    half = dim // 2
+    i = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(-math.log(10_000) / (half - shift) * i)
+    sin, cos = angle.sin(), angle.cos()
+    return torch.cat([cos, sin] if flip else [sin, cos], 1)
+
+
+class SDUNet(nn.Module):
+    """x (B, C, H, W), t (B,) real, context (B, L, D), labels (B,) int64 -> (B, out_channels, H, W).
+
+    context: None for a network without cross-attention. labels: None means the null label.
+    Any H and W: odd sides are rounded up on the way down.
+    A new network's output is zero, and so is every branch beside a skip: as LDM starts training.
+    Raises ValueError for a missing context.
+    """
+
+    def __init__(self, config: UNetConfig, checkpointing: bool = False):
+        super().__init__()
+        self.config = c = config
+        self.checkpointing = checkpointing
+        self.null_label = c.num_classes
+        kinds = (*c.down_block_types, c.mid_block_type, *c.up_block_types)
+        self.takes_context = any("CrossAttn" in kind for kind in kinds)
+        dims, last, groups = c.block_out_channels, len(c.block_out_channels) - 1, c.norm_num_groups
+        heads = c.attention_head_dim
+        heads = heads if isinstance(heads, tuple) else (heads,) * len(dims)
+        E = 4 * dims[0]
+
+        def res(dim_in: int, dim_out: int) -> ResnetBlock2D:
+            return ResnetBlock2D(dim_in, dim_out, groups, c.norm_eps, E)
+
+        def attention(kind: str, level: int, layers: int) -> list[nn.Module]:
+            d, n = dims[level], heads[level]
+            if "CrossAttn" in kind:
+                options = (d, n, c.cross_attention_dim, groups, c.use_linear_projection)
+                return [Transformer2DModel(*options) for _ in range(layers)]
+            if "Attn" in kind:
+                return [AttnBlock(d, d // n, groups, c.norm_eps) for _ in range(layers)]
+            return []
+
+        self.time_embedding = TimestepEmbedding(dims[0], E)
+        self.class_embedding = nn.Embedding(c.num_classes + 1, E) if c.num_classes else None
+        self.conv_in = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
+
+        x, skips, L = dims[0], [dims[0]], c.layers_per_block  # x, skips: numbers of channels
+        self.down_blocks = nn.ModuleList()
+        for i, d in enumerate(dims):
+            resnets = [res(x, d), *(res(d, d) for _ in range(L - 1))]
+            down = [Downsample2D(d)] if i < last else []
+            attentions = attention(c.down_block_types[i], i, L)
+            self.down_blocks.append(Level(resnets, attentions, downsamplers=down))
+            x, skips = d, skips + [d] * (L + len(down))
+
+        resnets = [res(x, x)] if c.mid_block_type == "UNetMidBlock2D" else [res(x, x), res(x, x)]
+        self.mid_block = Level(resnets, attention(c.mid_block_type, last, 1))
+
+        self.up_blocks = nn.ModuleList()
+        for i, d in reversed(list(enumerate(dims))):
+            resnets = [res(x + skips.pop(), d), *(res(d + skips.pop(), d) for _ in range(L))]
+            up = [Upsample2D(d)] if i else []
+            attentions = attention(c.up_block_types[last - i], i, L + 1)
+            self.up_blocks.append(Level(resnets, attentions, upsamplers=up))
+            x = d
+
+        self.conv_norm_out = nn.GroupNorm(groups, x, eps=c.norm_eps)
+        self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
+        self.start_at_zero()
+
+    def start_at_zero(self) -> None:
+        zero_init(self.conv_out)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                zero_init(module.conv2)
+            elif isinstance(module, Transformer2DModel):
+                zero_init(module.proj_out)
+            elif isinstance(module, AttnBlock):
+                zero_init(module.to_out[0])
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        if self.takes_context and context is None:
+            raise ValueError(f"this network attends to a context: give one (B, L, "
+                             f"{self.config.cross_attention_dim}), got None")  # fmt: skip
+        emb = self.embed(x, t, labels)
+
+        x = self.conv_in(x)
+
+        skips = [x]
+        for level in self.down_blocks:
+            for layer in level.layers():
+                x = self.layer(layer, x, emb, context)
+                skips.append(x)
+            for down in level.downsamplers:
+                x = down(x)
+                skips.append(x)
+
+        for layer in self.mid_block.layers():
+            x = self.layer(layer, x, emb, context)
+
+        for level in self.up_blocks:
+            for layer in level.layers():
+                x = self.layer(layer, torch.cat([x, skips.pop()], 1), emb, context)
+            for up in level.upsamplers:
+                x = up(x, skips[-1].shape[-2:])
+
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """SiLU of the embedding of time and class, (B, E): all ResBlocks take it."""
+        c = self.config
+        angles = sinusoids(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        emb = self.time_embedding(angles.to(x.dtype))
+        if self.class_embedding is not None:
+            if labels is None:
+                labels = torch.full_like(t, self.null_label, dtype=torch.long)
+            emb = emb + self.class_embedding(labels)
+        return F.silu(emb)
+
+    def layer(self, layer, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+        """A ResBlock and, if there, the attention after it."""
+        resnet, attention = layer
+        x = self.run(resnet, x, emb)
+        return x if attention is None else self.run(attention, x, context)
+
+    def run(self, module: nn.Module, *args) -> Tensor:
+        """Call a module; with gradient checkpointing, recompute it in backward."""
+        if self.checkpointing and self.training:
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)

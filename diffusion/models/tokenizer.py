@@ -1,0 +1,299 @@
+"""The CLIP tokenizer: byte-level byte-pair encoding (arXiv:1508.07909, arXiv:2103.00020).
+
+    text -> NFC, one space for each run of whitespace, lower case
+         -> words: a contraction's ending, letters, one digit, or other characters
+         -> the bytes of each word, its last marked </w> -> merged pair by pair -> ids
+         -> BOS ids EOS pad ..., one row of length L or several (chunks)
+
+Ids are those of transformers' CLIPTokenizer: special tokens (BOS, EOS, pad) are found in the text
+as it was typed, added tokens in the normalised text between them. Nothing here reads a file: a
+tokenizer is built from the contents of its files, and `Tokenizer.files` gives them back.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from itertools import groupby
+from unicodedata import category, combining, is_normalized, normalize
+
+import torch
+from torch import Tensor
+
+BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+# a byte's character in vocabularies: its own where that can be printed, else one from 256 on
+CHAR_OF = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+CHAR_OF |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in CHAR_OF)}
+BYTE_OF = {char: bytes([b]) for b, char in CHAR_OF.items()}
+SYMBOLS = [*BYTE_OF, *(char + END_OF_WORD for char in BYTE_OF)]
+
+LONE = re.compile("[\ud800-\udfff]")  # surrogates are no characters
+# Unicode's White_Space (Python's \s has U+001C to U+001F too); CLIP's pattern, for `shape`s
+SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+WORD = re.compile(
+    r"(<\|startoftext\|>|<\|endoftext\|>)|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+"
+)
+
+
+@lru_cache(maxsize=2**16)
+def shape(char: str) -> str:
+    """z for letters, 0 for numbers, ! for the rest; ASCII stays. No literal of WORD has a z."""
+    return char if char.isascii() else {"L": "z", "N": "0"}.get(category(char)[0], "!")
+
+
+def normalise(text: str) -> str:
+    """NFC, one space for each run of whitespace, lower case character by character."""
+    if len(text) > 1000 and not is_normalized("NFC", text):
+        # sort combining marks first: unicodedata takes n^2 steps for n in a row
+        parts = "".join(normalize("NFD", char) for char in text)
+        runs = groupby(parts, key=lambda char: combining(char) > 0)
+        text = "".join(char for _, run in runs for char in sorted(run, key=combining))
+    text = SPACES.sub(" ", normalize("NFC", text))
+    return text.replace("Σ", "σ").lower()  # str.lower alone turns a final one into ς
+
+
+def words(text: str) -> Iterator[str]:
+    """The words of normalised text. What lower-casing made a special token's name is cut as one."""
+    for match in WORD.finditer("".join(map(shape, text))):
+        word = text[slice(*match.span())]
+        yield from (word[:2], word[2:-2], word[-2:]) if match[1] else (word,)
+
+
+def either(names: Iterable[str]) -> re.Pattern:
+    """Any of these names, the longest first; as a group, so that `split` has them at odd places."""
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+
+def families(added: dict[str, int]) -> dict[str, list[int]]:
+    """What added tokens stand for: <tok> for the ids of <tok>, <tok>_1, <tok>_2 ... if there."""
+    ids = {name: [i] for name, i in added.items()}
+    for name, members in ids.items():
+        while (vector := added.get(f"{name}_{len(members)}")) is not None:
+            members.append(vector)
+    return ids
+
+
+class Tokenizer:
+    """Prompts to rows of ids, L = context_length long.
+
+    vocab, merges: contents of vocab.json and merges.txt, the latter as text or a list of merges.
+    added: the contents of added_tokens.json, token -> id.
+    pad: the token that fills rows: EOS in Stable Diffusion 1, "!" in 2. It becomes a special token,
+        as in transformers: with "!", each "!" of a prompt is the padding's id.
+    `add_tokens` is all that changes a tokenizer. Raises ValueError unless the vocabulary has every
+    byte with and without </w>, BOS, EOS, pad, what merges need, and ids 0 ... len(self) - 1.
+    """
+
+    def __init__(
+        self, vocab: dict[str, int], merges: str | list, *, added: dict[str, int] | None = None,
+        pad: str = EOS, context_length: int = 77,
+    ):  # fmt: skip
+        if context_length < 3:
+            raise ValueError(f"context_length is {context_length}; BOS, a token and EOS need 3")
+        self.merges, added = check(vocab, merges, {} if added is None else added, pad)
+        self.vocab, self.pad, self.context_length = dict(vocab), pad, context_length
+        self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad]
+        self.ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(self.merges)}
+        self.merged = [vocab[a + b] for a, b in self.merges]
+        self.special = either({BOS, EOS, pad})
+        self.cache: dict[str, list[int]] = {}
+        self.set_added(added)
+
+    def __len__(self) -> int:
+        """The rows that the text encoder's embedding needs."""
+        return len(self.vocab) + len(self.added)
+
+    def __call__(self, texts: str | Iterable[str], chunks: int | None = None) -> Tensor:
+        """Prompts to int64 ids (B, L): BOS, up to L - 2 ids, EOS, padding. A str is B = 1.
+
+        chunks: n for (B, n, L), up to n (L - 2) ids in n such rows, the last ones empty where a
+            prompt is shorter (see `count_chunks`). What is longer is cut off.
+        Raises ValueError as `encode` does, and for chunks below 1.
+        """
+        n, L, rows = 1 if chunks is None else chunks, self.context_length, []
+        if n < 1:
+            raise ValueError(f"chunks is {n}; use 1 or more, or None for rows without chunks")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for ids in map(self.encode, texts):
+            for i in range(0, n * (L - 2), L - 2):
+                row = [self.bos_id, *ids[i : i + L - 2], self.eos_id]
+                rows.append(row + [self.pad_id] * (L - len(row)))
+        out = torch.tensor(rows, dtype=torch.long).view(len(texts), n, L)
+        return out[:, 0] if chunks is None else out
+
+    def count_chunks(self, texts: str | Iterable[str]) -> int:
+        """How many chunks hold the longest of these prompts in full; 1 or more."""
+        lengths = [len(self.encode(t)) for t in ([texts] if isinstance(texts, str) else texts)]
+        return max(1, -(-max(lengths, default=0) // (self.context_length - 2)))
+
+    def encode(self, text: str) -> list[int]:
+        """All ids of a prompt, without BOS and EOS. Raises ValueError unless it is a valid str."""
+        if not isinstance(text, str) or LONE.search(text):
+            raise ValueError(f"a prompt is {text!r:.60}; it must be a str without lone surrogates "
+                             "(decode bytes with errors='replace')")  # fmt: skip
+        ids = []
+        for i, part in enumerate(self.special.split(text)):
+            if i % 2:
+                ids.append(self.vocab[part])
+                continue
+            for j, piece in enumerate(self.names.split(normalise(part))):
+                if j % 2:
+                    ids += self.expansions[piece]
+                else:
+                    for word in words(piece):
+                        ids += self.bpe(word)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids, or a row (L,) of them, to text: a space after each word, no special tokens, U+FFFD
+        for bytes that are not UTF-8. Raises ValueError for ids outside the vocabulary."""
+        out = []
+        for i in map(int, ids):
+            if (token := self.tokens.get(i)) is None:
+                raise ValueError(f"id {i} is unknown; use 0 ... {len(self) - 1}")
+            if token in self.added:
+                out.append(token.encode() + b" ")
+            elif token not in (BOS, EOS, self.pad):
+                out += [BYTE_OF.get(c, c.encode()) for c in token.replace(END_OF_WORD, " ")]
+        return b"".join(out).decode(errors="replace").strip(" ")
+
+    def bpe(self, word: str) -> list[int]:
+        """The ids of one word, remembered if it is of ordinary length."""
+        ids = self.cache.get(word)
+        if ids is None:
+            *head, last = (CHAR_OF[b] for b in word.encode())
+            ids = self.merge([self.vocab[c] for c in (*head, last + END_OF_WORD)])
+            if len(self.cache) >= 2**16:
+                self.cache.clear()
+            if len(word) < 64:
+                self.cache[word] = ids
+        return ids
+
+    def merge(self, symbols: list[int]) -> list[int]:
+        """Merge the pair of lowest rank, of equals the leftmost, until no pair has a rank.
+
+        In n log n: a heap of (rank, place) over a doubly linked list; outdated entries are skipped.
+        """
+        n, ranks = len(symbols), self.ranks
+        ids = [*symbols, -1]  # -1: merged away, or beyond either end; it is in no pair
+        before, after = [*range(-1, n)], [*range(1, n + 2)]
+        pairs = enumerate(zip(symbols, symbols[1:]))
+        heap = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
+        heapify(heap)
+        while heap:
+            rank, i = heappop(heap)
+            j = after[i]
+            if ranks.get((ids[i], ids[j])) != rank:
+                continue
+            ids[i], ids[j] = self.merged[rank], -1
+            after[i] = after[j]
+            before[after[i]] = i
+            for left, right in ((before[i], i), (i, after[i])):
+                if (rank := ranks.get((ids[left], ids[right]))) is not None:
+                    heappush(heap, (rank, left))
+        return [i for i in ids if i >= 0]
+
+    def add_tokens(self, names: Iterable[str], vectors: int = 1) -> list[int]:
+        """Add tokens to this tokenizer, as for textual inversion; returns their ids, in order.
+
+        A name is found anywhere in the normalised text, inside words too; the longest wins. With n
+        vectors, <tok> adds <tok>, <tok>_1 ... <tok>_(n-1) and stands for all their ids, as in
+        diffusers. Raises ValueError, and adds nothing, if a name exists, is blank, or would be a
+        vector of another.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        if vectors < 1 or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"names are {names}, vectors is {vectors}; give str and 1 or more")
+        every = [f"{name}_{k}" if k else name for name in names for k in range(vectors)]
+        if known := [n for n in every if every.count(n) > 1 or n in self.vocab or n in self.added]:
+            raise ValueError(f"token {known[0]!r} exists already; choose another name")
+        new = {name: len(self) + k for k, name in enumerate(every)}
+        meant = {n: [new[n] + k for k in range(vectors if n in names else 1)] for n in every}
+        if families(self.added | new) != families(self.added) | meant:
+            raise ValueError(f"of {[*self.added, *every]} one would become <tok>_1, <tok>_2 ... of "
+                             "another token; choose other names")  # fmt: skip
+        self.set_added(self.added | new)
+        return list(new.values())
+
+    def set_added(self, added: dict[str, int]) -> None:
+        expansions = {normalise(name): ids for name, ids in families(added).items()}
+        if len(expansions) < len(added) or any(not name.strip() for name in added):
+            raise ValueError(f"added tokens {list(added)}: a name is blank, or two are the same in "
+                             "lower case; rename them")  # fmt: skip
+        self.added, self.expansions, self.names = added, expansions, either(expansions)
+        self.tokens = {i: token for token, i in (self.vocab | added).items()}
+
+    def files(self) -> dict[str, dict | str]:
+        """The contents of a diffusers `tokenizer/` folder: dicts to write as JSON, and text."""
+        names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad}
+        return {
+            "vocab.json": dict(self.vocab),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]),
+            "added_tokens.json": dict(self.added),
+            "special_tokens_map.json": names,
+            "tokenizer_config.json": names
+            | {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length},
+        }
+
+
+def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list, dict]:
+    """The merges as pairs, and the added tokens without special ones, which files may repeat."""
+    if isinstance(merges, str):
+        merges = [m for m in merges.split("\n") if m.strip() and not m.startswith("#version")]
+    if (kinds := [type(v) for v in (vocab, merges, added)]) != [dict, list, dict]:
+        raise ValueError(f"vocab, merges, added are {kinds}; give dict, str or list, dict")
+    if lacking := [t for t in dict.fromkeys((*SYMBOLS, BOS, EOS, pad)) if t not in vocab]:
+        raise ValueError(f"the vocabulary lacks {len(lacking)} tokens, {lacking[:3]}; it must have "
+                         "all bytes with and without </w>, BOS, EOS, pad")  # fmt: skip
+    pairs = {}
+    for n, merge in enumerate(merges, 1):
+        pair = tuple(map(str, merge if isinstance(merge, list | tuple) else str(merge).split()))
+        if len(pair) != 2 or pair in pairs or not {*pair, "".join(pair)} <= vocab.keys():
+            raise ValueError(f"merge {n} is {merge!r}; it must be new and join two tokens to a "
+                             "third: give vocab and merges of one model")  # fmt: skip
+        pairs[pair] = n
+    added = {k: i for k, i in added.items() if k not in (BOS, EOS, pad) or vocab[k] != i}
+    ids = [*vocab.values(), *added.values()]
+    free, twice = {*range(len(ids))} - {i for i in ids if type(i) is int}, vocab.keys() & added
+    if free or twice:
+        raise ValueError(f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each, but none has "
+                         f"{sorted(free)[:3]}; added again are {[*twice]}")  # fmt: skip
+    return list(pairs), added
+
+
+def from_tokenizer_json(data: dict, *, pad: str = EOS, context_length: int = 77) -> Tokenizer:
+    """From the contents of tokenizer.json, all that transformers 5 writes. Raises ValueError as
+    Tokenizer does, and for added tokens that are not matched as its are."""
+    plain = {"normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
+    try:
+        model, listed = data["model"], data["added_tokens"]
+        vocab, merges, end = model["vocab"], model["merges"], model["end_of_word_suffix"]
+        added = {token["content"]: token["id"] for token in listed}
+        odd = [t for t in listed if t["content"] not in vocab and plain.items() - t.items()]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"tokenizer.json is amiss ({e!r}); give a CLIP model's contents") from e
+    if end != END_OF_WORD or odd:
+        raise ValueError(f"words end in {end!r}, not </w>, or tokens {odd} are not {plain}; give a "
+                         "CLIP model's tokenizer.json")  # fmt: skip
+    return Tokenizer(vocab, merges, added=added, pad=pad, context_length=context_length)
+
+
+def from_bpe_simple_vocab(text: str, *, pad: str = EOS, context_length: int = 77) -> Tokenizer:
+    """From the text of OpenAI's bpe_simple_vocab_16e6.txt. Ids: bytes, bytes with </w>, merges
+    (lines 2 to 48,895), BOS, EOS: 49,408. Raises ValueError if the text is shorter."""
+    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    if len(merges) < 48894:
+        raise ValueError(f"the text has {len(merges)} merges of 48894; give the whole file")
+    tokens = [*SYMBOLS, *("".join(merge.split()) for merge in merges), BOS, EOS]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return Tokenizer(vocab, merges, pad=pad, context_length=context_length)
+
+
+def byte_level(context_length: int = 256) -> Tokenizer:
+    """514 ids and no merges, for text encoders trained from scratch: bytes, bytes with </w>, BOS,
+    EOS (also the padding). That a byte has two ids costs 256 rows of the embedding, but then words
+    end without spaces that take places of the L, and text becomes ids on CLIP's own path."""
+    vocab = {token: i for i, token in enumerate([*SYMBOLS, BOS, EOS])}
+    return Tokenizer(vocab, [], context_length=context_length)

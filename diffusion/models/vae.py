@@ -1,0 +1,236 @@
+"""The VAE of Stable Diffusion (arXiv:2112.10752, section 3.1): images to latents and back.
+
+    encoder: conv_in -> [ResBlock x 2, down] per level -> ResBlock attention ResBlock -> conv_out
+             -> quant_conv -> mean, logvar
+    decoder: post_quant_conv -> conv_in -> ResBlock attention ResBlock -> [ResBlock x 3, up] per
+             level -> conv_out
+
+Run it in float32 or bfloat16: its activations exceed float16's range of 65,504.
+Shapes: B batch, H W image pixels, h w latent pixels, H = h f with f = 2^(levels-1), Z channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sd_blocks import (
+    AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D, read_config, write_config,
+)  # fmt: skip
+
+EPS = 1e-6  # of every norm; the U-Net's ResBlocks have 1e-5
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
+FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True}
+IGNORED = ("down_block_types", "up_block_types", "force_upcast")  # the first two are checked
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The fields of AutoencoderKL's config.json; the defaults are Stable Diffusion 1.5's.
+
+    scaling_factor, shift_factor: see `AutoencoderKL.scale`.
+    use_quant_conv, use_post_quant_conv: SD 3's VAE has neither of these 1x1 convolutions.
+    sample_size: H and W that it was trained for; the network takes any.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, int] = 512
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "VAEConfig":
+        """From the contents of a config.json. Raises ValueError for networks of other families."""
+        missing = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
+        made = read_config(cls, config, FIXED, missing, IGNORED)  # missing: diffusers' defaults
+        for name, kind in (("down_block_types", DOWN), ("up_block_types", UP)):
+            expected = [kind] * len(made.block_out_channels)
+            if list(config.get(name, expected)) != expected:
+                raise ValueError(f"VAEConfig: {name} is {config[name]}; supported: {expected}")
+        return made
+
+    def to_dict(self) -> dict:
+        """The contents of a config.json that diffusers reads."""
+        levels = len(self.block_out_channels)
+        blocks = {"down_block_types": [DOWN] * levels, "up_block_types": [UP] * levels}
+        return write_config(self, FIXED, **blocks)
+
+
+def through(level: Level, x: Tensor) -> Tensor:
+    """All modules of a level, one after the other."""
+    for resnet, attention in level.layers():
+        x = resnet(x)
+        x = x if attention is None else attention(x)
+    for resize in (*level.downsamplers, *level.upsamplers):
+        x = resize(x)
+    return x
+
+
+def middle(dim: int, groups: int) -> Level:
+    resnets = [ResnetBlock2D(dim, dim, groups, EPS) for _ in range(2)]
+    return Level(resnets, [AttnBlock(dim, 1, groups, EPS)])
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, 2 Z, h, w)."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        dims, groups = c.block_out_channels, c.norm_num_groups
+        x = dims[0]
+        self.conv_in = nn.Conv2d(c.in_channels, x, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, d in enumerate(dims):
+            ins = [x] + [d] * (c.layers_per_block - 1)
+            down = [Downsample2D(d, padding=0)] if i < len(dims) - 1 else []
+            resnets = [ResnetBlock2D(n, d, groups, EPS) for n in ins]
+            self.down_blocks.append(Level(resnets, downsamplers=down))
+            x = d
+        self.mid_block = middle(x, groups)
+        self.conv_norm_out = nn.GroupNorm(groups, x, eps=EPS)
+        self.conv_out = nn.Conv2d(x, 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in (*self.down_blocks, self.mid_block):
+            x = through(level, x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, Z, h, w) -> (B, 3, H, W)."""
+
+    def __init__(self, c: VAEConfig):
+        super().__init__()
+        dims, groups = c.block_out_channels, c.norm_num_groups
+        x = dims[-1]
+        self.conv_in = nn.Conv2d(c.latent_channels, x, 3, padding=1)
+        self.mid_block = middle(x, groups)
+        self.up_blocks = nn.ModuleList()
+        for i, d in reversed(list(enumerate(dims))):
+            ins = [x] + [d] * c.layers_per_block
+            up = [Upsample2D(d)] if i else []
+            resnets = [ResnetBlock2D(n, d, groups, EPS) for n in ins]
+            self.up_blocks.append(Level(resnets, upsamplers=up))
+            x = d
+        self.conv_norm_out = nn.GroupNorm(groups, x, eps=EPS)
+        self.conv_out = nn.Conv2d(x, c.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.conv_in(z)
+        for level in (self.mid_block, *self.up_blocks):
+            z = through(level, z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class AutoencoderKL(nn.Module):
+    """`encode` and `decode`; images are in [-1, 1], latents unscaled.
+
+    tile: None, or the side in latent pixels of overlapping tiles that are run one after the other
+        and blended, so that memory does not grow with the image. Each tile has its own norms and
+        attention: the result is close to the whole image's, not equal to it.
+    slicing: one image after the other.
+    Sides are cut to multiples of f.
+    """
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        Z = config.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(Z, Z, 1) if config.use_post_quant_conv else nn.Identity()
+
+    def encode(
+        self, x: Tensor, tile: int | None = None, slicing: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) to the mean and the log-variance of their latents, (B, Z, h, w)."""
+        run = lambda x: self.quant_conv(self.encoder(x))
+        h = in_parts(run, x, tile, (self.factor, 1), slicing)
+        mean, logvar = h.chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor, tile: int | None = None, slicing: bool = False) -> Tensor:
+        """Latents (B, Z, h, w) to images (B, 3, H, W), which may leave [-1, 1] a little."""
+        run = lambda z: self.decoder(self.post_quant_conv(z))
+        return in_parts(run, z, tile, (1, self.factor), slicing)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Latents to what is diffused: of standard deviation about 1."""
+        shift = self.config.shift_factor
+        return (z if shift is None else z - shift) * self.config.scaling_factor
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        shift, z = self.config.shift_factor, z / self.config.scaling_factor
+        return z if shift is None else z + shift
+
+
+def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """A latent from its mean, its log-variance and standard normal noise, all of one shape."""
+    return mean + (0.5 * logvar).exp() * eps
+
+
+# --- slices and tiles ----------------------------------------------------------------------------
+
+
+def in_parts(
+    run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, units: tuple[int, int],
+    slicing: bool,
+) -> Tensor:  # fmt: skip
+    """run(x), image by image and tile by tile if asked. Raises ValueError for tiles too small."""
+    if tile is not None and tile < 4:
+        raise ValueError(f"tile is {tile} latent pixels; use at least 4, or 64 as in training")
+    whole = run if tile is None else lambda x: tiled(run, x, tile, *units)
+    return torch.cat([whole(image) for image in x.split(1)]) if slicing else whole(x)
+
+
+def tiled(
+    run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit_in: int, unit_out: int
+) -> Tensor:
+    """run(x) on overlapping tiles, blended linearly where they overlap.
+
+    tile: a tile's side in units, of which neighbours share a quarter or more. A unit is unit_in
+    pixels of x and unit_out pixels of run(x).
+    """
+    B, _, H, W = x.shape
+    rows, columns = (cuts(side // unit_in, tile, unit_out, x.device) for side in (H, W))
+    out = None
+    for top, weight_y in rows:
+        for left, weight_x in columns:
+            y0, x0 = top * unit_in, left * unit_in
+            part = run(x[:, :, y0 : y0 + tile * unit_in, x0 : x0 + tile * unit_in])
+            if out is None:
+                sides = H // unit_in * unit_out, W // unit_in * unit_out
+                out = part.new_zeros(B, part.shape[1], *sides, dtype=torch.float32)
+            y0, x0 = top * unit_out, left * unit_out
+            place = out[:, :, y0 : y0 + len(weight_y), x0 : x0 + len(weight_x)]
+            place += part.float() * (weight_y[:, None] * weight_x)
+    return out.to(part.dtype)
+
+
+def cuts(n: int, tile: int, unit: int, device: torch.device) -> list[tuple[int, Tensor]]:
+    """Where tiles begin along a side of n units, and the weights of each one's pixels.
+
+    The weights rise and fall linearly over a quarter of a tile; at each pixel their sum is 1.
+    """
+    tile, overlap = min(tile, n), tile // 4
+    starts = [*range(0, n - tile, tile - overlap), n - tile]
+    i = torch.arange(tile * unit, device=device) + 0.5
+    weight = (torch.minimum(i, i.flip(0)) / (overlap * unit)).clamp(max=1)
+    total = torch.zeros(n * unit, device=device)
+    places = [slice(start * unit, (start + tile) * unit) for start in starts]
+    for place in places:
+        total[place] += weight
+    return [(start, weight / total[place]) for start, place in zip(starts, places)]

@@ -1,0 +1,128 @@
+"""Reading other programs' weight files: safetensors, whole or sharded, and pickled checkpoints.
+
+Nothing here unpickles code, and nothing is copied: tensors lie in the mapped file until used.
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import UserError
+
+BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+
+
+class _Stub:
+    """Stands for classes that checkpoints name beside their weights; holds nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# the globals that original checkpoints need, each an inert stub
+STUBS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+)
+
+
+def find_weights(folder: Path) -> Path:
+    """The weight file (or the shards' index) of a component's folder; full precision first.
+
+    Raises UserError if there is none.
+    """
+    for variant in ("", ".fp16", ".bf16"):
+        for base in BASES:
+            for ending in ENDINGS:
+                # diffusers writes name.fp16.safetensors, and name.safetensors.index.fp16.json
+                stem = ending.removesuffix(".json")
+                names = (f"{base}{variant}{ending}", f"{base}{stem}{variant}.json")
+                for name in names if ending.endswith(".json") else names[:1]:
+                    if (folder / name).is_file():
+                        return folder / name
+    raise UserError(f"{folder} holds no weights; expected {BASES[0]}.safetensors, model.safetensors "
+                    "or a .bin of these names")  # fmt: skip
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file by name, nested dictionaries unpacked. Raises UserError otherwise."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.name.endswith(".json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(shards.values()))
+        inside = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is no index of shards: it has no weight_map") from None
+    if not inside:
+        raise UserError(f"{index} names files outside its folder; it is not to be trusted")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read_tensors(index.parent / name)
+    if missing := set(shards) - set(tensors):
+        raise UserError(f"{index} promises {len(missing)} tensors that its shards do not hold, "
+                        f"such as {min(missing)}")  # fmt: skip
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    stubs = [(_Stub, name) for name in STUBS]
+    try:
+        with torch.serialization.safe_globals(stubs):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                # written before torch 1.6: no zip file, so not to be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} holds more than weights, and is not opened: {reason}; use a "
+                        ".safetensors version of it") from None  # fmt: skip
+    except Exception as error:  # torch raises nearly everything on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is truncated or no checkpoint: {reason}") from None
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError if it is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected an object")
+    return values

@@ -1,0 +1,326 @@
+"""Stable Diffusion 1.x from the files the world uses, and back to them.
+
+    folder    unet/ vae/ text_encoder/ tokenizer/ scheduler/, as diffusers writes it
+    file      one .safetensors or .ckpt, as CompVis wrote it
+
+The names are translated by the tables of rules.py; loading is strict, and tells which tables were
+used and what was missing or left over.
+"""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import UserError
+from ..models import tokenizer as tokenizers
+from ..models.clip import CLIPTextConfig, CLIPTextModel
+from ..models.sd_unet import SDUNet, UNetConfig
+from ..models.tokenizer import Tokenizer
+from ..models.vae import AutoencoderKL, VAEConfig
+from . import rules
+from .checkpoint import atomic, write_text
+from .files import find_weights, read_json, read_tensors
+
+# scheduler_config.json of Stable Diffusion 1.5
+SCHEDULER = {
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1,
+    "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "leading",
+}  # fmt: skip
+PARTS = {
+    "unet": (UNetConfig, SDUNet), "vae": (VAEConfig, AutoencoderKL),
+    "text_encoder": (CLIPTextConfig, CLIPTextModel),
+}  # fmt: skip
+VOCABULARY = "bpe_simple_vocab_16e6.txt"
+USELESS = ("position_ids",)  # buffers that old files hold and no network reads
+
+
+@dataclass(eq=False)
+class StableDiffusion:
+    """The parts of a text-to-image model; scheduler: the contents of scheduler_config.json.
+
+    report: for people, which rules read each part.
+    """
+
+    unet: SDUNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizer
+    scheduler: dict
+    report: list[str]
+
+
+def build(part: str, config: dict, where: str) -> nn.Module:
+    """A part's network without memory (meta device). Raises UserError for another family's."""
+    make_config, network = PARTS[part]
+    try:
+        with torch.device("meta"):
+            return network(make_config.from_dict(config))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# --- fitting tensors to a network ----------------------------------------------------------------
+
+
+def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
+    """Put tensors into a network on the meta device, without copying them.
+
+    1x1 convolutions and linear layers take each other's weights. Raises UserError, which names
+    what is missing, left over, or of another shape.
+    """
+    expected = model.state_dict()
+    tensors = {k: v for k, v in tensors.items() if k.split(".")[-1] not in USELESS}
+    for name, value in tensors.items():
+        want = expected.get(name)
+        if want is not None and value.shape != want.shape and value.numel() == want.numel():
+            if tuple(s for s in value.shape if s > 1) == tuple(s for s in want.shape if s > 1):
+                tensors[name] = value.reshape(want.shape)
+    missing, over = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    odd = [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
+           for k, v in expected.items() if k in tensors and tensors[k].shape != v.shape]  # fmt: skip
+    if missing or over or odd:
+        parts = [f"{what} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+                 for what, names in (("missing", missing), ("left over", over), ("of another shape", odd))
+                 if names]  # fmt: skip
+        advice = "; for other sizes than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
+        raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
+    floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
+    model.load_state_dict(floats, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def renamed(tensors: dict[str, Tensor], table: rules.Table) -> dict[str, Tensor]:
+    """With the names of an original file turned into ours; unknown ones stay as they are."""
+    known = rules.to_ours(table)
+    return {rules.translate(k, known) or k: v for k, v in tensors.items()}
+
+
+def old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The VAE's attention as it was named before 2023, in diffusers' folders."""
+    known = dict((old, new) for new, old in rules.OLD_ATTENTION)
+    out = {}
+    for name, value in tensors.items():
+        head, mark, tail = name.partition("attentions.0.")
+        layer = next((o for o in known if tail.startswith(f"{o}.")), None) if mark else None
+        out[head + mark + known[layer] + tail[len(layer) :] if layer else name] = value
+    return out
+
+
+def with_text_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5 writes a text encoder without the prefix that published files have."""
+    if any(name.startswith("text_model.") for name in tensors):
+        return tensors
+    return {f"text_model.{name}": value for name, value in tensors.items()}
+
+
+def fit_part(part: str, config: dict, tensors: dict[str, Tensor], where: str):
+    """(network, the rules used). tensors: of this part, in the names of any known file."""
+    model = build(part, config, where)
+    used = "its own names"
+    if part == "vae" and any(".mid.attn_1." in name or ".mid.block_1." in name for name in tensors):
+        tensors, used = renamed(tensors, rules.vae_table(config)), "original names"
+    elif part == "vae" and any(".query." in name for name in tensors):
+        tensors, used = old_attention(tensors), "names of before 2023"
+    elif part == "unet" and any(name.startswith("input_blocks.") for name in tensors):
+        tensors, used = renamed(tensors, rules.unet_table(config)), "original names"
+    elif part == "text_encoder" and with_text_model(tensors) is not tensors:
+        tensors, used = with_text_model(tensors), "names without text_model."
+    return fit(model, tensors, where), used
+
+
+# --- folders and files ---------------------------------------------------------------------------
+
+
+def load_part(folder: Path, part: str) -> tuple[nn.Module, str]:
+    """A component's folder, config.json and weights. Raises UserError for any other folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing")
+    config = defaults(part) | read_json(folder / "config.json")
+    file = find_weights(folder)
+    model, used = fit_part(part, config, read_tensors(file), str(file))
+    return model, f"{part}: {file.name}, {used}"
+
+
+def defaults(part: str) -> dict:
+    """What a config.json means where it says nothing: what the tables need."""
+    return {"layers_per_block": 1} if part == "vae" else {}
+
+
+def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "ema"):
+    """A StableDiffusion from a folder or a single file.
+
+    config: a folder with the configs and the tokenizer of a single file whose sizes are not
+    Stable Diffusion 1.5's. weights: "ema" takes averaged weights where a file has them.
+    Raises UserError for what is missing, damaged or of another architecture.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.exists():
+        raise UserError(f"--sd_path {path} does not exist; give a diffusers folder, or a "
+                        ".safetensors or .ckpt file")  # fmt: skip
+    return _load_file(path, None if config is None else Path(config), weights)
+
+
+def _load_folder(path: Path) -> StableDiffusion:
+    if not (path / "unet").is_dir():
+        kind = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
+        name = f"; its model_index.json says {kind['_class_name']}" if "_class_name" in kind else ""
+        raise UserError(f"{path} is no Stable Diffusion folder: it has no unet/{name}")
+    loaded = {part: load_part(path / part, part) for part in PARTS}
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    return StableDiffusion(
+        **{part: model for part, (model, _) in loaded.items()},
+        tokenizer=load_tokenizer(path / "tokenizer"),
+        scheduler=SCHEDULER | (read_json(scheduler) if scheduler.exists() else {}),
+        report=[used for _, used in loaded.values()],
+    )
+
+
+def _load_file(path: Path, folder: Path | None, weights: str) -> StableDiffusion:
+    tensors = read_tensors(path)
+    if other := rules.family(tensors):
+        raise UserError(f"{path} is {other}, not a Stable Diffusion 1.x model")
+    if not any(name.startswith(rules.PREFIXES["unet"]) for name in tensors):
+        known = ", ".join(sorted(tensors)[:3])
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: no tensor of it begins with "
+                        f"{rules.PREFIXES['unet'][0]}; it has {known} ...")  # fmt: skip
+    averaged = weights == "ema" and _take_averaged(tensors)
+    parts, report = {}, []
+    for part, (make_config, _) in PARTS.items():
+        config = read_json(folder / part / "config.json") if folder else make_config().to_dict()
+        own = {}
+        for prefix in rules.PREFIXES[part]:
+            own |= {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if part == "unet" and folder is None and "input_blocks.0.0.weight" in own:
+            config["in_channels"] = own["input_blocks.0.0.weight"].shape[1]  # 9: inpainting
+        if part == "text_encoder":
+            own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
+        parts[part], used = fit_part(part, defaults(part) | config, own, f"{path}, {part}")
+        note = ", averaged weights" if part == "unet" and averaged else ""
+        report.append(f"{part}: {path.name}, {used}{note}")
+    used = tuple(prefix for prefixes in rules.PREFIXES.values() for prefix in prefixes)
+    over = [k for k in tensors if not k.startswith((*used, "model_ema."))]
+    report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
+    scheduler = {} if folder is None else read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path)
+    return StableDiffusion(**parts, tokenizer=tokenizer, scheduler=SCHEDULER | scheduler,
+                           report=report)  # fmt: skip
+
+
+def _take_averaged(tensors: dict[str, Tensor]) -> bool:
+    """Replace the U-Net's weights by model_ema.*, whose names have lost their dots."""
+    prefix, found = rules.PREFIXES["unet"][0], False
+    if sum(name.startswith("model_ema.") for name in tensors) <= 100:
+        return False
+    for name in [n for n in tensors if n.startswith(prefix)]:
+        averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
+        if averaged in tensors:
+            tensors[name], found = tensors[averaged], True
+    return found
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """A tokenizer/ folder: vocab.json and merges.txt, tokenizer.json, or bpe_simple_vocab."""
+    about = folder / "tokenizer_config.json"
+    about = read_json(about) if about.exists() else {}
+    pad = about.get("pad_token", tokenizers.EOS)
+    options = {"pad": pad["content"] if isinstance(pad, dict) else pad or tokenizers.EOS,
+               # transformers writes 1e30 where it does not know
+               "context_length": length if 3 <= (length := int(about.get("model_max_length", 77))) < 10**6 else 77}  # fmt: skip
+    try:
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            merges = (folder / "merges.txt").read_text(encoding="utf-8")
+            added = folder / "added_tokens.json"
+            return Tokenizer(read_json(folder / "vocab.json"), merges, **options,
+                             added=read_json(added) if added.exists() else None)  # fmt: skip
+        if (folder / "tokenizer.json").exists():
+            return tokenizers.from_tokenizer_json(read_json(folder / "tokenizer.json"), **options)
+        for name in (VOCABULARY, f"{VOCABULARY}.gz"):
+            if (folder / name).exists():
+                return tokenizers.from_bpe_simple_vocab(_read_vocabulary(folder / name), **options)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: {error}") from None
+    raise UserError(f"{folder} holds no vocabulary; expected vocab.json and merges.txt, "
+                    f"tokenizer.json, or {VOCABULARY}.gz")  # fmt: skip
+
+
+def _read_vocabulary(path: Path) -> str:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        return file.read(16_000_000)
+
+
+def find_vocabulary(path: Path) -> Tokenizer:
+    """For a single file, which has none: beside it, or in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"
+    for folder in (path.parent / "tokenizer", path.parent, cache):
+        try:
+            return load_tokenizer(folder)
+        except UserError:
+            continue
+    raise UserError(f"{path} holds no vocabulary, as single files do; give --config FOLDER with a "
+                    f"tokenizer/, or put {VOCABULARY}.gz into {cache}")  # fmt: skip
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def save_part(model: nn.Module, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    atomic(folder / name, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    write_text(folder / "config.json", json.dumps(model.config.to_dict(), indent=2))
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files().items():
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        write_text(folder / name, text)
+
+
+def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
+    """A folder that diffusers' from_pretrained reads."""
+    save_part(sd.unet, folder / "unet", "diffusion_pytorch_model.safetensors")
+    save_part(sd.vae, folder / "vae", "diffusion_pytorch_model.safetensors")
+    save_part(sd.text_encoder, folder / "text_encoder", "model.safetensors")
+    save_tokenizer(sd.tokenizer, folder / "tokenizer")
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(sd.scheduler, indent=2))
+    write_text(folder / "model_index.json", json.dumps({
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", sd.scheduler["_class_name"]],
+        "safety_checker": [None, None], "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }, indent=2))  # fmt: skip
+
+
+def save_sd_file(sd: StableDiffusion, path: Path) -> None:
+    """An original single file; its sizes and vocabulary are not in it."""
+    tables: dict[str, Callable[[dict], rules.Table]] = {
+        "unet": rules.unet_table, "vae": rules.vae_table, "text_encoder": lambda config: []
+    }  # fmt: skip
+    tensors = {}
+    for part, table in tables.items():
+        model = getattr(sd, part)
+        known = rules.to_theirs(table(model.config.to_dict()))
+        for name, value in model.state_dict().items():
+            theirs = rules.translate(name, known) or name
+            if part == "vae" and ".mid.attn_1." in theirs and value.ndim == 2:
+                value = value[:, :, None, None]  # a 1x1 convolution there
+            tensors[rules.PREFIXES[part][0] + theirs] = value.detach().cpu().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))

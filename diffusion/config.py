@@ -25,7 +25,7 @@ RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
      "save_and_sample_every log_every keep_last sample_steps fid_every text_dim text_layers "
-     "clip_skip latent_channels"),
+     "clip_skip latent_channels layers_per_block"),
     ("it cannot be negative", lambda v: v >= 0,
      "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers noise_offset "
      "kl_weight perceptual_weight"),
@@ -76,6 +76,7 @@ class Config:
     text_layers: int = opt(4, "model", "its layers")
     text_length: int = opt(256, "model", "its context length, in bytes of the caption")
     clip_skip: int = opt(1, "model", "text encoder layer that is used, from the end; 1: the last")
+    layers_per_block: int = opt(2, "model", "ResBlocks of a level (latent mode, from scratch)")
     latent_channels: int = opt(4, "model", "channels of a VAE's latents (mode vae)")
     condition_dropout: float = opt(0.1, "model", "share of samples whose condition is hidden, for guidance")
     checkpointing: bool = opt(False, "model", "recompute activations in backward: less memory, a third more time")

@@ -500,7 +500,7 @@ def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
 
 
 def test_heldout_loss_is_fixed(tiny, tmp_path):
-    task = tasks.open_task(Config(**tiny), torch.device("cpu"))
+    task = tasks.Diffusion(Config(**tiny), torch.device("cpu"))
     model = task.build().eval()
     values = [task.heldout_loss(model, micro) for micro in (1, 2, 8)]
     assert_close(values, [values[0]] * 3, rtol=1e-5, atol=0)

@@ -24,10 +24,16 @@ from .images import BadImage
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """pixels: (b, 3, size, size) uint8, channels last in memory; labels: (b,) int64, -1: none."""
+    """pixels: (b, 3, size, size) uint8, channels last in memory; labels: (b,) int64, -1: none.
 
-    pixels: Tensor
+    Of latent mode (encoded.py), in place of pixels: moments (b, 2, C, h, w) float16, mean and
+    log-variance; text: what the network is told, ids (b, L) int64 or embeddings (b, L, D) float16.
+    """
+
+    pixels: Tensor | None
     labels: Tensor
+    moments: Tensor | None = None
+    text: Tensor | None = None
 
 
 class Pixels:
@@ -128,12 +134,16 @@ class Batches(StepBatches):
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen = self.indices(step)[low:high]
-        pixels = self.pixels[chosen]
-        if self.flip:
-            g = generator(self.seed, "flip", step)
-            flips = torch.randint(2, (self.batch_size,), generator=g).bool().numpy()[low:high]
-            pixels[flips] = pixels[flips, :, ::-1]
+        pixels, flips = self.pixels[chosen], self.flips(step)[low:high]
+        pixels[flips] = pixels[flips, :, ::-1]
         return self._batch(pixels, chosen)
+
+    def flips(self, step: int) -> np.ndarray:
+        """(batch_size,) bool: which images of a step are mirrored."""
+        if not self.flip:
+            return np.zeros(self.batch_size, bool)
+        g = generator(self.seed, "flip", step)
+        return torch.randint(2, (self.batch_size,), generator=g).bool().numpy()
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         """Held-out images low ... high-1, never flipped."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..distributed import barrier, log, progress, rank, world_size
-from .batches import Pixels, to_unit
+from .batches import Batch, Batches, Pixels, to_unit
 from .cache import TRANSFORM
 from .datasets import digest
 
@@ -137,3 +137,34 @@ def caption_embeddings(
         return encode([captions[i] for i in indices])
 
     return Shards(cache_dir / name, len(captions), shape, compute, batch, "embeddings of captions")
+
+
+class EncodedBatches(Batches):
+    """`Batches` of latents, and of what the network is told of each image's caption.
+
+    text: by caption, either ids (U, L) or embeddings; text_of: (N,) each image's caption.
+    """
+
+    def __init__(self, pixels: Pixels, batch_size: int, seed: int, flip: bool, latents: Shards,
+                 text: Shards | Tensor | None = None, text_of: np.ndarray | None = None):  # fmt: skip
+        super().__init__(pixels, batch_size, seed, flip)
+        self.latents, self.text, self.text_of = latents, text, text_of
+
+    def _load(self, step: int, low: int, high: int) -> Batch:
+        return self._encoded(self.indices(step)[low:high], self.flips(step)[low:high])
+
+    def held_out_batch(self, low: int, high: int) -> Batch:
+        chosen = self.held_out[low:high]
+        return self._encoded(chosen, np.zeros(len(chosen), bool))
+
+    def _encoded(self, chosen: np.ndarray, flips: np.ndarray) -> Batch:
+        views = self.latents[chosen]  # (b, F, 2, C, h, w)
+        moments = torch.from_numpy(views[np.arange(len(chosen)), flips.astype(int)])
+        labels = torch.from_numpy(self.labels[chosen])
+        return Batch(None, labels, moments, self.told(chosen))
+
+    def told(self, chosen: np.ndarray) -> Tensor | None:
+        if self.text is None:
+            return None
+        text = self.text[self.text_of[chosen]]
+        return text if isinstance(text, Tensor) else torch.from_numpy(text)

@@ -226,7 +226,7 @@ def save_quality(folder: Path, result: dict, name: str) -> None:
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler)
         lines.append(Line(*zip(*own), sampler, dots=True))
-    title = "FID" if name == "fid" else f"Fréchet distance ({name})"
+    title = "FID" if name == "fid" else f"Frechet distance ({name})"
     plot = line_plot(lines, f"{title} against network evaluations", "evaluations",
                      f"{result['num_fake']} images", log_x=True, log_y=True)  # fmt: skip
     save_png(plot, folder / "quality.png")

@@ -1,4 +1,7 @@
-"""Line plots with Pillow: axes, ticks, legend; enough for curves, schedules and tables."""
+"""Line plots with Pillow: axes, ticks, legend; enough for curves, schedules and tables.
+
+Pillow's own font knows ASCII only.
+"""
 
 import math
 from collections.abc import Sequence

@@ -253,8 +253,8 @@ def curves(metrics: Path) -> Image.Image | None:
         for n in sorted({m.get("fid_num_images", 0) for m in measured}):
             # distances of other numbers of samples are another curve
             same = [m for m in measured if m.get("fid_num_images", 0) == n]
-            found += series(name, f"{n} samples", True, same)
+            found += series(name, f"{n} samples" if n else "", True, same)
         if found:
-            title = "FID" if name == "fid" else f"Fréchet distance ({name})"
+            title = "FID" if name == "fid" else f"Frechet distance ({name})"
             plots.append(line_plot(found, title, "step"))
     return stack(plots) if plots else None

@@ -10,59 +10,15 @@ Shapes: B batch, H W image pixels, h w latent pixels, H = h f with f = 2^(levels
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sd_blocks import (
-    AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D, read_config, write_config,
-)  # fmt: skip
+from .sd_blocks import AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D
+from .sd_config import VAEConfig
 
 EPS = 1e-6  # of every norm; the U-Net's ResBlocks have 1e-5
-DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True}
-IGNORED = ("down_block_types", "up_block_types", "force_upcast")  # the first two are checked
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """The fields of AutoencoderKL's config.json; the defaults are Stable Diffusion 1.5's.
-
-    scaling_factor, shift_factor: see `AutoencoderKL.scale`.
-    use_quant_conv, use_post_quant_conv: SD 3's VAE has neither of these 1x1 convolutions.
-    sample_size: H and W that it was trained for; the network takes any.
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 512
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "VAEConfig":
-        """From the contents of a config.json. Raises ValueError for networks of other families."""
-        missing = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
-        made = read_config(cls, config, FIXED, missing, IGNORED)  # missing: diffusers' defaults
-        for name, kind in (("down_block_types", DOWN), ("up_block_types", UP)):
-            expected = [kind] * len(made.block_out_channels)
-            if list(config.get(name, expected)) != expected:
-                raise ValueError(f"VAEConfig: {name} is {config[name]}; supported: {expected}")
-        return made
-
-    def to_dict(self) -> dict:
-        """The contents of a config.json that diffusers reads."""
-        levels = len(self.block_out_channels)
-        blocks = {"down_block_types": [DOWN] * levels, "up_block_types": [UP] * levels}
-        return write_config(self, FIXED, **blocks)
 
 
 def through(level: Level, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from .. import distributed as dist
 from ..config import Config
 from ..data.batches import Batch, open_batches, to_unit
 from ..evaluation.viz import grid, to_uint8
-from ..models.vae import AutoencoderKL, VAEConfig, sample
+from ..models.sd_config import VAEConfig
+from ..models.vae import AutoencoderKL, sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
 
@@ -50,8 +51,8 @@ class Autoencoding:
     def __init__(self, config: Config, device: torch.device):
         factor = 2 ** (len(config.dim_mults) - 1)
         if config.image_size % factor:
-            raise UserError(f"image_size {config.image_size} does not divide by {factor}, what this "
-                            f"VAE of {len(config.dim_mults)} levels halves it to")  # fmt: skip
+            raise UserError(f"image_size {config.image_size} is no multiple of {factor}, what a VAE "
+                            f"of {len(config.dim_mults)} levels divides it by")  # fmt: skip
         self.config, self.device, self.factor = config, device, factor
         self.data = open_batches(config)
         self.perceptual = open_lpips(device) if config.perceptual_weight else None

@@ -27,7 +27,6 @@ from ..pipeline import Pipeline, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
 from ..seeding import generator
-from .autoencoder import Autoencoding
 from .steps import draw
 
 
@@ -125,10 +124,3 @@ class Diffusion:
             images.append(to_uint8(decode(x)))
         parts = dist.gather(torch.from_numpy(np.concatenate(images)))
         return grid(torch.cat(parts).numpy()) if parts is not None else None
-
-
-def open_task(config: Config, device: torch.device):
-    return TASKS[config.mode](config, device)
-
-
-TASKS = {"pixel": Diffusion, "vae": Autoencoding}

@@ -22,12 +22,15 @@ from ..evaluation.features import name_of
 from ..pipeline import amp_dtype
 from ..seeding import seed_of
 from ..weights import checkpoint
+from .autoencoder import Autoencoding
 from .ema import EMA
 from .fid import Fid
+from .latents import LatentDiffusion
 from .run import RunLog, claim, clear, import_wandb, logged, resume, write_weights
 from .steps import Share, Tally, learning_rate, rank_share, total_steps
-from .tasks import open_task
+from .tasks import Diffusion
 
+TASKS = {"pixel": Diffusion, "latent": LatentDiffusion, "vae": Autoencoding}
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 
@@ -43,7 +46,7 @@ def train(config: Config) -> None:
     config, state = resume(config, folder)
     if config.wandb:
         import_wandb()  # missing: say so now
-    task = open_task(config, device)
+    task = TASKS[config.mode](config, device)
     data = task.data
     check_data(state, data, config)
     total = total_steps(config, data.length)

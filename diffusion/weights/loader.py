@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..models import tokenizer as tokenizers
-from ..models.clip import CLIPTextConfig, CLIPTextModel
-from ..models.sd_unet import SDUNet, UNetConfig
+from ..models.clip import CLIPTextModel
+from ..models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig
+from ..models.sd_unet import SDUNet
 from ..models.tokenizer import Tokenizer
-from ..models.vae import AutoencoderKL, VAEConfig
+from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
 from .files import find_weights, read_json, read_tensors
@@ -171,17 +172,23 @@ def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "
     return _load_file(path, None if config is None else Path(config), weights)
 
 
+def read_scheduler(path: str | Path, config: str | Path | None = None) -> dict:
+    """The contents of scheduler_config.json, Stable Diffusion 1.5's where it says nothing."""
+    folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
+    file = folder / "scheduler" / "scheduler_config.json" if folder else None
+    return SCHEDULER | (read_json(file) if file and file.exists() else {})
+
+
 def _load_folder(path: Path) -> StableDiffusion:
     if not (path / "unet").is_dir():
         kind = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
         name = f"; its model_index.json says {kind['_class_name']}" if "_class_name" in kind else ""
         raise UserError(f"{path} is no Stable Diffusion folder: it has no unet/{name}")
     loaded = {part: load_part(path / part, part) for part in PARTS}
-    scheduler = path / "scheduler" / "scheduler_config.json"
     return StableDiffusion(
         **{part: model for part, (model, _) in loaded.items()},
         tokenizer=load_tokenizer(path / "tokenizer"),
-        scheduler=SCHEDULER | (read_json(scheduler) if scheduler.exists() else {}),
+        scheduler=read_scheduler(path),
         report=[used for _, used in loaded.values()],
     )
 
@@ -211,9 +218,8 @@ def _load_file(path: Path, folder: Path | None, weights: str) -> StableDiffusion
     used = tuple(prefix for prefixes in rules.PREFIXES.values() for prefix in prefixes)
     over = [k for k in tensors if not k.startswith((*used, "model_ema."))]
     report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
-    scheduler = {} if folder is None else read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizer = load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path)
-    return StableDiffusion(**parts, tokenizer=tokenizer, scheduler=SCHEDULER | scheduler,
+    return StableDiffusion(**parts, tokenizer=tokenizer, scheduler=read_scheduler(path, folder),
                            report=report)  # fmt: skip
 
 

@@ -1,0 +1,163 @@
+"""--mode latent: diffusion in a frozen VAE's latents, told nothing, a class or a caption.
+
+Either a Stable Diffusion model is fine-tuned (--sd_path), its text encoder frozen and the captions'
+embeddings computed once; or a network is trained from scratch on the latents of --vae, and with
+--condition text --text_encoder scratch a small text encoder along with it.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import UserError
+from ..config import Config
+from ..data.batches import Batch, move, open_batches
+from ..data.datasets import digest
+from ..data.encoded import EncodedBatches, caption_embeddings, image_latents, weights_digest
+from ..latent import LatentPipeline, Parts, open_parts
+from ..models.vae import sample
+from ..pipeline import amp_dtype
+from ..seeding import generator
+from .steps import draw
+from .tasks import Diffusion
+
+ENCODE_BATCH = 8  # images or captions that are encoded at a time
+
+
+class LatentDiffusion(Diffusion):
+    """A task as tasks.py describes it."""
+
+    def __init__(self, config: Config, device: torch.device):
+        if config.streaming:
+            raise UserError(
+                "latents are computed once and kept: --mode latent takes no --streaming"
+            )
+        self.config, self.device = config, device
+        self.parts: Parts = open_parts(config, device)
+        self.schedule = self.parts.schedule
+        self.levels = self.schedule.to(device)
+        source = open_batches(config)
+        if config.condition == "text" and source.pixels.images.captions is None:
+            raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
+                            "each image, or give --default_caption")  # fmt: skip
+        self.captions = self._captions(source.pixels.images)
+        self.data = EncodedBatches(
+            source.pixels, config.batch_size, config.seed, config.flip, self._latents(source.pixels),
+            *self._text(),
+        )  # fmt: skip
+        self.prompts = self._prompts()
+
+    # --- what is computed once
+
+    def _latents(self, pixels):
+        vae, c = self.parts.vae, self.config
+        side = c.image_size // vae.factor
+        dtype = amp_dtype(c.amp, self.device)
+        dtype = None if dtype == torch.float16 else dtype  # its activations overflow float16
+
+        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                return vae.encode(x)
+
+        key = f"{weights_digest(vae)} {dtype}"
+        shape = (vae.config.latent_channels, side, side)
+        return image_latents(pixels, encode, key, shape, c.flip, Path(c.cache_dir), self.device,
+                             ENCODE_BATCH)  # fmt: skip
+
+    def _captions(self, images) -> list[str] | None:
+        """Each image's caption, or None where the network is told none."""
+        return images.captions if self.config.condition == "text" else None
+
+    def _text(self) -> tuple:
+        """What is told of each different caption, the empty one last; each image's number."""
+        if self.captions is None:
+            return None, None
+        every = sorted(set(self.captions) - {""}) + [""]
+        number = {caption: i for i, caption in enumerate(every)}
+        text_of = np.array([number[caption] for caption in self.captions])
+        if self.parts.text_config is not None:
+            text = self.parts.text(every)  # ids: the encoder is trained along
+            self.empty = text[-1]
+            return text, text_of
+        encoder, tokenizer = self.parts.text, self.parts.text.tokenizer
+        key = digest(weights_digest(encoder.model), str(encoder.skip),
+                     *map(str, tokenizer.merges), str(tokenizer.added))  # fmt: skip
+        shape = (tokenizer.context_length, encoder.model.config.hidden_size)
+        text = caption_embeddings(every, encoder, key, shape, Path(self.config.cache_dir),
+                                  ENCODE_BATCH)  # fmt: skip
+        self.empty = torch.from_numpy(text[np.array([len(every) - 1])])[0]
+        return text, text_of
+
+    def _prompts(self) -> list[str]:
+        """Of the sample grids: the file's, or captions of held-out or training images."""
+        if self.captions is None:
+            return []
+        if self.config.validation_prompts is not None:
+            return read_prompts(Path(self.config.validation_prompts))
+        chosen = [*self.data.held_out, *self.data.train][: max(1, self.config.num_samples)]
+        return [self.captions[i] for i in chosen]
+
+    # --- a task's parts
+
+    def build(self) -> nn.Module:
+        return self.parts.build(len(self.data.classes))
+
+    def pipeline(self, model: nn.Module) -> LatentPipeline:
+        return self.parts.pipeline(model, self.data.classes)
+
+    def told(self, model: nn.Module) -> dict:
+        return {"classes": list(self.data.classes), "networks": self.parts.networks(model)}
+
+    def draw(self, step: int) -> tuple[Tensor, ...]:
+        """t (B,), eps (B, C, h, w), hidden (B,), and the noise that draws latents from the VAE."""
+        c, vae = self.config, self.parts.vae
+        side = c.image_size // vae.factor
+        shape = (vae.config.latent_channels, side, side)
+        t, eps, hidden = draw(c, step, len(self.schedule), shape, self.device)
+        if c.noise_offset:
+            g = generator(c.seed, "noise offset", step, device=self.device)
+            offset = torch.randn((*eps.shape[:2], 1, 1), generator=g, device=self.device)
+            eps = eps + c.noise_offset * offset
+        g = generator(c.seed, "latents", step, device=self.device)
+        return t, eps, hidden, torch.randn(eps.shape, generator=g, device=self.device)
+
+    def loss(self, model, batch: Batch, drawn, low: int, high: int) -> Tensor:
+        t, eps, hidden, spread = (value[low:high] for value in drawn)
+        return self.diffusion_loss(model, self.x0(batch, spread), t, eps,
+                                   self.condition(batch, hidden))  # fmt: skip
+
+    def x0(self, batch: Batch, spread: Tensor | None = None) -> Tensor:
+        """Scaled latents: drawn from the VAE's distribution, or its mean without noise."""
+        mean, logvar = move(batch.moments, self.device).float().unbind(1)
+        z = mean if spread is None else sample(mean, logvar, spread)
+        return self.parts.vae.scale(z)
+
+    def condition(self, batch: Batch, hidden: Tensor) -> Tensor | None:
+        if self.config.condition != "text":
+            return super().condition(batch, hidden)
+        text = batch.text.clone()
+        text[hidden] = self.empty
+        text = move(text, self.device)
+        return text.float() if text.is_floating_point() else text
+
+    def frames(self, model: nn.Module, indices):
+        if self.config.condition != "text":
+            return super().frames(model, indices)
+        c = self.config
+        return self.pipeline(model).frames(
+            indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
+            prompts=[self.prompts[i % len(self.prompts)] for i in indices],
+            steps=min(c.sample_steps, len(self.schedule)),
+        )  # fmt: skip
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--validation_prompts {path}: {error}") from None
+    if not lines:
+        raise UserError(f"--validation_prompts {path} holds no prompt")
+    return lines

@@ -127,6 +127,14 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise UserError(f"{name} is {value}; {told}")
+        if self.mode != "latent" and self.condition == "text":
+            raise UserError("condition text needs --mode latent: the pixel network reads no captions")
+        if self.sd_path is not None and self.vae is not None and self.mode == "latent":
+            raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
+        if self.mode == "vae" and (self.fid or self.condition != "none"):
+            raise UserError("--mode vae trains no sampler: it takes no --fid and no --condition")
+        if self.sd_path is not None and self.condition != "text":
+            raise UserError("--sd_path fine-tunes on captions: give --condition text")
         if self.zero_snr and self.objective == "eps":
             raise UserError("zero_snr needs objective v or x0: where there is only noise, eps says "
                             "nothing about x0")  # fmt: skip
@@ -202,6 +210,26 @@ PRESETS: dict[str, dict] = {
     "afhq_cat32": dict(
         data="data/afhq_cat_128", image_size=32, batch_size=32, learning_rate=1e-3,
         time_steps=50, unet_dim=16, train_steps=10_000, sampler="ddpm",
+    ),
+    # from scratch on two CPU cores: a VAE, then text-conditioned latents
+    "sd_tiny_vae": dict(
+        mode="vae", data="toy", image_size=64, unet_dim=32, dim_mults=(1, 2, 2), batch_size=16,
+        train_steps=1500, lr_schedule="cosine", save_and_sample_every=500, num_samples=16,
+        save_folder="results/vae",
+    ),
+    "sd_tiny": dict(
+        mode="latent", vae="results/vae", data="toy", image_size=64, condition="text",
+        text_encoder="scratch", text_length=112, text_layers=3, unet_dim=64, dim_mults=(1, 2),
+        layers_per_block=1, batch_size=32, train_steps=3500, lr_schedule="cosine",
+        lr_warmup_steps=100, loss="l2", save_and_sample_every=500, num_samples=16,
+        sampler="dpmpp_2m", sample_steps=20, guidance_scale=3.0, save_folder="results/sd_tiny",
+    ),
+    # fine-tuning, 4 GPUs: torchrun --nproc_per_node=4 train.py --preset anime_sd15 --sd_path PATH
+    "anime_sd15": dict(
+        mode="latent", data="hf:none-yet/anime-captions", image_size=512, condition="text",
+        objective="eps", schedule="scaled_linear", loss="l2", batch_size=128, train_steps=50_000,
+        learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995, amp="fp16",
+        save_and_sample_every=500, keep_last=3, num_samples=4, guidance_scale=7.5,
     ),
     "cifar10": dict(
         data="cifar10", image_size=32, unet_dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1,

@@ -24,7 +24,12 @@ from .models.vae import AutoencoderKL
 from .pipeline import Pipeline, amp_dtype
 from .process.samplers import SAMPLERS, Table, guided, make_table
 from .process.schedule import (
-    Schedule, from_betas, linear, make_schedule, scaled_linear, zero_terminal_snr,
+    Schedule,
+    from_betas,
+    linear,
+    make_schedule,
+    scaled_linear,
+    zero_terminal_snr,
 )  # fmt: skip
 from .weights.checkpoint import load_weights
 from .weights.files import read_json
@@ -347,7 +352,8 @@ def load_latent(path: Path, weights: str, device: torch.device, *, sd_path: str 
         parts = open_parts(config, device)
     except UserError as error:
         needed = "--sd_path" if config.sd_path is not None else "--vae"
-        raise UserError(f"{error}; {path} was trained with it: say with {needed} where it is now") from None  # fmt: skip
+        raise UserError(f"{error}; {path} was trained with it: say with {needed} where it is "
+                        "now") from None  # fmt: skip
     networks = metadata["networks"]
     unet = build("unet", networks["unet"], str(path))
     model = unet

@@ -524,14 +524,15 @@ def test_stopped_while_it_measures(fid, tmp_path):
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped at step 6" in out
     assert values_of(tmp_path / "run") == {}
-    train(Config(**fid))
-    train(Config(**fid | dict(save_folder=str(tmp_path / "straight"))))
+    assert script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
+    straight = flags(fid | dict(save_folder=str(tmp_path / "straight")))
+    assert script("train.py", *straight, cwd=tmp_path).returncode == 0
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
     # cut away the last value: a finished run still lacks it
     file = tmp_path / "run" / "metrics.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")
-    train(Config(**fid))
+    assert script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
 
 

@@ -224,14 +224,28 @@ def test_unet_starts_at_zero_and_all_of_it_trains():
         assert all(k.endswith("to_k.bias") for k in still)  # a softmax does not see it
 
 
+def test_new_branches_are_zero():
+    for config, ends in (
+        (TINY, ("conv2", "proj_out", "conv_out")),
+        (UNETS["no context"][0], ("conv2", "to_out.0", "conv_out")),
+    ):
+        zero = {k for k, m in SDUNet(config).named_modules() if k.endswith(ends)}
+        for name, module in SDUNet(config).named_modules():
+            if getattr(module, "weight", None) is not None:
+                assert (module.weight.abs().max() == 0) == (name in zero)
+
+
 def test_checkpointing_changes_nothing_but_memory():
     x, t, context, _ = unet_inputs(TINY).values()
-    grads = []
+    grads, calls = [], []
     for flag in (False, True):
         torch.manual_seed(0)
         model = shake(SDUNet(TINY, checkpointing=flag)).train()
+        last = model.up_blocks[-1].resnets[-1]
+        last.register_forward_pre_hook(lambda *_: calls.append(flag))
         model(x, t, context).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
+    assert calls == [False, True, True]  # computed once more in backward
     for a, b in zip(*grads):
         assert_close(a, b)
 
@@ -401,6 +415,8 @@ def test_tiles_of_a_pointwise_function_are_the_whole(H, W, unit_in, unit_out):
 
 def test_tiles_blend_linearly():
     """Two tiles of 0 and 1 become a ramp over the quarter that they share."""
+    starts = [start for start, _ in vae.cuts(45, 16, 1, torch.device("cpu"))]
+    assert starts == [0, 12, 24, 29]  # the last one ends where the side ends
     values = iter([0.0, 1.0])
     out = vae.tiled(lambda x: torch.full_like(x, next(values)), torch.zeros(1, 1, 8, 14), 8, 1, 1)
     ramp = [0.0] * 6 + [0.25, 0.75] + [1.0] * 6

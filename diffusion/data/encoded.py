@@ -31,7 +31,8 @@ def weights_digest(model: nn.Module) -> str:
     h = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        h.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().flatten()
+        h.update(flat.view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:32]
 
 
@@ -145,8 +146,10 @@ class EncodedBatches(Batches):
     text: by caption, either ids (U, L) or embeddings; text_of: (N,) each image's caption.
     """
 
-    def __init__(self, pixels: Pixels, batch_size: int, seed: int, flip: bool, latents: Shards,
-                 text: Shards | Tensor | None = None, text_of: np.ndarray | None = None):  # fmt: skip
+    def __init__(
+        self, pixels: Pixels, batch_size: int, seed: int, flip: bool, latents: Shards,
+        text: Shards | Tensor | None = None, text_of: np.ndarray | None = None,
+    ):  # fmt: skip
         super().__init__(pixels, batch_size, seed, flip)
         self.latents, self.text, self.text_of = latents, text, text_of
 

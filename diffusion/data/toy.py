@@ -88,6 +88,24 @@ def draw(index: int, size: int) -> np.ndarray:
     return to_pixels(image, size)
 
 
+def read_colours(image: np.ndarray) -> tuple[str, str]:
+    """(hair, background) of a face (size, size, 3) uint8, by the nearest colour; not for bald ones.
+
+    Read above the forehead and in the upper corners, so that drawn and generated faces can be
+    scored alike.
+    """
+    size = len(image)
+
+    def nearest(palette: dict, *boxes) -> str:
+        parts = [image[round(y0 * size) : round(y1 * size), round(x0 * size) : round(x1 * size)]
+                 for x0, x1, y0, y1 in boxes]  # fmt: skip
+        colour = np.median(np.concatenate([p.reshape(-1, 3) for p in parts]), 0)
+        return min(palette, key=lambda name: np.abs(colour - palette[name]).sum())
+
+    hair = nearest(HAIR, (0.44, 0.56, 0.23, 0.29))
+    return hair, nearest(BACKGROUND, (0.02, 0.1, 0.02, 0.1), (0.9, 0.98, 0.02, 0.1))
+
+
 def _hair_behind(pen, style, color, cx, cy, w, h):
     if style == "long":
         pen.rounded_rectangle((cx - w - 11, cy - h + 4, cx + w + 11, 132), 26, fill=color)

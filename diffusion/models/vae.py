@@ -179,14 +179,14 @@ def tiled(
 def cuts(n: int, tile: int, unit: int, device: torch.device) -> list[tuple[int, Tensor]]:
     """Where tiles begin along a side of n units, and the weights of each one's pixels.
 
-    The weights rise and fall linearly over a quarter of a tile; at each pixel their sum is 1.
+    Weights fall linearly from the middle to the borders; at each pixel their sum is 1.
     """
-    tile, overlap = min(tile, n), tile // 4
-    starts = [*range(0, n - tile, tile - overlap), n - tile]
+    tile = min(tile, n)
+    starts = [*range(0, n - tile, tile - tile // 4), n - tile]
     i = torch.arange(tile * unit, device=device) + 0.5
-    weight = (torch.minimum(i, i.flip(0)) / (overlap * unit)).clamp(max=1)
-    total = torch.zeros(n * unit, device=device)
+    weight = torch.minimum(i, i.flip(0))
     places = [slice(start * unit, (start + tile) * unit) for start in starts]
+    total = torch.zeros(n * unit, device=device)
     for place in places:
         total[place] += weight
     return [(start, weight / total[place]) for start, place in zip(starts, places)]

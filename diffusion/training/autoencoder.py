@@ -51,8 +51,8 @@ class Autoencoding:
     def __init__(self, config: Config, device: torch.device):
         factor = 2 ** (len(config.dim_mults) - 1)
         if config.image_size % factor:
-            raise UserError(f"image_size {config.image_size} is no multiple of {factor}, what a VAE "
-                            f"of {len(config.dim_mults)} levels divides it by")  # fmt: skip
+            raise UserError(f"image_size {config.image_size} is no multiple of {factor}, what a "
+                            f"VAE of {len(config.dim_mults)} levels divides it by")  # fmt: skip
         self.config, self.device, self.factor = config, device, factor
         self.data = open_batches(config)
         self.perceptual = open_lpips(device) if config.perceptual_weight else None

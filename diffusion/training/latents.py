@@ -44,8 +44,8 @@ class LatentDiffusion(Diffusion):
                             "each image, or give --default_caption")  # fmt: skip
         self.captions = self._captions(source.pixels.images)
         self.data = EncodedBatches(
-            source.pixels, config.batch_size, config.seed, config.flip, self._latents(source.pixels),
-            *self._text(),
+            source.pixels, config.batch_size, config.seed, config.flip,
+            self._latents(source.pixels), *self._text(),
         )  # fmt: skip
         self.prompts = self._prompts()
 

@@ -49,8 +49,8 @@ def find_weights(folder: Path) -> Path:
                 for name in names if ending.endswith(".json") else names[:1]:
                     if (folder / name).is_file():
                         return folder / name
-    raise UserError(f"{folder} holds no weights; expected {BASES[0]}.safetensors, model.safetensors "
-                    "or a .bin of these names")  # fmt: skip
+    raise UserError(f"{folder} holds no weights; expected {BASES[0]}.safetensors, "
+                    "model.safetensors or a .bin of these names")  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

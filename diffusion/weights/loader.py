@@ -87,12 +87,13 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
                 tensors[name] = value.reshape(want.shape)
     missing, over = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     odd = [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
-           for k, v in expected.items() if k in tensors and tensors[k].shape != v.shape]  # fmt: skip
+           for k, v in expected.items()
+           if k in tensors and tensors[k].shape != v.shape]  # fmt: skip
     if missing or over or odd:
+        found = {"missing": missing, "left over": over, "of another shape": odd}
         parts = [f"{what} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                 for what, names in (("missing", missing), ("left over", over), ("of another shape", odd))
-                 if names]  # fmt: skip
-        advice = "; for other sizes than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
+                 for what, names in found.items() if names]  # fmt: skip
+        advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
         raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
     floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
     model.load_state_dict(floats, assign=True)
@@ -240,9 +241,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     about = folder / "tokenizer_config.json"
     about = read_json(about) if about.exists() else {}
     pad = about.get("pad_token", tokenizers.EOS)
+    length = int(about.get("model_max_length", 77))  # transformers writes 1e30 for "unknown"
     options = {"pad": pad["content"] if isinstance(pad, dict) else pad or tokenizers.EOS,
-               # transformers writes 1e30 where it does not know
-               "context_length": length if 3 <= (length := int(about.get("model_max_length", 77))) < 10**6 else 77}  # fmt: skip
+               "context_length": length if length < 10**6 else 77}  # fmt: skip
     try:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             merges = (folder / "merges.txt").read_text(encoding="utf-8")

@@ -85,15 +85,16 @@ def vae_table(config: Mapping) -> Table:
         table += [(f"{part}.conv_in", f"{part}.conv_in"), (f"{part}.conv_out", f"{part}.conv_out"),
                   (f"{part}.conv_norm_out", f"{part}.norm_out")]  # fmt: skip
         for b in range(n):
+            ours = f"{part}.{blocks}.{b}"
             theirs = f"{part}.{level}.{b if part == 'encoder' else n - 1 - b}"
             for k in range(layers):
-                table += inside(f"{part}.{blocks}.{b}.resnets.{k}", f"{theirs}.block.{k}", VAE_RESNET)  # fmt: skip
-            if b < n - 1:
-                ours = f"{part}.{blocks}.{b}.{resample}rs.0"  # downsamplers, upsamplers
-                table.append((ours, f"{theirs}.{resample}"))
+                table += inside(f"{ours}.resnets.{k}", f"{theirs}.block.{k}", VAE_RESNET)
+            if b < n - 1:  # downsamplers, upsamplers
+                table.append((f"{ours}.{resample}rs.0", f"{theirs}.{resample}"))
+        ours, theirs = f"{part}.mid_block", f"{part}.mid"
         for k in (0, 1):
-            table += inside(f"{part}.mid_block.resnets.{k}", f"{part}.mid.block_{k + 1}", VAE_RESNET)  # fmt: skip
-        table += inside(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1", VAE_ATTENTION)
+            table += inside(f"{ours}.resnets.{k}", f"{theirs}.block_{k + 1}", VAE_RESNET)
+        table += inside(f"{ours}.attentions.0", f"{theirs}.attn_1", VAE_ATTENTION)
     return table
 
 

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""How often a text-to-image model of toy faces draws the hair and background that it was asked for.
+
+python benchmarks/attributes.py --load_path results/sd_tiny/model.pt --num_prompts 200
+
+Prompts are captions of faces that were not drawn for training; colours are read from the pixels
+(diffusion/data/toy.py, read_colours), which is checked on drawn faces first. JSON comes last.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from diffusion.data import toy  # noqa: E402
+from diffusion.evaluation.viz import save_png, strip, to_uint8  # noqa: E402
+from diffusion.latent import open_pipeline  # noqa: E402
+
+
+def faces(count: int) -> list[int]:
+    """Numbers beyond the training set, of faces with hair."""
+    found, i = [], toy.COUNT
+    while len(found) < count:
+        if toy.attributes(i)["hair"]:
+            found.append(i)
+        i += 1
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load_path", default="results/sd_tiny/model.pt")
+    parser.add_argument("--num_prompts", type=int, default=200)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
+    parser.add_argument("--sampler", default="dpmpp_2m")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save", default=None, help="PNG with the first 16 and their prompts' faces")
+    args = parser.parse_args()
+    pipeline = open_pipeline(args.load_path, None, "ema", torch.device("cpu"))
+    indices, size = faces(args.num_prompts), pipeline.config.image_size
+    drawn = [toy.draw(i, size) for i in indices]
+    wanted = [(toy.attributes(i)["hair"], toy.attributes(i)["background"]) for i in indices]
+    began, made = time.perf_counter(), []
+    for low in range(0, len(indices), 20):
+        part = range(low, min(low + 20, len(indices)))
+        prompts = [toy.caption(indices[i]) for i in part]
+        made.extend(to_uint8(pipeline.sample(part, prompts=prompts, sampler=args.sampler,
+                                             steps=args.steps, guidance_scale=args.guidance_scale)))  # fmt: skip
+    result = {"bench": "attributes", "load_path": args.load_path, "num_prompts": len(indices),
+              "guidance_scale": args.guidance_scale, "sampler": args.sampler, "steps": args.steps,
+              "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
+    for name, pictures in (("drawn", drawn), ("generated", made)):
+        read = [toy.read_colours(picture) for picture in pictures]
+        hair = [a[0] == b[0] for a, b in zip(read, wanted)]
+        background = [a[1] == b[1] for a, b in zip(read, wanted)]
+        both = [h and b for h, b in zip(hair, background)]
+        result[name] = {k: sum(v) / len(v) for k, v in
+                        {"hair": hair, "background": background, "both": both}.items()}  # fmt: skip
+        print(f"{name:>10}: " + ", ".join(f"{k} {v:.1%}" for k, v in result[name].items()))
+    if args.save:
+        import numpy as np
+
+        rows = np.stack([np.stack(drawn[:8]), np.stack(made[:8])])
+        save_png(strip(rows, [" ".join(w) for w in wanted[:8]], "asked for; generated"), Path(args.save))  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -128,8 +128,8 @@ def main() -> None:
     args = parse()
 
     from diffusion import distributed as dist
+    from diffusion.assemble import open_pipeline
     from diffusion.evaluation.viz import grid, save_png, to_uint8
-    from diffusion.latent import open_pipeline
 
     device = dist.setup(args.device)
     pipeline = open_pipeline(

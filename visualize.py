@@ -23,6 +23,7 @@ def parse(args: list[str] | None = None):
     add("--steps", type=int, metavar="N", help="network evaluations (default: 50, or all of a shorter schedule)")
     add("--guidance_scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; 1: none")
     add("--class_label", metavar="NAME", help="a class by name or number (default: every class in turn)")
+    add("--prompt", action="append", metavar="TEXT", help="of a model that reads prompts; may be given again (default: the data's captions)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
@@ -87,9 +88,12 @@ def draw_model(folder: Folder, pipeline, data, args, options):
     if (half := len(data.images) // 2) > 0:
         a, b = data.images[:half], data.images[half : 2 * half]
 
-        def plain(indices) -> dict:  # the pictures have classes of their own
+        def plain(indices) -> dict:  # the pictures have classes and captions of their own
             told = options(indices)
-            return told if args.class_label else told | {"labels": None, "guidance_scale": 1.0}
+            nothing = {k: None for k in ("labels", "prompts") if k in told} | {
+                "guidance_scale": 1.0
+            }
+            return told if args.class_label or args.prompt else told | nothing
 
         rows = views.between_images(pipeline, a, b, args.seed, **shared, options=plain)
         heading = f"between two images, noised for half of the steps, {sampler}"
@@ -102,6 +106,7 @@ def main() -> None:
     import torch
 
     from diffusion import distributed as dist
+    from diffusion.assemble import open_pipeline
     from diffusion.evaluation import views
     from diffusion.pipeline import Pipeline
     from diffusion.process.schedule import make_schedule
@@ -111,7 +116,7 @@ def main() -> None:
     if path is None and Path("results/model.pt").is_file():
         path = "results/model.pt"
     if path is not None:
-        pipeline = Pipeline.load(path, args.weights, device)
+        pipeline = open_pipeline(path, None, args.weights, device)
     else:
         dist.log("no results/model.pt: only the forward process and the schedules are shown")
         config = Config(data="toy")
@@ -123,17 +128,20 @@ def main() -> None:
 
     def options(indices) -> dict:
         """Of the images with these indices."""
+        same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
+        if pipeline.reads_prompts:
+            prompts = args.prompt or data.captions
+            return same | {"prompts": [prompts[i % len(prompts)] for i in indices]}
         choice = args.class_label or ("all" if pipeline.conditional else None)
-        return {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed,
-                "labels": pipeline.labels(choice, indices)}  # fmt: skip
+        return same | {"labels": pipeline.labels(choice, indices)}
 
+    data = views.pick_images(args.data, pipeline.config, 2 * n)
     try:  # mistakes show before the work
         table = pipeline.table(args.sampler, args.steps)
         if path is not None:
             pipeline.frames([0], sampler=args.sampler, steps=args.steps, **options([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
-    data = views.pick_images(args.data, pipeline.config, 2 * n)
 
     times = {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
     forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)

@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from diffusion.assemble import open_pipeline  # noqa: E402
 from diffusion.data import toy  # noqa: E402
 from diffusion.evaluation.viz import save_png, strip, to_uint8  # noqa: E402
-from diffusion.latent import open_pipeline  # noqa: E402
 
 
 def faces(count: int) -> list[int]:
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--save", default=None, help="PNG with the first 16 and their prompts' faces")
+    parser.add_argument(
+        "--save", default=None, help="PNG with the first 16 and their prompts' faces"
+    )
     args = parser.parse_args()
     pipeline = open_pipeline(args.load_path, None, "ema", torch.device("cpu"))
     indices, size = faces(args.num_prompts), pipeline.config.image_size
@@ -49,8 +51,9 @@ def main() -> None:
     for low in range(0, len(indices), 20):
         part = range(low, min(low + 20, len(indices)))
         prompts = [toy.caption(indices[i]) for i in part]
-        made.extend(to_uint8(pipeline.sample(part, prompts=prompts, sampler=args.sampler,
-                                             steps=args.steps, guidance_scale=args.guidance_scale)))  # fmt: skip
+        told = {"prompts": prompts, "guidance_scale": args.guidance_scale}
+        images = pipeline.sample(part, sampler=args.sampler, steps=args.steps, **told)
+        made.extend(to_uint8(images))
     result = {"bench": "attributes", "load_path": args.load_path, "num_prompts": len(indices),
               "guidance_scale": args.guidance_scale, "sampler": args.sampler, "steps": args.steps,
               "seconds": round(time.perf_counter() - began, 1)}  # fmt: skip
@@ -66,7 +69,8 @@ def main() -> None:
         import numpy as np
 
         rows = np.stack([np.stack(drawn[:8]), np.stack(made[:8])])
-        save_png(strip(rows, [" ".join(w) for w in wanted[:8]], "asked for; generated"), Path(args.save))  # fmt: skip
+        labels = [" ".join(pair) for pair in wanted[:8]]
+        save_png(strip(rows, labels, "asked for; generated"), Path(args.save))
     print(json.dumps(result))
 
 

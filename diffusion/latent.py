@@ -1,58 +1,22 @@
-"""Latent diffusion put together: prompts -> text encoder -> U-Net on latents -> VAE -> images.
+"""Latent diffusion: prompts -> text encoder -> U-Net on latents -> VAE -> images.
 
-pipeline = open_pipeline(None, "path/to/stable-diffusion", "ema", torch.device("cpu"))
+pipeline = assemble.open_pipeline(None, "path/to/stable-diffusion", "ema", torch.device("cpu"))
 images = pipeline.sample(range(4), prompts=["a red fox"] * 4, guidance_scale=7.5)
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import UserError
-from .config import Config
 from .models.clip import CLIPTextModel, encode_chunks
-from .models.sd_config import CLIPTextConfig, UNetConfig
-from .models.sd_unet import SDUNet
-from .models.tokenizer import Tokenizer, byte_level
+from .models.tokenizer import Tokenizer
 from .models.vae import AutoencoderKL
-from .pipeline import Pipeline, amp_dtype
+from .pipeline import Pipeline
 from .process.samplers import SAMPLERS, Table, guided, make_table
-from .process.schedule import (
-    Schedule,
-    from_betas,
-    linear,
-    make_schedule,
-    scaled_linear,
-    zero_terminal_snr,
-)  # fmt: skip
-from .weights.checkpoint import load_weights
-from .weights.files import read_json
-from .weights.loader import build, fit, load_part, load_sd, read_scheduler
-
-TILE = 64  # latent pixels of a tile's side
-OBJECTIVES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def schedule_of(scheduler: dict) -> Schedule:
-    """The noise schedule of a scheduler_config.json. Raises UserError for one not known here."""
-    T, kind = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
-    first, last = scheduler["beta_start"], scheduler["beta_end"]
-    if scheduler.get("trained_betas") is not None:
-        schedule = from_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64))
-    elif kind in ("linear", "scaled_linear"):
-        make = {"linear": linear, "scaled_linear": scaled_linear}[kind]
-        schedule = make(T, first * T / 1000, last * T / 1000)  # these scale betas by 1000 / T
-    else:
-        raise UserError(f"beta_schedule {kind!r} of scheduler_config.json is not known; supported: "
-                        "linear, scaled_linear")  # fmt: skip
-    rescale = scheduler.get("rescale_betas_zero_snr", False)
-    return zero_terminal_snr(schedule) if rescale else schedule
 
 
 @dataclass(eq=False)
@@ -79,6 +43,19 @@ class TextEncoder:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+@dataclass(eq=False)
+class TextIds:
+    """Prompts to ids, for a network that reads them itself; what is too long is cut off."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, prompts: Sequence[str], chunks: int = 1) -> Tensor:
+        return self.tokenizer(prompts)
+
+    def chunks(self, prompts: Sequence[str]) -> int:
+        return 1
 
 
 @dataclass(eq=False)
@@ -133,14 +110,12 @@ class LatentPipeline(Pipeline):
         guidance_rescale: float = 0.0, prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None, batched: bool = True,
     ):  # fmt: skip
-        """(x, t) -> the network's output, for n images with a prompt each.
-
-        batched: evaluate with and without the prompt in one call; else in two, in half the memory.
-        """
+        """(x, t) -> the network's output, for n images with a prompt each."""
         if self.text is None:
-            if prompts is not None:
-                raise UserError("this model was trained without captions: it takes no prompt")
-            return super().denoiser(n, amp, labels, guidance_scale, guidance_rescale)
+            other = {} if prompts is None else {"prompts": prompts}
+            return super().denoiser(
+                n, amp, labels, guidance_scale, guidance_rescale, batched, **other
+            )
         if labels is not None:
             raise UserError("this model reads prompts: it takes no class label")
         prompts = [""] * n if prompts is None else list(prompts)
@@ -180,230 +155,3 @@ class LatentPipeline(Pipeline):
     def _vae(self, function, x: Tensor):
         weight: nn.Parameter = next(self.vae.parameters())
         return function(x.to(weight.device, weight.dtype))
-
-
-# --- from files -----------------------------------------------------------------------------------
-
-
-class TextConditioned(nn.Module):
-    """A U-Net and the text encoder that is trained along with it: (x, t, ids (B, L)) -> out."""
-
-    def __init__(self, unet: SDUNet, text: CLIPTextModel):
-        super().__init__()
-        self.unet, self.text = unet, text
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(ids))
-
-
-@dataclass(eq=False)
-class TextIds:
-    """Prompts to ids, for a network that reads them itself; what is too long is cut off."""
-
-    tokenizer: Tokenizer
-
-    def __call__(self, prompts: Sequence[str], chunks: int = 1) -> Tensor:
-        return self.tokenizer(prompts)
-
-    def chunks(self, prompts: Sequence[str]) -> int:
-        return 1
-
-
-@dataclass(eq=False)
-class Parts:
-    """What a latent model consists of beside the network that is trained."""
-
-    config: Config
-    device: torch.device
-    vae: AutoencoderKL
-    schedule: Schedule
-    scheduler: dict = field(default_factory=dict)
-    text: TextEncoder | TextIds | None = None
-    unet: SDUNet | None = None  # Stable Diffusion's
-    text_config: CLIPTextConfig | None = None  # of one that is trained along
-
-    def build(self, num_classes: int) -> nn.Module:
-        """The network that is trained: Stable Diffusion's U-Net, or a new one."""
-        c = self.config
-        if self.unet is not None:
-            self.unet.checkpointing = c.checkpointing
-            return self.unet.float().requires_grad_(True).train()
-        classes = num_classes if c.condition == "class" else 0
-        unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)
-        unet = unet.to(memory_format=torch.channels_last)
-        if self.text_config is None:
-            return unet
-        return TextConditioned(unet, CLIPTextModel(self.text_config))
-
-    def networks(self, model: nn.Module) -> dict:
-        """What a checkpoint must tell to build the network again."""
-        if isinstance(model, TextConditioned):
-            return {"unet": model.unet.config.to_dict(), "text": model.text.config.to_dict()}
-        return {"unet": model.config.to_dict()}
-
-    def pipeline(self, model: nn.Module, classes: list[str], **options) -> LatentPipeline:
-        return LatentPipeline(self.config, model, self.schedule, classes, self.device, vae=self.vae,
-                              text=self.text, scheduler=self.scheduler, **options)  # fmt: skip
-
-
-def unet_config(config: Config, vae: AutoencoderKL, classes: int) -> UNetConfig:
-    """Of a network trained from scratch; attention at all levels but the outermost."""
-    dims = tuple(config.unet_dim * m for m in config.dim_mults)
-    kind = "CrossAttnDownBlock2D" if config.condition == "text" else "AttnDownBlock2D"
-    down = ("DownBlock2D", *[kind] * (len(dims) - 1))
-    text = config.condition == "text"
-    return UNetConfig(
-        in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
-        sample_size=config.image_size // vae.factor, block_out_channels=dims,
-        layers_per_block=config.layers_per_block, down_block_types=down,
-        up_block_types=tuple(k.replace("Down", "Up") for k in reversed(down)),
-        mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
-        cross_attention_dim=config.text_dim, norm_num_groups=math.gcd(32, config.unet_dim),
-        attention_head_dim=tuple(max(1, d // 32) for d in dims), num_classes=classes,
-    )  # fmt: skip
-
-
-def text_config(config: Config, tokenizer: Tokenizer) -> CLIPTextConfig:
-    """Of a text encoder trained along."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=config.text_dim,
-        intermediate_size=4 * config.text_dim, num_hidden_layers=config.text_layers,
-        num_attention_heads=max(1, config.text_dim // 32),
-        max_position_embeddings=config.text_length, eos_token_id=tokenizer.eos_id,
-    )  # fmt: skip
-
-
-def open_parts(config: Config, device: torch.device, report=None) -> Parts:
-    """What the configuration of a latent model names. Raises UserError for what does not fit."""
-    if config.sd_path is not None:
-        return sd_parts(config, device)
-    if config.vae is None:
-        raise UserError("--mode latent needs latents: give --sd_path, or the --vae of a model from "
-                        "scratch (python train.py --mode vae)")  # fmt: skip
-    vae = load_vae(config.vae).to(device).to(memory_format=torch.channels_last)
-    if config.image_size % vae.factor:
-        raise UserError(f"image_size {config.image_size} is no multiple of {vae.factor}, what this "
-                        "VAE divides it by")  # fmt: skip
-    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-    parts = Parts(config, device, vae, schedule)
-    if config.condition == "text":
-        if config.text_encoder != "scratch":
-            raise UserError("--condition text without --sd_path has no text encoder: give "
-                            "--text_encoder scratch")  # fmt: skip
-        tokenizer = byte_level(config.text_length)
-        parts.text, parts.text_config = TextIds(tokenizer), text_config(config, tokenizer)
-    return parts
-
-
-def sd_parts(config: Config, device: torch.device, weights: str = "ema",
-             vae: str | None = None) -> Parts:  # fmt: skip
-    """Stable Diffusion's, in float32. vae: another one than its own."""
-    sd = load_sd(config.sd_path, config.sd_config, weights)
-    kind = sd.scheduler["prediction_type"]
-    if kind not in OBJECTIVES:
-        raise UserError(f"prediction_type {kind!r} of {config.sd_path} is not known; supported: "
-                        f"{', '.join(OBJECTIVES)}")  # fmt: skip
-    if OBJECTIVES[kind] != config.objective:
-        raise UserError(f"{config.sd_path} predicts {OBJECTIVES[kind]}: give --objective "
-                        f"{OBJECTIVES[kind]}")  # fmt: skip
-    layers = sd.text_encoder.config.num_hidden_layers
-    if config.clip_skip > layers:
-        raise UserError(f"clip_skip is {config.clip_skip}; this text encoder has layers 1 (the "
-                        f"last) to {layers}")  # fmt: skip
-    own = sd.vae if vae is None else load_vae(vae)
-    layout = torch.channels_last
-    text = TextEncoder(sd.tokenizer, sd.text_encoder.float().to(device), config.clip_skip)
-    parts = Parts(config, device, own.float().to(device).to(memory_format=layout),
-                  schedule_of(sd.scheduler), sd.scheduler, text,
-                  sd.unet.to(device).to(memory_format=layout))  # fmt: skip
-    parts.report = sd.report
-    return parts
-
-
-def load_vae(path: str) -> AutoencoderKL:
-    """From a run of --mode vae (its folder, or a file of it) or a diffusers folder."""
-    root = Path(path)
-    for folder in (root, root / "vae"):
-        if (folder / "config.json").is_file() and "_class_name" in read_json(
-            folder / "config.json"
-        ):
-            return load_part(folder, "vae")[0]
-    file = root
-    if root.is_dir():
-        file = (
-            root / "ema.safetensors" if (root / "ema.safetensors").is_file() else root / "model.pt"
-        )
-    tensors, config, metadata = load_weights(file)
-    if config.mode != "vae":
-        raise UserError(
-            f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
-        )
-    model = build("vae", metadata["networks"]["vae"], str(file))
-    return fit(model, {k.removeprefix("vae."): v for k, v in tensors.items()}, str(file))
-
-
-def load_latent(path: Path, weights: str, device: torch.device, *, sd_path: str | None = None,
-                vae: str | None = None, **options) -> LatentPipeline:  # fmt: skip
-    """A latent model that was trained here. sd_path, vae: where those that it needs are now."""
-    tensors, config, metadata = load_weights(path, weights)
-    changed = {k: v for k, v in {"sd_path": sd_path, "vae": vae}.items() if v is not None}
-    config = dataclasses.replace(config, **changed)
-    try:
-        parts = open_parts(config, device)
-    except UserError as error:
-        needed = "--sd_path" if config.sd_path is not None else "--vae"
-        raise UserError(f"{error}; {path} was trained with it: say with {needed} where it is "
-                        "now") from None  # fmt: skip
-    networks = metadata["networks"]
-    unet = build("unet", networks["unet"], str(path))
-    model = unet
-    if "text" in networks:
-        model = TextConditioned(unet, build("text_encoder", networks["text"], str(path)))
-    model = fit(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
-    return parts.pipeline(model, metadata["classes"], **options)
-
-
-def open_pipeline(
-    load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
-    amp: str = "auto", config: str | None = None, vae: str | None = None,
-    clip_skip: int | None = None, height: int | None = None, width: int | None = None,
-    tiling: bool = False,
-) -> Pipeline:  # fmt: skip
-    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
-
-    Raises UserError for options that the model has no use for.
-    """
-    options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
-    if load_path is None and sd_path is not None:
-        return load_stable_diffusion(sd_path, device, amp, config, weights, vae, clip_skip, options)
-    path = Path("results/model.pt" if load_path is None else load_path)
-    mode = load_weights(path, weights)[1].mode
-    if mode == "latent":
-        return load_latent(path, weights, device, sd_path=sd_path, vae=vae, **options)
-    if mode == "vae":
-        raise UserError(f"{path} is a VAE, which draws nothing by itself: train a model on its "
-                        f"latents, python train.py --mode latent --vae {path.parent}")  # fmt: skip
-    named = {"sd_path": sd_path, "vae": vae, "clip_skip": clip_skip, "height": height,
-             "width": width, "vae_tiling": tiling or None, "config": config}  # fmt: skip
-    if given := [f"--{name}" for name, value in named.items() if value is not None]:
-        raise UserError(f"{path} is a pixel model: {', '.join(given)} have no meaning for it")
-    return Pipeline.load(path, weights, device)
-
-
-def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, options):
-    """As it is, its weights in the precision of --amp."""
-    dtype = amp_dtype(amp, device)
-    scheduler = read_scheduler(path, config)
-    settings = Config(mode="latent", condition="text", sd_path=str(path), sd_config=config,
-                      objective=OBJECTIVES.get(scheduler["prediction_type"], "eps"),
-                      clip_skip=1 if clip_skip is None else clip_skip)  # fmt: skip
-    parts = sd_parts(settings, device, weights, vae)
-    size = parts.unet.config.sample_size or 64
-    size = (size if isinstance(size, int) else max(size)) * parts.vae.factor
-    parts.config = dataclasses.replace(settings, image_size=size)
-    if dtype is not None:
-        parts.unet.to(dtype)
-        parts.text.model.to(dtype)
-    if dtype == torch.bfloat16:  # float16 is too narrow for the VAE's activations
-        parts.vae.to(dtype)
-    return parts.pipeline(parts.unet, [], **options)

@@ -67,14 +67,20 @@ class Pipeline:
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            raise UserError(f"{path} does not fit its own configuration: {error}") from None
+            reason = str(error)[:300]
+            raise UserError(f"{path} does not fit its own configuration: {reason}") from None
         schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
         model = model.to(device).eval().requires_grad_(False)
         return cls(config, model, schedule, metadata["classes"], torch.device(device))
 
     @property
     def conditional(self) -> bool:
-        return self.config.condition != "none"
+        """Whether the network is told a class."""
+        return self.config.condition == "class"
+
+    @property
+    def reads_prompts(self) -> bool:
+        return self.config.condition == "text"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -113,12 +119,15 @@ class Pipeline:
 
     def denoiser(
         self, n: int, amp: str, labels: Tensor | None = None, guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
+        guidance_rescale: float = 0.0, batched: bool = True, **other,
     ):  # fmt: skip
         """(x, t) -> the network's output, for n images.
 
         labels: (n,) int64, the null label where there is none; None means no label at all.
+        batched: guidance evaluates both in one call; else in two, in half the memory.
         """
+        if other:
+            raise UserError(f"this model reads no text: it takes no {', '.join(other)}")
         model = self.autocast(amp)
         if not self.conditional:
             if labels is not None or guidance_scale != 1:
@@ -129,7 +138,7 @@ class Pipeline:
             raise UserError("guidance leads towards a class: give a class label with it")
         null = torch.full((n,), self.model.null_label, device=self.device)
         labels = null if labels is None else labels.to(self.device)
-        return guided(model, labels, null, guidance_scale, guidance_rescale)
+        return guided(model, labels, null, guidance_scale, guidance_rescale, batched)
 
     def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
         """What `frames` runs."""

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.latent import load_latent, open_pipeline  # noqa: F401
+from diffusion.assemble import open_pipeline
 from diffusion.models.tokenizer import byte_level
-from diffusion.weights import loader, rules
+from diffusion.weights import loader, rules, vocabulary
 from diffusion.weights.files import find_weights, read_tensors
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
@@ -58,7 +58,7 @@ def theirs(request, tmp_path_factory):
 def make_pipeline(folder, shape, prediction="epsilon"):
     """(diffusers' pipeline, its folder)."""
     unet, vae, text, scheduler = make_parts(shape, prediction)
-    loader.save_tokenizer(byte_level(77), folder / "tokenizer")
+    vocabulary.save_tokenizer(byte_level(77), folder / "tokenizer")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
     pipeline = diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "diffusion").rglob("*.py"), *ROOT.glob("*.py")])
-ORDER = [{"seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline"}, {"latent"},
+ORDER = [{"presets", "seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline"}, {"latent"}, {"assemble"},
          {"evaluation"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
 FOREIGN = {
     "diffusers",

@@ -232,22 +232,21 @@ def gathered(parts: list[tuple[list[int], Tensor]], what) -> Tensor | None:
 
 
 def sampled(
-    pipeline: Pipeline, count: int, batch: int, label=None, **options
+    pipeline: Pipeline, count: int, batch: int, told=None, **options
 ) -> Iterator[tuple[range, np.ndarray]]:
     """This rank's share of images 0 ... count-1: their numbers and (b, H, W, 3) uint8.
 
-    label(i): the class of image i, if the model knows any; by default classes take turns.
+    told(indices): what the network is told of these images, as options of `Pipeline.frames`; by
+    default a class-conditional model's classes take turns.
     """
-    label = label or (lambda i: i % len(pipeline.classes))
+    in_turn = "all" if pipeline.conditional else None
+    told = told or (lambda indices: {"labels": pipeline.labels(in_turn, indices)})
     starts = range(0, count, batch)
     # every rank takes as many turns: those that have none left yield nothing
     for turn in range(0, len(starts), world_size()):
         mine = turn + rank()
         low = starts[mine] if mine < len(starts) else count
         indices = range(low, min(low + batch, count))
-        labels = None
-        if pipeline.conditional:
-            labels = torch.tensor([label(i) for i in indices])
         H, W = pipeline.image_hw
-        yield indices, (to_uint8(pipeline.sample(indices, labels=labels, **options))
+        yield indices, (to_uint8(pipeline.sample(indices, **told(indices), **options))
                         if len(indices) else np.empty((0, H, W, 3), np.uint8))  # fmt: skip

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import UserError
 from .. import distributed as dist
+from ..assemble import open_pipeline
 from ..config import Parser, int_list, run_script
-from ..data.datasets import scan
+from ..data.datasets import folder_set, scan
 from ..pipeline import Pipeline
 from ..weights.checkpoint import write_text
 from .features import (
@@ -180,11 +181,22 @@ def parse_samplers(text: str) -> list[tuple[str, int]]:
     return [(name, int(steps)) for name, _, steps in pairs]
 
 
-def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps):
+def captions_of(folder: Path, pipeline: Pipeline):
+    """For a model that reads prompts: the real images' captions take turns. Else None."""
+    if not pipeline.reads_prompts:
+        return None
+    captions = folder_set(folder).captions
+    if captions is None:
+        raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
+                        "each image")  # fmt: skip
+    return lambda indices: {"prompts": [captions[i % len(captions)] for i in indices]}
+
+
+def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None):
     """(N, D) of sampled images on rank 0, None elsewhere."""
     found, done = [], 0
     with dist.progress(total=args.num_images, desc=f"{sampler} {steps}", unit="img") as bar:
-        for numbers, images in sampled(pipeline, args.num_images, args.batch_size, seed=seed,
+        for numbers, images in sampled(pipeline, args.num_images, args.batch_size, told, seed=seed,
                               sampler=sampler, steps=steps, amp=args.amp,
                               guidance_scale=args.guidance_scale):  # fmt: skip
             if len(images):
@@ -198,10 +210,10 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
     """A row for each sampler, all metrics' medians over the seeds. Empty off rank 0."""
     rows = []
     for sampler, steps in parse_samplers(args.samplers):
-        found, seconds = [], 0.0
+        found, seconds, told = [], 0.0, captions_of(Path(args.real), pipeline)
         for seed in args.seeds:
             began = time.perf_counter()
-            fake = model_features(pipeline, features, args, seed, sampler, steps)
+            fake = model_features(pipeline, features, args, seed, sampler, steps, told)
             seconds += (time.perf_counter() - began) / len(args.seeds)
             if fake is not None:
                 found.append(compare(real, fake, features))
@@ -247,7 +259,7 @@ def main() -> None:
             warn_of_few(len(a), len(b))
             result = compare(a, b, features)
     else:
-        pipeline = Pipeline.load(fake, args.weights, device)
+        pipeline = open_pipeline(str(fake), None, args.weights, device)
         for sampler, steps in parse_samplers(args.samplers):
             check_sampler(pipeline, sampler, steps, args.guidance_scale)
         size = pipeline.config.image_size

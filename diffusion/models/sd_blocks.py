@@ -66,6 +66,11 @@ class AttnBlock(Attention):
         return x + to_image(super().forward(to_tokens(self.group_norm(x))), x.shape[2])
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU of the norm; in inference in place, which takes half the time of the VAE's wide levels."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the size, with a detour for inference on a CPU.
 
@@ -107,10 +112,10 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + self.conv2(norm_silu(self.norm2, h))
 
 
 class Downsample2D(nn.Module):

@@ -23,6 +23,7 @@ from .sd_blocks import (
     Level,
     ResnetBlock2D,
     Upsample2D,
+    norm_silu,
     to_image,
     to_tokens,
 )  # fmt: skip
@@ -217,7 +218,7 @@ class SDUNet(nn.Module):
             for up in level.upsamplers:
                 x = up(x, skips[-1].shape[-2:])
 
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
     def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """SiLU of the embedding of time and class, (B, E): all ResBlocks take it."""

@@ -12,10 +12,9 @@ Shapes: B batch, H W image pixels, h w latent pixels, H = h f with f = 2^(levels
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sd_blocks import AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D
+from .sd_blocks import AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D, norm_silu
 from .sd_config import VAEConfig
 
 EPS = 1e-6  # of every norm; the U-Net's ResBlocks have 1e-5
@@ -59,7 +58,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in (*self.down_blocks, self.mid_block):
             x = through(level, x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -85,7 +84,7 @@ class Decoder(nn.Module):
         z = self.conv_in(z)
         for level in (self.mid_block, *self.up_blocks):
             z = through(level, z)
-        return self.conv_out(F.silu(self.conv_norm_out(z)))
+        return self.conv_out(norm_silu(self.conv_norm_out, z))
 
 
 class AutoencoderKL(nn.Module):

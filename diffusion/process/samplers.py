@@ -174,7 +174,7 @@ class Inpaint:
     mask: Tensor
     noise: Tensor
 
-    def blend(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def blend(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         known = alpha * self.image + sigma * self.noise
         return self.mask * x + (1 - self.mask) * known
 
@@ -215,7 +215,8 @@ def sample_loop(
         eps = noise() if random[i] else zero
         x, x0 = step(denoise, x, x0, eps, t[i].expand(len(x)), k[i], clip)
         if inpaint is not None:
-            x = inpaint.blend(x, *levels[i + 1])
+            # the image itself stays in the end, also where the last row leaves some noise
+            x = inpaint.blend(x, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))
         yield x, x0
 
 

@@ -55,9 +55,15 @@ class Fid:
     def due(self, step: int, total: int) -> bool:
         return step > 0 and (step % self.config.fid_every == 0 or step >= total)
 
-    def label(self, i: int) -> int:
-        """The class of sample i: as frequent as among the training images."""
-        return int(self.data.labels[self.data.train[self.order[i % len(self.order)]]])
+    def told(self, indices) -> dict:
+        """The classes or captions of these samples: as frequent as among the training images."""
+        chosen = [self.data.train[self.order[i % len(self.order)]] for i in indices]
+        if self.config.condition == "class":
+            return {"labels": torch.tensor([int(self.data.labels[i]) for i in chosen])}
+        if self.config.condition == "text":
+            captions = self.data.pixels.images.captions
+            return {"prompts": [captions[i] for i in chosen]}
+        return {}
 
     def measure(
         self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]
@@ -68,7 +74,7 @@ class Fid:
         with dist.progress(total=count, desc=self.name, unit="img", leave=False) as bar:
             options = dict(sampler=SAMPLER, steps=self.steps, amp=self.config.amp)
             options["seed"] = self.config.seed
-            for _, images in sampled(pipeline, count, micro, self.label, **options):
+            for _, images in sampled(pipeline, count, micro, self.told, **options):
                 if len(images):
                     found.add(self.features(images))
                 bar.update(min(micro * dist.world_size(), count - bar.n))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
+from ..assemble import Parts, open_parts
 from ..config import Config
 from ..data.batches import Batch, move, open_batches
 from ..data.datasets import digest
 from ..data.encoded import EncodedBatches, caption_embeddings, image_latents, weights_digest
-from ..latent import LatentPipeline, Parts, open_parts
+from ..latent import LatentPipeline
 from ..models.vae import sample
 from ..pipeline import amp_dtype
 from ..seeding import generator

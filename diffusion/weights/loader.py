@@ -7,9 +7,7 @@ The names are translated by the tables of rules.py; loading is strict, and tells
 used and what was missing or left over.
 """
 
-import gzip
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import UserError
-from ..models import tokenizer as tokenizers
 from ..models.clip import CLIPTextModel
 from ..models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig
 from ..models.sd_unet import SDUNet
@@ -28,6 +25,7 @@ from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
 from .files import find_weights, read_json, read_tensors
+from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
 SCHEDULER = {
@@ -40,7 +38,6 @@ PARTS = {
     "unet": (UNetConfig, SDUNet), "vae": (VAEConfig, AutoencoderKL),
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
 }  # fmt: skip
-VOCABULARY = "bpe_simple_vocab_16e6.txt"
 USELESS = ("position_ids",)  # buffers that old files hold and no network reads
 
 
@@ -236,49 +233,6 @@ def _take_averaged(tensors: dict[str, Tensor]) -> bool:
     return found
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """A tokenizer/ folder: vocab.json and merges.txt, tokenizer.json, or bpe_simple_vocab."""
-    about = folder / "tokenizer_config.json"
-    about = read_json(about) if about.exists() else {}
-    pad = about.get("pad_token", tokenizers.EOS)
-    length = int(about.get("model_max_length", 77))  # transformers writes 1e30 for "unknown"
-    options = {"pad": pad["content"] if isinstance(pad, dict) else pad or tokenizers.EOS,
-               "context_length": length if length < 10**6 else 77}  # fmt: skip
-    try:
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            merges = (folder / "merges.txt").read_text(encoding="utf-8")
-            added = folder / "added_tokens.json"
-            return Tokenizer(read_json(folder / "vocab.json"), merges, **options,
-                             added=read_json(added) if added.exists() else None)  # fmt: skip
-        if (folder / "tokenizer.json").exists():
-            return tokenizers.from_tokenizer_json(read_json(folder / "tokenizer.json"), **options)
-        for name in (VOCABULARY, f"{VOCABULARY}.gz"):
-            if (folder / name).exists():
-                return tokenizers.from_bpe_simple_vocab(_read_vocabulary(folder / name), **options)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}: {error}") from None
-    raise UserError(f"{folder} holds no vocabulary; expected vocab.json and merges.txt, "
-                    f"tokenizer.json, or {VOCABULARY}.gz")  # fmt: skip
-
-
-def _read_vocabulary(path: Path) -> str:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return file.read(16_000_000)
-
-
-def find_vocabulary(path: Path) -> Tokenizer:
-    """For a single file, which has none: beside it, or in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"
-    for folder in (path.parent / "tokenizer", path.parent, cache):
-        try:
-            return load_tokenizer(folder)
-        except UserError:
-            continue
-    raise UserError(f"{path} holds no vocabulary, as single files do; give --config FOLDER with a "
-                    f"tokenizer/, or put {VOCABULARY}.gz into {cache}")  # fmt: skip
-
-
 # --- writing -------------------------------------------------------------------------------------
 
 
@@ -287,13 +241,6 @@ def save_part(model: nn.Module, folder: Path, name: str) -> None:
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     atomic(folder / name, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
     write_text(folder / "config.json", json.dumps(model.config.to_dict(), indent=2))
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in tokenizer.files().items():
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        write_text(folder / name, text)
 
 
 def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:

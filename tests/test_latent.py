@@ -1,0 +1,434 @@
+"""Latent mode: a VAE from scratch, diffusion in its latents, fine-tuning Stable Diffusion."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, environment, script
+from PIL import Image
+from test_training import flags, run_lines, same, tiny  # noqa: F401
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.assemble import load_latent, load_vae, open_pipeline
+from diffusion.config import Config
+from diffusion.data import encoded, toy
+from diffusion.data.encoded import Shards, weights_digest
+from diffusion.models.vae import sample as draw_latent
+from diffusion.training.autoencoder import Autoencoding
+from diffusion.training.latents import LatentDiffusion
+from diffusion.training.trainer import train
+from diffusion.weights import checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory, faces):
+    """A run of --mode vae of a few steps."""
+    folder = tmp_path_factory.mktemp("vae")
+    train(Config(
+        mode="vae", data=str(faces), image_size=16, unet_dim=16, dim_mults=(1, 2), batch_size=8,
+        train_steps=30, save_and_sample_every=15, log_every=5, num_samples=4, device="cpu", amp="no",
+        cache_dir=str(folder / "cache"), save_folder=str(folder / "run"), latent_channels=3,
+    ))  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture
+def latent(tiny, vae) -> dict:  # noqa: F811
+    """The options of a text-conditioned run of seconds."""
+    return tiny | dict(
+        mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
+        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dropout=0.0,
+    )  # fmt: skip
+
+
+def options_of(sd: str) -> dict:
+    return dict(mode="latent", sd_path=sd, vae=None, condition="text", text_encoder="clip",
+                objective="eps", schedule="scaled_linear", image_size=32, time_steps=1000)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory):
+    pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
+    pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")
+    from test_stable_diffusion import make_pipeline
+
+    return str(make_pipeline(tmp_path_factory.mktemp("sd"), "small")[1])
+
+
+# --- the VAE ---------------------------------------------------------------------------------------
+
+
+def test_a_vae_learns_and_tells_its_scale(vae, faces):
+    lines = run_lines(vae)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["heldout_loss"] < lines[0]["loss"]
+    assert Image.open(vae / "samples" / "step_00000030.png").height == 2 * 18 + 2
+    network = load_vae(str(vae))
+    assert network.config.latent_channels == 3 and network.factor == 2
+    # the latents that are diffused have deviation 1
+    x = np.stack([toy.draw(i, 16) for i in range(100)])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean, logvar = network.encode(x)
+    z = network.scale(draw_latent(mean, logvar, torch.randn(mean.shape)))
+    assert z.std().item() == pytest.approx(1, abs=0.15)
+    for path in (vae / "model.pt", vae / "ema.safetensors"):
+        same(load_vae(str(path)).state_dict(), network.state_dict())
+
+
+def test_the_loss_is_its_formula(tiny):  # noqa: F811
+    config = Config(**tiny | dict(mode="vae", condition="none", kl_weight=0.3, unet_dim=16))
+    task = Autoencoding(config, CPU)
+    model = task.build().eval()
+    x, eps = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
+    decoded, mean, logvar = model(x, eps)
+    z = torch.distributions.Normal(mean, (0.5 * logvar).exp())
+    kl = torch.distributions.kl_divergence(z, torch.distributions.Normal(0, 1)).sum((1, 2, 3))
+    expected = (x - decoded).abs().mean((1, 2, 3)) + 0.3 * kl / (3 * 16 * 16)
+    assert_close(task.terms(model, x, eps), expected)
+    assert_close(decoded, model.vae.decode(mean + (0.5 * logvar).exp() * eps))
+
+
+def test_a_vae_resumes_exactly(tiny, tmp_path):  # noqa: F811
+    options = tiny | dict(mode="vae", condition="none", unet_dim=16, dropout=0.0)
+    train(Config(**options))
+    train(Config(**options | dict(train_steps=8, save_folder=str(tmp_path / "again"))))
+    train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
+    a, b = (checkpoint.read(tmp_path / f / "model.pt") for f in ("run", "again"))
+    same({k: a[k] for k in ("model", "ema", "optimizer")}, {k: b[k] for k in ("model", "ema", "optimizer")})  # fmt: skip
+    assert run_lines(tmp_path / "run") == run_lines(tmp_path / "again")
+
+
+def test_a_vae_draws_nothing_by_itself(vae):
+    with pytest.raises(UserError, match="train a model on its latents"):
+        open_pipeline(str(vae / "model.pt"), None, "ema", CPU)
+
+
+# --- what is computed once ------------------------------------------------------------------------
+
+
+def test_shards_are_computed_once_and_where_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "SHARD", 10)
+    calls = []
+
+    def compute(indices):
+        calls.extend(indices)
+        return torch.arange(len(indices))[:, None] + torch.tensor([indices.start, 0.5])
+
+    build = lambda: Shards(tmp_path / "x", 25, (2,), compute, 4, "numbers")  # noqa: E731
+    shards = build()
+    assert calls == list(range(25)) and len(list((tmp_path / "x").glob("*.npy"))) == 3
+    expected = np.array([[i, i % 10 % 4 + 0.5] for i in (24, 3, 11)])
+    np.testing.assert_array_equal(shards[np.array([24, 3, 11])], expected)
+    calls.clear()
+    build()
+    assert calls == []
+    # a build that was cut off, or a damaged shard: only that is done again
+    second = tmp_path / "x" / "00001.npy"
+    second.write_bytes(second.read_bytes()[:50])
+    build()
+    assert calls == list(range(10, 20))
+
+
+def test_non_finite_latents_are_refused(tmp_path):
+    with pytest.raises(UserError, match="non-finite"):
+        Shards(tmp_path, 3, (1,), lambda i: torch.full((len(i), 1), 1e6), 2, "large numbers")
+
+
+def test_kept_latents_are_those_of_the_vae(latent, tmp_path):
+    task = LatentDiffusion(Config(**latent), CPU)
+    network, images = task.parts.vae, task.data.pixels
+    chosen = np.array([5, 77, 119])
+    x = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for flip, view in enumerate((x, x.flip(3))):
+        mean, logvar = network.encode(view)
+        kept = torch.from_numpy(task.data.latents[chosen][:, flip]).float()
+        assert_close(kept, torch.stack([mean, logvar], 1), rtol=2e-3, atol=2e-3)
+    # a step's x0: drawn from mean and deviation, scaled; flips as in pixel mode
+    step, drawn = 3, task.draw(3)
+    batch = task.data(step, 2, 6)
+    flips = task.data.flips(step)[2:6]
+    indices = task.data.indices(step)[2:6]
+    moments = task.data.latents[indices][np.arange(4), flips.astype(int)]
+    mean, logvar = torch.from_numpy(moments).float().unbind(1)
+    expected = network.scale(mean + (0.5 * logvar).exp() * drawn[3][2:6])
+    assert_close(task.x0(batch, drawn[3][2:6]), expected)
+    assert flips.any() or task.data.flips(step).any()
+
+
+def test_another_vae_has_other_latents(vae, tmp_path):
+    a = load_vae(str(vae))
+    before = weights_digest(a)
+    assert weights_digest(load_vae(str(vae))) == before
+    with torch.no_grad():
+        next(iter(a.parameters())).view(-1)[0] += 1e-3
+    assert weights_digest(a) != before
+
+
+def test_captions_are_hidden_for_guidance(latent):
+    task = LatentDiffusion(Config(**latent), CPU)
+    batch = task.data(0, 0, 8)
+    hidden = torch.tensor([True, False] * 4)
+    told = task.condition(batch, hidden)
+    tokenizer = task.parts.text.tokenizer
+    captions = [task.captions[i] for i in task.data.indices(0)]
+    for row, hide, caption in zip(told, hidden, captions):
+        assert torch.equal(row, tokenizer([""] if hide else [caption])[0])
+
+
+def test_noise_offset_moves_whole_channels(latent):
+    plain, moved = (LatentDiffusion(Config(**latent | dict(noise_offset=o)), CPU).draw(1)[1] for o in (0.0, 0.5))  # fmt: skip
+    difference = moved - plain
+    assert_close(difference, difference[:, :, :1, :1].expand_as(difference))
+    assert 0.2 < difference.std() < 1
+
+
+# --- training and sampling ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", ["none", "class", "text"])
+def test_from_scratch(latent, tmp_path, condition):
+    options = latent | dict(condition=condition, guidance_scale=1.0 if condition == "none" else 2.0)
+    train(Config(**options))
+    assert (tmp_path / "run" / "samples" / "step_00000012.png").exists()
+    lines = run_lines(tmp_path / "run")
+    assert all(np.isfinite(line["loss"]) for line in lines) and "heldout_loss" in lines[-1]
+    pipeline = open_pipeline(str(tmp_path / "run" / "model.pt"), None, "ema", CPU)
+    told = {"text": {"prompts": ["bald", "red hair"], "guidance_scale": 2.0}, "none": {},
+            "class": {"labels": torch.tensor([0, 2]), "guidance_scale": 2.0}}[condition]  # fmt: skip
+    a = pipeline.sample(range(2), steps=4, amp="no", **told)
+    assert a.shape == (2, 3, 16, 16)
+    again = pipeline.sample([1], steps=4, amp="no", **{k: v[1:] if k != "guidance_scale" else v for k, v in told.items()})  # fmt: skip
+    assert_close(a[1:], again, atol=2 / 127.5, rtol=0)
+    if condition == "text":
+        other = pipeline.sample(range(2), steps=4, amp="no", prompts=["x", "y"], guidance_scale=2.0)
+        assert not torch.equal(a, other)
+
+
+def test_kill_and_resume_is_exact(latent, tmp_path):
+    """kill -9 while it trains; the continued run is the run that was never stopped."""
+    straight = latent | dict(save_folder=str(tmp_path / "straight"))
+    assert script("train.py", *flags(straight), cwd=tmp_path).returncode == 0
+    run = subprocess.Popen(command("train.py", *flags(latent | dict(train_steps=500))), cwd=tmp_path,
+                           env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
+        time.sleep(0.02)
+        assert run.poll() is None
+    run.kill()
+    run.wait()
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
+    if int(newest.stem[5:]) > 12:
+        pytest.skip("the machine was too fast for this test")
+    assert script("train.py", *flags(latent), cwd=tmp_path).returncode == 0
+    a, b = (checkpoint.read(tmp_path / f / "model.pt") for f in ("run", "straight"))
+    keys = ("model", "ema", "optimizer", "tally")
+    same({k: a[k] for k in keys}, {k: b[k] for k in keys})
+    assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
+
+
+def test_two_ranks_share_the_encoding(latent, tmp_path):
+    done = script("train.py", *flags(latent), cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    train(Config(**latent | dict(save_folder=str(tmp_path / "one"))))
+    a, b = (run_lines(tmp_path / f) for f in ("run", "one"))
+    assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-3, atol=1e-4)
+
+
+def test_validation_prompts(latent, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("bald\n\nred hair\n")
+    task = LatentDiffusion(Config(**latent | dict(validation_prompts=str(file))), CPU)
+    assert task.prompts == ["bald", "red hair"]
+    for content in (None, "\n"):
+        file.unlink(missing_ok=True)
+        if content:
+            file.write_text(content)
+        with pytest.raises(UserError, match="validation_prompts"):
+            LatentDiffusion(Config(**latent | dict(validation_prompts=str(file))), CPU)
+
+
+def test_fine_tuning_stable_diffusion(latent, sd_folder, tmp_path):
+    """It starts from the model itself, trains the U-Net only, and samples with its parts."""
+    options = latent | options_of(sd_folder) | dict(train_steps=4, learning_rate=1e-3)
+    train(Config(**options))
+    before = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
+    after = open_pipeline(str(tmp_path / "run" / "model.pt"), None, "raw", CPU)
+    assert before.model.state_dict().keys() == after.model.state_dict().keys()
+    name = "conv_in.weight"
+    difference = after.model.state_dict()[name] - before.model.state_dict()[name]
+    assert 0 < difference.abs().max() < 0.01
+    eps = torch.randn(1, *after.shape)
+    images = [p.sample([0], steps=3, eps=eps, prompts=["a fox"], guidance_scale=2.0, amp="no")
+              for p in (before, after)]  # fmt: skip
+    assert images[0].shape == (1, 3, 32, 32) and not torch.allclose(*images, atol=1e-4)
+    # the embeddings that were kept are the text encoder's
+    task = LatentDiffusion(Config(**options), CPU)
+    batch = task.data(0, 0, 2)
+    captions = [task.captions[i] for i in task.data.indices(0)[:2]]
+    assert_close(batch.text.float(), before.text(captions), rtol=2e-3, atol=2e-3)
+
+
+def test_a_model_that_has_moved(latent, vae, tmp_path):
+    shutil.copytree(vae, tmp_path / "vae")
+    train(Config(**latent | dict(vae=str(tmp_path / "vae"), train_steps=2)))
+    (tmp_path / "vae").rename(tmp_path / "moved")
+    model = tmp_path / "run" / "model.pt"
+    with pytest.raises(UserError, match="say with --vae where it is now"):
+        load_latent(model, "ema", CPU)
+    assert load_latent(model, "ema", CPU, vae=str(tmp_path / "moved")).shape == (3, 8, 8)
+
+
+def test_mistakes(latent, tiny, tmp_path, vae):  # noqa: F811
+    for change, told in (
+        (dict(vae=None), "give --sd_path, or the --vae"),
+        (dict(vae=str(tmp_path / "none")), "does not exist"),
+        (dict(image_size=17), "no multiple of 2"),
+        (dict(text_encoder="clip"), "give --text_encoder scratch"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train(Config(**latent | change))
+    for change, told in (
+        (dict(mode="pixel", condition="text"), "needs --mode latent"),
+        (dict(mode="vae", condition="class"), "no --condition"),
+        (dict(mode="latent", sd_path="a", vae="b", condition="text"), "either --sd_path or --vae"),
+        (dict(mode="latent", sd_path="a", condition="none"), "give --condition text"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Config(**tiny | change)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for i in range(4):
+        Image.fromarray(toy.draw(i, 16)).save(plain / f"{i}.png")
+    with pytest.raises(UserError, match="has no captions"):
+        train(Config(**latent | dict(data=str(plain))))
+    (plain / "0.txt").write_bytes("a caf\xe9".encode("latin-1"))
+    (plain / "1.txt").write_text("")
+    assert LatentDiffusion(Config(**latent | dict(data=str(plain), batch_size=2)), CPU).captions[0] == "a café"  # fmt: skip
+
+
+# --- sample.py ------------------------------------------------------------------------------------
+
+
+def test_sample_with_prompts(sd_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox, sitting\ntwo cats\n")
+    done = script("sample.py", "--sd_path", sd_folder, "--prompt", f"@{prompts}", "--prompt", "a dog",
+                  "--negative_prompt", "blurry", "--steps", 3, "--sampler", "dpmpp_2m", "--amp", "no",
+                  "--device", "cpu", "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pictures = [Image.open(tmp_path / "s" / "images" / f"{i:06d}.png") for i in range(3)]
+    text = pictures[0].text["parameters"]
+    assert text.splitlines()[0] == "a red fox, sitting"
+    assert text.splitlines()[1] == "Negative prompt: blurry"
+    assert "Steps: 3, Sampler: DPM++ 2M, CFG scale: 7.5, Seed: 0" in text.splitlines()[2]
+    assert pictures[2].text["parameters"].startswith("a dog\n") and pictures[0].size == (32, 32)
+
+
+def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
+    import sample
+
+    photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
+    Image.fromarray(toy.draw(3, 64)).save(photo)
+    half = np.zeros((64, 64), np.uint8)
+    half[:, 32:] = 255
+    Image.fromarray(half).save(mask)
+
+    def run(name, *args) -> np.ndarray:
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--sd_path", sd_folder, "--prompt", "x", "--steps", "10",
+                            "--amp", "no", "--device", "cpu", "--save_folder", str(tmp_path / name), *map(str, args)])  # fmt: skip
+        sample.main()
+        return np.asarray(Image.open(tmp_path / name / "images" / "000000.png")).astype(int)
+
+    plain = run("a", "--init_image", photo, "--strength", 0.3)
+    pipeline = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
+    start = sample.read_start(pipeline, str(photo), str(mask))
+    assert start["init"].shape == (1, 4, 16, 16) and start["mask"].mean() == 0.5
+    table = pipeline.table("ddim", 10, strength=0.3)
+    assert len(table) == 3
+    painted = run("b", "--init_image", photo, "--mask", mask, "--strength", 1.0)
+    assert abs(painted - plain).mean() > 1
+    # in latents, the half that stays is the image's
+    x = pipeline.frames([0], steps=10, prompts=["x"], amp="no", **start)
+    *_, (last, _) = x
+    assert_close(last[..., :8], start["init"][..., :8], rtol=1e-3, atol=1e-4)
+    assert (last[..., 8:] - start["init"][..., 8:]).abs().mean() > 0.1
+    for args, told in (
+        (("--mask", mask), "give --init_image as well"),
+        (("--init_image", tmp_path / "none.png"), "no such file"),
+        (("--init_image", photo, "--strength", 0.01), "strength"),
+        (("--height", 33), "multiple of 2"),
+        (("--clip_skip", 9), "clip_skip is 9"),
+        (("--class_label", "cat"), "class_label|no class"),
+        (("--prompt", "@none.txt"), "none.txt"),
+    ):
+        with pytest.raises(UserError, match=told):
+            run("c", *args)
+    assert not (tmp_path / "c").exists()
+
+
+def test_long_prompts_are_read_in_chunks(sd_folder):
+    pipeline = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
+    long = "a very long prompt " * 12
+    n = pipeline.text.chunks([long])
+    assert n > 2 and pipeline.text([long, ""], n).shape == (2, n * 75 + 2, 32)
+    a, b = (pipeline.sample([0], steps=2, prompts=[p], guidance_scale=3.0, amp="no") for p in (long, long[:60]))  # fmt: skip
+    assert not torch.allclose(a, b, atol=1e-4)
+
+
+def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder):
+    eps = torch.randn(1, 4, 16, 16)
+    told = dict(steps=2, eps=eps, prompts=["x"], guidance_scale=3.0, amp="no")
+    make = lambda **o: open_pipeline(None, sd_folder, "ema", CPU, amp="no", **o).sample([0], **told)  # noqa: E731
+    plain = make()
+    assert not torch.allclose(make(clip_skip=2), plain, atol=1e-5)
+    assert_close(make(tiling=True), plain)  # smaller than one tile
+
+
+def test_a_pixel_model_has_no_use_for_prompts(model, sd_folder):
+    for option in (dict(height=8), dict(clip_skip=2), dict(vae="x")):
+        with pytest.raises(UserError, match="is a pixel model"):
+            open_pipeline(str(model), None, "ema", CPU, **option)
+    pipeline = open_pipeline(str(model), None, "ema", CPU)
+    with pytest.raises(UserError, match="prompt"):
+        pipeline.sample([0], prompts=["x"], steps=2)
+
+
+def test_bfloat16_is_close(sd_folder):
+    eps = torch.randn(1, 4, 16, 16)
+    told = dict(steps=3, eps=eps, prompts=["x"], guidance_scale=2.0)
+    full = open_pipeline(None, sd_folder, "ema", CPU, amp="no").sample([0], amp="no", **told)
+    half = open_pipeline(None, sd_folder, "ema", CPU, amp="bf16")
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    assert (half.sample([0], amp="bf16", **told) - full).abs().mean() < 0.1
+
+
+def test_visualize_and_metrics_take_latent_models(latent, tmp_path, monkeypatch):
+    import visualize
+
+    train(Config(**latent))
+    model = tmp_path / "run" / "model.pt"
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "--load_path", str(model), "--steps", "4", "--html",
+                                      "--num_images", "2", "--save_folder", str(tmp_path), "--device", "cpu"])  # fmt: skip
+    visualize.main()
+    text = (tmp_path / "viz" / "index.html").read_text()
+    data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    assert data["size"] == 16 and len(data["runs"]) == 6
+
+
+def test_presets_are_whole():
+    from diffusion.config import PRESETS, config_from_args
+
+    for name in ("sd_tiny", "sd_tiny_vae"):
+        config = config_from_args({}, name)
+        assert dataclasses.asdict(config)["mode"] == PRESETS[name]["mode"]
+    made = config_from_args({"sd_path": "x"}, "anime_sd15")
+    assert (made.learning_rate, made.batch_size, made.train_steps) == (1e-4, 128, 50_000)
+    assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "fp16", 3, 512)

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict] = {
         mode="latent", data="hf:none-yet/anime-captions", image_size=512, condition="text",
         objective="eps", schedule="scaled_linear", loss="l2", batch_size=128, train_steps=50_000,
         learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995, amp="fp16",
-        save_and_sample_every=500, keep_last=3, num_samples=4, guidance_scale=7.5,
+        save_and_sample_every=500, num_samples=4, guidance_scale=7.5,
     ),
     "cifar10": dict(
         data="cifar10", image_size=32, unet_dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1,

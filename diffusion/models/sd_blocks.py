@@ -67,7 +67,7 @@ class AttnBlock(Attention):
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of the norm; in inference in place, which takes half the time of the VAE's wide levels."""
+    """SiLU of the norm; in place in inference: half the time for the wide levels of the VAE."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 

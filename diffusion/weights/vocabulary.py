@@ -1,4 +1,4 @@
-"""The tokenizer's files: tokenizer/ folders read and written, and the vocabulary of single files."""
+"""The tokenizer's files: tokenizer/ folders, and the vocabulary of single files."""
 
 import gzip
 import json

@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Stable Diffusion 1.5 at full size, random weights: ours against diffusers, in one run.
+
+python benchmarks/sd_step.py [--device cuda] [--repeats 5]
+
+A guidance step (the U-Net on a batch of 2 at 64x64 latents), decoding one 512x512 image, and
+encoding a prompt; the same weights in the same precision on both sides, which take turns. A ratio
+above 1 means that ours is faster. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from diffusion.models.clip import CLIPTextModel  # noqa: E402
+from diffusion.models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
+from diffusion.models.sd_unet import SDUNet  # noqa: E402
+from diffusion.models.vae import AutoencoderKL  # noqa: E402
+
+
+def fill(model: torch.nn.Module, device, dtype) -> torch.nn.Module:
+    """A network from the meta device with random weights, the norms' left at one."""
+    model = model.to(dtype).to_empty(device=device)
+    g = torch.Generator(device).manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5, generator=g)
+        else:
+            torch.nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]))
+    return model.eval().requires_grad_(False)
+
+
+def pair(part: str, device, dtype):
+    """(ours, theirs) with the same weights."""
+    import diffusers
+    import transformers
+
+    with torch.device("meta"):
+        if part == "unet":
+            ours = SDUNet(UNetConfig())
+            theirs = diffusers.UNet2DConditionModel.from_config(ours.config.to_dict())
+        elif part == "vae":
+            ours = AutoencoderKL(VAEConfig())
+            theirs = diffusers.AutoencoderKL.from_config(ours.config.to_dict())
+        else:
+            ours = CLIPTextModel(CLIPTextConfig())
+            config = transformers.CLIPTextConfig(**CLIPTextConfig().to_dict())
+            theirs = transformers.CLIPTextModel(config)
+    theirs = fill(theirs, device, dtype)
+    state = theirs.state_dict()
+    if part == "text":
+        state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in state.items()}
+        state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
+    ours.load_state_dict(state, assign=True)  # the very same tensors
+    return ours.eval().requires_grad_(False), theirs
+
+
+def measure(calls: dict, repeats: int, device) -> dict[str, float]:
+    """Median seconds of each call; they take turns."""
+    times = {name: [] for name in calls}
+    for i in range(repeats + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def run_part(part: str, repeats: int, device, dtype) -> tuple[dict[str, float], float]:
+    """(median seconds of both, relative difference of what they compute)."""
+    ours, theirs = pair(part, device, dtype)
+    ours = ours.to(memory_format=torch.channels_last)  # copies: theirs stay as they were
+    if part == "unet":
+        x = torch.randn(2, 4, 64, 64, device=device, dtype=dtype)
+        t = torch.full((2,), 500.0, device=device)
+        context = torch.randn(2, 77, 768, device=device, dtype=dtype)
+        mine = x.contiguous(memory_format=torch.channels_last)
+        calls = {
+            "ours": lambda: ours(mine, t, context),
+            "diffusers": lambda: theirs(x, t, context).sample,
+        }
+    elif part == "vae":
+        z = torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
+        calls = {"ours": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
+    else:
+        ids = torch.randint(0, 49406, (1, 77), device=device)
+        calls = {"ours": lambda: ours(ids), "diffusers": lambda: theirs(ids).last_hidden_state}
+    a, b = (calls[name]().float() for name in calls)
+    return measure(calls, repeats, device), float((a - b).norm() / b.norm())
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", default="unet,vae,text")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    ours, theirs, ratio, difference = {}, {}, {}, {}
+    for part in args.parts.split(","):
+        found, difference[part] = run_part(part, args.repeats, device, dtype)
+        ours[part], theirs[part] = found["ours"], found["diffusers"]
+        ratio[part] = found["diffusers"] / found["ours"]
+        print(f"{part:>5}: ours {ours[part]:.3f} s, diffusers {theirs[part]:.3f} s, ratio "
+              f"{ratio[part]:.2f}, relative difference {difference[part]:.1e}", flush=True)  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                            text=True).stdout.strip()  # fmt: skip
+    import diffusers
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"  # fmt: skip
+    print(json.dumps({"bench": "sd_step", "device": device.type, "machine": name, "dtype": args.dtype,
+                      "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit,
+                      "repeats": args.repeats, "seconds": ours, "diffusers_seconds": theirs,
+                      "relative_difference": difference, "ratio": ratio}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -276,6 +276,42 @@ def test_fine_tuning_stable_diffusion(latent, sd_folder, tmp_path):
     assert_close(batch.text.float(), before.text(captions), rtol=2e-3, atol=2e-3)
 
 
+def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
+    """diffusers draws from the exported folder what we draw from our checkpoint."""
+    import diffusers
+
+    from diffusion import export
+
+    train(Config(**latent | options_of(sd_folder) | dict(train_steps=4, learning_rate=1e-3)))
+    model = str(tmp_path / "run" / "model.pt")
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, args)])
+        export.main()
+
+    run(model, tmp_path / "folder")
+    run(model, tmp_path / "file.safetensors", "--dtype", "fp16")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "folder", safety_checker=None
+    )
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
+    ours, eps = open_pipeline(model, None, "ema", CPU), torch.randn(1, 4, 16, 16)
+    expected = theirs(
+        ["a fox"], latents=eps, num_inference_steps=3, output_type="latent", guidance_scale=3.0
+    )
+    *_, (found, _) = ours.frames([0], eps=eps, steps=3, prompts=["a fox"], guidance_scale=3.0, amp="no")  # fmt: skip
+    assert_close(found, expected.images, rtol=1e-4, atol=1e-4)
+    half = open_pipeline(None, str(tmp_path / "file.safetensors"), "ema", CPU, config=sd_folder, amp="no")  # fmt: skip
+    *_, (again, _) = half.frames([0], eps=eps, steps=3, prompts=["a fox"], guidance_scale=3.0, amp="no")  # fmt: skip
+    assert (again - found).abs().mean() < 0.05
+    with pytest.raises(UserError, match="exists; give a new name"):
+        run(model, tmp_path / "folder")
+    train(Config(**latent | dict(train_steps=2, save_folder=str(tmp_path / "scratch"))))
+    with pytest.raises(UserError, match="not trained from a Stable Diffusion"):
+        run(tmp_path / "scratch" / "model.pt", tmp_path / "x")
+
+
 def test_a_model_that_has_moved(latent, vae, tmp_path):
     shutil.copytree(vae, tmp_path / "vae")
     train(Config(**latent | dict(vae=str(tmp_path / "vae"), train_steps=2)))

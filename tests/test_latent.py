@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import command, environment, script
 from PIL import Image
+from test_data import parquet  # noqa: F401
 from test_training import flags, run_lines, same, tiny  # noqa: F401
 from torch.testing import assert_close
 
@@ -310,6 +311,35 @@ def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
     train(Config(**latent | dict(train_steps=2, save_folder=str(tmp_path / "scratch"))))
     with pytest.raises(UserError, match="not trained from a Stable Diffusion"):
         run(tmp_path / "scratch" / "model.pt", tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["scratch", "sd"])
+def test_streaming_is_encoded_as_it_comes_and_resumes(
+    latent,
+    sd_folder,
+    tmp_path,
+    monkeypatch,
+    kind,
+    parquet,  # noqa: F811
+):
+    from diffusion.data import hub
+
+    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 16)
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 20)
+    options = latent | (options_of(sd_folder) if kind == "sd" else {})
+    options |= dict(data=f"hf:{parquet[0]}", streaming=True)
+    train(Config(**options))
+    train(Config(**options | dict(train_steps=8, save_folder=str(tmp_path / "again"))))
+    train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
+    a, b = (checkpoint.read(tmp_path / f / "model.pt") for f in ("run", "again"))
+    same({k: a[k] for k in ("model", "optimizer")}, {k: b[k] for k in ("model", "optimizer")})
+    task = LatentDiffusion(Config(**options), CPU)
+    batch, drawn = task.data(0, 0, 4), task.draw(0)
+    assert len(batch.captions) == 4 and all(batch.captions)
+    told = task.condition(batch, torch.tensor([True, False, False, True]))
+    expected = task.parts.text(["", batch.captions[1], batch.captions[2], ""])
+    assert_close(told.float(), expected.float())
+    assert task.x0(batch, drawn[3][:4]).shape[0] == 4
 
 
 def test_a_model_that_has_moved(latent, vae, tmp_path):

@@ -34,6 +34,7 @@ class Batch:
     labels: Tensor
     moments: Tensor | None = None
     text: Tensor | None = None
+    captions: list[str] | None = None  # of a stream, whose text is not encoded beforehand
 
 
 class Pixels:

@@ -188,7 +188,7 @@ class StreamBatches(StepBatches):
 
     def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
         super().__init__()
-        self.data, self.image, _, self.label = _load(path, streaming=True)
+        self.data, self.image, self.text, self.label = _load(path, streaming=True)
         self.path, self.size, self.batch_size, self.seed, self.flip = (
             path,
             size,
@@ -217,10 +217,12 @@ class StreamBatches(StepBatches):
 
     def _decode(self, row: dict):
         try:
-            return _encoded(row[self.image], self.size), row[self.label] if self.label else -1
+            pixels = _encoded(row[self.image], self.size)
         except BadImage as error:
             log(f"warning: an image of hf:{self.path} is skipped: {error}")
             return None
+        caption = " ".join(str(row[self.text] or "").split()) if self.text else ""
+        return pixels, row[self.label] if self.label else -1, caption
 
     def _block(self, b: int) -> list[dict]:
         """Block b of the stream, up to BLOCK rows, images still encoded."""
@@ -238,7 +240,7 @@ class StreamBatches(StepBatches):
             self.blocks = {b: rows}
         return self.blocks[b]
 
-    def _sample(self, position: int) -> tuple[np.ndarray, int]:
+    def _sample(self, position: int) -> tuple[np.ndarray, int, str]:
         """The sample at a position of the endless sequence of epochs."""
         epoch, offset = divmod(position, self.length) if self.length else (0, position)
         b, place = divmod(offset, self.BLOCK)
@@ -255,12 +257,14 @@ class StreamBatches(StepBatches):
         rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]
         g = generator(self.seed, "flip", step)
         flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
-        return self._batch([(p[:, ::-1] if flip and self.flip else p, label)
-                            for (p, label), flip in zip(rows, flips)])  # fmt: skip
+        return self._batch([(p[:, ::-1] if flip and self.flip else p, *told)
+                            for (p, *told), flip in zip(rows, flips)])  # fmt: skip
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         return self._batch(self.first[low:high])
 
     def _batch(self, rows: list) -> Batch:
-        pixels = torch.from_numpy(np.stack([p for p, _ in rows])).permute(0, 3, 1, 2)
-        return Batch(pixels, torch.tensor([label for _, label in rows]))
+        images, labels, captions = zip(*rows)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        told = list(captions) if self.text else None
+        return Batch(pixels, torch.tensor(labels), captions=told)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import UserError
 from ..assemble import Parts, open_parts
 from ..config import Config
-from ..data.batches import Batch, move, open_batches
+from ..data.batches import Batch, move, open_batches, to_unit
 from ..data.datasets import digest
 from ..data.encoded import EncodedBatches, caption_embeddings, image_latents, weights_digest
 from ..latent import LatentPipeline
@@ -31,45 +31,45 @@ class LatentDiffusion(Diffusion):
     """A task as tasks.py describes it."""
 
     def __init__(self, config: Config, device: torch.device):
-        if config.streaming:
-            raise UserError(
-                "latents are computed once and kept: --mode latent takes no --streaming"
-            )
         self.config, self.device = config, device
         self.parts: Parts = open_parts(config, device)
         self.schedule = self.parts.schedule
         self.levels = self.schedule.to(device)
         source = open_batches(config)
-        if config.condition == "text" and source.pixels.images.captions is None:
+        if config.streaming:  # each batch is encoded when it comes
+            self.data, described = source, source.text is not None
+        else:
+            images = source.pixels.images
+            described = images.captions is not None
+            self.captions = images.captions if config.condition == "text" and described else None
+            self.data = EncodedBatches(
+                source.pixels, config.batch_size, config.seed, config.flip,
+                self._latents(source.pixels), *self._text(),
+            )  # fmt: skip
+        if config.condition == "text" and not described:
             raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
                             "each image, or give --default_caption")  # fmt: skip
-        self.captions = self._captions(source.pixels.images)
-        self.data = EncodedBatches(
-            source.pixels, config.batch_size, config.seed, config.flip,
-            self._latents(source.pixels), *self._text(),
-        )  # fmt: skip
-        self.prompts = self._prompts()
+        self.prompts = self._prompts() if config.condition == "text" else []
 
     # --- what is computed once
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The VAE's mean and log-variance; in float32 where others run in float16."""
+        dtype = self._vae_dtype()
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.parts.vae.encode(x)
+
+    def _vae_dtype(self) -> torch.dtype | None:
+        dtype = amp_dtype(self.config.amp, self.device)
+        return None if dtype == torch.float16 else dtype  # its activations overflow float16
 
     def _latents(self, pixels):
         vae, c = self.parts.vae, self.config
         side = c.image_size // vae.factor
-        dtype = amp_dtype(c.amp, self.device)
-        dtype = None if dtype == torch.float16 else dtype  # its activations overflow float16
-
-        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                return vae.encode(x)
-
-        key = f"{weights_digest(vae)} {dtype}"
+        key = f"{weights_digest(vae)} {self._vae_dtype()}"
         shape = (vae.config.latent_channels, side, side)
-        return image_latents(pixels, encode, key, shape, c.flip, Path(c.cache_dir), self.device,
-                             ENCODE_BATCH)  # fmt: skip
-
-    def _captions(self, images) -> list[str] | None:
-        """Each image's caption, or None where the network is told none."""
-        return images.captions if self.config.condition == "text" else None
+        return image_latents(pixels, self.encode, key, shape, c.flip, Path(c.cache_dir),
+                             self.device, ENCODE_BATCH)  # fmt: skip
 
     def _text(self) -> tuple:
         """What is told of each different caption, the empty one last; each image's number."""
@@ -93,10 +93,10 @@ class LatentDiffusion(Diffusion):
 
     def _prompts(self) -> list[str]:
         """Of the sample grids: the file's, or captions of held-out or training images."""
-        if self.captions is None:
-            return []
         if self.config.validation_prompts is not None:
             return read_prompts(Path(self.config.validation_prompts))
+        if self.config.streaming:
+            return [caption for _, _, caption in self.data.first]
         chosen = [*self.data.held_out, *self.data.train][: max(1, self.config.num_samples)]
         return [self.captions[i] for i in chosen]
 
@@ -131,16 +131,23 @@ class LatentDiffusion(Diffusion):
 
     def x0(self, batch: Batch, spread: Tensor | None = None) -> Tensor:
         """Scaled latents: drawn from the VAE's distribution, or its mean without noise."""
-        mean, logvar = move(batch.moments, self.device).float().unbind(1)
+        if batch.moments is None:
+            mean, logvar = (v.float() for v in self.encode(to_unit(batch.pixels, self.device)))
+        else:
+            mean, logvar = move(batch.moments, self.device).float().unbind(1)
         z = mean if spread is None else sample(mean, logvar, spread)
         return self.parts.vae.scale(z)
 
     def condition(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         if self.config.condition != "text":
             return super().condition(batch, hidden)
-        text = batch.text.clone()
-        text[hidden] = self.empty
-        text = move(text, self.device)
+        if batch.text is None:
+            told = ["" if hide else c for c, hide in zip(batch.captions, hidden.tolist())]
+            text = self.parts.text(told).clone()  # a clone may take part in backward
+        else:
+            text = batch.text.clone()
+            text[hidden] = self.empty
+        text = move(text, self.device) if text.device.type == "cpu" else text
         return text.float() if text.is_floating_point() else text
 
     def frames(self, model: nn.Module, indices):

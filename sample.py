@@ -59,8 +59,6 @@ def parse(args: list[str] | None = None):
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
-    if args.load_path is not None and args.sd_path is not None:
-        raise UserError("give either --load_path or --sd_path: both say which model draws")
     if args.mask is not None and args.init_image is None:
         raise UserError("--mask says what of an image stays: give --init_image as well")
     return args
@@ -117,7 +115,7 @@ def parameters(args, pipeline, index: int, image) -> str:
         "Steps": len(pipeline.table(args.sampler, args.steps)),
         "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.guidance_scale,
         "Seed": args.seed, "Image": index, "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": Path(args.sd_path or args.load_path or "results/model.pt").stem,
+        "Model": Path(args.load_path or args.sd_path or "results/model.pt").stem,
         "Clip skip": args.clip_skip, "Class": args.class_label,
         "Denoising strength": args.strength if args.init_image else None,
     }  # fmt: skip

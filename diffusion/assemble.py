@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import UserError
 from .config import Config
+from .distributed import log
 from .latent import LatentPipeline, TextEncoder, TextIds
 from .models.clip import CLIPTextModel
 from .models.sd_config import CLIPTextConfig, UNetConfig
@@ -128,7 +129,7 @@ def text_config(config: Config, tokenizer: Tokenizer) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def open_parts(config: Config, device: torch.device, report=None) -> Parts:
+def open_parts(config: Config, device: torch.device) -> Parts:
     """What the configuration of a latent model names. Raises UserError for what does not fit."""
     if config.sd_path is not None:
         return sd_parts(config, device)
@@ -151,8 +152,8 @@ def open_parts(config: Config, device: torch.device, report=None) -> Parts:
 
 
 def sd_parts(config: Config, device: torch.device, weights: str = "ema",
-             vae: str | None = None) -> Parts:  # fmt: skip
-    """Stable Diffusion's, in float32. vae: another one than its own."""
+             vae: str | None = None, unet: bool = True) -> Parts:  # fmt: skip
+    """Stable Diffusion's, VAE and text encoder in float32. vae: another one than its own."""
     sd = load_sd(config.sd_path, config.sd_config, weights)
     kind = sd.scheduler["prediction_type"]
     if kind not in OBJECTIVES:
@@ -168,11 +169,11 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     own = sd.vae if vae is None else load_vae(vae)
     layout = torch.channels_last
     text = TextEncoder(sd.tokenizer, sd.text_encoder.float().to(device), config.clip_skip)
-    parts = Parts(config, device, own.float().to(device).to(memory_format=layout),
-                  schedule_of(sd.scheduler), sd.scheduler, text,
-                  sd.unet.to(device).to(memory_format=layout))  # fmt: skip
-    parts.report = sd.report
-    return parts
+    own = own.float().to(device).to(memory_format=layout)
+    network = sd.unet.to(device).to(memory_format=layout) if unet else None
+    for line in sd.report:
+        log(line)
+    return Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
 
 
 def load_vae(path: str) -> AutoencoderKL:
@@ -197,16 +198,27 @@ def load_vae(path: str) -> AutoencoderKL:
     return fit(model, {k.removeprefix("vae."): v for k, v in tensors.items()}, str(file))
 
 
-def load_latent(path: Path, weights: str, device: torch.device, *, sd_path: str | None = None,
-                vae: str | None = None, **options) -> LatentPipeline:  # fmt: skip
+def load_latent(
+    path: Path, weights: str, device: torch.device, *, sd_path: str | None = None,
+    sd_config: str | None = None, vae: str | None = None, clip_skip: int | None = None, **options,
+) -> LatentPipeline:  # fmt: skip
     """A latent model that was trained here. sd_path, vae: where those that it needs are now."""
     tensors, config, metadata = load_weights(path, weights)
-    changed = {k: v for k, v in {"sd_path": sd_path, "vae": vae}.items() if v is not None}
-    config = dataclasses.replace(config, **changed)
+    foreign = config.sd_path is not None
+    new = {"vae": vae}
+    if foreign:
+        new = {"sd_path": sd_path, "sd_config": sd_config, "clip_skip": clip_skip}
+    given = {"--sd_path": sd_path, "--config": sd_config, "--clip_skip": clip_skip}
+    if not foreign and (useless := [k for k, v in given.items() if v is not None]):
+        raise UserError(f"{path} was trained from scratch: {', '.join(useless)} have no meaning")
+    config = dataclasses.replace(config, **{k: v for k, v in new.items() if v is not None})
     try:
-        parts = open_parts(config, device)
+        if foreign:
+            parts = sd_parts(config, device, vae=vae, unet=False)
+        else:
+            parts = open_parts(config, device)
     except UserError as error:
-        needed = "--sd_path" if config.sd_path is not None else "--vae"
+        needed = "--sd_path" if foreign else "--vae"
         raise UserError(f"{error}; {path} was trained with it: say with {needed} where it is "
                         "now") from None  # fmt: skip
     networks = metadata["networks"]
@@ -234,7 +246,8 @@ def open_pipeline(
     path = Path("results/model.pt" if load_path is None else load_path)
     mode = load_weights(path, weights)[1].mode
     if mode == "latent":
-        return load_latent(path, weights, device, sd_path=sd_path, vae=vae, **options)
+        return load_latent(path, weights, device, sd_path=sd_path, sd_config=config, vae=vae,
+                           clip_skip=clip_skip, **options)  # fmt: skip
     if mode == "vae":
         raise UserError(f"{path} is a VAE, which draws nothing by itself: train a model on its "
                         f"latents, python train.py --mode latent --vae {path.parent}")  # fmt: skip

@@ -150,7 +150,9 @@ class LatentPipeline(Pipeline):
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Tensor:
-        return self._vae(partial(self.vae.decode, tile=self.tile), self.vae.unscale(x)).float()
+        # large images one by one: a batch of them would need gigabytes
+        options = {"tile": self.tile, "slicing": self.height * self.width >= 512**2}
+        return self._vae(partial(self.vae.decode, **options), self.vae.unscale(x)).float()
 
     def _vae(self, function, x: Tensor):
         weight: nn.Parameter = next(self.vae.parameters())

@@ -350,6 +350,26 @@ def test_a_model_that_has_moved(latent, vae, tmp_path):
     with pytest.raises(UserError, match="say with --vae where it is now"):
         load_latent(model, "ema", CPU)
     assert load_latent(model, "ema", CPU, vae=str(tmp_path / "moved")).shape == (3, 8, 8)
+    with pytest.raises(UserError, match="--clip_skip have no meaning"):
+        load_latent(model, "ema", CPU, clip_skip=2)
+
+
+def test_another_vae_for_a_fine_tuned_model(latent, sd_folder, tmp_path):
+    train(Config(**latent | options_of(sd_folder) | dict(train_steps=2)))
+    model = tmp_path / "run" / "model.pt"
+    made = load_latent(model, "ema", CPU, vae=sd_folder, clip_skip=2)
+    same(made.vae.state_dict(), load_latent(model, "ema", CPU).vae.state_dict())
+    assert made.text.skip == 2
+    with pytest.raises(UserError, match="say with --sd_path where it is now"):
+        load_latent(model, "ema", CPU, sd_path=str(tmp_path / "nowhere"))
+
+
+def test_perceptual_loss_is_told_where_its_weights_are_missing(tiny, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="pip install lpips|could not load its network"):
+        Autoencoding(
+            Config(**tiny | dict(mode="vae", condition="none", perceptual_weight=0.1)), CPU
+        )
 
 
 def test_mistakes(latent, tiny, tmp_path, vae):  # noqa: F811

@@ -21,11 +21,13 @@ from diffusion.weights import loader
 pytestmark = pytest.mark.slow
 
 LOAD = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
 from diffusion.weights import loader
-rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def rss():  # the most so far; getrusage would count the parent's
+    line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 before, began = rss(), time.perf_counter()
 sd = loader.load_sd(sys.argv[2], config=sys.argv[3])
 seconds = time.perf_counter() - began
@@ -70,7 +72,7 @@ def test_loading_is_lean(files, kind):
     print(
         f"{files[kind].name}: {found['seconds']:.1f} s, peak {found['peak'] / size:.2f} of the file"
     )
-    assert found["peak"] <= 1.2 * size
+    assert 0.9 * size <= found["peak"] <= 1.2 * size
 
 
 def test_a_guidance_step_is_not_slower_than_diffusers():

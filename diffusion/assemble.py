@@ -137,9 +137,6 @@ def open_parts(config: Config, device: torch.device) -> Parts:
         raise UserError("--mode latent needs latents: give --sd_path, or the --vae of a model from "
                         "scratch (python train.py --mode vae)")  # fmt: skip
     vae = load_vae(config.vae).to(device).to(memory_format=torch.channels_last)
-    if config.image_size % vae.factor:
-        raise UserError(f"image_size {config.image_size} is no multiple of {vae.factor}, what this "
-                        "VAE divides it by")  # fmt: skip
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
     parts = Parts(config, device, vae, schedule)
     if config.condition == "text":

@@ -33,23 +33,27 @@ class LatentDiffusion(Diffusion):
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.parts: Parts = open_parts(config, device)
+        if config.image_size % (f := self.parts.vae.factor):
+            raise UserError(f"image_size {config.image_size} is no multiple of {f}, what this VAE "
+                            "divides it by")  # fmt: skip
         self.schedule = self.parts.schedule
         self.levels = self.schedule.to(device)
         source = open_batches(config)
-        if config.streaming:  # each batch is encoded when it comes
-            self.data, described = source, source.text is not None
-        else:
-            images = source.pixels.images
-            described = images.captions is not None
-            self.captions = images.captions if config.condition == "text" and described else None
+        images = None if config.streaming else source.pixels.images
+        described = source.text if config.streaming else images.captions
+        if config.condition == "text" and described is None:
+            raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
+                            "each image, or give --default_caption")  # fmt: skip
+        prompts = config.validation_prompts
+        prompts = None if prompts is None else read_prompts(Path(prompts))
+        self.captions, self.data = None, source
+        if not config.streaming:  # a stream's batches are encoded when they come
+            self.captions = images.captions if config.condition == "text" else None
             self.data = EncodedBatches(
                 source.pixels, config.batch_size, config.seed, config.flip,
                 self._latents(source.pixels), *self._text(),
             )  # fmt: skip
-        if config.condition == "text" and not described:
-            raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
-                            "each image, or give --default_caption")  # fmt: skip
-        self.prompts = self._prompts() if config.condition == "text" else []
+        self.prompts = self._captions_shown() if prompts is None else prompts
 
     # --- what is computed once
 
@@ -91,10 +95,10 @@ class LatentDiffusion(Diffusion):
         self.empty = torch.from_numpy(text[np.array([len(every) - 1])])[0]
         return text, text_of
 
-    def _prompts(self) -> list[str]:
-        """Of the sample grids: the file's, or captions of held-out or training images."""
-        if self.config.validation_prompts is not None:
-            return read_prompts(Path(self.config.validation_prompts))
+    def _captions_shown(self) -> list[str]:
+        """Prompts of the sample grids where none are given: of held-out or training images."""
+        if self.config.condition != "text":
+            return []
         if self.config.streaming:
             return [caption for _, _, caption in self.data.first]
         chosen = [*self.data.held_out, *self.data.train][: max(1, self.config.num_samples)]

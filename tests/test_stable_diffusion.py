@@ -150,6 +150,14 @@ def test_single_file_round_trip(theirs, tmp_path):
     for part in ("unet", "vae", "text_encoder"):
         a, b = (getattr(x, part).state_dict() for x in (sd, ours))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    again = diffusers.StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "model.safetensors"), config=str(folder), local_files_only=True,
+        safety_checker=None,
+    )  # fmt: skip
+    again.set_progress_bar_config(disable=True)
+    eps = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    a, b = (their_latents(p, "ddim", eps, 3, prompt=["a fox"]) for p in (pipeline, again))
+    assert_close(a, b, rtol=0, atol=1e-6)
     theirs_unet = diffusers.UNet2DConditionModel.from_single_file(
         str(tmp_path / "model.safetensors"), config=str(folder), subfolder="unet", local_files_only=True
     )  # fmt: skip

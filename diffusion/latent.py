@@ -128,7 +128,7 @@ class LatentPipeline(Pipeline):
 
     def told(self, prompts: Sequence[str], chunks: int) -> Tensor:
         """What the network takes beside x and t, for these prompts."""
-        return self.text(prompts, chunks)
+        return self.text(prompts, chunks).to(self.device)
 
     def autocast(self, amp: str):
         """The network under mixed precision, or in its own where that is not float32."""

@@ -31,6 +31,7 @@ def parse(args: list[str] | None = None):
     add("--seed", type=int, default=0, metavar="N", help="image i of a seed is always the same")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    add("--cuda_graph", default="auto", choices=("auto", "on", "off"), help="launch each step as a whole; auto: on GPUs")
     add("--save_folder", default="results", metavar="FOLDER", help="for images/ and grid.png")
 
     add = parser.add_argument_group("latent models").add_argument
@@ -130,6 +131,8 @@ def main() -> None:
     from diffusion.evaluation.viz import grid, save_png, to_uint8
 
     device = dist.setup(args.device)
+    if args.cuda_graph == "on" and device.type != "cuda":
+        raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
     pipeline = open_pipeline(
         args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
         vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,
@@ -141,6 +144,9 @@ def main() -> None:
     def settings(indices) -> dict:
         same = ("seed", "sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale", "amp")  # fmt: skip
         chosen = {name: getattr(args, name) for name in same}
+        chosen["cuda_graph"] = (
+            args.cuda_graph == "on" or args.cuda_graph == "auto" and device.type == "cuda"
+        )
         chosen["labels"] = pipeline.labels(args.class_label, indices)
         if args.prompt:
             chosen["prompts"] = [args.prompt[i % len(args.prompt)] for i in indices]

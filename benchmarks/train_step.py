@@ -28,6 +28,8 @@ from diffusion.models.unet import UNet  # noqa: E402
 from diffusion.process.gaussian import training_loss  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.training.ema import EMA  # noqa: E402
+from diffusion.training.optimizer import AdamW  # noqa: E402
+from diffusion.training.steps import clip_factor  # noqa: E402
 
 
 def forward_flops(model, size: int) -> int:
@@ -52,7 +54,7 @@ def our_step(args, dim: int, device):
     torch.manual_seed(0)
     model = UNet(dim, args.mults).to(device, memory_format=torch.channels_last)
     levels = make_schedule("cosine", 1000).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99), fused=True)
+    optimizer = AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99))
     ema, n = EMA(model, 0.9999), [0]
     x0, eps = (torch.randn(args.batch_size, 3, args.size, args.size, device=device)
                .contiguous(memory_format=torch.channels_last) for _ in range(2))  # fmt: skip
@@ -62,9 +64,10 @@ def our_step(args, dim: int, device):
         with torch.autocast(device.type, torch.bfloat16):
             loss = training_loss(model, levels, "v", x0, t, eps).mean()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        gradients = optimizer.take_gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
         ok = torch.isfinite(norm)
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, norm)
+        torch._foreach_mul_(gradients, clip_factor(norm, 1.0))
         optimizer.found_inf = (~ok).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

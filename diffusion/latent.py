@@ -110,7 +110,7 @@ class LatentPipeline(Pipeline):
         guidance_rescale: float = 0.0, prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None, batched: bool = True,
     ):  # fmt: skip
-        """(x, t) -> the network's output, for n images with a prompt each."""
+        """(x, t, *inputs) -> the network's output, for n images with a prompt each; the inputs."""
         if self.text is None:
             other = {} if prompts is None else {"prompts": prompts}
             return super().denoiser(
@@ -122,9 +122,9 @@ class LatentPipeline(Pipeline):
         negative = [""] * n if negative_prompts is None else list(negative_prompts)
         chunks = self.text.chunks([*prompts, *negative])
         model = self.autocast(amp)
-        cond = self.told(prompts, chunks)
-        uncond = self.told(negative, chunks) if guidance_scale != 1 else None
-        return guided(model, cond, uncond, guidance_scale, guidance_rescale, batched)
+        told = [prompts] if guidance_scale == 1 else [prompts, negative]
+        inputs = tuple(self.told(texts, chunks) for texts in told)
+        return guided(model, guidance_scale, guidance_rescale, batched), inputs
 
     def told(self, prompts: Sequence[str], chunks: int) -> Tensor:
         """What the network takes beside x and t, for these prompts."""

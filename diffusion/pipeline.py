@@ -7,6 +7,7 @@ images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from . import UserError
 from .config import Config
+from .models.conv import folded
 from .models.unet import UNet
+from .process.graph import Graphs
 from .process.samplers import Inpaint, Table, guided, make_table, sample_loop
 from .process.schedule import Schedule, make_schedule
 from .seeding import ImageNoise
@@ -57,6 +60,7 @@ class Pipeline:
     schedule: Schedule
     classes: list[str] = field(default_factory=list)
     device: torch.device = torch.device("cpu")
+    graphs: Graphs = field(default_factory=Graphs, repr=False)
     clip = True  # x0 is known to lie in [-1, 1]
 
     @classmethod
@@ -91,7 +95,7 @@ class Pipeline:
         self, indices, *, seed: int = 0, sampler: str = "ddim", steps: int | None = None,
         eta: float | None = None, spacing: str | None = None, amp: str = "auto",
         eps: Tensor | None = None, init: Tensor | None = None, strength: float = 1.0,
-        mask: Tensor | None = None, **told,
+        mask: Tensor | None = None, cuda_graph: bool = False, **told,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
@@ -99,6 +103,8 @@ class Pipeline:
         50, or all of a shorter schedule. eps: the noise to start from instead, (B, C, H, W).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
         (arXiv:2108.01073); with a mask (B, 1, H, W) it stays where the mask is 0.
+        cuda_graph: each step is one launch, captured at the first call with its settings; the
+        network is then as it was at that call.
         told: what the network is told, see `denoiser`.
         Raises ValueError for settings that do not go together.
         """
@@ -113,15 +119,19 @@ class Pipeline:
             x = alpha * init.to(self.device) + sigma * eps
             if mask is not None:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
-        denoise = self.denoiser(len(x), amp, **told)
-        return sample_loop(denoise, x, table, self.config.objective, noise=draw, clip=self.clip,
-                           inpaint=inpaint)  # fmt: skip
+        denoise, inputs = self.denoiser(len(x), amp, **told)
+        capture = None
+        if cuda_graph:
+            settings = {k: v for k, v in told.items() if isinstance(v, (bool, int, float))}
+            capture = partial(self.graphs.wrap, key=(amp, *sorted(settings.items())))
+        return sample_loop(denoise, x, table, self.config.objective, told=inputs, noise=draw,
+                           clip=self.clip, inpaint=inpaint, capture=capture)  # fmt: skip
 
     def denoiser(
         self, n: int, amp: str, labels: Tensor | None = None, guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0, batched: bool = True, **other,
     ):  # fmt: skip
-        """(x, t) -> the network's output, for n images.
+        """(x, t, *inputs) -> the network's output, for n images; and the inputs.
 
         labels: (n,) int64, the null label where there is none; None means no label at all.
         batched: guidance evaluates both in one call; else in two, in half the memory.
@@ -133,12 +143,12 @@ class Pipeline:
             if labels is not None or guidance_scale != 1:
                 raise UserError("this model was trained without --condition class: it takes no "
                                 "class label and no guidance")  # fmt: skip
-            return model
+            return model, ()
         if labels is None and guidance_scale != 1:
             raise UserError("guidance leads towards a class: give a class label with it")
         null = torch.full((n,), self.model.null_label, device=self.device)
         labels = null if labels is None else labels.to(self.device)
-        return guided(model, labels, null, guidance_scale, guidance_rescale, batched)
+        return guided(model, guidance_scale, guidance_rescale, batched), (labels, null)
 
     def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
         """What `frames` runs."""
@@ -184,9 +194,10 @@ class Pipeline:
     def autocast(self, amp: str):
         """The network as a function (x, t, labels=None) under mixed precision."""
         dtype = amp_dtype(amp, self.device)
+        network = folded(self.model, dtype)
 
         def call(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                return self.model(x, t, labels)
+                return network(x, t, labels)
 
         return call

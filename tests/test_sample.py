@@ -18,6 +18,7 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.evaluation import viz
 from diffusion.pipeline import Pipeline, amp_dtype, build_model
+from diffusion.process import graph
 from diffusion.seeding import ImageNoise
 from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
@@ -254,6 +255,52 @@ def test_amp_choices():
 def test_null_label_is_beyond_the_classes():
     assert build_model(Config(condition="class"), 7).null_label == 7
     assert build_model(Config(), 7).label is None
+
+
+def test_graphs_are_captured_once_and_used_again(model, monkeypatch):
+    """With a stand-in for the capture: frames of equal settings and shapes share one."""
+    captured = []
+
+    class Recorded:
+        def __init__(self, function, inputs):
+            captured.append(function)
+            self.function = function
+
+        def __call__(self, *inputs):
+            return self.function(*inputs)
+
+    monkeypatch.setattr(graph, "Graph", Recorded)
+    plain, pipeline = Pipeline.load(model), Pipeline.load(model)
+    options = dict(sampler="dpmpp_2m_sde", steps=4, labels=torch.tensor([1, 0, 2]))
+    for seed, scale, count in ((0, 1.0, 1), (1, 1.0, 1), (1, 3.0, 2), (2, 3.0, 2)):
+        options |= dict(seed=seed, guidance_scale=scale)
+        got = pipeline.sample(range(3), cuda_graph=True, **options)
+        assert torch.equal(got, plain.sample(range(3), **options))
+        assert len(captured) == count
+    options["labels"] = options["labels"][:2]
+    pipeline.sample(range(2), cuda_graph=True, **options)
+    assert len(captured) == 3
+
+
+def test_graphs_need_cuda(model, call, tmp_path):
+    with pytest.raises(ValueError, match="CUDA device"):
+        Pipeline.load(model).sample([0], cuda_graph=True)
+    with pytest.raises(UserError, match="--cuda_graph on needs"):
+        call(*arguments(model, tmp_path / "s"), "--cuda_graph", "on")
+
+
+@pytest.mark.gpu
+def test_gpu_graphs_draw_the_same_pictures(model):
+    pipeline = Pipeline.load(model, device="cuda")
+    for sampler in ("ddim", "ddpm", "dpmpp_2m_sde"):
+        for amp in ("no", "auto"):
+            for seed, n in ((0, 4), (1, 4), (2, 3)):
+                options = dict(sampler=sampler, amp=amp, seed=seed, steps=10)
+                eager, graph = (
+                    pipeline.sample(range(n), cuda_graph=g, **options) for g in (False, True)
+                )
+                assert (eager - graph).abs().max() * 127.5 < 1, (sampler, amp, seed)
+    assert len(pipeline.graphs.graphs) == 4
 
 
 @pytest.mark.gpu

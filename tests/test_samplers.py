@@ -270,11 +270,12 @@ def test_guidance_scale_one_is_conditional(x):
         return x * cond.view(-1, 1, 1, 1)
 
     cond, uncond, t = torch.full((4,), 2.0), torch.full((4,), 0.5), torch.zeros(4)
-    assert_close(guided(model, cond, uncond, 1.0)(x, t), 2 * x)
-    assert_close(guided(model, cond, uncond, 0.0)(x, t), 0.5 * x)
-    assert_close(guided(model, cond, uncond, 3.0)(x, t), (0.5 + 3 * 1.5) * x)
-    assert calls == [4, 8, 8]
-    rescaled = guided(model, cond, uncond, 3.0, rescale=1.0)(x, t)
+    assert_close(guided(model, 1.0)(x, t, cond), 2 * x)
+    assert_close(guided(model, 0.0)(x, t, cond, uncond), 0.5 * x)
+    assert_close(guided(model, 3.0)(x, t, cond, uncond), (0.5 + 3 * 1.5) * x)
+    assert_close(guided(model, 3.0, batched=False)(x, t, cond, uncond), (0.5 + 3 * 1.5) * x)
+    assert calls == [4, 8, 8, 4, 4]
+    rescaled = guided(model, 3.0, rescale=1.0)(x, t, cond, uncond)
     assert_close(rescaled.std((1, 2, 3)), (2 * x).std((1, 2, 3)))
 
 
@@ -314,15 +315,28 @@ def test_step_reads_nothing_and_compiles_whole(x):
             assert "local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
             return func(*args, **(kwargs or {}))
 
+    from diffusion.models.conv import folded
     from diffusion.models.unet import UNet
 
-    unet = UNet(8, (1, 2), heads=2).eval()
+    unet = UNet(8, (1, 2), heads=2, num_classes=1).eval()
+    torch.nn.init.normal_(unet.out.weight)
     k = torch.cat(
         [torch.ones(2), make_table(make_schedule("linear", 100), "ddim", 10).rows[3].float()]
     )
-    args = (x.float(), torch.zeros(4, 3, 4, 4), torch.zeros(4, 3, 4, 4), torch.zeros(4), k, True)
-    with torch.inference_mode(), NoReads():
-        eager = samplers.step(unet, *args)
-    whole = torch.compile(samplers.step, fullgraph=True, backend="eager")
-    with torch.inference_mode():
-        assert_close(whole(unet, *args), eager)
+    zeros = torch.zeros(4, 3, 4, 4)
+    args = (
+        True,
+        x.float(),
+        zeros,
+        zeros,
+        torch.zeros(4),
+        k,
+        torch.zeros(4, dtype=torch.long),
+        torch.ones(4, dtype=torch.long),
+    )
+    for network in (guided(unet, 3.0, 0.7), guided(folded(unet), 3.0)):
+        with torch.inference_mode(), NoReads():
+            eager = samplers.step(network, *args)
+        whole = torch.compile(samplers.step, fullgraph=True, backend="eager")
+        with torch.inference_mode():
+            assert_close(whole(network, *args), eager)

@@ -1,5 +1,6 @@
 """Training as a user runs it: what it writes, how it stops, resumes, splits and fails."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ from diffusion.config import Config
 from diffusion.pipeline import build_model
 from diffusion.training import steps, tasks
 from diffusion.training.ema import EMA
+from diffusion.training.optimizer import AdamW, flat
 from diffusion.training.steps import Share, draw, learning_rate, rank_share, total_steps
 from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
@@ -486,7 +488,7 @@ def test_ten_nonfinite_steps_in_a_row_stop_the_run(tiny, tmp_path, monkeypatch):
 
 def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
     norms = []
-    real = torch.optim.AdamW.step
+    real = AdamW.step
 
     def step(self, *a, **k):
         norms.append(
@@ -494,9 +496,41 @@ def test_gradient_clipping_bounds_the_norm(tiny, tmp_path, monkeypatch):
         )
         return real(self, *a, **k)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     train(Config(**tiny | dict(grad_clip=0.01, train_steps=5)))
     assert_close(torch.stack(norms), torch.full((5,), 0.01), rtol=1e-3, atol=0)
+
+
+def test_adamw_is_torchs():
+    """On weights of every layout; also after moments were saved in the shape of the weights."""
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (6, 5), (7,), (4, 4, 1, 1), (3, 1, 3, 3), ()]
+    start = [torch.randn(s) for s in shapes]
+    start[0] = start[0].contiguous(memory_format=torch.channels_last)
+    start[1] = start[1].T.contiguous().T
+    ours, theirs = ([w.clone().requires_grad_() for w in start] for _ in range(2))
+    optimizers = (
+        AdamW(ours, 0.1, weight_decay=0.1),
+        torch.optim.AdamW(theirs, 0.1, weight_decay=0.1),
+    )
+
+    def steps(n):
+        for _ in range(n):
+            for a, b in zip(ours, theirs):
+                a.grad, b.grad = (torch.randn(a.shape).contiguous(),) * 2
+            optimizers[0].take_gradients()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    steps(3)
+    assert_close(ours, theirs)
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    steps(1)
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    steps(1)
+    assert_close(ours, theirs)
+    assert flat(ours[0], ours[0]).data_ptr() == ours[0].data_ptr()
 
 
 def test_heldout_loss_is_fixed(tiny, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.models.unet import GroupNorm, LinearAttention, TimeEmbedding, UNet, WSConv2d
+from diffusion.models.conv import Conv3x3, WSConv3x3, folded
+from diffusion.models.unet import GroupNorm, LinearAttention, TimeEmbedding, UNet
 
 
 def small(**options) -> UNet:
@@ -60,7 +61,7 @@ def test_time_and_labels_matter():
 
 
 def test_weight_standardisation():
-    conv = WSConv2d(64, 32, 3, padding=1)
+    conv = WSConv3x3(64, 32)
     with torch.no_grad():
         conv.weight.mul_(7).add_(3)  # it forgets mean and scale
     x = torch.randn(8, 64, 16, 16)
@@ -78,7 +79,7 @@ def test_weight_standardisation():
 def test_standardised_weights_do_not_depend_on_autocast(layout):
     """The same function under bf16: only rounding differs (lucidrains' eps changed with it)."""
     torch.manual_seed(0)
-    conv = WSConv2d(256, 32, 3, padding=1).to(memory_format=layout)
+    conv = WSConv3x3(256, 32).to(memory_format=layout)
     x = torch.randn(2, 256, 8, 8)
     full = conv(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,6 +87,33 @@ def test_standardised_weights_do_not_depend_on_autocast(layout):
     assert half.dtype == torch.bfloat16
     assert_close(half.float().std(), full.std(), rtol=0.01, atol=0)
     assert_close(half.float(), full, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("size, dim", [((4, 4), 256), ((2, 3), 160), ((16, 16), 64)])
+def test_convolution_is_torchs(size, dim):
+    """By patches (the first two) or not, with gradients."""
+    torch.manual_seed(0)
+    conv = Conv3x3(8, dim).to(memory_format=torch.channels_last).double()
+    x, y = (torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y.data.copy_(x.data)
+    w, b = (p.detach().clone().requires_grad_() for p in conv.parameters())
+    g = torch.randn(2, dim, *size, dtype=torch.float64)
+    conv(x).backward(g)
+    torch.nn.functional.conv2d(y, w, b, padding=1).backward(g)
+    assert_close([x.grad, conv.weight.grad, conv.bias.grad], [y.grad, w.grad, b.grad])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_folded_is_the_same_function(dtype):
+    model, x, t = small().eval(), torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
+    ready = folded(model, dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        assert torch.equal(ready(x, t), model(x, t))
+        assert not any(isinstance(m, WSConv3x3) for m in ready.modules())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    if dtype is None:
+        shared = {id(p) for p in model.parameters()} & {id(p) for p in ready.parameters()}
+        assert len(shared) > len(list(model.parameters())) // 2
 
 
 def test_under_autocast_the_network_stays_close():

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import Conv3x3
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Softmax attention of several heads: q (B, N, C), k and v (B, M, C) -> (B, N, C)."""
@@ -69,30 +71,6 @@ class AttnBlock(Attention):
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """SiLU of the norm; in place in inference: half the time for the wide levels of the VAE."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps the size, with a detour for inference on a CPU.
-
-    There torch copies the weights into the kernel's own order at every call, which for wide layers
-    on small images takes longer than to convolve. A matrix product of 3x3 patches takes
-    channels_last weights as they are: (2, 1280, 8, 8) in 8 ms instead of 20, (2, 2560, 16, 16) in
-    45 instead of 84.
-    """
-
-    def __init__(self, dim_in: int, dim_out: int):
-        super().__init__(dim_in, dim_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, _, H, W = x.shape
-        detour = x.device.type == "cpu" and H * W <= 256 and self.out_channels >= 1024
-        detour = detour and self.weight.is_contiguous(memory_format=torch.channels_last)
-        if not detour or torch.is_grad_enabled():
-            return super().forward(x)
-        h = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        patches = torch.cat([h[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], 3)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view
-        return F.linear(patches, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class ResnetBlock2D(nn.Module):

@@ -16,29 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-class WSConv2d(nn.Conv2d):
-    """A convolution with standardised weights (arXiv:1903.10520).
-
-    Each filter has mean 0 and variance 1 / fan_in, so that activations keep their scale: without
-    the gain a 3x3 convolution of 512 channels multiplies it by 68 and float16 overflows. One eps
-    for all dtypes, and float32 throughout: the function does not change under autocast.
-    """
-
-    def reset_parameters(self) -> None:
-        """The weights' own scale cancels, but says how far a step of Adam turns them: the same
-        for all widths, and fast enough for a learning rate of 1e-3."""
-        nn.init.normal_(self.weight, std=0.01)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.float().permute(0, 2, 3, 1)  # no copy where weights are channels_last
-        fan_in = w[0].numel()
-        flat = F.layer_norm(w.flatten(1), (fan_in,), eps=1e-5 / fan_in) * fan_in**-0.5
-        w = flat.view(w.shape).permute(0, 3, 1, 2)
-        return self._conv_forward(x, w.to(x.dtype), self.bias)
-
+from .conv import WSConv3x3
 
 SILU_GAIN = 1.68  # 1 / sqrt(E[silu(z)^2]), z standard normal
 
@@ -73,7 +51,7 @@ class Block(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
-        self.conv = WSConv2d(dim_in, dim_out, 3, padding=1, bias=False)  # the norm has a bias
+        self.conv = WSConv3x3(dim_in, dim_out, bias=False)  # the norm has a bias
         self.norm = GroupNorm(dim_out)
 
     def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:

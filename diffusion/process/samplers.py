@@ -135,20 +135,22 @@ def start_row(steps: int, strength: float) -> int:
 # --- guidance ------------------------------------------------------------------------------------
 
 
-def guided(model, cond, uncond, scale: float, rescale: float = 0.0, batched: bool = True):
-    """A denoiser (x_t, t) -> out with classifier-free guidance; scale 1 means none.
+def guided(model, scale: float, rescale: float = 0.0, batched: bool = True):
+    """A denoiser (x_t, t, cond, uncond) -> out with classifier-free guidance.
+
+    Scale 1 means none; uncond is not needed then.
 
     out = uncond + scale (cond - uncond), arXiv:2207.12598 eq. 6 with scale = 1 + w; then its
     standard deviation is drawn towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
     batched: one call of the model with both, or two calls in half the memory.
     """
     if scale == 1:
-        return lambda x, t: model(x, t, cond)
-    both = torch.cat([cond, uncond]) if batched else None
+        return lambda x, t, cond, uncond=None: model(x, t, cond)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         if batched:
-            out_c, out_u = model(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+            twice = (torch.cat(pair) for pair in ((x, x), (t, t), (cond, uncond)))
+            out_c, out_u = model(*twice).float().chunk(2)
         else:
             out_c, out_u = (model(x, t, told).float() for told in (cond, uncond))
         out = out_u + scale * (out_c - out_u)
@@ -179,10 +181,12 @@ class Inpaint:
         return self.mask * x + (1 - self.mask) * known
 
 
-def step(denoise, x: Tensor, x0_prev: Tensor, noise: Tensor, t: Tensor, k: Tensor, clip: bool):
+def step(
+    denoise, clip: bool, x: Tensor, x0_prev: Tensor, noise: Tensor, t: Tensor, k: Tensor, *told
+) -> tuple[Tensor, Tensor]:
     """One row. k: (6,) = c_x c_out k_x k_x0 k_prev k_eps on the device. Returns x_s and x0."""
     c_x, c_out, k_x, k_x0, k_prev, k_eps = k
-    x0 = c_x * x + c_out * denoise(x, t).float()
+    x0 = c_x * x + c_out * denoise(x, t, *told).float()
     if clip:
         x0 = x0.clamp(-1, 1)
     return k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * noise, x0
@@ -190,13 +194,15 @@ def step(denoise, x: Tensor, x0_prev: Tensor, noise: Tensor, t: Tensor, k: Tenso
 
 @torch.inference_mode()
 def sample_loop(
-    denoise, x: Tensor, table: Table, objective: str, *,
+    denoise, x: Tensor, table: Table, objective: str, *, told: tuple[Tensor, ...] = (),
     noise: Callable[[], Tensor] | None = None, clip: bool = True, inpaint: Inpaint | None = None,
+    capture: Callable | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Run a table from x at its first level; yields (x_s, x0) after each row.
 
-    denoise(x, t): x (B, C, H, W) and t (B,) float32 to the network's output, (B, C, H, W).
+    denoise(x, t, *told): x (B, C, H, W) and t (B,) float32 to the network's output, (B, C, H, W).
     noise(): fresh (B, C, H, W) noise on x's device; needed by stochastic tables only.
+    capture: makes of the step, a function of tensors, one that does the same (graph.py).
     Raises ValueError if the objective cannot start at the table's level or noise is missing.
     """
     alpha, sigma = table.levels.T
@@ -209,11 +215,13 @@ def sample_loop(
     k = torch.cat([torch.stack(x0_coefficients(objective, alpha, sigma), 1)[:-1], table.rows], 1)
     k, levels, t = (v.to(x.device, torch.float32) for v in (k, table.levels, table.t))
     x0, zero = torch.zeros_like(x), torch.zeros_like(x)
+    row = partial(step, denoise, clip)
+    row = row if capture is None else capture(row)
     if inpaint is not None:
         x = inpaint.blend(x, *levels[0])
     for i in range(len(table)):
         eps = noise() if random[i] else zero
-        x, x0 = step(denoise, x, x0, eps, t[i].expand(len(x)), k[i], clip)
+        x, x0 = row(x, x0, eps, t[i].expand(len(x)), k[i], *told)
         if inpaint is not None:
             # the image itself stays in the end, also where the last row leaves some noise
             x = inpaint.blend(x, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))

@@ -52,6 +52,11 @@ def draw(
     return t, eps.contiguous(memory_format=torch.channels_last), hidden
 
 
+def clip_factor(norm: Tensor, most: float) -> Tensor:
+    """(): what gradients of this norm are multiplied with, so that it is at most `most`."""
+    return (most / (norm + 1e-6)).clamp(max=1)
+
+
 def learning_rate(config: Config, step: int, total: int) -> float:
     """Of the update that leads from `step` to step + 1: warm-up, then the schedule down to 0."""
     warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))

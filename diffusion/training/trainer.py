@@ -26,8 +26,9 @@ from .autoencoder import Autoencoding
 from .ema import EMA
 from .fid import Fid
 from .latents import LatentDiffusion
+from .optimizer import AdamW
 from .run import RunLog, claim, clear, import_wandb, logged, resume, write_weights
-from .steps import Share, Tally, learning_rate, rank_share, total_steps
+from .steps import Share, Tally, clip_factor, learning_rate, rank_share, total_steps
 from .tasks import Diffusion
 
 TASKS = {"pixel": Diffusion, "latent": LatentDiffusion, "vae": Autoencoding}
@@ -58,8 +59,8 @@ def train(config: Config) -> None:
     model = task.build().to(device)
     if state is None and config.load_path is not None:
         start_from(model, Path(config.load_path))
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
-                                  weight_decay=config.weight_decay, fused=True)  # fmt: skip
+    optimizer = AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
+                      weight_decay=config.weight_decay)  # fmt: skip
     # from 2^12 even ten overflows in a row leave a usable scale
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)
@@ -152,12 +153,12 @@ def train(config: Config) -> None:
                 tally.add_loss(loss)
 
             # update; a non-finite gradient is the same on all ranks, and changes nothing
+            gradients = optimizer.take_gradients()
             scaler.unscale_(optimizer)
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
             ok = torch.isfinite(norm)
             if config.grad_clip:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
+                torch._foreach_mul_(gradients, clip_factor(norm, config.grad_clip))
             optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
             scaler.step(optimizer)
             scaler.update()

@@ -1,0 +1,41 @@
+"""AdamW, on weights in the order in which they lie in memory."""
+
+import torch
+from torch import Tensor, nn
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW (arXiv:1711.05101) without its copies of channels_last weights.
+
+    On a CPU its kernel takes whatever is not contiguous through copies and back at every step, for
+    half of its time. So it is handed the weights, and their gradients, as flat views of memory.
+    """
+
+    def __init__(self, parameters, learning_rate: float, **options):
+        self.parameters: list[nn.Parameter] = list(parameters)
+        views = [flat(p.detach(), p).view(-1) for p in self.parameters]
+        super().__init__(views, learning_rate, fused=True, **options)
+
+    def take_gradients(self) -> list[Tensor]:
+        """Of the parameters, which have none afterwards; to be called before each step."""
+        taken = []
+        for p, view in zip(self.parameters, self.param_groups[0]["params"]):
+            view.grad = None if p.grad is None else flat(p.grad, p)
+            taken += [] if p.grad is None else [view.grad]
+            p.grad = None
+        return taken
+
+    def load_state_dict(self, state: dict) -> None:
+        """Also moments that have the shape of their weights, as they once were saved."""
+        moments = {}
+        for i, values in state["state"].items():
+            like = self.parameters[i]
+            moments[i] = {k: flat(v, like) if v.shape == like.shape and k != "step" else v
+                          for k, v in values.items()}  # fmt: skip
+        super().load_state_dict(state | {"state": moments})
+
+
+def flat(x: Tensor, like: Tensor) -> Tensor:
+    """x, of like's shape, in the order of like's memory: (like.numel(),); a view where x is so."""
+    order = sorted(range(like.dim()), key=lambda i: -like.stride(i))
+    return x.permute(order).flatten()

@@ -60,7 +60,9 @@ class Pipeline:
     schedule: Schedule
     classes: list[str] = field(default_factory=list)
     device: torch.device = torch.device("cpu")
+    compiled: bool = False  # whether to torch.compile the network
     graphs: Graphs = field(default_factory=Graphs, repr=False)
+    ready: dict[torch.dtype | None, nn.Module] = field(default_factory=dict, repr=False)
     clip = True  # x0 is known to lie in [-1, 1]
 
     @classmethod
@@ -191,10 +193,19 @@ class Pipeline:
         """The inverse of `encode`."""
         return x
 
+    def network(self, dtype: torch.dtype | None) -> nn.Module:
+        """As it is now, ready for sampling; a compiled one as it was when first asked for."""
+        if not self.compiled:
+            return folded(self.model, dtype)
+        if dtype not in self.ready:
+            self.ready[dtype] = folded(self.model, dtype)
+            self.ready[dtype].compile(dynamic=False)
+        return self.ready[dtype]
+
     def autocast(self, amp: str):
         """The network as a function (x, t, labels=None) under mixed precision."""
         dtype = amp_dtype(amp, self.device)
-        network = folded(self.model, dtype)
+        network = self.network(dtype)
 
         def call(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):

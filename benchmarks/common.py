@@ -1,0 +1,124 @@
+"""What the benchmarks share: turns, clocks, the machine's peak, the last line."""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def timed(call, device) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def serve(pipe, device, build) -> None:
+    """In a process of its own, as a user would run it: time a call whenever told to."""
+    call = build()
+    pipe.send(None)
+    while pipe.recv():
+        pipe.send((timed(call, device), peak_memory(device)))
+
+
+def peak_memory(device) -> int:
+    """Bytes: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_turn(sides: dict, device, repeats: int, warm_up: int = 2) -> tuple[dict, dict]:
+    """Median seconds and peak bytes of each side; they take turns, so that what slows one down
+    slows them all. sides: {name: a picklable function that returns what is to be called}."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, times, memory = {}, [], {name: [] for name in sides}, {}
+    for name, build in sides.items():
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, device, build), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes[name].recv()
+    for i in range(repeats + warm_up):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds, memory[name] = pipe.recv()
+            times[name] += [seconds] if i >= warm_up else []
+            if device.type == "cpu":
+                time.sleep(0.3)  # until its threads no longer spin
+    for pipe, process in zip(pipes.values(), processes):
+        pipe.send(False)
+        process.join()
+    return {name: statistics.median(t) for name, t in times.items()}, memory
+
+
+def flops_of(call) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def peak_flops(device, dtype=torch.bfloat16) -> float:
+    """FLOP/s of the faster of a 4096 matrix product and a wide 3x3 convolution."""
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    x = torch.randn(32, 128, 64, 64, device=device, dtype=dtype)
+    w = torch.randn(128, 128, 3, 3, device=device, dtype=dtype)
+    x, w = (v.contiguous(memory_format=torch.channels_last) for v in (x, w))
+    work = {2 * 4096**3: lambda: a @ a,
+            2 * 32 * 64 * 64 * 128 * 128 * 9: lambda: torch.nn.functional.conv2d(x, w, padding=1)}  # fmt: skip
+    with torch.no_grad():
+        return max(f / min(timed(call, device) for _ in range(4)) for f, call in work.items())
+
+
+def bandwidth(device) -> float:
+    """Bytes/s of a large copy, read and written."""
+    a, b = (torch.ones(2**26, device=device) for _ in range(2))
+    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(8))
+
+
+def lucidrains_flops(dim: int, mults, size: int) -> int:
+    """Of a forward pass of denoising-diffusion-pytorch's Unet."""
+    from denoising_diffusion_pytorch import Unet
+
+    unet, x, t = Unet(dim, dim_mults=mults), torch.zeros(1, 3, size, size), torch.zeros(1)
+    return flops_of(lambda: unet(x, t))
+
+
+def our_width(target: int, mults, size: int) -> tuple[int, int]:
+    """The width, a multiple of 8, whose forward pass costs nearest to `target`; and its FLOPs."""
+    from diffusion.models.unet import UNet
+
+    x, t, costs = torch.zeros(1, 3, size, size), torch.zeros(1), {}
+    for dim in range(8, 257, 8):
+        unet = UNet(dim, mults)
+        costs[dim] = flops_of(lambda unet=unet: unet(x, t))
+        if costs[dim] > 1.5 * target:
+            break
+    best = min(costs, key=lambda dim: abs(costs[dim] - target))
+    return best, costs[best]
+
+
+def add_device(parser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+
+
+def report(bench: str, device, results: dict) -> None:
+    """The last line: JSON, with the machine and the commit."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True).stdout.strip()  # fmt: skip
+    cpu = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    print(json.dumps({"bench": bench, "device": device.type, "machine": machine,
+                      "torch": torch.__version__, "commit": commit, **results}))  # fmt: skip

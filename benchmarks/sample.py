@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Images a second, end to end, from noise to pixels: ours against lucidrains' and diffusers'.
+
+python benchmarks/sample.py [--counts 1,16,128] [--steps 50] [--repeats 5] [--compile]
+
+DDIM of `--steps` network evaluations; peers as shipped (float32), and in bf16 channels_last as ours
+runs where the machine has it. Widths such that all forward passes cost the same (printed). The
+sides take turns, medians are reported; a ratio above 1 means that ours is faster. ours_dpmpp_2m is
+DPM-Solver++(2M) of 15 evaluations, which on cats is better than DDIM's 50 (docs/log.md). Peers need
+pip install denoising-diffusion-pytorch diffusers. The last line is JSON.
+"""
+
+import argparse
+import math
+import sys
+from functools import partial
+
+import common
+import torch
+
+sys.path.insert(0, str(common.ROOT))
+
+from diffusion.config import Config, int_list  # noqa: E402
+from diffusion.distributed import setup  # noqa: E402
+from diffusion.evaluation.viz import to_uint8  # noqa: E402
+from diffusion.models.unet import UNet  # noqa: E402
+from diffusion.pipeline import Pipeline  # noqa: E402
+from diffusion.process.schedule import make_schedule  # noqa: E402
+
+CL = torch.channels_last
+
+
+def ours(args, dim: int, n: int, compiled: bool = False, **options):
+    """A call that draws n images."""
+    device = setup(args.device)
+    torch.manual_seed(0)
+    model = UNet(dim, args.mults).to(device, memory_format=CL).eval().requires_grad_(False)
+    config = Config(image_size=args.size, unet_dim=dim, dim_mults=args.mults)
+    pipeline = Pipeline(config, model, make_schedule("cosine", 1000), device=device)
+    pipeline.compiled = compiled
+    options = dict(sampler="ddim", steps=args.steps) | options
+    return lambda: to_uint8(pipeline.sample(range(n), **options))
+
+
+def lucidrains(args, n: int, dtype=None):
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from denoising_diffusion_pytorch import denoising_diffusion_pytorch as module
+
+    module.tqdm = lambda it, **_: it
+    torch.manual_seed(0)
+    unet = Unet(args.dim, dim_mults=args.mults)
+    diffusion = GaussianDiffusion(unet, image_size=args.size, timesteps=1000,
+                                  sampling_timesteps=args.steps).to(args.device).eval()  # fmt: skip
+    if dtype is not None:
+        diffusion = diffusion.to(memory_format=CL)
+
+    def draw():
+        with torch.autocast(args.device, dtype, enabled=dtype is not None):
+            return to_uint8(2 * diffusion.sample(n).float() - 1)
+
+    return draw
+
+
+def diffusers_model(width: int, size: int):
+    """As examples/unconditional_image_generation sets it up, but for the width (there 128)."""
+    from diffusers import UNet2DModel
+
+    down = ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"]
+    up = ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4
+    return UNet2DModel(
+        sample_size=size, in_channels=3, out_channels=3, layers_per_block=2,
+        block_out_channels=[width * m for m in (1, 1, 2, 2, 4, 4)], down_block_types=down,
+        up_block_types=up, norm_num_groups=math.gcd(width, 32),
+    )  # fmt: skip
+
+
+def diffusers_width(target: int, size: int) -> int:
+    """The width whose forward pass costs nearest to `target` FLOPs."""
+    x = torch.zeros(1, 3, size, size)
+    costs = {}
+    for width in range(32, 257, 8):
+        model = diffusers_model(width, size)
+        costs[width] = common.flops_of(lambda m=model: m(x, 1))
+        if costs[width] > 1.5 * target:
+            break
+    return min(costs, key=lambda w: abs(costs[w] - target))
+
+
+def diffusers(args, width: int, n: int, dtype=None):
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    torch.manual_seed(0)
+    model = diffusers_model(width, args.size).eval()
+    pipeline = DDIMPipeline(model, DDIMScheduler(num_train_timesteps=1000)).to(args.device)
+    if dtype is not None:
+        model.to(memory_format=CL)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw():
+        with torch.autocast(args.device, dtype, enabled=dtype is not None):
+            return pipeline(batch_size=n, num_inference_steps=args.steps, output_type="np")
+
+    return draw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_device(parser)
+    parser.add_argument("--dim", type=int, default=64, help="lucidrains' width")
+    parser.add_argument("--mults", type=int_list, default=(1, 2, 4, 8))
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--counts", type=int_list, default=(1, 16, 128))
+    parser.add_argument("--compile", action="store_true", help="also ours with torch.compile")
+    args = parser.parse_args()
+    device, bf16 = torch.device(args.device), torch.bfloat16
+    target = common.lucidrains_flops(args.dim, args.mults, args.size)
+    dim, flops = common.our_width(target, args.mults, args.size)
+    width = diffusers_width(target, args.size)
+    x = torch.zeros(1, 3, args.size, args.size)
+    cost = {"ours": flops, "lucidrains": target,
+            "diffusers": common.flops_of(lambda: diffusers_model(width, args.size)(x, 1))}  # fmt: skip
+    print("GFLOP of a forward pass:", {k: round(v / 1e9, 2) for k, v in cost.items()})
+    images, ratio = {}, {}
+    for n in args.counts:
+        mine = partial(ours, args, dim, n)
+        sides = {
+            "ours": mine, "ours_float32": partial(mine, amp="no"),
+            "ours_dpmpp_2m": partial(mine, sampler="dpmpp_2m", steps=15),
+            "lucidrains_shipped": partial(lucidrains, args, n),
+            "lucidrains_bf16": partial(lucidrains, args, n, bf16),
+            "diffusers_shipped": partial(diffusers, args, width, n),
+            "diffusers_bf16": partial(diffusers, args, width, n, bf16),
+        }  # fmt: skip
+        if args.compile:
+            sides["ours_compiled"] = partial(mine, compiled=True)
+        if device.type == "cuda":
+            sides["ours_graph"] = partial(mine, cuda_graph=True)
+        repeats = args.repeats if n < 100 or device.type == "cuda" else 1
+        median, _ = common.in_turn(sides, device, repeats, warm_up=1)
+        images[n] = {name: n / s for name, s in median.items()}
+        ratio[n] = {name: s / median["ours"] for name, s in median.items() if name != "ours"}
+        for name in sides:
+            print(f"{n:4d} images, {name:>18}: {images[n][name]:8.3f} img/s; ours / this "
+                  f"{median[name] / median['ours']:.2f}", flush=True)  # fmt: skip
+    common.report("sample", device, {
+        "size": args.size, "steps": args.steps, "dim": args.dim, "our_dim": dim,
+        "diffusers_width": width, "gflop_forward": {k: v / 1e9 for k, v in cost.items()},
+        "images_per_second": images, "ratio": ratio,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

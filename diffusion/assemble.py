@@ -6,16 +6,18 @@ open_parts         for training: what of a latent model is not trained, and the 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import UserError
+from .adapters import adapt
 from .config import Config
 from .distributed import log
-from .latent import LatentPipeline, TextEncoder, TextIds
+from .latent import LatentPipeline, TextConditioned, TextEncoder, TextIds
 from .models.clip import CLIPTextModel
 from .models.sd_config import CLIPTextConfig, UNetConfig
 from .models.sd_unet import SDUNet
@@ -52,17 +54,6 @@ def schedule_of(scheduler: dict) -> Schedule:
                         "linear, scaled_linear")  # fmt: skip
     rescale = scheduler.get("rescale_betas_zero_snr", False)
     return zero_terminal_snr(schedule) if rescale else schedule
-
-
-class TextConditioned(nn.Module):
-    """A U-Net and the text encoder that is trained along with it: (x, t, ids (B, L)) -> out."""
-
-    def __init__(self, unet: SDUNet, text: CLIPTextModel):
-        super().__init__()
-        self.unet, self.text = unet, text
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(ids))
 
 
 @dataclass(eq=False)
@@ -229,14 +220,25 @@ def load_latent(
 
 def open_pipeline(
     load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
+    loras: Sequence[tuple[str | Path, float]] = (), embeddings: Sequence[str | Path] = (),
+    merged: bool = True, **options,
+) -> Pipeline:  # fmt: skip
+    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
+
+    loras, embeddings, merged: adapters, see `adapt`. options: see `open_base`.
+    Raises UserError for options that the model has no use for.
+    """
+    pipeline = open_base(load_path, sd_path, weights, device, **options)
+    return adapt(pipeline, loras, embeddings, merged)
+
+
+def open_base(
+    load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
     amp: str = "auto", config: str | None = None, vae: str | None = None,
     clip_skip: int | None = None, height: int | None = None, width: int | None = None,
     tiling: bool = False,
 ) -> Pipeline:  # fmt: skip
-    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
-
-    Raises UserError for options that the model has no use for.
-    """
+    """`open_pipeline` without adapters."""
     options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
     if load_path is None and sd_path is not None:
         return load_stable_diffusion(sd_path, device, amp, config, weights, vae, clip_skip, options)

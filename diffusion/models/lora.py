@@ -124,9 +124,9 @@ def inject(model: nn.Module, names: Iterable[str], rank: int, alpha: float | Non
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be 1 or more")
-    known = layers(model)
+    known, alpha = layers(model), rank if alpha is None else alpha
     for name in names:
-        _attach(known[name], adapter, Branch(known[name], rank, rank if alpha is None else alpha, dropout))  # fmt: skip
+        _attach(known[name], adapter, Branch(known[name], rank, alpha, dropout))
 
 
 def load(model: nn.Module, parts: Mapping[str, LowRank], adapter: str, weight: float = 1.0) -> None:

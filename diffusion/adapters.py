@@ -17,12 +17,16 @@ from .weights.embeddings import read_embedding
 
 
 def networks(pipeline: Pipeline) -> dict[str, nn.Module]:
-    """ "unet" and, where there is one, "text_encoder": the parts that adapter files name."""  # noqa: D301
-    model = pipeline.model
+    """The parts that adapter files name: unet and, where there is one, text_encoder."""
+    text = getattr(pipeline, "text", None)
+    apart = {"text_encoder": text.model} if isinstance(text, TextEncoder) else {}
+    return parts_of(pipeline.model) | apart
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
     if isinstance(model, TextConditioned):
         return {"unet": model.unet, "text_encoder": model.text}
-    text = getattr(pipeline, "text", None)
-    return {"unet": model} | ({"text_encoder": text.model} if isinstance(text, TextEncoder) else {})
+    return {"unet": model}
 
 
 def adapt(pipeline: Pipeline, loras: Sequence[tuple[str | Path, float]] = (),

@@ -68,13 +68,16 @@ class Parts:
     text: TextEncoder | TextIds | None = None
     unet: SDUNet | None = None  # Stable Diffusion's
     text_config: CLIPTextConfig | None = None  # of one that is trained along
+    reader: CLIPTextModel | None = None  # Stable Diffusion's, where it runs in the step
 
     def build(self, num_classes: int) -> nn.Module:
         """The network that is trained: Stable Diffusion's U-Net, or a new one."""
         c = self.config
         if self.unet is not None:
             self.unet.checkpointing = c.checkpointing
-            return self.unet.float().requires_grad_(True).train()
+            unet = self.unet.float().requires_grad_(True)
+            c, text = self.config, self.reader
+            return (unet if text is None else TextConditioned(unet, text, c.clip_skip)).train()
         classes = num_classes if c.condition == "class" else 0
         unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)
         unet = unet.to(memory_format=torch.channels_last)
@@ -161,7 +164,10 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     network = sd.unet.to(device).to(memory_format=layout) if unet else None
     for line in sd.report:
         log(line)
-    return Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
+    parts = Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
+    if config.adapter == "textual_inversion" or config.train_text_encoder:
+        parts.text, parts.reader = TextIds(text.tokenizer), text.model
+    return parts
 
 
 def load_vae(path: str) -> AutoencoderKL:

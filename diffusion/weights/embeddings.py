@@ -46,11 +46,11 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
     return {token: v.detach().float().reshape(-1, width) for token, v in found.items()}
 
 
-def write_diffusers(path: Path, token: str, vectors: Tensor) -> None:
+def write_diffusers(path: Path, token: str, vectors: Tensor, **about: str) -> None:
     """For diffusers' load_textual_inversion."""
-    save(path, {token: vectors}, {})
+    save(path, {token: vectors}, about)
 
 
-def write_a1111(path: Path, token: str, vectors: Tensor) -> None:
+def write_a1111(path: Path, token: str, vectors: Tensor, **about: str) -> None:
     """For A1111, ComfyUI and kohya, which take the file's name for the token."""
-    save(path, {"emb_params": vectors}, {"name": token})
+    save(path, {"emb_params": vectors}, about | {"name": token})

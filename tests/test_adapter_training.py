@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import command, environment
+from conftest import command, environment, script
 from PIL import Image
 from safetensors.torch import load_file
 from test_latent import CPU, latent, options_of, sd_folder, vae  # noqa: F401
@@ -17,6 +17,7 @@ from diffusion import UserError
 from diffusion.assemble import open_pipeline
 from diffusion.config import Config
 from diffusion.data import toy
+from diffusion.evaluation.viz import to_uint8
 from diffusion.models import lora
 from diffusion.training.adapters import TEMPLATES, AdaptedDiffusion, AdaptedLatents
 from diffusion.training.base import based_on
@@ -303,3 +304,121 @@ def test_the_average_shares_what_is_not_trained():
             p.add_(1)
     ema.update(0, torch.tensor(True))
     assert_close(ema.ema[0], ema.weights[0] - 0.1)  # the first decay is 1/10
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+def test_the_commands(scratch, options, tmp_path, monkeypatch):
+    """Train two LoRAs and a token from the command line, sample with them, and a strip."""
+    shared = {k: v for k, v in options.items() if k != "save_folder"} | dict(train_steps=3)
+    base = dict(load_path=str(scratch))
+    for name, change in (("a", LORA | dict(seed=1)), ("b", LORA | dict(rank=3, seed=2)), ("c", INVERSION)):  # fmt: skip
+        given = shared | base | change | dict(mode="latent", save_folder=str(tmp_path / name))
+        done = script("train.py", *flags(given)[:-2], cwd=tmp_path) if name == "a" else None
+        if done is None:
+            train(Config(**given))
+        else:
+            assert done.returncode == 0, done.stderr
+            line = f"python sample.py --load_path {scratch} --lora {tmp_path / name / 'adapter.safetensors'}"  # fmt: skip
+            assert line in done.stdout and "trained)" in done.stdout
+    a, b, c = (tmp_path / name / "adapter.safetensors" for name in "abc")
+    same_args = ("--load_path", scratch, "--steps", 2, "--amp", "no", "--device", "cpu", "--prompt", "a <new> face")  # fmt: skip
+    done = script("sample.py", *same_args, "--lora", f"{a}:0.5", "--lora", b, "--embedding", c,
+                  "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    image = Image.open(tmp_path / "s" / "images" / "000000.png")
+    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
+    import sample
+
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, same_args), "--lora_interpolate", str(a), str(b),
+                                     "--points", "3", "--num_images", "2", "--save_folder", str(tmp_path / "i")])  # fmt: skip
+    sample.main()
+    strip = np.asarray(Image.open(tmp_path / "i" / "interpolation.png"))
+    assert not (tmp_path / "i" / "images").exists()
+    # the ends are the adapters alone
+    side = 96 // 16 * 16
+    for column, file in ((0, a), (2, b)):
+        pipeline = open_pipeline(str(scratch), None, "ema", CPU, loras=[(file, 1.0)])
+        x = pipeline.sample([0, 1], steps=2, amp="no", guidance_scale=7.5, prompts=["a <new> face"] * 2)  # fmt: skip
+        expected = to_uint8(x)[1]
+        top = 26 + 4 + (side + 4)
+        left = 4 + column * (side + 4)
+        found = strip[top : top + side : 6, left : left + side : 6]
+        assert abs(found.astype(int) - expected.astype(int)).max() <= 2
+
+
+def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa: F811
+    """One line each, before anything is encoded or written."""
+    base = on_scratch(scratch)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for change, told in (
+        (LORA, "needs a model to start from"),
+        (base | LORA | dict(rank=0), "rank is 0; it must be above 0"),
+        (base | LORA | dict(targets="nonsense"), "matches none of the .* use attention, mlp, conv, all"),
+        (base | LORA | dict(lora_dropout=1.0), "lora_dropout is 1.0"),
+        (base | LORA | dict(unet_dim=32), "contradicts --unet_dim 32 .it has 16."),
+        (base | LORA | dict(sd_path=sd_folder), "it was trained from scratch"),
+        (base | LORA | dict(data=str(empty)), "no images below"),
+        (base | LORA | dict(default_caption=""), "has no captions"),
+        (base | DREAMBOOTH | dict(data=str(empty)), "no images below"),
+        (base | INVERSION | dict(init_word=None), "needs --token, the new word, and --init_word"),
+        (base | INVERSION | dict(init_word=" "), "is blank"),
+        (base | INVERSION | dict(token="f"), "token 'f' exists already"),
+        (base | INVERSION | dict(token="<|endoftext|>"), "exists already"),
+        (base | INVERSION | dict(instance_prompt="a face"), "has no '<new>'"),
+        (base | dict(adapter="lora", token="<x>"), "options of --adapter textual_inversion"),
+        (base | dict(adapter="lora", class_prompt="x"), "give both"),
+        (dict(adapter="lora", load_path=str(model), instance_prompt="x"), "needs a model that reads prompts"),
+        (dict(adapter="textual_inversion", load_path=str(model), token="<a>", init_word="a"), "reads prompts"),
+        (dict(adapter="lora", load_path=str(model), mode="latent"), "contradicts --mode latent"),
+        (dict(token="<a>"), "means nothing without --adapter"),
+        (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
+        (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told) as caught:
+            train(Config(**options | change))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert not list((tmp_path / "run").glob("*.json*"))
+    # a token of the file exists; an adapter is no model, nor fits another
+    train(Config(**options | base | INVERSION | dict(train_steps=2)))
+    file, run = tmp_path / "run" / "adapter.safetensors", tmp_path / "run" / "model.pt"
+    for open_, told in (
+        (lambda: open_pipeline(str(scratch), None, "ema", CPU, embeddings=[file, file]), "'<new>' exists already"),
+        (lambda: open_pipeline(str(run), None, "ema", CPU), "is a run of --adapter textual_inversion, no model"),
+        (lambda: open_pipeline(str(model), None, "ema", CPU, embeddings=[file]), "reads no prompts"),
+        (lambda: open_pipeline(str(scratch), None, "ema", CPU, loras=[(file, 1.0)]), "holds no LoRA"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            open_()
+    train(Config(**options | dict(adapter="lora", load_path=str(model), train_steps=2, save_folder=str(tmp_path / "p"))))  # fmt: skip
+    with pytest.raises(UserError, match="is for another architecture"):
+        open_pipeline(str(scratch), None, "ema", CPU, loras=[(tmp_path / "p" / "adapter.safetensors", 1.0)])  # fmt: skip
+
+
+def test_what_is_given_counts_even_where_it_is_the_default(scratch, sd_folder, options):  # noqa: F811
+    """The command line tells which options were given."""
+    config = Config(**options | on_scratch(scratch) | LORA)
+    assert based_on(config, {"mode"}).image_size == 16 and config.image_size == 64
+    assert based_on(config, {"image_size"}).image_size == 64
+    assert based_on(config).condition_dropout == 0 and config.condition_dropout == 0.1
+    with pytest.raises(UserError, match="contradicts --objective v .it has eps.: leave"):  # fmt: skip
+        based_on(config, {"schedule", "objective"})
+    config = Config(**options | on_sd(sd_folder) | LORA)
+    made = based_on(config, {"sd_path"})
+    assert (made.condition, made.objective, made.loss) == ("text", "eps", "l2")
+    with pytest.raises(UserError, match="on captions: give --condition text"):
+        based_on(config, {"condition"})
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_adapter(scratch, options, tmp_path):
+    """Gradients of the branches alone are averaged; class images are shared out."""
+    options |= on_scratch(scratch) | DREAMBOOTH | dict(adapter="lora", train_text_encoder=True)
+    options |= dict(num_samples=0, save_folder=str(tmp_path / "two"))
+    done = script("train.py", *flags(options)[:-2], cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    train(Config(**options | dict(save_folder=str(tmp_path / "one"))))
+    a, b = (run_lines(tmp_path / f) for f in ("two", "one"))
+    assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-3, atol=1e-4)

@@ -16,7 +16,7 @@ from .models.clip import CLIPTextModel, encode_chunks
 from .models.sd_unet import SDUNet
 from .models.tokenizer import Tokenizer
 from .models.vae import AutoencoderKL
-from .pipeline import Pipeline
+from .pipeline import Pipeline, amp_dtype
 from .process.samplers import SAMPLERS, Table, guided, make_table
 
 
@@ -67,7 +67,10 @@ class TextConditioned(nn.Module):
         self.unet, self.text, self.skip = unet, text, skip
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(ids, self.skip))
+        return self.unet(x, t, self.read(ids))
+
+    def read(self, ids: Tensor) -> Tensor:
+        return self.text(ids, self.skip)
 
 
 @dataclass(eq=False)
@@ -135,12 +138,22 @@ class LatentPipeline(Pipeline):
         chunks = self.text.chunks([*prompts, *negative])
         model = self.autocast(amp)
         told = [prompts] if guidance_scale == 1 else [prompts, negative]
-        inputs = tuple(self.told(texts, chunks) for texts in told)
+        inputs = tuple(self.told(texts, chunks, amp) for texts in told)
         return guided(model, guidance_scale, guidance_rescale, batched), inputs
 
-    def told(self, prompts: Sequence[str], chunks: int) -> Tensor:
-        """What the network takes beside x and t, for these prompts."""
-        return self.text(prompts, chunks).to(self.device)
+    @torch.inference_mode()
+    def told(self, prompts: Sequence[str], chunks: int, amp: str) -> Tensor:
+        """What the U-Net attends to, for these prompts."""
+        told = self.text(prompts, chunks).to(self.device)
+        if not isinstance(self.model, TextConditioned):
+            return told
+        dtype = amp_dtype(amp, self.device)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.model.read(told)
+
+    @property
+    def stepped(self) -> nn.Module:
+        return self.model.unet if isinstance(self.model, TextConditioned) else self.model
 
     def autocast(self, amp: str):
         """The network under mixed precision, or in its own where that is not float32."""
@@ -148,9 +161,11 @@ class LatentPipeline(Pipeline):
         if dtype == torch.float32:
             return super().autocast(amp)
 
+        network = self.network(None)
+
         def call(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
             cond = cond.to(dtype) if cond is not None and cond.is_floating_point() else cond
-            return self.model(x.to(dtype), t, cond)
+            return network(x.to(dtype), t, cond)
 
         return call
 

@@ -193,12 +193,17 @@ class Pipeline:
         """The inverse of `encode`."""
         return x
 
+    @property
+    def stepped(self) -> nn.Module:
+        """What of the model runs at every step."""
+        return self.model
+
     def network(self, dtype: torch.dtype | None) -> nn.Module:
         """As it is now, ready for sampling; a compiled one as it was when first asked for."""
         if not self.compiled:
-            return folded(self.model, dtype)
+            return folded(self.stepped, dtype)
         if dtype not in self.ready:
-            self.ready[dtype] = folded(self.model, dtype)
+            self.ready[dtype] = folded(self.stepped, dtype)
             self.ready[dtype].compile(dynamic=False)
         return self.ready[dtype]
 

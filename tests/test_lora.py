@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 from diffusion.models import lora
 from diffusion.models.clip import CLIPTextModel
+from diffusion.models.conv import WSConv3x3
 from diffusion.models.sd_config import CLIPTextConfig, UNetConfig
 from diffusion.models.sd_unet import SDUNet
-from diffusion.models.unet import UNet, WSConv2d
+from diffusion.models.unet import UNet
 
 
 def sd_unet() -> SDUNet:
@@ -140,7 +141,7 @@ def test_targets():
     ]
     pixel = pixel_unet()
     kinds = {type(m) for n, m in pixel.named_modules() if n in lora.find(pixel, "all")}
-    assert WSConv2d not in kinds and kinds == {nn.Linear, nn.Conv2d}
+    assert WSConv3x3 not in kinds and kinds == {nn.Linear, nn.Conv2d}
     assert "down.0.2.to_qkv" in lora.find(pixel, "attention")
     assert {"down.0.3", "up.0.0.skip", "up.0.3.1"} <= set(lora.find(pixel, "conv"))
     for targets, told in (

@@ -54,8 +54,8 @@ class Judge:
 
     def share(self, images: np.ndarray, name: str) -> dict:
         judge = self.classifier
-        told = (f"share of the images that the classifier of {len(judge.styles)} styles takes for "
-                f"{name}; it has {judge.accuracy:.1%} of held-out images right, "
+        told = (f"share of the images that the classifier of {len(judge.styles)} styles (or none) "
+                f"takes for {name}; it has {judge.accuracy:.1%} of held-out images right, "
                 f"{judge.accuracies[name]:.1%} of this style's")  # fmt: skip
         return measure(judge.share(images, name), told, CLASSIFIER, len(images))
 

@@ -61,12 +61,15 @@ def data_uri(picture: Image.Image | Path) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def figure(picture: Image.Image | Path, caption: str) -> str:
+def figure(picture: Image.Image | Path, caption: str, more: list[str] | None = None) -> str:
+    """With a caption; `more` lines of it are shown when asked for. Nothing where no file is."""
     if isinstance(picture, Path) and not picture.is_file():
         return ""
     text = escape(caption, quote=True)
-    return (f'<figure><img src="{data_uri(picture)}" alt="{text}"><figcaption>{text}</figcaption>'
-            "</figure>")  # fmt: skip
+    lines = "".join(f"<li>{escape(line)}</li>" for line in more or [])
+    lines = f"<details><summary>prompts</summary><ol>{lines}</ol></details>" if lines else ""
+    return (f'<figure><img src="{data_uri(picture)}" alt="{text}"><figcaption>{text}{lines}'
+            "</figcaption></figure>")  # fmt: skip
 
 
 # --- tables of cells -----------------------------------------------------------------------------
@@ -114,10 +117,9 @@ class Page:
         self.parts += parts
 
     def strip(self, cell: Cell, title: str) -> str:
-        entry = self.entry(cell) or {}
-        told = " · ".join(entry.get("prompts", []))
+        entry = self.entry(cell)
         file = self.study.folder / "thumbnails" / f"{cell.name}.png"
-        return figure(file, f"{title}: {told}") if entry else ""
+        return figure(file, title, entry["prompts"]) if entry else ""
 
     def base(self, style: str) -> Cell:
         return next(c for c in self.study.cells if c.kind == "base" and c.style == style)
@@ -165,7 +167,7 @@ class Page:
             self.add(self.real(style.name), self.strip(self.base(style.name), "base"))
 
     def each_style(self) -> None:
-        self.add(f"<h2>1. {escape(EXPERIMENTS[1].capitalize())}</h2>")
+        self.add(f"<h2>1. {escape(EXPERIMENTS[1][0].upper() + EXPERIMENTS[1][1:])}</h2>")
         for style, cell in zip(self.s.styles, first(self.s, self.slugs)):
             self.add(f"<h3>{escape(style)}</h3>", cell_table(self.rows([("LoRA", cell)], style)),
                      self.strip(cell, "LoRA"))  # fmt: skip

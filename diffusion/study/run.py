@@ -102,8 +102,8 @@ class Study:
             found = [replaced(p, style.name, token) for p in found]
         elif cell.kind == "mix":  # of both, without either's name
             other = self.by_name[cell.other]
-            bare = [replaced(p, one.name, "") for pair in zip(style.prompts, other.prompts)
-                    for one, p in zip((style, other), pair)]  # fmt: skip
+            both = [p for pair in zip(style.prompts, other.prompts) for p in pair]
+            bare = [replaced(replaced(p, style.name, ""), other.name, "") for p in both]
             found = [p for p in bare if p] or [f"{style.name}, {other.name}"]
         return [found[i % len(found)] for i in range(self.images_of(cell))]
 

@@ -67,16 +67,21 @@ def slugs_of(names: list[str]) -> dict[str, str]:
     return slugs
 
 
+def word(name: str) -> re.Pattern:
+    """The name as whole words, in capitals or not."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+
+
 def with_name(text: str, name: str) -> str:
     """The text with the style's name in it, in front where it is missing."""
-    if name.lower() in text.lower():
+    if word(name).search(text):
         return text
     return f"{name}, {text}" if text else name
 
 
 def replaced(text: str, name: str, by: str) -> str:
     """The text with `by` for the style's name; nothing remains of its commas for an empty one."""
-    text = re.sub(re.escape(name), lambda _: by, text, flags=re.IGNORECASE)
+    text = word(name).sub(lambda _: by, text)
     return text if by else " ".join(text.split()).strip(" ,")
 
 

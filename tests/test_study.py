@@ -122,13 +122,13 @@ def test_styles_are_split_and_named(styles, tmp_path):
     assert not set(style.train) & set(style.held_out)
     assert all("bald" in c.lower() for c in style.captions)
     assert set(style.prompts) <= {style.captions[i] for i in style.held_out}
-    folder = training_folder(style, tmp_path / "data", "<bald>")
+    folder = training_folder(style, tmp_path / "data", "{}")
     files = sorted(folder.glob("*.png"))
-    assert len(files) == 32 and training_folder(style, tmp_path / "data", "<bald>") == folder
+    assert len(files) == 32 and training_folder(style, tmp_path / "data", "{}") == folder
     kept = {f.read_bytes() for f in (style.files[i] for i in style.held_out)}
     for file in files:
         assert file.read_bytes() not in kept
-        assert "<bald>" in file.with_suffix(".txt").read_text()
+        assert "{}" in file.with_suffix(".txt").read_text()
 
 
 def test_captions_and_prompts():

@@ -20,11 +20,11 @@ STEP_FACTORS, RATE_FACTORS = (0.5, 1, 2), (1 / 3, 1, 3)
 # LoRA's centre is the middle rank; learning rates: of LoRA, Textual Inversion, DreamBooth
 BUDGETS = {
     # an hour on two CPU cores with a latent model of some 5 M parameters at 64 px (sd_tiny)
-    "small": dict(steps=300, batch_size=32, ranks=(2, 8, 32), learning_rate=1e-3,
+    "small": dict(steps=300, batch_size=32, ranks=(2, 8, 32), targets="all", learning_rate=1e-3,
                   ti_learning_rate=5e-3, dreambooth_learning_rate=2e-4, vectors=4, num_images=100,
                   mix_images=40, sample_steps=20),
     # Stable Diffusion on a GPU
-    "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), learning_rate=1e-4,
+    "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), targets="attention", learning_rate=1e-4,
                  ti_learning_rate=5e-4, dreambooth_learning_rate=2e-6, vectors=4, num_images=500,
                  mix_images=100, sample_steps=30),
 }  # fmt: skip
@@ -53,6 +53,7 @@ class Settings:
     steps: int = 0
     batch_size: int = 0
     ranks: tuple[int, ...] = ()
+    targets: str = ""
     learning_rate: float = 0.0
     ti_learning_rate: float = 0.0
     dreambooth_learning_rate: float = 0.0
@@ -70,10 +71,12 @@ class Settings:
 
 
 def with_budget(settings: Settings) -> Settings:
-    """Numbers that were not given (0 or empty) are the budget's. Raises UserError for bad ones."""
+    """What was not given (0 or empty) are the budget's. Raises UserError for bad ones."""
     if settings.budget not in BUDGETS:
         raise UserError(f"budget {settings.budget!r} is unknown; choose {' or '.join(BUDGETS)}")
-    unset = {k: v for k, v in BUDGETS[settings.budget].items() if getattr(settings, k) in (0, ())}
+    unset = {
+        k: v for k, v in BUDGETS[settings.budget].items() if getattr(settings, k) in (0, (), "")
+    }
     settings = replace(settings, **unset)
     if unknown := [e for e in settings.experiments if e not in EXPERIMENTS]:
         known = ", ".join(f"{n} ({text})" for n, text in EXPERIMENTS.items())

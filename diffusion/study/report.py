@@ -164,7 +164,8 @@ class Page:
         if rows:
             self.add(cell_table(rows))
         for style in study.styles:
-            self.add(self.real(style.name), self.strip(self.base(style.name), "base"))
+            told = f"base, prompts of {style.name}"
+            self.add(self.real(style.name), self.strip(self.base(style.name), told))
 
     def each_style(self) -> None:
         self.add(f"<h2>1. {escape(EXPERIMENTS[1][0].upper() + EXPERIMENTS[1][1:])}</h2>")
@@ -175,7 +176,7 @@ class Page:
     def ablation(self) -> None:
         style = self.s.styles[0]
         self.add(f"<h2>2. Ablation, {escape(style)}</h2>",
-                 f'<p class="soft">Around rank {self.s.rank}, {self.s.steps} steps, learning rate '
+                 f'<p class="soft">Around rank {self.s.rank} ({escape(self.s.targets)}), {self.s.steps} steps, '
                  f"{self.s.learning_rate:g}, one at a time.</p>")  # fmt: skip
         for field, cells in ablation(self.s, self.slugs).items():
             what = field.replace("_", " ")

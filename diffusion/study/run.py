@@ -110,9 +110,9 @@ class Study:
     def train(self, cell: Cell, tick) -> None:
         """Runs train.py; what the cell costs goes into its entry."""
         style, target = self.by_name[cell.style], self.trained(cell)
-        token = runner.token_of(style.slug) if cell.kind == "textual_inversion" else None
-        name = f"{style.slug}_token" if token else style.slug
-        data = training_folder(style, self.folder / "data" / name, token)
+        inverts = cell.kind == "textual_inversion"
+        name = f"{style.slug}_token" if inverts else style.slug
+        data = training_folder(style, self.folder / "data" / name, "{}" if inverts else None)
         entry = self.entry(cell)
         entry["attempts"] = entry.get("attempts", 0) + 1
         self.save()

@@ -55,11 +55,10 @@ def train_arguments(
     if s.sd_path is not None or s.image_size is not None:
         args += [f"--image_size={base.image_size}"]
     if cell.kind == "lora":
-        args += ["--adapter=lora", f"--rank={cell.rank}"]
+        args += ["--adapter=lora", f"--rank={cell.rank}", f"--targets={s.targets}"]
     elif cell.kind == "textual_inversion":
         args += ["--adapter=textual_inversion", f"--token={token_of(slug)}",
-                 f"--vectors={s.vectors}"]  # fmt: skip
-        args += [f"--init_word={s.init_word}"] if s.init_word is not None else []
+                 f"--vectors={s.vectors}", f"--init_word={s.init_word or cell.style}"]  # fmt: skip
     elif cell.kind == "dreambooth":
         args += [f"--instance_prompt={cell.style}"]
         args += [f"--class_prompt={s.class_prompt}"] if s.class_prompt is not None else []

@@ -131,10 +131,10 @@ def read_prompts(file: Path, name: str) -> list[str]:
     return found
 
 
-def training_folder(style: Style, folder: Path, token: str | None = None) -> Path:
+def training_folder(style: Style, folder: Path, name: str | None = None) -> Path:
     """The style's training images with their captions, as a folder of links, made once.
 
-    token: stands in the captions for the style's name.
+    name: stands in the captions for the style's name; {} is where train.py puts a new token.
     """
     done = folder / ".complete"
     if done.exists():
@@ -148,7 +148,7 @@ def training_folder(style: Style, folder: Path, token: str | None = None) -> Pat
         except OSError:
             shutil.copyfile(style.files[i], target)  # no links on this system
         text = style.captions[i]
-        text = replaced(text, style.name, token) if token else text
+        text = replaced(text, style.name, name) if name else text
         target.with_suffix(".txt").write_text(text, encoding="utf-8")
     write_text(done, "")
     return folder

@@ -10,7 +10,7 @@ from diffusion.config import PRESETS, Parser, add_config_arguments, config_from_
 
 
 def parse(args: list[str] | None = None):
-    """(Config, dry_run)"""
+    """(Config, the options given, dry_run)"""
 
     parser = Parser(description=__doc__)
     add_config_arguments(parser)
@@ -20,20 +20,20 @@ def parse(args: list[str] | None = None):
     parser.add_argument("--dry_run", action="store_true", help="tell what would be done, and stop")
     values = vars(parser.parse_args(args))
     preset, dry_run = values.pop("preset"), values.pop("dry_run")
-    return config_from_args(values, preset), dry_run
+    return config_from_args(values, preset), set(values), dry_run
 
 
 def main() -> None:
-    config, dry_run = parse()
+    config, given, dry_run = parse()
     if dry_run:
         from diffusion.training.summary import describe
 
-        print(describe(config))
+        print(describe(config, given))
         return
     from diffusion import distributed
     from diffusion.training.trainer import train
 
-    train(config)
+    train(config, given)
     distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
 
 

@@ -6,16 +6,18 @@ open_parts         for training: what of a latent model is not trained, and the 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import UserError
+from .adapters import adapt
 from .config import Config
 from .distributed import log
-from .latent import LatentPipeline, TextEncoder, TextIds
+from .latent import LatentPipeline, TextConditioned, TextEncoder, TextIds
 from .models.clip import CLIPTextModel
 from .models.sd_config import CLIPTextConfig, UNetConfig
 from .models.sd_unet import SDUNet
@@ -54,17 +56,6 @@ def schedule_of(scheduler: dict) -> Schedule:
     return zero_terminal_snr(schedule) if rescale else schedule
 
 
-class TextConditioned(nn.Module):
-    """A U-Net and the text encoder that is trained along with it: (x, t, ids (B, L)) -> out."""
-
-    def __init__(self, unet: SDUNet, text: CLIPTextModel):
-        super().__init__()
-        self.unet, self.text = unet, text
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(ids))
-
-
 @dataclass(eq=False)
 class Parts:
     """What a latent model consists of beside the network that is trained."""
@@ -77,13 +68,16 @@ class Parts:
     text: TextEncoder | TextIds | None = None
     unet: SDUNet | None = None  # Stable Diffusion's
     text_config: CLIPTextConfig | None = None  # of one that is trained along
+    reader: CLIPTextModel | None = None  # Stable Diffusion's, where it runs in the step
 
     def build(self, num_classes: int) -> nn.Module:
         """The network that is trained: Stable Diffusion's U-Net, or a new one."""
         c = self.config
         if self.unet is not None:
             self.unet.checkpointing = c.checkpointing
-            return self.unet.float().requires_grad_(True).train()
+            unet = self.unet.float().requires_grad_(True)
+            c, text = self.config, self.reader
+            return (unet if text is None else TextConditioned(unet, text, c.clip_skip)).train()
         classes = num_classes if c.condition == "class" else 0
         unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)
         unet = unet.to(memory_format=torch.channels_last)
@@ -170,7 +164,10 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     network = sd.unet.to(device).to(memory_format=layout) if unet else None
     for line in sd.report:
         log(line)
-    return Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
+    parts = Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
+    if config.adapter == "textual_inversion" or config.train_text_encoder:
+        parts.text, parts.reader = TextIds(text.tokenizer), text.model
+    return parts
 
 
 def load_vae(path: str) -> AutoencoderKL:
@@ -229,14 +226,25 @@ def load_latent(
 
 def open_pipeline(
     load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
+    loras: Sequence[tuple[str | Path, float]] = (), embeddings: Sequence[str | Path] = (),
+    merged: bool = True, **options,
+) -> Pipeline:  # fmt: skip
+    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
+
+    loras, embeddings, merged: adapters, see `adapt`. options: see `open_base`.
+    Raises UserError for options that the model has no use for.
+    """
+    pipeline = open_base(load_path, sd_path, weights, device, **options)
+    return adapt(pipeline, loras, embeddings, merged)
+
+
+def open_base(
+    load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
     amp: str = "auto", config: str | None = None, vae: str | None = None,
     clip_skip: int | None = None, height: int | None = None, width: int | None = None,
     tiling: bool = False,
 ) -> Pipeline:  # fmt: skip
-    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
-
-    Raises UserError for options that the model has no use for.
-    """
+    """`open_pipeline` without adapters."""
     options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
     if load_path is None and sd_path is not None:
         return load_stable_diffusion(sd_path, device, amp, config, weights, vae, clip_skip, options)

@@ -26,11 +26,11 @@ RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
      "save_and_sample_every log_every keep_last sample_steps fid_every text_dim text_layers "
-     "clip_skip latent_channels layers_per_block"),
+     "clip_skip latent_channels layers_per_block rank alpha vectors class_images"),
     ("it cannot be negative", lambda v: v >= 0,
      "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers noise_offset "
-     "kl_weight perceptual_weight"),
-    ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout"),
+     "kl_weight perceptual_weight prior_weight"),
+    ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout lora_dropout"),
     ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
     ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images"),
     ("it must be at least 3", lambda v: v >= 3, "text_length"),
@@ -92,6 +92,21 @@ class Config:
     perceptual_weight: float = opt(0.0, "diffusion", "of LPIPS in a VAE's loss (mode vae; pip install lpips)")
     min_snr_gamma: float = opt(0.0, "diffusion", "min-SNR loss weights (5 in the paper); 0: equal weights")
 
+    adapter: str = opt("none", "adapter", "what is trained beside the model of load_path or sd_path, which is left as it is", ("none", "lora", "textual_inversion"))
+    rank: int = opt(4, "adapter", "of a LoRA's branches")
+    alpha: float | None = opt(None, "adapter", "a LoRA's scale times its rank (default: the rank)")
+    targets: str = opt("attention", "adapter", "a LoRA's layers: attention,mlp,conv or all, or a regular expression over module names")
+    lora_dropout: float = opt(0.0, "adapter", "of what a LoRA's branches see")
+    train_text_encoder: bool = opt(False, "adapter", "train the text encoder as well, by LoRA too where the U-Net is")
+    token: str | None = opt(None, "adapter", "the word that textual inversion adds, such as <my-style>")
+    init_word: str | None = opt(None, "adapter", "the word whose vectors it starts from")
+    vectors: int = opt(1, "adapter", "how many vectors the token has")
+    instance_prompt: str | None = opt(None, "adapter", "DreamBooth: the caption of all images, such as 'a photo of sks dog'")
+    class_prompt: str | None = opt(None, "adapter", "prior preservation: what the images are cases of, such as 'a photo of a dog'")
+    class_images: int = opt(100, "adapter", "its images, drawn by the model itself where they are missing")
+    class_data: str | None = opt(None, "adapter", "folder for them (default: one in cache_dir)")
+    prior_weight: float = opt(1.0, "adapter", "of their loss")
+
     batch_size: int = opt(32, "optimisation", "samples per step, over all ranks and accumulation")
     train_steps: int = opt(100_000, "optimisation", "length of the run", free=True)
     epochs: float | None = opt(None, "optimisation", "length of the run in passes over the data, instead of train_steps", free=True)
@@ -136,7 +151,7 @@ class Config:
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
         if self.mode == "vae" and (self.fid or self.condition != "none"):
             raise UserError("--mode vae trains no sampler: it takes no --fid and no --condition")
-        if self.sd_path is not None and self.condition != "text":
+        if self.sd_path is not None and self.condition != "text" and not self.adapts:
             raise UserError("--sd_path fine-tunes on captions: give --condition text")
         if self.zero_snr and self.objective == "eps":
             raise UserError("zero_snr needs objective v or x0: where there is only noise, eps says "
@@ -145,6 +160,11 @@ class Config:
             raise UserError("fid_features is the network of --fid: give --fid as well")
         if self.streaming and not self.data.startswith("hf:"):
             raise UserError("streaming reads hub sets only; give --data hf:owner/name")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a finished model is the start, whose own settings count (training/adapters.py)."""
+        return self.adapter != "none" or self.instance_prompt is not None
 
     # --- JSON and continuation ---------------------------------------------------------------
 

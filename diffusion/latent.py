@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import UserError
 from .models.clip import CLIPTextModel, encode_chunks
+from .models.sd_unet import SDUNet
 from .models.tokenizer import Tokenizer
 from .models.vae import AutoencoderKL
 from .pipeline import Pipeline
@@ -56,6 +57,17 @@ class TextIds:
 
     def chunks(self, prompts: Sequence[str]) -> int:
         return 1
+
+
+class TextConditioned(nn.Module):
+    """A U-Net and a text encoder that runs with it: (x, t, ids (B, L)) -> out. skip: its layer."""
+
+    def __init__(self, unet: SDUNet, text: CLIPTextModel, skip: int = 1):
+        super().__init__()
+        self.unet, self.text, self.skip = unet, text, skip
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x, t, self.text(ids, self.skip))
 
 
 @dataclass(eq=False)

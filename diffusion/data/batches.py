@@ -179,7 +179,7 @@ def open_batches(config: Config):
             raise UserError(f"--condition class: {config.data} has no column of class labels")
         return stream
     images = open_data(config.data, config.data_class, config.default_caption)
-    if config.condition == "class":
+    if config.condition == "class" and not config.adapts:
         without = sum(label < 0 for label in images.labels)
         if without or not images.classes:
             raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..distributed import barrier, log, progress, rank, world_size
+from ..seeding import generator
 from .batches import Batch, Batches, Pixels, to_unit
 from .cache import TRANSFORM
 from .datasets import digest
@@ -143,7 +144,8 @@ def caption_embeddings(
 class EncodedBatches(Batches):
     """`Batches` of latents, and of what the network is told of each image's caption.
 
-    text: by caption, either ids (U, L) or embeddings; text_of: (N,) each image's caption.
+    text: by caption, either ids (U, L) or embeddings. text_of: (N, K) each image's captions, of
+    which a step draws one; the first is a held-out image's.
     """
 
     def __init__(
@@ -154,20 +156,28 @@ class EncodedBatches(Batches):
         self.latents, self.text, self.text_of = latents, text, text_of
 
     def _load(self, step: int, low: int, high: int) -> Batch:
-        return self._encoded(self.indices(step)[low:high], self.flips(step)[low:high])
+        chosen, flips, which = self.indices(step), self.flips(step), self.which(step)
+        return self._encoded(chosen[low:high], flips[low:high], which[low:high])
+
+    def which(self, step: int) -> np.ndarray:
+        """(batch_size,) which of their captions the images of a step have."""
+        if self.text is None or self.text_of.shape[1] == 1:
+            return np.zeros(self.batch_size, int)
+        g = generator(self.seed, "caption", step)
+        return torch.randint(self.text_of.shape[1], (self.batch_size,), generator=g).numpy()
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         chosen = self.held_out[low:high]
-        return self._encoded(chosen, np.zeros(len(chosen), bool))
+        return self._encoded(chosen, np.zeros(len(chosen), bool), np.zeros(len(chosen), int))
 
-    def _encoded(self, chosen: np.ndarray, flips: np.ndarray) -> Batch:
+    def _encoded(self, chosen: np.ndarray, flips: np.ndarray, which: np.ndarray) -> Batch:
         views = self.latents[chosen]  # (b, F, 2, C, h, w)
         moments = torch.from_numpy(views[np.arange(len(chosen)), flips.astype(int)])
         labels = torch.from_numpy(self.labels[chosen])
-        return Batch(None, labels, moments, self.told(chosen))
+        return Batch(None, labels, moments, self.told(chosen, which))
 
-    def told(self, chosen: np.ndarray) -> Tensor | None:
+    def told(self, chosen: np.ndarray, which: np.ndarray) -> Tensor | None:
         if self.text is None:
             return None
-        text = self.text[self.text_of[chosen]]
+        text = self.text[self.text_of[chosen, which]]
         return text if isinstance(text, Tensor) else torch.from_numpy(text)

@@ -22,6 +22,7 @@ from ..models.sd_config import VAEConfig
 from ..models.vae import AutoencoderKL, sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
+from .tasks import Task
 
 MEASURED = 256  # images whose latents' deviation becomes the scaling factor
 
@@ -46,7 +47,7 @@ def vae_config(config: Config) -> VAEConfig:
                      scaling_factor=1.0)  # fmt: skip
 
 
-class Autoencoding:
+class Autoencoding(Task):
     """A task as tasks.py describes it."""
 
     def __init__(self, config: Config, device: torch.device):

@@ -11,13 +11,16 @@ class EMA:
 
     n is the number of optimizer steps so far, so the average follows a short run and smooths a
     long one, and resuming needs no counter. It is a model of its own: sampling from it swaps
-    nothing, and a checkpoint can be written at any time.
+    nothing, and a checkpoint can be written at any time. What is not trained, it shares.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+        copied = copy.deepcopy(model, frozen)
+        pairs = [(e, w) for e, w in zip(copied.parameters(), model.parameters()) if w.requires_grad]
+        self.ema, self.weights = [e for e, _ in pairs], [w for _, w in pairs]
+        self.model = copied.eval().requires_grad_(False)
         self.decay = decay
-        self.ema, self.weights = list(self.model.parameters()), list(model.parameters())
 
     @torch.no_grad()
     def update(self, n: int, ok: Tensor) -> None:

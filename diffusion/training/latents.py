@@ -15,9 +15,9 @@ from .. import UserError
 from ..assemble import Parts, open_parts
 from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
-from ..data.datasets import digest
+from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, caption_embeddings, image_latents, weights_digest
-from ..latent import LatentPipeline
+from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
@@ -33,6 +33,7 @@ class LatentDiffusion(Diffusion):
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         self.parts: Parts = open_parts(config, device)
+        self.prepare()
         if config.image_size % (f := self.parts.vae.factor):
             raise UserError(f"image_size {config.image_size} is no multiple of {f}, what this VAE "
                             "divides it by")  # fmt: skip
@@ -40,7 +41,7 @@ class LatentDiffusion(Diffusion):
         self.levels = self.schedule.to(device)
         source = open_batches(config)
         images = None if config.streaming else source.pixels.images
-        described = source.text if config.streaming else images.captions
+        described = source.text if config.streaming else self.described(images)
         if config.condition == "text" and described is None:
             raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
                             "each image, or give --default_caption")  # fmt: skip
@@ -48,12 +49,20 @@ class LatentDiffusion(Diffusion):
         prompts = None if prompts is None else read_prompts(Path(prompts))
         self.captions, self.data = None, source
         if not config.streaming:  # a stream's batches are encoded when they come
-            self.captions = images.captions if config.condition == "text" else None
+            told = described if config.condition == "text" else None
+            self.captions = told and [captions[0] for captions in told]
             self.data = EncodedBatches(
                 source.pixels, config.batch_size, config.seed, config.flip,
-                self._latents(source.pixels), *self._text(),
+                self._latents(source.pixels), *self._text(told),
             )  # fmt: skip
         self.prompts = self._captions_shown() if prompts is None else prompts
+
+    def prepare(self) -> None:
+        """Before captions are read."""
+
+    def described(self, images: ImageSet) -> list[tuple[str, ...]] | None:
+        """Each image's captions, of which every step draws one; None if there are none."""
+        return images.captions and [(caption,) for caption in images.captions]
 
     # --- what is computed once
 
@@ -75,15 +84,15 @@ class LatentDiffusion(Diffusion):
         return image_latents(pixels, self.encode, key, shape, c.flip, Path(c.cache_dir),
                              self.device, ENCODE_BATCH)  # fmt: skip
 
-    def _text(self) -> tuple:
-        """What is told of each different caption, the empty one last; each image's number."""
-        if self.captions is None:
+    def _text(self, told: list[tuple[str, ...]] | None) -> tuple:
+        """What is told of each different caption, the empty one last; each image's numbers."""
+        if told is None:
             return None, None
-        every = sorted(set(self.captions) - {""}) + [""]
+        every = sorted({caption for captions in told for caption in captions} - {""}) + [""]
         number = {caption: i for i, caption in enumerate(every)}
-        text_of = np.array([number[caption] for caption in self.captions])
-        if self.parts.text_config is not None:
-            text = self.parts.text(every)  # ids: the encoder is trained along
+        text_of = np.array([[number[caption] for caption in captions] for captions in told])
+        if isinstance(self.parts.text, TextIds):
+            text = self.parts.text(every)  # the encoder runs in the step
             self.empty = text[-1]
             return text, text_of
         encoder, tokenizer = self.parts.text, self.parts.text.tokenizer
@@ -115,9 +124,9 @@ class LatentDiffusion(Diffusion):
     def told(self, model: nn.Module) -> dict:
         return {"classes": list(self.data.classes), "networks": self.parts.networks(model)}
 
-    def draw(self, step: int) -> tuple[Tensor, ...]:
+    def draw(self, step: int, config: Config | None = None) -> tuple[Tensor, ...]:
         """t (B,), eps (B, C, h, w), hidden (B,), and the noise that draws latents from the VAE."""
-        c, vae = self.config, self.parts.vae
+        c, vae = self.config if config is None else config, self.parts.vae
         side = c.image_size // vae.factor
         shape = (vae.config.latent_channels, side, side)
         t, eps, hidden = draw(c, step, len(self.schedule), shape, self.device)
@@ -128,10 +137,9 @@ class LatentDiffusion(Diffusion):
         g = generator(c.seed, "latents", step, device=self.device)
         return t, eps, hidden, torch.randn(eps.shape, generator=g, device=self.device)
 
-    def loss(self, model, batch: Batch, drawn, low: int, high: int) -> Tensor:
+    def inputs(self, batch: Batch, drawn, low: int, high: int) -> tuple:
         t, eps, hidden, spread = (value[low:high] for value in drawn)
-        return self.diffusion_loss(model, self.x0(batch, spread), t, eps,
-                                   self.condition(batch, hidden))  # fmt: skip
+        return self.x0(batch, spread), t, eps, self.condition(batch, hidden)
 
     def x0(self, batch: Batch, spread: Tensor | None = None) -> Tensor:
         """Scaled latents: drawn from the VAE's distribution, or its mean without noise."""

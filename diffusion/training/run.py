@@ -2,6 +2,7 @@
 
 config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
 checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/checkpoint.py)
+of an adapter, instead of the last two: adapter.safetensors  adapter_kohya.safetensors
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ from ..seeding import seed_of
 from ..weights import checkpoint
 
 FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safetensors",
-         "best.safetensors", "tensorboard", "checkpoints", "samples")  # fmt: skip
+         "best.safetensors", "tensorboard", "checkpoints", "samples", "adapter.safetensors",
+         "adapter_kohya.safetensors")  # fmt: skip
 
 
 def claim(folder: Path):
@@ -133,11 +135,8 @@ class RunLog:
             self.writer.close()
 
 
-def write_weights(folder: Path, config: Config, weights: dict, told: dict, data, step: int, best,
-                  improved: bool) -> None:  # fmt: skip
-    """ema.safetensors, best.safetensors if this is it, metadata.json. told: see tasks.py."""
-    for name in ("ema", *(["best"] if improved else [])):
-        checkpoint.save_weights(folder / f"{name}.safetensors", weights, config, step=step, **told)
+def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
+    """metadata.json: how far the run is."""
     samples = step * config.batch_size
     epoch = samples / data.length if data.length else None
     about = {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best}

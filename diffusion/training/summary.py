@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import Config
 from ..data.batches import open_batches
 from ..pipeline import build_model
+from .base import based_on
 from .steps import rank_share, total_steps
 
 
@@ -32,7 +33,8 @@ def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int]:
     return parameters, counter.get_total_flops(), sum(s.nbytes() for s in kept.values())
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, given: set[str] | None = None) -> str:
+    config = based_on(config, given)
     data = open_batches(config)
     share = rank_share(config)
     total = total_steps(config, data.length)

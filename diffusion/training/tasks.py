@@ -9,9 +9,11 @@ The loop in trainer.py is the same for all. A task has
     heldout_loss(model, micro)  of the averaged weights
     sheet(model, micro)         a picture of what the averaged weights can do
     told(model)                 what a checkpoint must tell besides the configuration
+    start, state, restore, write, result      see Task
 """
 
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,14 +25,57 @@ from .. import distributed as dist
 from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
 from ..evaluation.viz import grid, to_uint8
+from ..latent import TextConditioned
 from ..pipeline import Pipeline, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
 from ..seeding import generator
+from ..weights import checkpoint
 from .steps import draw
 
 
-class Diffusion:
+class Task:
+    """What most tasks share: the whole network is trained, and written."""
+
+    config: Config
+
+    def start(self, model: nn.Module, fresh: bool) -> None:
+        """Bring the built network to where training begins. fresh: no checkpoint follows."""
+        if fresh and self.config.load_path is not None:
+            start_from(model, *checkpoint.load_weights(Path(self.config.load_path))[:2])
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the network."""
+        return model.state_dict()
+
+    def restore(self, model: nn.Module, kept: dict[str, Tensor], checkpoint: dict) -> None:
+        """The inverse of `state`. checkpoint: all that it holds."""
+        model.load_state_dict(kept)
+
+    def write(self, folder: Path, model: nn.Module, step: int, told: dict, improved: bool) -> None:
+        """The averaged weights, to share: ema.safetensors, and best.safetensors if this is it."""
+        for name in ("ema", *(["best"] if improved else [])):
+            path = folder / f"{name}.safetensors"
+            checkpoint.save_weights(path, model.state_dict(), self.config, step=step, **told)
+
+    def result(self, folder: Path) -> str:
+        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}"
+
+
+def start_from(model: nn.Module, weights: dict[str, Tensor], theirs: Config) -> None:
+    """Take weights of another run. Raises UserError if they are of another architecture."""
+    whole = any(name.startswith("unet.") for name in weights)
+    if isinstance(model, TextConditioned) and not whole:
+        model = model.unet  # fine-tuned Stable Diffusion, whose text encoder was not
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--load_path does not fit this network (it was trained with unet_dim "
+                        f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
+                        f"condition {theirs.condition}): {error}") from None  # fmt: skip
+
+
+class Diffusion(Task):
     """--mode pixel: from x_t, predict what `objective` says."""
 
     def __init__(self, config: Config, device: torch.device):
@@ -56,9 +101,12 @@ class Diffusion:
         return draw(self.config, step, len(self.schedule), shape, self.device)
 
     def loss(self, model, batch: Batch, drawn, low: int, high: int) -> Tensor:
+        return self.diffusion_loss(model, *self.inputs(batch, drawn, low, high))
+
+    def inputs(self, batch: Batch, drawn, low: int, high: int) -> tuple:
+        """x0, t, eps and what the network is told, of samples low ... high-1."""
         t, eps, hidden = (value[low:high] for value in drawn)
-        x0, cond = self.x0(batch), self.condition(batch, hidden)
-        return self.diffusion_loss(model, x0, t, eps, cond)
+        return self.x0(batch), t, eps, self.condition(batch, hidden)
 
     def diffusion_loss(self, model, x0, t, eps, cond) -> Tensor:
         c = self.config

@@ -22,11 +22,13 @@ from ..evaluation.features import name_of
 from ..pipeline import amp_dtype
 from ..seeding import seed_of
 from ..weights import checkpoint
+from .adapters import ADAPTED
 from .autoencoder import Autoencoding
+from .base import based_on
 from .ema import EMA
 from .fid import Fid
 from .latents import LatentDiffusion
-from .run import RunLog, claim, clear, import_wandb, logged, resume, write_weights
+from .run import RunLog, claim, clear, import_wandb, logged, resume, write_metadata
 from .steps import Share, Tally, learning_rate, rank_share, total_steps
 from .tasks import Diffusion
 
@@ -34,8 +36,12 @@ TASKS = {"pixel": Diffusion, "latent": LatentDiffusion, "vae": Autoencoding}
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 
-def train(config: Config) -> None:
-    """Train, or go on training, as the configuration says. Raises UserError for mistakes in it."""
+def train(config: Config, given: set[str] | None = None) -> None:
+    """Train, or go on training, as the configuration says. Raises UserError for mistakes in it.
+
+    given: the fields that were asked for, see `based_on`; None: those that are not the defaults.
+    """
+    config = based_on(config, given)
     device = dist.setup(config.device)
     dtype = amp_dtype(config.amp, device)
     share = rank_share(config)
@@ -46,7 +52,7 @@ def train(config: Config) -> None:
     config, state = resume(config, folder)
     if config.wandb:
         import_wandb()  # missing: say so now
-    task = TASKS[config.mode](config, device)
+    task = (ADAPTED if config.adapts else TASKS)[config.mode](config, device)
     data = task.data
     check_data(state, data, config)
     total = total_steps(config, data.length)
@@ -56,9 +62,9 @@ def train(config: Config) -> None:
         return
     torch.manual_seed(seed_of(config.seed, "init"))
     model = task.build().to(device)
-    if state is None and config.load_path is not None:
-        start_from(model, Path(config.load_path))
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.99),
+    task.start(model, fresh=state is None)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, config.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=config.weight_decay, fused=True)  # fmt: skip
     # from 2^12 even ten overflows in a row leave a usable scale
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
@@ -69,8 +75,8 @@ def train(config: Config) -> None:
     # resume
     if state is not None:
         step = state["step"]
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
+        task.restore(model, state["model"], state)
+        task.restore(ema.model, state["ema"], state)
         optimizer.load_state_dict(state["optimizer"])
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -97,12 +103,13 @@ def train(config: Config) -> None:
             return
         try:
             told = task.told(ema.model)
-            write_weights(folder, config, ema.model.state_dict(), told, data, step, best, improved)
+            task.write(folder, ema.model, step, told, improved)
+            write_metadata(folder, config, data, step, best)
             checkpoint.save(folder, {
                 "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
                 "config": asdict(config), **told,
                 "data": {"order": data.order_key(), "length": data.length},
-                "model": model.state_dict(), "ema": ema.model.state_dict(),
+                "model": task.state(model), "ema": task.state(ema.model),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "tally": tally.sums.cpu(),
             }, config.keep_last)  # fmt: skip
@@ -135,7 +142,7 @@ def train(config: Config) -> None:
             drawn = task.draw(step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, total)
-            if config.dropout:
+            if config.dropout or config.lora_dropout:
                 torch.manual_seed(seed_of(config.seed, "dropout", step, dist.rank()))
 
             # forward, backward
@@ -205,7 +212,7 @@ def train(config: Config) -> None:
                 break
 
     if step >= total:
-        dist.log(f"done: {folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}")
+        dist.log(f"done: {task.result(folder)}")
 
 
 # --- while it runs -------------------------------------------------------------------------------
@@ -248,17 +255,6 @@ class StopSignal:
 # --- before the first step -----------------------------------------------------------------------
 
 
-def start_from(model, path: Path) -> None:
-    """Load weights of another run. Raises UserError if they are of another architecture."""
-    weights, theirs, _ = checkpoint.load_weights(path)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit this network (it was trained with unet_dim "
-                        f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
-                        f"condition {theirs.condition}): {error}") from None  # fmt: skip
-
-
 def fid_is_missing(config: Config, step: int) -> bool:
     """Of a finished run that was stopped while it measured."""
     path = Path(config.save_folder) / "metrics.jsonl"
@@ -276,8 +272,10 @@ def check_data(state: dict | None, data, config: Config) -> None:
 
 def announce(config, model, data, device, dtype, share: Share, total: int) -> None:
     parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision = str(dtype).removeprefix("torch.") if dtype else "float32"
     dist.log(f"{config.data}: {data.describe()}")
-    dist.log(f"{parameters / 1e6:.1f} M parameters on {device}, {precision}; batch "
+    part = "" if trained == parameters else f" ({trained:,} trained)"
+    dist.log(f"{parameters / 1e6:.1f} M parameters{part} on {device}, {precision}; batch "
              f"{config.batch_size} = {share.ranks} ranks x {share.accum} x {share.micro}; "
              f"{total} steps")  # fmt: skip

@@ -158,7 +158,11 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
         state = read(path, mmap=True)
         weights = state["ema" if which == "ema" else "model"]
         metadata = {k: state[k] for k in ("step", "classes", "networks") if k in state}
-        return weights, Config.from_dict(state["config"]), metadata
+        config = Config.from_dict(state["config"])
+        if config.adapter != "none":
+            raise UserError(f"{path} is a run of --adapter {config.adapter}, no model: give the "
+                            "model it began with, and its adapter.safetensors")  # fmt: skip
+        return weights, config, metadata
     if which != "ema":
         raise UserError(f"{path} holds averaged weights only; --weights raw needs a model.pt")
     if not path.is_file():

@@ -27,12 +27,20 @@ class _Stub:
         pass
 
 
+class _Fields(_Stub):
+    """Stands for classes of which the plain fields are wanted."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
 # the globals that original checkpoints need, each an inert stub
-STUBS = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-)
+STUBS = {
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Stub,
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping": _Stub,
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint": _Stub,
+    "torch.nn.modules.container.ParameterDict": _Fields,  # of textual inversions
+}
 
 
 def find_weights(folder: Path) -> Path:
@@ -64,6 +72,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return _read_pickle(path)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors; none of other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
@@ -91,16 +107,26 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    stubs = [(_Stub, name) for name in STUBS]
+    state = read_object(path)
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def read_object(path: Path):
+    """What torch.save was given: tensors in plain containers. Raises UserError otherwise."""
+    stubs = [(stub, name) for name, stub in STUBS.items()]
     try:
         with torch.serialization.safe_globals(stubs):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap" not in str(error):
                     raise
                 # written before torch 1.6: no zip file, so not to be mapped
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} holds more than weights, and is not opened: {reason}; use a "
@@ -108,11 +134,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises nearly everything on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is truncated or no checkpoint: {reason}") from None
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def read_json(path: Path) -> dict:

@@ -1,0 +1,238 @@
+"""LoRA files of the programs that write them, as branches of a network's layers, and back.
+
+    kohya        lora_unet_<path with _>.lora_down.weight, .lora_up.weight, .alpha; lora_te_...
+                 also with the block names of original files: lora_unet_input_blocks_1_1_...
+    diffusers    unet.<path>.lora_A.weight (down), .lora_B.weight (up); text_encoder....
+                 and before that .lora.down.weight, .lora_linear_layer.down.weight, and
+                 .processor.to_q_lora.down.weight
+    peft         a folder: adapter_config.json, adapter_model.safetensors; base_model.model....
+
+A branch's scale is alpha / rank; alpha stands in the file, in its metadata, in the folder's
+configuration, or nowhere, and then it is the rank. (kohya networks/lora.py, diffusers
+loaders/lora_base.py.)
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import UserError
+from ..distributed import log
+from ..models import lora
+from ..models.lora import LowRank
+from . import rules
+from .checkpoint import atomic
+from .files import read_json, read_metadata, read_tensors
+
+Parts = dict[str, dict[str, LowRank]]  # "unet" or "text_encoder" -> module name -> branch
+
+NAMES = {"unet": "U-Net", "text_encoder": "text encoder"}
+KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
+# the first is written; an empty one is of files that hold the U-Net only
+DOTTED = {
+    "unet": ("unet.", "base_model.model.", "base_model.model.unet.", "diffusion_model.", ""),
+    "text_encoder": ("text_encoder.", "base_model.model.", "base_model.model.text_encoder.", ""),
+}
+WEIGHT = re.compile(
+    r"(?P<layer>.+)\.(?:lora_(?P<a>down|up|A|B)|lora(?:_linear_layer)?\.(?P<b>down|up))"
+    r"(?:\.[^.]+)?\.weight"
+)
+DOWN_OR_UP = {"A": "down", "B": "up", "down": "down", "up": "up"}
+METADATA = "lora_adapter_metadata"  # diffusers' JSON: unet.r, unet.lora_alpha ...
+# what these networks' files call layers that the attention processors of 2023 held
+OLD_TEXT = (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out.0", "out_proj"))
+OTHERS = {
+    "a LoHa": ("hada_w",), "a LoKr": ("lokr_w",), "a DoRA": ("dora_scale", "lora_magnitude"),
+    "a LoRA with a Tucker core": ("lora_mid",), "an OFT": ("oft_",),
+}  # fmt: skip
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
+    """A LoRA's branches of these networks, "unet" and, if there is one, "text_encoder".
+
+    What the networks do not have is told and left out. Raises UserError if that is most of the
+    file, if shapes do not fit, and for files that hold no LoRA.
+    """
+    path = Path(path)
+    tensors, settings = _open(path)
+    pairs, alphas, left = _sort(tensors)
+    if not pairs:
+        raise UserError(f"{path} holds no LoRA: {_what(tensors)}")
+    known, parts = _known(networks), {part: {} for part in networks}
+    for layer, pair in pairs.items():
+        if layer not in known or pair.keys() != {"down", "up"}:
+            left.append(layer)
+            continue
+        part, name = known[layer]
+        down, up = _fit(path, name, lora.layers(networks[part])[name], **pair)
+        alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down)) or len(down)
+        parts[part][name] = LowRank(down, up, float(alpha))
+    _report(path, parts, sorted(left))
+    return parts
+
+
+def _what(tensors: Mapping[str, Tensor]) -> str:
+    """What a file is that is no LoRA."""
+    kind = rules.family(tensors)
+    if kind is None:
+        return f"no tensor has such a name; it has {', '.join(sorted(tensors)[:3])}"
+    return f"it is {kind}" + ("; give it with --embedding" if "inversion" in kind else "")
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(tensors, peft's settings of each part)."""
+    if path.is_dir():
+        config = read_json(path / "adapter_config.json")
+        kind = config.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise UserError(f"{path} is a peft folder of {kind}; supported: LORA")
+        files = [path / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
+        file = next((f for f in files if f.is_file()), files[0])
+        return read_tensors(file), dict.fromkeys(NAMES, config)
+    tensors = read_tensors(path)
+    try:
+        values = json.loads(read_metadata(path).get(METADATA, "{}"))
+        flat = {key.partition(".")[::2]: value for key, value in values.items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: its {METADATA} is no JSON object") from None
+    return tensors, {part: {k: v for (p, k), v in flat.items() if p == part} for part in NAMES}
+
+
+def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
+    """({layer: {"down": ..., "up": ...}}, {layer: alpha}, names of neither kind)."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas, left = {}, []
+    for name, value in tensors.items():
+        for kind, marks in OTHERS.items():
+            if any(mark in name for mark in marks):
+                raise UserError(f"this file is {kind} ({name}); supported: plain LoRA")
+        plain = re.sub(r"\.processor\.to_(\w+)_lora\.", r".to_\1.lora.", name)
+        plain = re.sub(r"\.to_(q|k|v|out)_lora\.", r".to_\1.lora.", plain)
+        plain = plain.replace(".to_out.lora.", ".to_out.0.lora.")
+        if found := WEIGHT.fullmatch(plain):
+            kind = DOWN_OR_UP[found["a"] or found["b"]]
+            pairs.setdefault(found["layer"], {})[kind] = value
+        elif name.endswith(".alpha") and value.numel() == 1:
+            alphas[name.removesuffix(".alpha")] = float(value)
+        else:
+            left.append(name)
+    return pairs, alphas, left
+
+
+def _known(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """What any file may call the layers: {its name: (part, module name)}.
+
+    From the modules to the names: `_` for `.` cannot be undone.
+    """
+    known: dict[str, tuple[str, str]] = {}
+    for part, network in networks.items():
+        original = {}
+        if part == "unet" and hasattr(network, "config"):
+            original = rules.to_theirs(rules.unet_table(network.config.to_dict()))
+        for name in lora.layers(network):
+            names = {name, name.removeprefix("text_model.")}
+            names |= {rules.translate(name, original) or name}
+            if part == "text_encoder":
+                ends = [(old, new) for old, new in OLD_TEXT if name.endswith(new)]
+                names |= {n.removesuffix(new) + old for n in names for old, new in ends}
+            dotted = [prefix + n for prefix in DOTTED[part] for n in names]
+            flat = [prefix + n.replace(".", "_") for prefix in KOHYA[part] for n in names]
+            for key in (*dotted, *flat):
+                known.setdefault(key, (part, name))
+    return known
+
+
+def _fit(path: Path, name: str, layer: nn.Module, down: Tensor, up: Tensor) -> list[Tensor]:
+    """Both in float32 and the layer's shapes; linear layers and 1x1 convolutions take each
+    other's. Raises UserError for any other shape."""
+    rank, fitted = len(down), []
+    wanted = {"down": (rank, *layer.weight.shape[1:]),
+              "up": (len(layer.weight), rank, *[1] * (layer.weight.ndim - 2))}  # fmt: skip
+    for (kind, shape), value in zip(wanted.items(), (down, up)):
+        squeezed = [s for s in value.shape[2:] if s > 1]
+        if value.shape[:2] != shape[:2] or squeezed != [s for s in shape[2:] if s > 1]:
+            raise UserError(f"{path} is for another architecture: its {kind} of {name} is "
+                            f"{tuple(value.shape)}, this network takes {tuple(shape)}")  # fmt: skip
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: its {kind} of {name} has non-finite numbers")
+        fitted.append(value.float().reshape(shape))
+    return fitted
+
+
+def _alpha(settings: dict, name: str, rank: int) -> float | None:
+    """As peft's LoraConfig has it; None where it says nothing."""
+    if settings.get("use_dora"):
+        raise UserError("this file is a DoRA; supported: plain LoRA")
+    alpha = settings.get("lora_alpha")
+    for pattern, own in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            alpha = own
+    return alpha and alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _report(path: Path, parts: Parts, left: list[str]) -> None:
+    found = {part: len(branches) for part, branches in parts.items() if branches}
+    count = sum(found.values())
+    strange = f"{len(left)} of its {count + len(left)} layers are not in this model"
+    told = " and ".join(f"{n} of the {NAMES[part]}" for part, n in found.items())
+    if len(left) >= count:
+        family = " (Stable Diffusion XL's)" if any("lora_te2_" in name for name in left) else ""
+        raise UserError(f"{path} is for another architecture: {strange}, such as {left[0]}{family}")
+    ranks = sorted({len(low.down) for branches in parts.values() for low in branches.values()})
+    log(f"{path}: LoRA of rank {', '.join(map(str, ranks))} for {told} layers")
+    if left:
+        more = " ..." if len(left) > 3 else ""
+        log(f"warning: {path}: {strange} and are left out: {', '.join(left[:3])}{more}")
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_diffusers(path: Path, parts: Parts, **about: str) -> None:
+    """As diffusers' save_lora_weights does in peft's names, alphas in the metadata."""
+    tensors, settings = {}, {}
+    for part, branches in parts.items():
+        prefix = DOTTED[part][0]
+        for name, low in branches.items():
+            tensors[f"{prefix}{name}.lora_A.weight"] = low.down
+            tensors[f"{prefix}{name}.lora_B.weight"] = low.up
+        first = next(iter(branches.values()))
+        rank, alpha = len(first.down), first.alpha
+        # the text encoder's layers by their last names: transformers 5 lacks `text_model.`
+        names = sorted({n.split(".")[-1] for n in branches} if part == "text_encoder" else branches)
+        ranks = {n: len(b.down) for n, b in branches.items() if len(b.down) != rank}
+        alphas = {n: b.alpha for n, b in branches.items() if b.alpha != alpha}
+        own = {"r": rank, "lora_alpha": alpha, "target_modules": names,
+               "rank_pattern": ranks, "alpha_pattern": alphas}  # fmt: skip
+        settings |= {prefix + key: value for key, value in own.items()}
+    save(path, tensors, about | {METADATA: json.dumps(settings)})
+
+
+def write_kohya(path: Path, parts: Parts, **about: str) -> None:
+    """As kohya's scripts do, which A1111 and ComfyUI read."""
+    tensors, lows = {}, []
+    for part, branches in parts.items():
+        for name, low in branches.items():
+            layer = KOHYA[part][0] + name.replace(".", "_")
+            tensors[f"{layer}.lora_down.weight"] = low.down
+            tensors[f"{layer}.lora_up.weight"] = low.up
+            tensors[f"{layer}.alpha"] = torch.tensor(float(low.alpha))
+            lows.append(low)
+    about |= {"ss_network_module": "networks.lora", "ss_network_dim": str(len(lows[0].down)),
+              "ss_network_alpha": str(lows[0].alpha)}  # fmt: skip
+    save(path, tensors, about)
+
+
+def save(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    tensors = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt", **about}))

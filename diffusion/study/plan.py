@@ -24,9 +24,9 @@ BUDGETS = {
                   ti_learning_rate=5e-3, dreambooth_learning_rate=2e-4, vectors=4, num_images=100,
                   mix_images=40, sample_steps=20),
     # Stable Diffusion on a GPU
-    "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), targets="attention", learning_rate=1e-4,
-                 ti_learning_rate=5e-4, dreambooth_learning_rate=2e-6, vectors=4, num_images=500,
-                 mix_images=100, sample_steps=30),
+    "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), targets="attention",
+                 learning_rate=1e-4, ti_learning_rate=5e-4, dreambooth_learning_rate=2e-6,
+                 vectors=4, num_images=500, mix_images=100, sample_steps=30),
 }  # fmt: skip
 
 

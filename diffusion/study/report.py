@@ -176,8 +176,9 @@ class Page:
     def ablation(self) -> None:
         style = self.s.styles[0]
         self.add(f"<h2>2. Ablation, {escape(style)}</h2>",
-                 f'<p class="soft">Around rank {self.s.rank} ({escape(self.s.targets)}), {self.s.steps} steps, '
-                 f"{self.s.learning_rate:g}, one at a time.</p>")  # fmt: skip
+                 f'<p class="soft">Around rank {self.s.rank} ({escape(self.s.targets)} layers), '
+                 f"{self.s.steps} steps, learning rate {self.s.learning_rate:g}, one at a time.</p>"
+        )  # fmt: skip
         for field, cells in ablation(self.s, self.slugs).items():
             what = field.replace("_", " ")
             named = [(f"{what} {getattr(c, field):g}", c) for c in cells]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, environment
 from PIL import Image
 from test_latent import vae  # noqa: F401 (fixture)
 from torch.testing import assert_close
@@ -545,3 +545,44 @@ def test_a_finished_study_says_so(study, monkeypatch, tmp_path, faces, capsys):
                                       "--experiments", "1", "--save_folder", str(tmp_path / "out")])  # fmt: skip
     program.main()
     assert "finished" in capsys.readouterr().out
+
+
+# --- with the real scripts -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_study_killed_and_continued(base, faces, tmp_path):
+    args = ["--load_path", base, "--data", faces, "--styles", "bald,bob", "--steps", 4, "--batch_size", 4,
+            "--ranks", "1,2,4", "--num_images", 4, "--mix_images", 4, "--points", 2, "--sample_steps", 2,
+            "--device", "cpu", "--amp", "no", "--save_folder", tmp_path / "out"]  # fmt: skip
+    command = [sys.executable, "-m", "diffusion.study", *map(str, args)]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: list(tmp_path.glob("out/*/checkpoints/lora_bald_*/config.json")), 200)
+    first.kill()
+    first.wait()
+    (folder,) = (tmp_path / "out").iterdir()
+    before = read_metrics(folder)
+    assert not before["finished"] and before["cells"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"continuing {folder}" in done.stdout and "report.html" in done.stdout
+    after = read_metrics(folder)
+    assert after["finished"] and list((tmp_path / "out").iterdir()) == [folder]
+    for name, entry in before["cells"].items():
+        if "measures" in entry:
+            assert after["cells"][name] == entry
+    costs = {e["kind"]: e["cost"] for e in after["cells"].values() if "cost" in e}
+    assert costs["textual_inversion"]["file_bytes"] < costs["lora"]["file_bytes"] < costs["dreambooth"]["file_bytes"]  # fmt: skip
+    pictures = {name: (folder / "inference" / name / "images" / "000000.png").read_bytes() for name in after["cells"]}  # fmt: skip
+    centre = {e["style"]: n for n, e in after["cells"].items()
+              if e["kind"] == "lora" and (e["rank"], e["steps"], e["learning_rate"]) == (2, 4, 1e-3)}  # fmt: skip
+    for name in (centre["bald"], "textual_inversion_bald", "dreambooth_bald"):
+        assert pictures[name] != pictures["base_bald"]
+    assert (folder / "thumbnails" / "interpolation.png").is_file()
+    page = Tags()
+    page.feed((folder / "report.html").read_text())
+    assert page.open == []

@@ -45,6 +45,12 @@ def parse(args: list[str] | None = None):
     add("--vae_tiling", action="store_true", help="decode in overlapping tiles: less memory for large images")
     add("--sequential_guidance", action="store_true", help="two network calls per step in half the memory")
 
+    add = parser.add_argument_group("adapters").add_argument
+    add("--lora", action="append", type=weighted, default=[], metavar="FILE[:X]", help="LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again")
+    add("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, whose token --prompt may use; may be given again")
+    add("--lora_interpolate", nargs=2, type=weighted, default=[], metavar=("A", "B"), help="draw interpolation.png instead: from the one LoRA to the other")
+    add("--points", type=int, default=5, metavar="N", help="its columns")
+
     add = parser.add_argument_group("from an image").add_argument
     add("--init_image", metavar="FILE", help="start from this image, noised")
     add("--strength", type=float, default=0.8, metavar="X", help="share of the steps that is run on it, 0 to 1")
@@ -53,15 +59,26 @@ def parse(args: list[str] | None = None):
     args = parser.parse_args(args)
     args.prompt = [line for text in args.prompt or [] for line in prompts_of(text)]
     if args.num_images is None:
-        args.num_images = len(args.prompt) or 16
+        args.num_images = len(args.prompt) or (4 if args.lora_interpolate else 16)
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if args.prompt else 1.0
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
+    if args.points < 2:
+        raise UserError(f"points is {args.points}; it must be at least 2")
     if args.mask is not None and args.init_image is None:
         raise UserError("--mask says what of an image stays: give --init_image as well")
     return args
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; without one the weight is 1."""
+    path, mark, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if mark and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def prompts_of(text: str) -> list[str]:
@@ -118,8 +135,35 @@ def parameters(args, pipeline, index: int, image) -> str:
         "Model": Path(args.load_path or args.sd_path or "results/model.pt").stem,
         "Clip skip": args.clip_skip, "Class": args.class_label,
         "Denoising strength": args.strength if args.init_image else None,
+        "Lora": ", ".join(f"{Path(path).stem}:{weight:g}" for path, weight in args.lora) or None,
     }  # fmt: skip
     return parameters_text(prompt, args.negative_prompt if args.prompt else "", settings)
+
+
+def interpolate(args, pipeline, settings, path: Path) -> None:
+    """A strip: row i image i, columns from the last LoRA but one to the last, (1 - w) and w."""
+    import numpy as np
+
+    from diffusion import distributed as dist
+    from diffusion.adapters import networks
+    from diffusion.evaluation.viz import save_png, strip, to_uint8
+    from diffusion.models.lora import set_weights
+
+    first, last = len(args.lora), len(args.lora) + 1
+    (_, a), (_, b) = args.lora_interpolate
+    columns, shares = [], np.linspace(0, 1, args.points)
+    with dist.progress(total=args.num_images * args.points, unit="img") as bar:
+        for w in shares:
+            for network in networks(pipeline).values():
+                set_weights(network, {str(first): (1 - w) * a, str(last): w * b})
+            column = []
+            for low in range(0, args.num_images, args.batch_size):
+                indices = range(low, min(low + args.batch_size, args.num_images))
+                column.append(to_uint8(pipeline.sample(indices, **settings(indices))))
+                bar.update(len(indices))
+            columns.append(np.concatenate(column))
+    save_png(strip(np.stack(columns, 1), [f"{w:.2g}" for w in shares]), path)
+    dist.log(f"{path}: from {args.lora_interpolate[0][0]} to {args.lora_interpolate[1][0]}")
 
 
 def main() -> None:
@@ -133,7 +177,8 @@ def main() -> None:
     pipeline = open_pipeline(
         args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
         vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,
-        tiling=args.vae_tiling,
+        tiling=args.vae_tiling, loras=[*args.lora, *args.lora_interpolate],
+        embeddings=args.embedding, merged=not args.lora_interpolate,
     )  # fmt: skip
     folder = Path(args.save_folder)
     start = read_start(pipeline, args.init_image, args.mask)
@@ -157,6 +202,13 @@ def main() -> None:
         pipeline.frames([0], **settings([0]))  # builds the table: mistakes show before the work
     except ValueError as error:
         raise UserError(str(error)) from None
+
+    if args.lora_interpolate:
+        if dist.is_main():
+            interpolate(args, pipeline, settings, folder / "interpolation.png")
+        dist.barrier()
+        dist.cleanup()
+        return
 
     # whole batches go to the ranks in turn, so that an image's batch mates never change
     starts = range(0, args.num_images, args.batch_size)[dist.rank() :: dist.world_size()]

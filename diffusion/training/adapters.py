@@ -174,13 +174,8 @@ class AdaptedLatents(Adapted, LatentDiffusion):
         if c.adapter != "textual_inversion":
             return
         self.first, self.word = len(tokenizer), tokenizer.encode(c.init_word)
-        try:
-            if not self.word:
-                raise ValueError("it has no characters")
-            unknown = [i for i in self.word if i >= self.first]
-            assert not unknown
-        except ValueError as error:
-            raise UserError(f"--init_word {c.init_word!r}: {error}") from None
+        if not self.word:
+            raise UserError(f"--init_word {c.init_word!r} is blank; give a word, such as face")
         try:
             tokenizer.add_tokens([c.token], c.vectors)
         except ValueError as error:
@@ -230,9 +225,10 @@ class AdaptedLatents(Adapted, LatentDiffusion):
 
 
 def use_classes(data, classes: list[str]) -> None:
-    """Label the images by a model's classes, by name; -1, no label, for others."""
-    names = [classes.index(name) if name in classes else -1 for name in data.classes]
-    data.labels = np.array([names[label] if label >= 0 else -1 for label in data.labels], np.int64)
+    """Label the images by a model's classes, by name; by its null label where it has no such."""
+    null = len(classes)
+    names = [classes.index(name) if name in classes else null for name in data.classes] + [null]
+    data.labels = np.array([names[label] for label in data.labels], np.int64)  # -1: the last
     data.classes = classes
 
 

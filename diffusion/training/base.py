@@ -48,6 +48,8 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
     else:
         raise UserError("an adapter or --instance_prompt needs a model to start from: give "
                         "--load_path FILE, or --sd_path PATH")  # fmt: skip
+    if config.sd_path is not None and "condition" in given and config.condition != "text":
+        raise UserError("--sd_path is trained on captions: give --condition text")
     values = {n: v for n, v in values.items() if n not in given}
     config = dataclasses.replace(config, **values | decided)
     check(config)

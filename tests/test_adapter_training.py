@@ -1,0 +1,424 @@
+"""LoRA, textual inversion and DreamBooth through the trainer, on tiny models."""
+
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, environment, script
+from PIL import Image
+from safetensors.torch import load_file
+from test_latent import CPU, latent, options_of, sd_folder, vae  # noqa: F401
+from test_training import flags, run_lines, same, tiny  # noqa: F401
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.assemble import open_pipeline
+from diffusion.config import Config
+from diffusion.data import toy
+from diffusion.evaluation.viz import to_uint8
+from diffusion.models import lora
+from diffusion.training.adapters import TEMPLATES, AdaptedDiffusion, AdaptedLatents
+from diffusion.training.base import based_on
+from diffusion.training.ema import EMA
+from diffusion.training.trainer import train
+from diffusion.weights import checkpoint
+
+SHORT = dict(train_steps=6, save_and_sample_every=2, num_samples=2, sample_steps=2, lr_warmup_steps=1,
+             ema_decay=0.5, batch_size=2, grad_clip=0.0)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory, faces, vae):  # noqa: F811
+    """A text-conditioned model from scratch."""
+    folder = tmp_path_factory.mktemp("scratch")
+    train(Config(
+        mode="latent", data=str(faces), vae=str(vae), image_size=16, condition="text", text_encoder="scratch",
+        text_dim=32, text_layers=2, text_length=64, unet_dim=16, dim_mults=(1, 2), layers_per_block=1, batch_size=8,
+        time_steps=20, train_steps=20, save_and_sample_every=20, num_samples=0, learning_rate=3e-3, objective="eps",
+        device="cpu", amp="no", cache_dir=str(folder / "cache"), save_folder=str(folder / "run"),
+    ))  # fmt: skip
+    return folder / "run" / "model.pt"
+
+
+@pytest.fixture
+def style(tmp_path):
+    """Six images, without captions."""
+    folder = tmp_path / "style"
+    folder.mkdir()
+    for i in range(6):
+        Image.fromarray(255 - toy.draw(i, 32)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path, style) -> dict:
+    return SHORT | dict(data=str(style), device="cpu", amp="no", cache_dir=str(tmp_path / "cache"),
+                        save_folder=str(tmp_path / "run"), learning_rate=1e-2)  # fmt: skip
+
+
+def on_scratch(scratch) -> dict:
+    return dict(mode="latent", load_path=str(scratch))
+
+
+def on_sd(folder) -> dict:
+    return dict(mode="latent", sd_path=folder, image_size=32)
+
+
+LORA = dict(adapter="lora", default_caption="a face", rank=2, lora_dropout=0.1)
+INVERSION = dict(adapter="textual_inversion", token="<new>", init_word="face", vectors=2)
+DREAMBOOTH = dict(instance_prompt="a photo of sks face", class_prompt="a photo of a face", class_images=5)  # fmt: skip
+
+
+def picture(pipeline, prompt="a face"):
+    eps = torch.randn(1, *pipeline.shape, generator=torch.Generator().manual_seed(1))
+    told = {"prompts": [prompt]} if pipeline.reads_prompts else {}
+    return pipeline.sample([0], steps=3, eps=eps, amp="no", **told)
+
+
+def state_of(folder):
+    return checkpoint.read(folder / "model.pt")
+
+
+def task_of(options):
+    return AdaptedLatents(based_on(Config(**options)), CPU)
+
+
+# --- what is trained, and what is written ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [LORA, LORA | dict(train_steps=4, train_text_encoder=True, targets="all", alpha=1.0), INVERSION],
+                         ids=["lora", "lora text", "inversion"])  # fmt: skip
+@pytest.mark.parametrize("base", ["scratch", "sd"])
+def test_an_adapter_is_what_was_trained(base, scratch, sd_folder, options, change, tmp_path):  # noqa: F811
+    """adapter.safetensors in a fresh base draws what the run's own averaged weights draw; nothing
+    of the base is in the checkpoint."""
+    options |= (on_scratch(scratch) if base == "scratch" else on_sd(sd_folder)) | change
+    train(Config(**options))
+    run = tmp_path / "run"
+    assert (run / "samples" / "step_00000004.png").exists()
+    assert not (run / "ema.safetensors").exists()
+    state = state_of(run)
+    mark = "lora" if change["adapter"] == "lora" else "token_embedding.new"
+    assert state["model"] and all(mark in name for name in state["model"])
+    assert len(state["optimizer"]["state"]) == len(state["model"])
+    text = [name for name in state["model"] if "text_model" in name]
+    assert bool(text) == (change.get("train_text_encoder", False) or mark != "lora")
+
+    task = task_of(options)
+    model = task.build()
+    task.start(model, fresh=False)
+    task.restore(model, state["ema"], state)
+    prompt = "a face <new>"
+    expected = picture(task.pipeline(model.eval()), prompt)
+    where = (str(scratch), None) if base == "scratch" else (None, sd_folder)
+    kind = "loras" if change["adapter"] == "lora" else "embeddings"
+    plain = picture(open_pipeline(*where, "ema", CPU, **({} if base == "scratch" else {"amp": "no"})), prompt)  # fmt: skip
+    for name in ("adapter", "adapter_kohya"):
+        file = run / f"{name}.safetensors"
+        if kind == "embeddings" and name == "adapter":
+            assert list(load_file(file)) == ["<new>"]
+        given = {kind: [(file, 1.0)] if kind == "loras" else [file]}
+        found = picture(open_pipeline(*where, "ema", CPU, **({} if base == "scratch" else {"amp": "no"}), **given), prompt)  # fmt: skip
+        assert (found - expected).abs().max() < 0.02 * (expected - plain).abs().max()
+    assert (expected - plain).abs().max() > 3e-5  # these models hardly listen to prompts
+
+
+def test_textual_inversion_trains_its_rows_only(scratch, options, tmp_path):
+    options |= on_scratch(scratch) | INVERSION
+    task = task_of(options)
+    model = task.build()
+    task.start(model, fresh=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # the word has four bytes: two vectors, each the mean of two of them
+    tokenizer = task.parts.text.tokenizer
+    ids = tokenizer.encode("face")
+    weight = model.text.text_model.embeddings.token_embedding.weight
+    assert len(ids) == 4
+    assert_close(model.text.text_model.embeddings.token_embedding.new[1], weight[ids[2:]].mean(0))
+    train(Config(**options))
+    after = task.build()
+    task.start(after, fresh=False)
+    state = state_of(tmp_path / "run")
+    task.restore(after, state["model"], state)
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, before[name]) == ("embedding.new" not in name), name
+    # the new ids are found
+    rows = tokenizer(["a <new> b"])[0].tolist()
+    assert tokenizer.expansions["<new>"] == [task.first, task.first + 1] and task.first in rows
+
+
+def test_captions_of_textual_inversion(scratch, options, style):
+    options |= on_scratch(scratch) | INVERSION
+    task = task_of(options)
+    assert task.data.text_of.shape == (6, 10) and task.captions == ["a photo of <new>"] * 6
+    steps = [task.data.which(step) for step in range(20)]
+    assert set(np.concatenate(steps)) == set(range(10))
+    batch = task.data(3, 0, 2)
+    tokenizer = task.parts.text.tokenizer
+    told = {tuple(tokenizer(text.format("<new>"))[0].tolist()) for text in TEMPLATES}
+    assert {tuple(row.tolist()) for row in batch.text} <= told
+    (style / "0.txt").write_text("a red face")
+    (style / "1.txt").write_text("red, in the style of {}")
+    captions = task_of(options | dict(default_caption="x")).captions
+    assert captions[:3] == ["<new>, a red face", "red, in the style of <new>", "<new>, x"]
+
+
+def test_dreambooth_preserves_the_class(scratch, options, tmp_path):
+    """The class images are the base's own; the loss is the sum of both, written out."""
+    options |= on_scratch(scratch) | DREAMBOOTH | dict(class_data=str(tmp_path / "class"), prior_weight=0.3)  # fmt: skip
+    train(Config(**options))
+    files = sorted((tmp_path / "class").iterdir())
+    assert [f.name for f in files] == [f"{i:05d}.png" for i in range(5)]
+    base = open_pipeline(str(scratch), None, "ema", CPU)
+    drawn = base.sample(range(5), steps=2, amp="no", prompts=["a photo of a face"] * 5)
+    again = np.asarray(Image.open(files[3]))
+    assert abs(again.astype(int) - ((drawn[3].clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 1  # fmt: skip
+
+    stamp = files[0].stat().st_mtime_ns
+    files[4].unlink()
+    task = task_of(options)
+    model = task.build()
+    task.start(model, fresh=True)
+    assert files[0].stat().st_mtime_ns == stamp and files[4].exists()  # only what was missing
+    assert {"unet"} == {n.split(".")[0] for n in task.trained}  # the text encoder stays
+    batch, draws = task.data(0, 0, 2), task.draw(0)
+    with torch.no_grad():
+        found = task.loss(model, batch, draws, 0, 2)
+        own = task.diffusion_loss(model, *task.inputs(batch, draws[0], 0, 2))
+        kept = task.diffusion_loss(model, *task.inputs(task.prior(0, 0, 2), draws[1], 0, 2))
+    assert_close(found, own + 0.3 * kept)
+    assert not torch.equal(draws[0][1], draws[1][1])
+    tokenizer = task.parts.text.tokenizer
+    assert torch.equal(batch.text[0], tokenizer(["a photo of sks face"])[0])
+    assert torch.equal(task.prior(0, 0, 2).text[1], tokenizer(["a photo of a face"])[0])
+    # what it writes is a model like any other
+    after = open_pipeline(str(tmp_path / "run" / "ema.safetensors"), None, "ema", CPU)
+    assert (picture(after) - picture(base)).abs().max() > 1e-3
+    same(after.model.text.state_dict(), base.model.text.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "inversion"])
+def test_dreambooth_on_stable_diffusion(sd_folder, options, tmp_path, kind):  # noqa: F811
+    options |= on_sd(sd_folder) | DREAMBOOTH | {"full": {}, "lora": dict(adapter="lora", train_text_encoder=True),
+        "inversion": INVERSION | dict(instance_prompt="a <new> face")}[kind]  # fmt: skip
+    train(Config(**options | dict(train_steps=2)))
+    assert (tmp_path / "run" / "adapter.safetensors").exists() == (kind != "full")
+    assert (tmp_path / "run" / "ema.safetensors").exists() == (kind == "full")
+    assert len(list((tmp_path / "cache").glob("class-*/*.png"))) == 5
+
+
+def test_lora_on_a_pixel_model(model, options, tmp_path):
+    """By the same code; classes are matched by name."""
+    style = tmp_path / "style"
+    (style / "bob").mkdir()
+    (style / "0.png").rename(style / "bob" / "0.png")
+    (style / "alien").mkdir()
+    (style / "1.png").rename(style / "alien" / "1.png")
+    options |= dict(adapter="lora", load_path=str(model), targets="all")
+    train(Config(**options))
+    state = state_of(tmp_path / "run")
+    assert state["classes"] == ["bald", "bob", "spiky"] and state["config"]["condition"] == "class"
+    assert not (tmp_path / "run" / "adapter_kohya.safetensors").exists()
+    told = dict(steps=3, amp="no", labels=torch.tensor([1]), guidance_scale=2.0)
+    plain, merged, beside = (
+        open_pipeline(str(model), None, "ema", CPU, **given).sample([0], **told) for given in
+        ({}, {"loras": [(tmp_path / "run" / "adapter.safetensors", 1.0)]},
+         {"loras": [(tmp_path / "run" / "adapter.safetensors", 1.0)], "merged": False}))  # fmt: skip
+    assert_close(merged, beside, rtol=1e-4, atol=1e-4)
+    assert (merged - plain).abs().max() > 1e-3
+    task = AdaptedDiffusion(based_on(Config(**options)), CPU)
+    assert sorted(task.data.labels) == [1, 3, 3, 3, 3, 3]  # bob, and the null label
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def resumed(options, tmp_path) -> None:
+    """Stopped and continued is never stopped, bit for bit."""
+    train(Config(**options))
+    train(Config(**options | dict(train_steps=4, save_folder=str(tmp_path / "again"))))
+    train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
+    a, b = (state_of(tmp_path / f) for f in ("run", "again"))
+    keys = ("model", "ema", "optimizer", "tally", "step")
+    same({k: a[k] for k in keys}, {k: b[k] for k in keys})
+    assert run_lines(tmp_path / "run") == run_lines(tmp_path / "again")
+
+
+@pytest.mark.parametrize("change", [LORA | dict(train_text_encoder=True), INVERSION, DREAMBOOTH, DREAMBOOTH | dict(adapter="lora")],
+                         ids=["lora", "inversion", "dreambooth", "dreambooth lora"])  # fmt: skip
+def test_resume_is_exact(scratch, options, tmp_path, change):
+    resumed(options | on_scratch(scratch) | change, tmp_path)
+
+
+def test_pixel_resume_is_exact(model, options, tmp_path):
+    resumed(options | dict(adapter="lora", load_path=str(model), lora_dropout=0.2), tmp_path)
+
+
+def test_kill_and_resume_is_exact(scratch, options, tmp_path):
+    """kill -9 while it trains."""
+    options |= on_scratch(scratch) | LORA | dict(num_samples=0, train_steps=12)
+    straight = options | dict(save_folder=str(tmp_path / "straight"))
+    train(Config(**straight))
+    run = subprocess.Popen(command("train.py", *flags(options | dict(train_steps=2000))), cwd=tmp_path,
+                           env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.kill()
+    run.wait()
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
+    if int(newest.stem[5:]) > 12:
+        pytest.skip("the machine was too fast for this test")
+    train(Config(**options))
+    a, b = (state_of(tmp_path / f) for f in ("run", "straight"))
+    same(a["model"], b["model"])
+    same(a["ema"], b["ema"])
+
+
+def test_another_base_is_noticed(scratch, options, tmp_path):
+    copy = tmp_path / "base.pt"
+    copy.write_bytes(scratch.read_bytes())
+    options |= dict(mode="latent", load_path=str(copy)) | LORA
+    train(Config(**options))
+    state = checkpoint.read(copy)
+    state["ema"]["unet.conv_in.bias"] += 1
+    torch.save(state, copy)
+    with pytest.raises(UserError, match="has changed since"):
+        train(Config(**options | dict(train_steps=8)))
+
+
+def test_the_average_shares_what_is_not_trained():
+    from test_lora import sd_unet
+
+    unet = sd_unet().requires_grad_(False)
+    lora.inject(unet, lora.find(unet, "attention"), 2)
+    ema = EMA(unet, 0.5)
+    own = {id(p) for p in unet.parameters()}
+    apart = [n for n, p in ema.model.named_parameters() if id(p) not in own]
+    assert apart and all("lora" in n for n in apart)
+    assert len(apart) == len(ema.ema) == len(ema.weights) == 2 * len(lora.find(unet, "attention"))
+    with torch.no_grad():
+        for p in ema.weights:
+            p.add_(1)
+    ema.update(0, torch.tensor(True))
+    assert_close(ema.ema[0], ema.weights[0] - 0.1)  # the first decay is 1/10
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+def test_the_commands(scratch, options, tmp_path, monkeypatch):
+    """Train two LoRAs and a token from the command line, sample with them, and a strip."""
+    shared = {k: v for k, v in options.items() if k != "save_folder"} | dict(train_steps=3)
+    base = dict(load_path=str(scratch))
+    for name, change in (("a", LORA | dict(seed=1)), ("b", LORA | dict(rank=3, seed=2)), ("c", INVERSION)):  # fmt: skip
+        given = shared | base | change | dict(mode="latent", save_folder=str(tmp_path / name))
+        done = script("train.py", *flags(given)[:-2], cwd=tmp_path) if name == "a" else None
+        if done is None:
+            train(Config(**given))
+        else:
+            assert done.returncode == 0, done.stderr
+            line = f"python sample.py --load_path {scratch} --lora {tmp_path / name / 'adapter.safetensors'}"  # fmt: skip
+            assert line in done.stdout and "trained)" in done.stdout
+    a, b, c = (tmp_path / name / "adapter.safetensors" for name in "abc")
+    same_args = ("--load_path", scratch, "--steps", 2, "--amp", "no", "--device", "cpu", "--prompt", "a <new> face")  # fmt: skip
+    done = script("sample.py", *same_args, "--lora", f"{a}:0.5", "--lora", b, "--embedding", c,
+                  "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    image = Image.open(tmp_path / "s" / "images" / "000000.png")
+    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
+    import sample
+
+    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, same_args), "--lora_interpolate", str(a), str(b),
+                                     "--points", "3", "--num_images", "2", "--save_folder", str(tmp_path / "i")])  # fmt: skip
+    sample.main()
+    strip = np.asarray(Image.open(tmp_path / "i" / "interpolation.png"))
+    assert not (tmp_path / "i" / "images").exists()
+    # the ends are the adapters alone
+    side = 96 // 16 * 16
+    for column, file in ((0, a), (2, b)):
+        pipeline = open_pipeline(str(scratch), None, "ema", CPU, loras=[(file, 1.0)])
+        x = pipeline.sample([0, 1], steps=2, amp="no", guidance_scale=7.5, prompts=["a <new> face"] * 2)  # fmt: skip
+        expected = to_uint8(x)[1]
+        top = 26 + 4 + (side + 4)
+        left = 4 + column * (side + 4)
+        found = strip[top : top + side : 6, left : left + side : 6]
+        assert abs(found.astype(int) - expected.astype(int)).max() <= 2
+
+
+def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa: F811
+    """One line each, before anything is encoded or written."""
+    base = on_scratch(scratch)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for change, told in (
+        (LORA, "needs a model to start from"),
+        (base | LORA | dict(rank=0), "rank is 0; it must be above 0"),
+        (base | LORA | dict(targets="nonsense"), "matches none of the .* use attention, mlp, conv, all"),
+        (base | LORA | dict(lora_dropout=1.0), "lora_dropout is 1.0"),
+        (base | LORA | dict(unet_dim=32), "contradicts --unet_dim 32 .it has 16."),
+        (base | LORA | dict(sd_path=sd_folder), "it was trained from scratch"),
+        (base | LORA | dict(data=str(empty)), "no images below"),
+        (base | LORA | dict(default_caption=""), "has no captions"),
+        (base | DREAMBOOTH | dict(data=str(empty)), "no images below"),
+        (base | INVERSION | dict(init_word=None), "needs --token, the new word, and --init_word"),
+        (base | INVERSION | dict(init_word=" "), "is blank"),
+        (base | INVERSION | dict(token="f"), "token 'f' exists already"),
+        (base | INVERSION | dict(token="<|endoftext|>"), "exists already"),
+        (base | INVERSION | dict(instance_prompt="a face"), "has no '<new>'"),
+        (base | dict(adapter="lora", token="<x>"), "options of --adapter textual_inversion"),
+        (base | dict(adapter="lora", class_prompt="x"), "give both"),
+        (dict(adapter="lora", load_path=str(model), instance_prompt="x"), "needs a model that reads prompts"),
+        (dict(adapter="textual_inversion", load_path=str(model), token="<a>", init_word="a"), "reads prompts"),
+        (dict(adapter="lora", load_path=str(model), mode="latent"), "contradicts --mode latent"),
+        (dict(token="<a>"), "means nothing without --adapter"),
+        (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
+        (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told) as caught:
+            train(Config(**options | change))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert not list((tmp_path / "run").glob("*.json*"))
+    # a token of the file exists; an adapter is no model, nor fits another
+    train(Config(**options | base | INVERSION | dict(train_steps=2)))
+    file, run = tmp_path / "run" / "adapter.safetensors", tmp_path / "run" / "model.pt"
+    for open_, told in (
+        (lambda: open_pipeline(str(scratch), None, "ema", CPU, embeddings=[file, file]), "'<new>' exists already"),
+        (lambda: open_pipeline(str(run), None, "ema", CPU), "is a run of --adapter textual_inversion, no model"),
+        (lambda: open_pipeline(str(model), None, "ema", CPU, embeddings=[file]), "reads no prompts"),
+        (lambda: open_pipeline(str(scratch), None, "ema", CPU, loras=[(file, 1.0)]), "holds no LoRA"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            open_()
+    train(Config(**options | dict(adapter="lora", load_path=str(model), train_steps=2, save_folder=str(tmp_path / "p"))))  # fmt: skip
+    with pytest.raises(UserError, match="is for another architecture"):
+        open_pipeline(str(scratch), None, "ema", CPU, loras=[(tmp_path / "p" / "adapter.safetensors", 1.0)])  # fmt: skip
+
+
+def test_what_is_given_counts_even_where_it_is_the_default(scratch, sd_folder, options):  # noqa: F811
+    """The command line tells which options were given."""
+    config = Config(**options | on_scratch(scratch) | LORA)
+    assert based_on(config, {"mode"}).image_size == 16 and config.image_size == 64
+    assert based_on(config, {"image_size"}).image_size == 64
+    assert based_on(config).condition_dropout == 0 and config.condition_dropout == 0.1
+    with pytest.raises(UserError, match="contradicts --objective v .it has eps.: leave"):  # fmt: skip
+        based_on(config, {"schedule", "objective"})
+    config = Config(**options | on_sd(sd_folder) | LORA)
+    made = based_on(config, {"sd_path"})
+    assert (made.condition, made.objective, made.loss) == ("text", "eps", "l2")
+    with pytest.raises(UserError, match="on captions: give --condition text"):
+        based_on(config, {"condition"})
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_adapter(scratch, options, tmp_path):
+    """Gradients of the branches alone are averaged; class images are shared out."""
+    options |= on_scratch(scratch) | DREAMBOOTH | dict(adapter="lora", train_text_encoder=True)
+    options |= dict(num_samples=0, save_folder=str(tmp_path / "two"))
+    done = script("train.py", *flags(options)[:-2], cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    train(Config(**options | dict(save_folder=str(tmp_path / "one"))))
+    a, b = (run_lines(tmp_path / f) for f in ("two", "one"))
+    assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-3, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Runs a script as `python SCRIPT ...` would, and leaves its peak memory in a file.
+"""Runs a script as `python SCRIPT ...` would, and leaves what it cost in a file.
 
 python child.py RESULT.json SCRIPT ARGUMENTS...
 
@@ -47,7 +47,8 @@ def main() -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
-        found = {"peak_memory": peak_memory(), "peak_device_memory": peak_device_memory()}
+        found = {"cpu_seconds": time.process_time(), "peak_memory": peak_memory(),
+                 "peak_device_memory": peak_device_memory()}  # fmt: skip
         result.write_text(json.dumps(found))
 
 

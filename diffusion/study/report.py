@@ -24,6 +24,7 @@ MEASURES = {
 }
 COSTS = {
     "seconds": ("seconds", lambda v: f"{v:.0f}"),
+    "cpu_seconds": ("CPU seconds", lambda v: f"{v:.0f}"),
     "images_per_second": ("images/s", lambda v: f"{v:.3g}"),
     "peak_memory": ("peak memory", lambda v: f"{v / 2**20:.0f} MiB"),
     "peak_device_memory": ("peak on device", lambda v: f"{v / 2**20:.0f} MiB"),
@@ -34,6 +35,7 @@ KINDS = {"base": "base", "lora": "LoRA", "textual_inversion": "Textual Inversion
 COST_NOTES = {
     "seconds": "wall-clock of the training command with its start, kept latents being made once "
     "for each set of captions; * it was stopped and continued: the last part only",
+    "CPU seconds": "of the same process, over all cores",
     "images/s": "median of the training log",
     "peak memory": "of the training process, in main memory, libraries included; of the device "
     "where that is a GPU",

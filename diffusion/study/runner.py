@@ -97,7 +97,8 @@ def result_file(folder: Path, cell: Cell) -> Path:
 
 
 def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]) -> dict:
-    """Run a script of the project to its end: {"seconds", "peak_memory", "peak_device_memory"}.
+    """Run a script of the project to its end; what it cost: {"seconds", "cpu_seconds",
+    "peak_memory", "peak_device_memory"}, seconds and bytes.
 
     Its output is appended to `logs`; tick() is called every second. Ctrl-C is handed on to it, and
     its state is awaited; a second one ends it at once. Raises UserError if it fails.

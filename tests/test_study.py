@@ -306,11 +306,11 @@ def test_arguments_of_the_scripts(faces):
 class Fake:
     """train.py and sample.py in no time: training leaves a file, drawing gives toy faces.
 
-    stop_at: the call at which Ctrl-C is pressed.
+    stop_at: the call at which Ctrl-C is pressed. short_at: the one that ends a step too early.
     """
 
-    def __init__(self, stop_at: int | None = None):
-        self.calls, self.stop_at = [], stop_at
+    def __init__(self, stop_at: int | None = None, short_at: int | None = None):
+        self.calls, self.stop_at, self.short_at = [], stop_at, short_at
 
     def __call__(self, script, args, logs, tick) -> dict:
         told = dict(a.lstrip("-").split("=", 1) for a in args)
@@ -320,13 +320,15 @@ class Fake:
             raise KeyboardInterrupt
         tick()
         if script == "train.py":
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             whole = "instance_prompt" in told
             (folder / ("ema.safetensors" if whole else "adapter.safetensors")).write_bytes(
                 b"x" * 99
             )
             (folder / "metrics.jsonl").write_text('{"step": 4, "img_per_s": 12.5}\n')
             (folder / "model.pt").write_bytes(b"x")
+            step = int(told["train_steps"]) - (len(self.calls) == self.short_at)
+            (folder / "metadata.json").write_text(json.dumps({"step": step}))
         else:
             prompts = Path(told["prompt"][1:]).read_text().splitlines()
             assert len(prompts) == int(told["num_images"])
@@ -386,6 +388,14 @@ def test_training_is_not_repeated_when_drawing_was_stopped(study):
     second = Fake()
     run_study(study(second, experiments=(1,)))
     assert second.calls[0] == first.calls[-1] and first.calls[-2] not in second.calls
+
+
+def test_a_training_that_was_stopped_by_others_does_not_count(study):
+    with pytest.raises(UserError, match="stopped at step 3 of 4; the same command continues"):
+        run_study(study(Fake(short_at=4), experiments=(1,)))
+    second = Fake()
+    run_study(study(second, experiments=(1,)))
+    assert [script for script, _ in second.calls] == ["train.py", "sample.py"] * 2
 
 
 def test_other_settings_are_another_study(study):

@@ -25,6 +25,7 @@ from ..distributed import log, progress
 from ..evaluation.viz import grid, save_png, strip
 from ..training.run import claim
 from ..weights.checkpoint import read_lines, write_text
+from ..weights.files import read_json
 from . import runner
 from .judge import Judge, read_images
 from .plan import Cell, Settings, cells_of
@@ -120,8 +121,10 @@ class Study:
                                       self.folder / "cache")  # fmt: skip
         cost = self.run_child("train.py", args, self.folder / "logs.txt", tick)
         file = result_file(target, cell)
-        if not file.is_file():
-            raise UserError(f"train.py left no {file}")
+        step = read_json(target / "metadata.json")["step"]
+        if step != cell.steps or not file.is_file():
+            raise UserError(f"the training in {target} was stopped at step {step} of {cell.steps}; "
+                            "the same command continues the study")  # fmt: skip
         entry["cost"] = cost | {"file": str(file.relative_to(self.folder)),
                                 "file_bytes": file.stat().st_size}  # fmt: skip
         rates = [line["img_per_s"] for line in read_lines(target / "metrics.jsonl")
@@ -145,6 +148,9 @@ class Study:
                                        len(prompts), target)  # fmt: skip
         self.run_child("sample.py", args, self.folder / "logs.txt", tick)
         images = read_images(target / "images")
+        if len(images) != len(prompts):
+            raise UserError(f"{target / 'images'} holds {len(images)} images; expected "
+                            f"{len(prompts)}")  # fmt: skip
         save_png(thumbnails(images[:SHOWN]), self.folder / "thumbnails" / f"{cell.name}.png")
         return images
 

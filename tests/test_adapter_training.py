@@ -382,8 +382,10 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     assert not list((tmp_path / "run").glob("*.json*"))
     # a token of the file exists; an adapter is no model, nor fits another
-    train(Config(**options | base | INVERSION | dict(train_steps=2)))
-    file, run = tmp_path / "run" / "adapter.safetensors", tmp_path / "run" / "model.pt"
+    train(
+        Config(**options | base | INVERSION | dict(train_steps=2, save_folder=str(tmp_path / "i")))
+    )
+    file, run = tmp_path / "i" / "adapter.safetensors", tmp_path / "i" / "model.pt"
     for open_, told in (
         (lambda: open_pipeline(str(scratch), None, "ema", CPU, embeddings=[file, file]), "'<new>' exists already"),
         (lambda: open_pipeline(str(run), None, "ema", CPU), "is a run of --adapter textual_inversion, no model"),

@@ -141,9 +141,13 @@ def test_the_readme_tells_the_truth():
     import sample
     import visualize
     from diffusion.evaluation import metrics
+    from diffusion.study.__main__ import parse as study_parse
 
     known = {f"--{f.name}" for f in fields(Config)} | {f"--no_{f.name}" for f in fields(Config)}
     known |= {"--data_path", "--preset", "--dry_run", "--help", "--nproc_per_node", "--limit"}
+    known |= {
+        f"--{f.name}" for f in fields(type(study_parse(["--load_path", "X", "--data", "Y"])[0]))
+    }
     for parsed in (sample.parse([]), visualize.parse([]), metrics.parse(["REAL", "FAKE"])):
         known |= {f"--{name}" for name in vars(parsed)}
     assert set(re.findall(r"(?<!-)--[a-z_]+", text)) <= known

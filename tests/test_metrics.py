@@ -24,6 +24,14 @@ from diffusion.config import Config
 from diffusion.data import toy
 from diffusion.evaluation import features as features_module
 from diffusion.evaluation import metrics
+from diffusion.evaluation.distances import (
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 from diffusion.evaluation.features import (
     INCEPTION,
     Features,
@@ -31,14 +39,6 @@ from diffusion.evaluation.features import (
     folder_features,
     name_of,
     open_features,
-)
-from diffusion.evaluation.metrics import (
-    Moments,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    moments,
-    precision_recall,
 )
 from diffusion.pipeline import build_model
 from diffusion.seeding import permutation

@@ -1,8 +1,9 @@
-"""Distances between sets of images, as pure functions of features; and the command that measures.
+"""The command that measures sets of images, and models by the images they draw.
 
 python -m diffusion.evaluation.metrics REAL FAKE                  two folders
 python -m diffusion.evaluation.metrics REAL results/model.pt      a folder, and a model's samples
 python -m diffusion.evaluation.metrics REAL results/model.pt --samplers ddim:10,ddim:50,dpmpp_2m:10
+python -m diffusion.evaluation.metrics REAL FAKE --clip FOLDER    with the prompts' CLIP score
 
 Features are (N, D), float64 on the CPU. With clean-fid's Inception the Fréchet distance is FID;
 with any other network (--fid_features) it is named after that network. The last line is JSON.
@@ -13,7 +14,6 @@ import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +24,15 @@ from ..config import Parser, int_list, run_script
 from ..data.datasets import folder_set, scan
 from ..pipeline import Pipeline
 from ..weights.checkpoint import write_text
+from .distances import (
+    DEFINITIONS,
+    FEW,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 from .features import (
     Features,
     check_sizes,
@@ -33,94 +42,8 @@ from .features import (
     sampled,
 )
 from .plot import Line, line_plot
+from .text_image import TextImage, measure_folder, open_text_image
 from .viz import save_png
-
-FEW = 2048  # images below which a Fréchet distance says little; Inception has as many features
-
-
-class Moments:
-    """Mean and covariance of features that come in pieces, on several ranks."""
-
-    def __init__(self, dim: int):
-        self.n = torch.zeros((), dtype=torch.float64)
-        self.sum = torch.zeros(dim, dtype=torch.float64)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64)
-
-    def add(self, features: Tensor) -> None:
-        self.n += len(features)
-        self.sum += features.sum(0)
-        self.outer += features.T @ features
-
-    def reduce(self) -> tuple[Tensor, Tensor]:
-        """(mean (D,), covariance (D, D)) of what all ranks have added."""
-        for part in (self.n, self.sum, self.outer):
-            dist.all_reduce_sum(part)
-        mean = self.sum / self.n
-        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
-
-
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, unbiased covariance) of (N, D) features, N > 1."""
-    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
-
-
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + Tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), arXiv:1706.08500 eq. 6.
-
-    The root's trace is that of (cov_a^(1/2) cov_b cov_a^(1/2))^(1/2), which is symmetric.
-    """
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    mean = mean_a - mean_b
-    return float(mean @ mean + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def kernel_distance(
-    real: Tensor, fake: Tensor, subsets: int = 100, most: int = 1000, seed: int = 0
-) -> float:
-    """KID: the squared MMD of kernel (x.y / D + 1)^3, unbiased (arXiv:1801.01401, section 4).
-
-    The mean over random subsets of at most `most` images, drawn as clean-fid draws them.
-    """
-    random = np.random.RandomState(seed)
-    D, m = real.shape[1], min(len(real), len(fake), most)
-    total = 0.0
-    for _ in range(subsets):
-        x = fake[random.choice(len(fake), m, replace=False)]
-        y = real[random.choice(len(real), m, replace=False)]
-        same = (x @ x.T / D + 1) ** 3 + (y @ y.T / D + 1) ** 3
-        across = (x @ y.T / D + 1) ** 3
-        total += float(
-            (same.sum() - same.diagonal().sum()) / (m * (m - 1)) - 2 * across.sum() / m**2
-        )
-    return total / subsets
-
-
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of one set inside the other's manifold (Kynkäänniemi et al. 2019, eq. 1 and 2).
-
-    A set's manifold: the balls around its points that reach their k-th nearest neighbour.
-    """
-
-    def inside(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values
-                            for part in manifold.split(1024)])  # fmt: skip
-        hit = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1024)]
-        return float(torch.cat(hit).double().mean())
-
-    return inside(fake, real), inside(real, fake)
-
-
-def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and deviation over splits of exp(E KL(p(y|x) || p(y))), arXiv:1606.03498 section 4."""
-    order = np.random.RandomState(0).permutation(len(probabilities))  # files may come by class
-    scores, probabilities = [], probabilities[order]
-    for p in probabilities.tensor_split(min(splits, len(probabilities))):
-        kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
-        scores.append(kl.sum(1).mean().exp())
-    scores = torch.stack(scores)
-    return float(scores.mean()), float(scores.std(correction=0))
 
 
 def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
@@ -136,6 +59,19 @@ def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
     if (probabilities := features.probabilities(fake)) is not None:
         found["inception_score"], found["inception_score_std"] = inception_score(probabilities)
     return found | {"features": features.about, "num_real": n, "num_fake": m}
+
+
+def definitions(found: dict, features: Features) -> dict[str, dict]:
+    """What each number that `compare` found means, whose features it is of, and of how many."""
+    known = {features.name: "frechet", "kid": "kid", f"{features.name}_kid": "kid"}
+    return {name: {"definition": DEFINITIONS[known.get(name, name)], "model": features.about,
+                   "num_images": found["num_fake"], "num_real": found["num_real"]}
+            for name in found if known.get(name, name) in DEFINITIONS}  # fmt: skip
+
+
+def meanings(measures: dict[str, dict]) -> dict[str, dict]:
+    """Measures without their values, where these stand elsewhere."""
+    return {k: {n: v for n, v in one.items() if n != "value"} for k, one in measures.items()}
 
 
 def warn_of_few(n: int, m: int) -> None:
@@ -155,6 +91,8 @@ def parse(args: list[str] | None = None):
     add("fake", metavar="FAKE", help="folder of generated images (PNG), or a model.pt or .safetensors file")
     add("--size", type=int, metavar="N", help="cut and resize both to N pixels as training does (a model's own size)")
     add("--fid_features", metavar="FILE", help="TorchScript network instead of Inception: uint8 NCHW to (N, D)")
+    add("--clip", metavar="FOLDER", help="a CLIP as transformers writes it: also the CLIP score of FAKE with its prompts")
+    add("--lpips", action="store_true", help="also the diversity of FAKE: mean LPIPS of pairs (pip install lpips)")
     add("--num_images", type=int, default=10_000, metavar="N", help="samples of a model")
     add("--batch_size", type=int, default=64, metavar="N", help="images at a time")
     add("--samplers", default="dpmpp_2m:20", metavar="NAME:N,...", help="samplers and their steps, of a model")
@@ -192,8 +130,9 @@ def captions_of(folder: Path, pipeline: Pipeline):
     return lambda indices: {"prompts": [captions[i % len(captions)] for i in indices]}
 
 
-def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None):
-    """(N, D) of sampled images on rank 0, None elsewhere."""
+def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None,
+                   extra: TextImage | None = None):  # fmt: skip
+    """(N, D) of sampled images on rank 0, None elsewhere. extra: is given the images, too."""
     found, done = [], 0
     with dist.progress(total=args.num_images, desc=f"{sampler} {steps}", unit="img") as bar:
         for numbers, images in sampled(pipeline, args.num_images, args.batch_size, told, seed=seed,
@@ -201,22 +140,30 @@ def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, 
                               guidance_scale=args.guidance_scale):  # fmt: skip
             if len(images):
                 found.append((list(numbers), features(images)))
+                if extra is not None:
+                    prompts = told(numbers)["prompts"] if extra.clip is not None else None
+                    extra.add(numbers, images, prompts)
             done = min(done + args.batch_size * dist.world_size(), args.num_images)
             bar.update(done - bar.n)
     return gathered(found, "the model")
 
 
-def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Features) -> list[dict]:
-    """A row for each sampler, all metrics' medians over the seeds. Empty off rank 0."""
-    rows = []
+def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Features,
+                  extra: TextImage | None = None) -> tuple[list[dict], dict]:  # fmt: skip
+    """(a row for each sampler, all metrics' medians over the seeds; what they mean), empty off
+    rank 0."""
+    rows, meaning = [], {}
     for sampler, steps in parse_samplers(args.samplers):
         found, seconds, told = [], 0.0, captions_of(Path(args.real), pipeline)
         for seed in args.seeds:
             began = time.perf_counter()
-            fake = model_features(pipeline, features, args, seed, sampler, steps, told)
+            fake = model_features(pipeline, features, args, seed, sampler, steps, told, extra)
+            more = extra.result() if extra is not None else {}
             seconds += (time.perf_counter() - began) / len(args.seeds)
             if fake is not None:
-                found.append(compare(real, fake, features))
+                values = {name: one["value"] for name, one in more.items()}
+                found.append(compare(real, fake, features) | values)
+                meaning = definitions(found[-1], features) | meanings(more)
         evaluations = steps if args.guidance_scale == 1 else 2 * steps  # with and without the class
         if found:
             numbers = [k for k, v in found[0].items() if isinstance(v, float)]
@@ -227,7 +174,7 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
             dist.log("  ".join([f"{sampler:>12} {steps:>5} steps", *(
                 f"{k} {row[k]:.4g}" for k in numbers), f"{seconds:.0f} s"]))  # fmt: skip
             rows.append(row)
-    return rows
+    return rows, meaning
 
 
 def save_quality(folder: Path, result: dict, name: str) -> None:
@@ -248,6 +195,7 @@ def main() -> None:
     args = parse()
     device = dist.setup(args.device)
     fake, real = Path(args.fake), Path(args.real)
+    extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
         features = open_features(args.fid_features, device)
         if any(f.suffix.lower() in (".jpg", ".jpeg") for f in scan(fake)):
@@ -258,8 +206,13 @@ def main() -> None:
         if dist.is_main():
             warn_of_few(len(a), len(b))
             result = compare(a, b, features)
+            more = measure_folder(extra, fake, args.size) if extra is not None else {}
+            result |= {name: one["value"] for name, one in more.items()}
+            result["definitions"] = definitions(result, features) | meanings(more)
     else:
         pipeline = open_pipeline(str(fake), None, args.weights, device)
+        if args.clip is not None and not pipeline.reads_prompts:
+            raise UserError(f"--clip measures images against their prompts, and {fake} reads none")
         for sampler, steps in parse_samplers(args.samplers):
             check_sampler(pipeline, sampler, steps, args.guidance_scale)
         size = pipeline.config.image_size
@@ -271,12 +224,12 @@ def main() -> None:
             if len(a) < 2:
                 raise UserError(f"{real} holds {len(a)} usable image; a distance needs at least 2")
             warn_of_few(len(a), args.num_images)
-        rows = quality_table(args, pipeline, a, features)
+        rows, meaning = quality_table(args, pipeline, a, features, extra)
         if dist.is_main():
             result = {"checkpoint": str(fake), "weights": args.weights, "real": str(real),
                       "size": size, "features": features.about, "num_real": len(a),
                       "num_fake": args.num_images, "seeds": list(args.seeds),
-                      "rows": rows}  # fmt: skip
+                      "definitions": meaning, "rows": rows}  # fmt: skip
             save_quality(Path(args.save_folder) / "metrics", result, features.name)
     if dist.is_main():
         print(json.dumps(result))

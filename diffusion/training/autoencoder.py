@@ -16,6 +16,7 @@ from .. import UserError
 from .. import distributed as dist
 from ..config import Config
 from ..data.batches import Batch, open_batches, to_unit
+from ..evaluation.text_image import open_lpips
 from ..evaluation.viz import grid, to_uint8
 from ..models.sd_config import VAEConfig
 from ..models.vae import AutoencoderKL, sample
@@ -56,7 +57,9 @@ class Autoencoding(Task):
                             f"VAE of {len(config.dim_mults)} levels divides it by")  # fmt: skip
         self.config, self.device, self.factor = config, device, factor
         self.data = open_batches(config)
-        self.perceptual = open_lpips(device) if config.perceptual_weight else None
+        self.perceptual = (
+            open_lpips(device, "vgg", "perceptual_weight") if config.perceptual_weight else None
+        )
 
     def build(self) -> nn.Module:
         return KLAutoencoder(vae_config(self.config)).to(memory_format=torch.channels_last)
@@ -147,15 +150,3 @@ class Autoencoding(Task):
             blank = [np.full((columns - len(x), *x.shape[2:], 3), 255, np.uint8)]
             rows += [to_uint8(x), *blank, to_uint8(again), *blank]
         return grid(np.concatenate(rows), columns)
-
-
-def open_lpips(device: torch.device) -> nn.Module:
-    try:
-        import lpips
-    except ImportError:
-        raise UserError("perceptual_weight needs LPIPS: pip install lpips") from None
-    try:
-        return lpips.LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False).eval()
-    except Exception as error:  # its network is downloaded on first use
-        raise UserError(f"LPIPS could not load its network: {error}; set perceptual_weight 0, or "
-                        "put torchvision's vgg16 into the torch hub cache") from None  # fmt: skip

@@ -18,8 +18,8 @@ from .. import distributed as dist
 from ..config import Config
 from ..data.cache import TRANSFORM
 from ..data.datasets import digest
+from ..evaluation.distances import FEW, Moments, frechet_distance
 from ..evaluation.features import open_features, sampled
-from ..evaluation.metrics import FEW, Moments, frechet_distance
 from ..pipeline import Pipeline
 from ..seeding import permutation
 from ..weights.checkpoint import atomic

@@ -1,0 +1,47 @@
+"""A study's folder: which one is continued, what a new one is called."""
+
+import dataclasses
+import json
+from datetime import datetime
+from pathlib import Path
+
+from ..weights.checkpoint import write_text
+from .plan import Settings
+from .styles import file_stamp, slugs_of, stamp, style_folders
+
+
+def describe(s: Settings) -> dict:
+    """What makes a study the same one, as JSON gives it back."""
+    base = Path(s.load_path or s.sd_path)
+    told = {"settings": dataclasses.asdict(s), "base": f"{base.resolve()} {file_stamp(base)}",
+            "data": {f.name: stamp(f) for f in style_folders(s.data)}}  # fmt: skip
+    return json.loads(json.dumps(told))
+
+
+def find(root: Path, about: dict) -> Path | None:
+    """The newest folder of the same study."""
+    for file in sorted(root.glob("*/config.json"), reverse=True):
+        try:
+            if json.loads(file.read_text(encoding="utf-8")) == about:
+                return file.parent
+        except (OSError, ValueError):
+            continue  # another program's
+    return None
+
+
+def create(root: Path, name: str, about: dict) -> Path:
+    stem = f"{datetime.now():%Y-%m-%d_%H%M%S}_{slugs_of([name])[name]}"
+    folder, n = root / stem, 1
+    while folder.exists():
+        n += 1
+        folder = root / f"{stem}_{n}"
+    folder.mkdir(parents=True)
+    write_text(folder / "config.json", json.dumps(about, indent=2))
+    return folder
+
+
+def read_metrics(folder: Path) -> dict:
+    file = folder / "metrics.json"
+    if not file.is_file():
+        return {"finished": False, "cells": {}}
+    return json.loads(file.read_text(encoding="utf-8"))

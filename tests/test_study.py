@@ -1,0 +1,598 @@
+"""The style study: its plan, its measures, its report; stopped and continued."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment
+from PIL import Image
+from test_latent import vae  # noqa: F401 (fixture)
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data import toy
+from diffusion.evaluation.distances import frechet_distance, moments
+from diffusion.evaluation.viz import save_png
+from diffusion.study import __main__ as program
+from diffusion.study import classifier as classifiers
+from diffusion.study import runner
+from diffusion.study.classifier import open_classifier, to_input
+from diffusion.study.folder import create, describe, find, read_metrics
+from diffusion.study.judge import Judge
+from diffusion.study.plan import Settings, ablation, cells_of, methods, with_budget
+from diffusion.study.report import write_report
+from diffusion.study.run import Study, run_study
+from diffusion.study.runner import Base, run_child, sample_arguments, train_arguments
+from diffusion.study.styles import (
+    PROMPTS,
+    read_style,
+    replaced,
+    slugs_of,
+    style_folders,
+    training_folder,
+    with_name,
+)
+from diffusion.training.trainer import train
+
+EVIL = "<script>evil()</script><img src=x onerror=evil()> & \"quotes'"
+
+
+@pytest.fixture(scope="module")
+def base(vae, faces, tmp_path_factory) -> Path:  # noqa: F811
+    """ema.safetensors of a model that reads captions, hardly trained."""
+    folder = tmp_path_factory.mktemp("base")
+    train(Config(
+        mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
+        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dim_mults=(1, 2), heads=2,
+        data=str(faces), image_size=16, batch_size=8, time_steps=20, train_steps=12, num_samples=0,
+        save_and_sample_every=12, cache_dir=str(folder / "cache"), device="cpu", amp="no",
+        save_folder=str(folder / "run"), guidance_scale=2.0,
+    ))  # fmt: skip
+    return folder / "run" / "ema.safetensors"
+
+
+@pytest.fixture(scope="module")
+def styles(faces):
+    return [read_style(f, f.name, 16) for f in style_folders(str(faces))]
+
+
+@pytest.fixture(scope="module")
+def judge(styles, tmp_path_factory):
+    path = tmp_path_factory.mktemp("judge") / "classifier.safetensors"
+    return Judge(styles, open_classifier(path, styles, 0, steps=60), None, None)
+
+
+def settings(data, **options) -> Settings:
+    small = dict(load_path="base.safetensors", steps=4, batch_size=4, num_images=6, mix_images=4,
+                 sample_steps=2, ranks=(1, 2, 4), styles=("bald", "bob"), points=3)  # fmt: skip
+    return with_budget(Settings(data=str(data), **small | options))
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def test_the_experiments_share_their_cells(faces):
+    s, slugs = settings(faces), {"bald": "bald", "bob": "bob", "spiky": "spiky"}
+    cells = list(cells_of(s, slugs))
+    assert len(cells) == len(set(c.name for c in cells))
+    kinds = [c.kind for c in cells]
+    # 3 bases, 2 LoRAs, 2 other methods, 3 mixtures, and of the ablation what is not the centre
+    assert [kinds.count(k) for k in ("base", "lora", "textual_inversion", "dreambooth", "mix")] == [
+        3, 2 + 6, 1, 1, 3]  # fmt: skip
+    centre = methods(s, slugs)[0]
+    for what, row in ablation(s, slugs).items():
+        assert row[1] == centre and len(row) == 3
+        changed = {f.name for f in dataclasses.fields(centre) for c in row
+                   if getattr(c, f.name) != getattr(centre, f.name)}  # fmt: skip
+        assert changed == {what, "name"}
+    assert [c.steps for c in methods(s, slugs)] == [4, 4, 4]
+    assert [c.share for c in cells if c.kind == "mix"] == [0, 0.5, 1]
+    assert {c.kind for c in cells_of(settings(faces, experiments=(1,)), slugs)} == {"base", "lora"}
+
+
+def test_budgets_and_what_is_given_instead(faces):
+    small = with_budget(Settings(data="x"))
+    assert small.num_images >= 100 and small.rank == 8
+    assert min(c.steps for c in ablation(dataclasses.replace(small, styles=("a",)), {"a": "a"})["steps"]) >= 150  # fmt: skip
+    assert with_budget(Settings(data="x", budget="full")).steps > small.steps
+    assert with_budget(Settings(data="x", steps=7)).steps == 7
+    for wrong, told in (
+        (dict(budget="huge"), "small or full"), (dict(experiments=(1, 5)), "experiment 5 is unknown"),
+        (dict(steps=1), "steps is 1"), (dict(ranks=(0, 1)), "each must be above 0"),
+        (dict(learning_rate=-1.0), "must be above 0"), (dict(experiments=()), "names none"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            with_budget(Settings(data="x", **wrong))
+
+
+# --- styles --------------------------------------------------------------------------------------
+
+
+def test_styles_are_split_and_named(styles, tmp_path):
+    style = styles[0]
+    assert (len(style.train), len(style.held_out)) == (32, 8)
+    assert not set(style.train) & set(style.held_out)
+    assert all("bald" in c.lower() for c in style.captions)
+    assert set(style.prompts) <= {style.captions[i] for i in style.held_out}
+    folder = training_folder(style, tmp_path / "data", "{}")
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == 32 and training_folder(style, tmp_path / "data", "{}") == folder
+    kept = {f.read_bytes() for f in (style.files[i] for i in style.held_out)}
+    for file in files:
+        assert file.read_bytes() not in kept
+        assert "{}" in file.with_suffix(".txt").read_text()
+
+
+def test_captions_and_prompts():
+    assert with_name("", "manga") == "manga" and with_name("a cat", "manga") == "manga, a cat"
+    assert with_name("a MANGA cat", "manga") == "a MANGA cat"
+    assert with_name("mangas", "manga") == "manga, mangas"
+    assert replaced("Manga, a cat", "manga", "<m>") == "<m>, a cat"
+    assert replaced("manga, a cat", "manga", "") == "a cat" and replaced("manga", "manga", "") == ""
+    assert replaced("a (b) a", "(b)", r"\1") == r"a \1 a"  # neither is a pattern
+    assert slugs_of(["a b", "a-b", "A b", "---"]) == {
+        "a b": "a-b", "a-b": "a-b-2", "A b": "A-b-2-2", "---": "style"}  # fmt: skip
+
+
+def test_validation_prompts_come_first(tmp_path):
+    folder = tmp_path / "manga"
+    for i in range(6):
+        save_png(toy.draw(i, 16), folder / f"{i}.png")
+    assert read_style(folder, "manga", 16).prompts == ["manga"]  # no captions at all
+    (folder / PROMPTS).parent.mkdir()
+    (folder / PROMPTS).write_text("a cat\n\nmanga dog\n")
+    assert read_style(folder, "manga", 16).prompts == ["manga, a cat", "manga dog"]
+    (folder / PROMPTS).write_text("\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_style(folder, "manga", 16)
+
+
+def test_unusable_images_are_neither_trained_on_nor_kept(tmp_path, capsys):
+    folder = tmp_path / "manga"
+    for i in range(6):
+        save_png(toy.draw(i, 16), folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"broken")
+    style = read_style(folder, "manga", 16)
+    assert sorted([*style.train, *style.held_out]) == [0, 1, 2, 4, 5]
+    assert "3.png" in capsys.readouterr().out
+    for i in (0, 1):
+        (folder / f"{i}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="3 usable images; a style needs at least 4"):
+        read_style(folder, "manga", 16)
+
+
+# --- measures ------------------------------------------------------------------------------------
+
+
+def coloured(tmp_path) -> list:
+    """Two styles that a glance tells apart."""
+    random = np.random.default_rng(0)
+    for name, (low, high) in {"dark": (0, 90), "light": (160, 250)}.items():
+        for i in range(24):
+            noise = random.integers(low, high, (4, 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+            save_png(noise, tmp_path / name / f"{i}.png")
+    return [read_style(tmp_path / name, name, 16) for name in ("dark", "light")]
+
+
+def test_the_classifier_tells_styles_and_says_how_well(tmp_path):
+    dark, light = styles = coloured(tmp_path / "styles")
+    path = tmp_path / "c.safetensors"
+    judge = open_classifier(path, styles, 0, steps=40)
+    assert judge.accuracy > 0.9 and judge.share(dark.images("held_out"), "dark") > 0.9
+    assert judge.share(dark.images("held_out"), "light") < 0.1
+    # none of them: as the classifier was taught
+    net, x = judge.net, to_input(np.concatenate([dark.images("train"), light.images("train")]))
+    labels = torch.arange(2).repeat_interleave(len(dark.train))
+    mixed = classifiers.spoilt(x, labels, torch.Generator().manual_seed(0))
+    assert mixed.shape == x.shape and net(mixed)[1].shape == (len(x), 3)
+    again = open_classifier(path, styles, 1, steps=0)  # read, not trained
+    for a, b in zip(again.net.state_dict().values(), net.state_dict().values()):
+        assert_close(a, b)
+
+
+def test_shuffled_squares_are_the_same_pixels():
+    x = torch.rand(4, 3, 64, 64)
+    out = classifiers.spoilt(x, torch.zeros(4, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert_close(out.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
+    assert not torch.equal(out, x)
+
+
+def test_every_measure_says_what_it_is(judge, styles):
+    images = styles[1].images("held_out")
+    found = judge(images, ["a"] * len(images), "bob", "bald")
+    assert set(found) == {"style_share", "frechet", "other_style_share", "other_frechet"}
+    for one in found.values():
+        assert set(one) == {"value", "definition", "model", "num_images"} and one["num_images"] == 8
+    assert f"{judge.classifier.accuracy:.1%}" in found["style_share"]["definition"]
+    features = judge.classifier.outputs(images)[0]
+    assert features.dtype == torch.float64 and abs(found["frechet"]["value"]) < 1e-6
+    other = judge.classifier.outputs(styles[0].images("held_out"))[0]
+    assert found["other_frechet"]["value"] == pytest.approx(
+        frechet_distance(*moments(features), *moments(other)))  # fmt: skip
+    real = judge.real("bob", 5)
+    assert real["frechet"]["num_images"] == 5 and real["frechet"]["value"] > 0
+    assert real["style_share"]["value"] == judge.classifier.accuracies["bob"]
+
+
+# --- child processes -----------------------------------------------------------------------------
+
+
+def test_a_failing_child_is_told_with_its_last_words(tmp_path):
+    with pytest.raises(
+        UserError, match=r"(?s)train\.py ended with status 1.*neither a folder.*in: "
+    ):
+        run_child(
+            "train.py", ["--data=nowhere", "--device=cpu"], tmp_path / "logs.txt", lambda: None
+        )
+    assert "nowhere" in (tmp_path / "logs.txt").read_text()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+SCRIPT = """
+import signal, sys, time
+from pathlib import Path
+data = b"x" * 200_000_000
+Path(sys.argv[1]).write_text("running")
+try:
+    while len(sys.argv) == 2: time.sleep(0.05)
+except KeyboardInterrupt:
+    Path(sys.argv[1]).write_text("stopped")
+"""
+
+
+def test_memory_and_seconds_are_the_childs_own(tmp_path, monkeypatch):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    found = run_child("script.py", [str(tmp_path / "state"), "end"], tmp_path / "logs.txt", lambda: None)  # fmt: skip
+    assert 200e6 < found["peak_memory"] < 280e6 and 0 < found["cpu_seconds"] < found["seconds"] + 1
+    assert found["peak_device_memory"] is None
+
+
+def test_the_child_of_a_killed_study_stops(tmp_path):
+    script, state = tmp_path / "script.py", tmp_path / "state"
+    script.write_text(SCRIPT)
+    code = ("import subprocess, sys, time; subprocess.Popen([sys.executable, *sys.argv[1:]],"
+            " start_new_session=True); time.sleep(60)")  # fmt: skip
+    child = [str(ROOT / "diffusion" / "study" / "child.py"), str(tmp_path / "out"), str(script), str(state)]  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", code, *child])
+    wait_for(state.exists)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: state.read_text() == "stopped")
+
+
+def test_arguments_of_the_scripts(faces):
+    s = settings(faces, class_prompt="a face", init_word="x")
+    cells = {c.kind: c for c in cells_of(s, {"bald": "bald", "bob": "bob"})}
+    path = Path("here")
+
+    def options(kind, s=s):
+        args = train_arguments(s, Base(16, 2.0, "eps"), cells[kind], "bob", path, path, path)
+        return dict(a.lstrip("-").split("=", 1) for a in args)
+
+    same = {"data", "train_steps", "batch_size", "loss", "seed", "load_path", "mode"}
+    lora, ti, dreambooth = map(options, ("lora", "textual_inversion", "dreambooth"))
+    assert same <= set(lora) and lora["adapter"] == "lora" and int(lora["rank"]) in s.ranks
+    assert ti["token"] == "<bob>" and ti["init_word"] == "x"
+    assert dreambooth["instance_prompt"] == "bald" and "adapter" not in dreambooth
+    assert dreambooth["class_prompt"] == "a face"
+    foreign = options("lora", dataclasses.replace(s, load_path=None, sd_path="sd"))
+    assert foreign["sd_path"] == "sd" and foreign["objective"] == "eps" and foreign["image_size"] == "16"  # fmt: skip
+    # sample.py knows the options that it knows today
+    import sample
+
+    told = sample_arguments(s, Base(16, 2.0), ["--load_path=x"], path, 3, path)
+    (path_prompt,) = [a for a in told if a.startswith("--prompt=")]
+    assert sample.parse([a for a in told if a != path_prompt]).guidance_scale == 2
+
+
+# --- the whole -----------------------------------------------------------------------------------
+
+
+class Fake:
+    """train.py and sample.py in no time: training leaves a file, drawing gives toy faces.
+
+    stop_at: the call at which Ctrl-C is pressed. short_at: the one that ends a step too early.
+    """
+
+    def __init__(self, stop_at: int | None = None, short_at: int | None = None):
+        self.calls, self.stop_at, self.short_at = [], stop_at, short_at
+
+    def __call__(self, script, args, logs, tick) -> dict:
+        told = dict(a.lstrip("-").split("=", 1) for a in args)
+        folder = Path(told["save_folder"])
+        self.calls.append((script, folder.name))
+        if len(self.calls) == self.stop_at:
+            raise KeyboardInterrupt
+        tick()
+        if script == "train.py":
+            folder.mkdir(parents=True, exist_ok=True)
+            whole = "instance_prompt" in told
+            (folder / ("ema.safetensors" if whole else "adapter.safetensors")).write_bytes(
+                b"x" * 99
+            )
+            (folder / "metrics.jsonl").write_text('{"step": 4, "img_per_s": 12.5}\n')
+            (folder / "model.pt").write_bytes(b"x")
+            step = int(told["train_steps"]) - (len(self.calls) == self.short_at)
+            (folder / "metadata.json").write_text(json.dumps({"step": step}))
+        else:
+            prompts = Path(told["prompt"][1:]).read_text().splitlines()
+            assert len(prompts) == int(told["num_images"])
+            for i in range(len(prompts)):
+                save_png(toy.draw(i + len(self.calls), 16), folder / "images" / f"{i:06d}.png")
+        return {"seconds": 2.0, "peak_memory": 3 << 20, "peak_device_memory": None}
+
+
+@pytest.fixture
+def study(faces, judge, styles, tmp_path):
+    def make(fake, **options) -> Study:
+        s = settings(faces, **options)
+        about = describe(s)
+        folder = find(tmp_path / "results", about)
+        folder = folder or create(tmp_path / "results", "my study", about)
+        return Study(s, Base(16, 2.0), folder, styles, judge, read_metrics(folder), fake)
+
+    return make
+
+
+def test_a_stopped_study_continues_and_repeats_nothing(study):
+    whole = Fake()
+    first = Fake(stop_at=15)  # the first training of the ablation
+    one = study(first)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(one)
+    assert not read_metrics(one.folder)["finished"] and (one.folder / "report.html").exists()
+    assert "stopped" in (one.folder / "logs.txt").read_text()
+    two = study(whole)
+    assert two.folder == one.folder
+    report = run_study(two)
+    finished = first.calls[:-1]  # those that came to an end
+    assert not set(finished) & set(whole.calls)
+    cells = {c.name for c in two.cells}
+    assert {name for script, name in finished + whole.calls if script == "sample.py"} == cells
+    trained = {c.name for c in two.cells if c.trains}
+    assert {name for script, name in finished + whole.calls if script == "train.py"} == trained
+    metrics = read_metrics(two.folder)
+    assert metrics["finished"] and set(metrics["cells"]) == cells and report.is_file()
+    attempts = [metrics["cells"][name]["attempts"] for name in trained]
+    assert sorted(attempts) == [1] * (len(trained) - 1) + [2]
+    # nothing is left to do, and nothing is left lying about
+    nothing = Fake()
+    run_study(study(nothing))
+    assert nothing.calls == []
+    for name in trained:
+        assert not (two.folder / "checkpoints" / name / "model.pt").exists()
+    assert {p.name for p in two.folder.iterdir()} >= {
+        "checkpoints", "inference", "thumbnails", "config.json", "metrics.json", "logs.txt", "report.html"}  # fmt: skip
+
+
+def test_training_is_not_repeated_when_drawing_was_stopped(study):
+    first = Fake(stop_at=5)  # base, base, base, train, sample
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study(first, experiments=(1,)))
+    assert first.calls[-2][0] == "train.py" and first.calls[-1][0] == "sample.py"
+    second = Fake()
+    run_study(study(second, experiments=(1,)))
+    assert second.calls[0] == first.calls[-1] and first.calls[-2] not in second.calls
+
+
+def test_a_training_that_was_stopped_by_others_does_not_count(study):
+    with pytest.raises(UserError, match="stopped at step 3 of 4; the same command continues"):
+        run_study(study(Fake(short_at=4), experiments=(1,)))
+    second = Fake()
+    run_study(study(second, experiments=(1,)))
+    assert [script for script, _ in second.calls] == ["train.py", "sample.py"] * 2
+
+
+def test_other_settings_are_another_study(study):
+    a, b = study(Fake()), study(Fake(), seed=1)
+    assert a.folder != b.folder and study(Fake()).folder == a.folder
+    assert study(Fake(), seed=1).folder == b.folder
+
+
+def test_changed_data_is_another_study(tmp_path):
+    for style in ("a", "b"):
+        save_png(toy.draw(1, 16), tmp_path / "data" / style / "1.png")
+    s = settings(tmp_path / "data", styles=("a",))
+    folder = create(tmp_path / "r", "x", describe(s))
+    assert find(tmp_path / "r", describe(s)) == folder
+    (tmp_path / "data" / "a" / "1.txt").write_text("new")
+    assert find(tmp_path / "r", describe(s)) is None
+
+
+def test_numbers_carry_their_definitions(study):
+    one = study(Fake())
+    run_study(one)
+    metrics = read_metrics(one.folder)
+    for entry in metrics["cells"].values():
+        count = 4 if entry["kind"] == "mix" else 6
+        for measure in entry["measures"].values():
+            assert measure["definition"] and measure["model"] and measure["num_images"] == count
+        if entry["kind"] in ("lora", "dreambooth", "textual_inversion"):
+            assert entry["cost"]["file_bytes"] == 99 and entry["cost"]["images_per_second"] == 12.5
+    strip = np.asarray(Image.open(one.folder / "thumbnails" / "interpolation.png"))
+    assert strip.shape[0] > 4 * 96 and strip.shape[1] > 3 * 96
+    name = next(c.name for c in one.cells if c.kind == "textual_inversion")
+    prompts = (one.folder / "inference" / name / "prompts.txt").read_text().splitlines()
+    assert len(prompts) == 6 and all("<bald>" in p for p in prompts)
+    mixed = next(c for c in one.cells if c.kind == "mix")
+    assert not any({"bald", "bob"} & set(p.split()) for p in one.prompts(mixed))
+
+
+def test_progress_tells_the_seconds_that_are_left(study):
+    from diffusion.study.run import Progress
+
+    one = study(Fake(), experiments=(1,))
+    bar = Progress(one)
+    assert bar.left() is None
+    for i, cell in enumerate(one.cells):
+        one.metrics["cells"][cell.name] = {"measures": {}, "seconds": 3 * one.work(cell)}
+        rest = sum(map(one.work, one.cells[i + 1 :]))
+        assert bar.left() == pytest.approx(3 * rest)
+    bar.bar.close()
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order; collects tags, attributes and text."""
+
+    VOID = {"meta", "img", "br", "link", "input"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_report_is_whole_and_escapes_everything(study, tmp_path, styles):
+    one = study(Fake())
+    run_study(one)
+    evil = dataclasses.replace(styles[0], name=EVIL, slug="evil", prompts=[EVIL], captions=[EVIL])
+    base = next(c for c in one.cells if c.kind == "base")
+    one.metrics["cells"][base.name]["prompts"] = [EVIL, "@@BODY@@ @@TITLE@@"]
+    one.metrics["cells"][base.name]["measures"]["frechet"]["definition"] = EVIL
+    one.settings = dataclasses.replace(one.settings, data=f"data/{EVIL.replace('/', '_')}", load_path=EVIL)  # fmt: skip
+    one.styles = [*styles, evil]
+    one.metrics["real"][EVIL] = one.metrics["real"]["bald"]
+    one.cells.append(dataclasses.replace(base, style=EVIL, name="base_evil"))
+    one.metrics["cells"]["base_evil"] = one.metrics["cells"][base.name]
+    text = write_report(one).read_text()
+    page = Tags()
+    page.feed(text)
+    assert page.open == []
+    tags = [tag for tag, _ in page.seen]
+    assert "script" not in tags and not any("onerror" in a for _, a in page.seen)
+    assert EVIL in "".join(page.text) and "@@BODY@@" in "".join(page.text)
+    assert all(a["src"].startswith("data:image/png;base64,") for t, a in page.seen if t == "img")
+    assert all(a.get("alt") for t, a in page.seen if t == "img")
+    assert not any(a.get("href") for _, a in page.seen) and len(text) < 3_000_000
+    headings = "".join(page.text)
+    for told in ("1. A LoRA for each style", "2. Ablation", "3. Three methods", "4. From bald to bob",
+                 "DreamBooth", "Textual Inversion", "real images", "base, untouched"):  # fmt: skip
+        assert told in headings
+    assert tags.count("table") == 1 + 1 + 2 + 3 + 1 + 1
+
+
+# --- mistakes, as a user makes them --------------------------------------------------------------
+
+
+def call(monkeypatch, tmp_path, *args):
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, args), "--save_folder", str(tmp_path / "out"),
+                                      "--device", "cpu"])  # fmt: skip
+    program.main()
+
+
+def test_mistakes_are_found_before_anything_is_written(
+    monkeypatch,
+    tmp_path,
+    faces,
+    base,
+    model,
+    vae,  # noqa: F811
+):
+    (tmp_path / "empty" / "style").mkdir(parents=True)
+    flat = tmp_path / "flat"
+    for i in range(5):
+        save_png(toy.draw(i, 16), flat / f"{i}.png")
+        save_png(toy.draw(i, 16), tmp_path / "single" / "only" / f"{i}.png")
+    on, two = ("--load_path", base), ("--styles", "bald,bob")
+    for args, told in (
+        ((*on,), "--data STYLES is missing"),
+        (("--data", faces), "either --sd_path or --load_path"),
+        ((*on, "--data", tmp_path / "none"), "is no folder"),
+        ((*on, "--data", tmp_path / "empty"), "holds no styles: it has no images"),
+        ((*on, "--data", flat), "belong into one folder per style"),
+        ((*on, "--data", faces, "--styles", "bald,manga"), "'manga' is no style of .*bald, bob, spiky"),
+        ((*on, "--data", faces, "--styles", "bald"), "experiment 4 goes from one style to another"),
+        ((*on, "--data", faces, "--experiments", "7"), "experiment 7 is unknown"),
+        ((*on, "--data", tmp_path / "single", "--experiments", "1"), "holds one style"),
+        (("--load_path", tmp_path / "no.pt", "--data", faces), "no.pt does not exist"),
+        (("--load_path", model, "--data", faces), "reads no text"),
+        (("--load_path", vae / "model.pt", "--data", faces), "is a VAE"),
+        ((*on, "--data", faces, *two, "--sample_steps", 21), "more than the schedule's 20"),
+        ((*on, "--data", faces, *two, "--sampler", "heun"), "heun"),
+        ((*on, "--data", faces, *two, "--clip", tmp_path / "none"), "--clip .*is no folder"),
+        ((*on, "--data", faces, *two, "--features", tmp_path / "none"), "does not exist"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=told):
+            call(monkeypatch, tmp_path, *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_study_says_so(study, monkeypatch, tmp_path, faces, capsys):
+    s = program.choose_styles(program.parse([
+        "--load_path", "base.safetensors", "--data", str(faces), "--experiments", "1"])[0])  # fmt: skip
+    folder = create(tmp_path / "out", "x", describe(s))
+    (folder / "metrics.json").write_text(json.dumps({"finished": True, "cells": {}}))
+    (folder / "report.html").write_text("")
+    monkeypatch.setattr(sys, "argv", ["study", "--load_path", "base.safetensors", "--data", str(faces),
+                                      "--experiments", "1", "--save_folder", str(tmp_path / "out")])  # fmt: skip
+    program.main()
+    assert "finished" in capsys.readouterr().out
+
+
+# --- with the real scripts -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_study_killed_and_continued(base, faces, tmp_path):
+    args = ["--load_path", base, "--data", faces, "--styles", "bald,bob", "--steps", 4, "--batch_size", 4,
+            "--ranks", 2, "--num_images", 4, "--mix_images", 4, "--points", 2, "--sample_steps", 2,
+            "--device", "cpu", "--amp", "no", "--save_folder", tmp_path / "out"]  # fmt: skip
+    command = [sys.executable, "-m", "diffusion.study", *map(str, args)]
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, cwd=tmp_path, env=env, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_for(lambda: list(tmp_path.glob("out/*/checkpoints/lora_bald_*/config.json")), 200)
+    first.kill()
+    first.wait()
+    (folder,) = (tmp_path / "out").iterdir()
+    before = read_metrics(folder)
+    assert not before["finished"] and before["cells"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"continuing {folder}" in done.stdout and "report.html" in done.stdout
+    after = read_metrics(folder)
+    assert after["finished"] and list((tmp_path / "out").iterdir()) == [folder]
+    for name, entry in before["cells"].items():
+        if "measures" in entry:
+            assert after["cells"][name] == entry
+    costs = {e["kind"]: e["cost"] for e in after["cells"].values() if "cost" in e}
+    assert costs["textual_inversion"]["file_bytes"] < costs["lora"]["file_bytes"] < costs["dreambooth"]["file_bytes"]  # fmt: skip
+    pictures = {name: (folder / "inference" / name / "images" / "000000.png").read_bytes() for name in after["cells"]}  # fmt: skip
+    centre = {e["style"]: n for n, e in after["cells"].items()
+              if e["kind"] == "lora" and (e["rank"], e["steps"], e["learning_rate"]) == (2, 4, 1e-3)}  # fmt: skip
+    for name in (centre["bald"], "textual_inversion_bald", "dreambooth_bald"):
+        assert pictures[name] != pictures["base_bald"]
+    assert (folder / "thumbnails" / "interpolation.png").is_file()
+    page = Tags()
+    page.feed((folder / "report.html").read_text())
+    assert page.open == []

@@ -1,0 +1,227 @@
+"""CLIP score against transformers, LPIPS diversity against lpips, and both in the command."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_metrics import pictures, pooled, real  # noqa: F401 (fixtures)
+from torch.testing import assert_close
+
+from diffusion import UserError
+from diffusion.data import toy
+from diffusion.evaluation import metrics, text_image
+from diffusion.evaluation.text_image import (
+    TextImage,
+    clip_pixels,
+    diversity,
+    measure_folder,
+    open_clip,
+    open_lpips,
+    open_text_image,
+    prompts_of,
+    read_parameters,
+)
+from diffusion.evaluation.viz import parameters_text, save_png
+from diffusion.models.sd_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion.models.tokenizer import byte_level
+from diffusion.weights.vocabulary import save_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red fox", "zwei grüne Gesichter", "a", "long " * 30]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """(folder as transformers writes it, its model, its image processor)."""
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    folder, tokenizer = tmp_path_factory.mktemp("clip") / "tiny-clip", byte_level(24)
+    save_tokenizer(tokenizer, folder)
+    text = CLIPTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                          vocab_size=len(tokenizer), max_position_embeddings=24, eos_token_id=tokenizer.eos_id)  # fmt: skip
+    vision = CLIPVisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                              num_attention_heads=3, image_size=28, patch_size=7)  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(**CLIPConfig(text, vision, 20).to_dict())
+    model = transformers.CLIPModel(config).eval()
+    for p in model.parameters():  # random, but not as small as transformers begins with
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    images = processor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    images.save_pretrained(folder)
+    return folder, model, images
+
+
+def photos() -> list[np.ndarray]:
+    """Larger and smaller than CLIP's, square, wide and high."""
+    random = np.random.default_rng(0)
+    plain = [toy.draw(1, 64), toy.draw(2, 16)]
+    return [
+        *plain,
+        *(random.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((40, 57), (61, 30))),
+    ]
+
+
+def test_clip_score_is_transformers(clip):
+    folder, theirs, processor = clip
+    ours, images = open_clip(folder, CPU), photos()
+    pixels = torch.tensor(np.stack(processor(images)["pixel_values"]))
+    assert_close(torch.stack([clip_pixels(i, 28) for i in images]), pixels, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        out = theirs(input_ids=ours.tokenizer(PROMPTS), pixel_values=pixels)
+    cosine = (out.image_embeds * out.text_embeds).sum(1)
+    assert (cosine > 0.1).all() and cosine.std() > 0.01
+    assert_close(ours(images, PROMPTS), 100 * cosine.double(), rtol=1e-4, atol=1e-3)
+    ours.model.visual_projection.weight.neg_()
+    assert (ours(images, PROMPTS) == 0).all()  # max(cos, 0)
+    assert ours.name == "tiny-clip"
+
+
+def test_the_tokenizer_of_the_folder_is_transformers(clip):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizer.from_pretrained(clip[0])
+    ids = theirs(PROMPTS, padding="max_length", truncation=True, max_length=24)["input_ids"]
+    assert open_clip(clip[0], CPU).tokenizer(PROMPTS).tolist() == ids
+
+
+def test_other_normalisation_is_read(clip, tmp_path):
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for file in clip[0].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    about = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    score = open_clip(folder, CPU)
+    assert_close(clip_pixels(np.full((28, 28, 3), 255, np.uint8), 28, score.mean, score.std),
+                 torch.ones(3, 28, 28))  # fmt: skip
+
+
+def test_mistakes(clip, tmp_path):
+    with pytest.raises(UserError, match="none is no folder"):
+        open_clip(tmp_path / "none", CPU)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}))
+    with pytest.raises(UserError, match="clip_text_model without vision tower"):
+        open_clip(tmp_path, CPU)
+    (tmp_path / "config.json").write_text((clip[0] / "config.json").read_text())
+    with pytest.raises(UserError, match="holds no weights"):
+        open_clip(tmp_path, CPU)
+    (tmp_path / "model.safetensors").write_bytes((clip[0] / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="holds no vocabulary"):
+        open_clip(tmp_path, CPU)
+    save_tokenizer(byte_level(200), tmp_path)
+    with pytest.raises(UserError, match="in rows of 200"):
+        open_clip(tmp_path, CPU)
+
+
+def test_diversity_is_the_mean_over_pairs(monkeypatch):
+    images = np.stack([toy.draw(i, 8) for i in range(5)])
+    distance = lambda a, b: (a - b).abs().mean((1, 2, 3))  # noqa: E731
+    x = images.astype(np.float64) / 127.5 - 1
+    by_hand = [np.abs(x[i] - x[j]).mean() for i in range(5) for j in range(i)]
+    assert diversity(images, distance, CPU) == pytest.approx(np.mean(by_hand), rel=1e-6)
+    monkeypatch.setattr(text_image, "PAIRS", 4)
+    few = diversity(images, distance, CPU)
+    assert min(by_hand) < few < max(by_hand) and few == diversity(images, distance, CPU)
+
+
+def test_diversity_with_the_lpips_package():
+    """Random weights: the published ones cannot be had here."""
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    net = lpips.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False).eval()
+    images = np.stack([toy.draw(i, 32) for i in range(3)])
+    pairs = [net(lpips.im2tensor(images[i]), lpips.im2tensor(images[j]))
+             for i, j in ((0, 1), (0, 2), (1, 2))]  # fmt: skip
+    assert diversity(images, net, CPU) == pytest.approx(float(sum(pairs)) / 3, rel=1e-5)
+    found = TextImage(None, net)
+    found.add(range(3), images, None)
+    result = found.result()["lpips_diversity"]
+    assert result["value"] == pytest.approx(float(sum(pairs)) / 3, rel=1e-5)
+    assert result["num_images"] == 3 and "1801.03924" in result["definition"]
+
+
+def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match="(?s)could not load its network.*--lpips"):
+        open_lpips(CPU, "alex", "--lpips")
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(UserError, match="--lpips needs LPIPS: pip install lpips"):
+        open_text_image(None, True, CPU)
+
+
+def offline(*args, **options):
+    raise OSError("no network")
+
+
+# --- prompts and the command ---------------------------------------------------------------------
+
+
+def test_prompts_come_from_captions_or_from_the_png(tmp_path):
+    folder = tmp_path / "fake"
+    settings = {"Steps": 3, "Sampler": "DDIM"}
+    told = ["a fox, red", "two\nlines"]
+    for i, prompt in enumerate(told):
+        text = parameters_text(prompt, "blurry" if i else "", settings)
+        save_png(toy.draw(i, 16), folder / f"{i}.png", {"parameters": text})
+    assert list(prompts_of(folder).values()) == told
+    save_png(toy.draw(1, 16), folder / "2.png", {"parameters": parameters_text(None, "", settings)})
+    assert read_parameters(folder / "2.png") is None
+    with pytest.raises(UserError, match=r"2\.png has none"):
+        prompts_of(folder)
+    (folder / "2.txt").write_text("by hand")
+    assert list(prompts_of(folder).values())[-1] == "by hand"
+
+
+def test_the_command_measures_a_folder(clip, real, pooled, tmp_path, monkeypatch, capsys):  # noqa: F811
+    fake = pictures(tmp_path / "fake", range(6))
+    for i, file in enumerate(sorted(fake.iterdir())):
+        file.with_suffix(".txt").write_text(toy.caption(i))
+    monkeypatch.setattr(sys, "argv", ["metrics", str(real), str(fake), "--fid_features", str(pooled),
+                                      "--clip", str(clip[0]), "--device", "cpu"])  # fmt: skip
+    metrics.main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    score = open_clip(clip[0], CPU)
+    images = [np.asarray(Image.open(f)) for f in sorted(fake.glob("*.png"))]
+    expected = score(images, [toy.caption(i) for i in range(6)]).mean()
+    assert found["clip_score"] == pytest.approx(float(expected), rel=1e-6)
+    about = found["definitions"]["clip_score"]
+    assert about["model"] == "tiny-clip" and about["num_images"] == 6
+    assert "value" not in about and "1706.08500" in found["definitions"]["pooled"]["definition"]
+    assert {"pooled", "pooled_kid", "precision", "recall"} <= set(found["definitions"])
+
+
+def test_a_model_that_reads_nothing_has_no_clip_score(clip, real, pooled, model):  # noqa: F811
+    with pytest.raises(UserError, match="reads none"):
+        call_metrics(real, model, "--fid_features", pooled, "--clip", clip[0])
+
+
+def call_metrics(*args):
+    old = sys.argv
+    sys.argv = ["metrics", *map(str, args), "--device", "cpu"]
+    try:
+        metrics.main()
+    finally:
+        sys.argv = old
+
+
+def test_pieces_are_the_whole(clip):
+    score, images = open_clip(clip[0], CPU), photos()
+    found = TextImage(score)
+    for i in range(4):
+        found.add([i], [images[i]], [PROMPTS[i]])
+    value = found.result()["clip_score"]
+    assert value["value"] == pytest.approx(float(score(images, PROMPTS).mean()), rel=1e-5)
+    assert value["num_images"] == 4 and found.result() == {}
+
+
+def test_broken_images_are_left_out(clip, tmp_path):
+    fake = pictures(tmp_path / "fake", range(3))
+    (fake / "broken.png").write_bytes(b"\x89PNG\r\n")
+    for file in list(fake.iterdir()):
+        file.with_suffix(".txt").write_text("a face")
+    found = measure_folder(TextImage(open_clip(clip[0], CPU)), fake, None)
+    assert found["clip_score"]["num_images"] == 3

@@ -39,8 +39,10 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_turn(sides: dict, device, repeats: int, warm_up: int = 2) -> tuple[dict, dict]:
-    """Median seconds and peak bytes of each side; they take turns, so that what slows one down
+def in_turn(
+    sides: dict, device, repeats: int, warm_up: int = 2, median: bool = True
+) -> tuple[dict, dict]:
+    """Median seconds (or all) and peak bytes of each side; they take turns, so that what slows one down
     slows them all. sides: {name: a picklable function that returns what is to be called}."""
     context = multiprocessing.get_context("spawn")
     pipes, processes, times, memory = {}, [], {name: [] for name in sides}, {}
@@ -60,7 +62,7 @@ def in_turn(sides: dict, device, repeats: int, warm_up: int = 2) -> tuple[dict, 
     for pipe, process in zip(pipes.values(), processes):
         pipe.send(False)
         process.join()
-    return {name: statistics.median(t) for name, t in times.items()}, memory
+    return {k: statistics.median(t) if median else t for k, t in times.items()}, memory
 
 
 def flops_of(call) -> int:

@@ -9,17 +9,13 @@ above 1 means that ours is faster. The last line is JSON.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+import common
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(common.ROOT))
 
 from diffusion.models.clip import CLIPTextModel  # noqa: E402
 from diffusion.models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
@@ -67,20 +63,6 @@ def pair(part: str, device, dtype):
     return ours.eval().requires_grad_(False), theirs
 
 
-def measure(calls: dict, repeats: int, device) -> dict[str, float]:
-    """Median seconds of each call; they take turns."""
-    times = {name: [] for name in calls}
-    for i in range(repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def run_part(part: str, repeats: int, device, dtype) -> tuple[dict[str, float], float]:
     """(median seconds of both, relative difference of what they compute)."""
     ours, theirs = pair(part, device, dtype)
@@ -101,15 +83,18 @@ def run_part(part: str, repeats: int, device, dtype) -> tuple[dict[str, float], 
         ids = torch.randint(0, 49406, (1, 77), device=device)
         calls = {"ours": lambda: ours(ids), "diffusers": lambda: theirs(ids).last_hidden_state}
     a, b = (calls[name]().float() for name in calls)
-    return measure(calls, repeats, device), float((a - b).norm() / b.norm())
+    times = {name: [] for name in calls}
+    for i in range(repeats + 1):  # in turn, in one process: both sides hold the same weights
+        for name, call in calls.items():
+            times[name] += [common.timed(call, device)][not i :]
+    return {k: statistics.median(t) for k, t in times.items()}, float((a - b).norm() / b.norm())
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common.add_device(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--parts", default="unet,vae,text")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -120,15 +105,13 @@ def main() -> None:
         ratio[part] = found["diffusers"] / found["ours"]
         print(f"{part:>5}: ours {ours[part]:.3f} s, diffusers {theirs[part]:.3f} s, ratio "
               f"{ratio[part]:.2f}, relative difference {difference[part]:.1e}", flush=True)  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()  # fmt: skip
     import diffusers
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"  # fmt: skip
-    print(json.dumps({"bench": "sd_step", "device": device.type, "machine": name, "dtype": args.dtype,
-                      "torch": torch.__version__, "diffusers": diffusers.__version__, "commit": commit,
-                      "repeats": args.repeats, "seconds": ours, "diffusers_seconds": theirs,
-                      "relative_difference": difference, "ratio": ratio}))  # fmt: skip
+    common.report("sd_step", device, {
+        "dtype": args.dtype, "diffusers": diffusers.__version__, "repeats": args.repeats,
+        "seconds": ours, "diffusers_seconds": theirs, "relative_difference": difference,
+        "ratio": ratio,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

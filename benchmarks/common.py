@@ -1,6 +1,7 @@
 """What the benchmarks share: turns, clocks, the machine's peak, the last line."""
 
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -109,6 +110,31 @@ def our_width(target: int, mults, size: int) -> tuple[int, int]:
             break
     best = min(costs, key=lambda dim: abs(costs[dim] - target))
     return best, costs[best]
+
+
+def diffusers_model(width: int, size: int):
+    """As examples/unconditional_image_generation sets it up, but for the width (there 128)."""
+    from diffusers import UNet2DModel
+
+    down = ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"]
+    up = ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4
+    return UNet2DModel(
+        sample_size=size, in_channels=3, out_channels=3, layers_per_block=2,
+        block_out_channels=[width * m for m in (1, 1, 2, 2, 4, 4)], down_block_types=down,
+        up_block_types=up, norm_num_groups=math.gcd(width, 32),
+    )  # fmt: skip
+
+
+def diffusers_width(target: int, size: int) -> int:
+    """The width whose forward pass costs nearest to `target` FLOPs."""
+    x = torch.zeros(1, 3, size, size)
+    costs = {}
+    for width in range(32, 257, 8):
+        model = diffusers_model(width, size)
+        costs[width] = flops_of(lambda m=model: m(x, 1))
+        if costs[width] > 1.5 * target:
+            break
+    return min(costs, key=lambda w: abs(costs[w] - target))
 
 
 def add_device(parser) -> None:

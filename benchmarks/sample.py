@@ -11,7 +11,6 @@ pip install denoising-diffusion-pytorch diffusers. The last line is JSON.
 """
 
 import argparse
-import math
 import sys
 from functools import partial
 
@@ -61,36 +60,11 @@ def lucidrains(args, n: int, dtype=None):
     return draw
 
 
-def diffusers_model(width: int, size: int):
-    """As examples/unconditional_image_generation sets it up, but for the width (there 128)."""
-    from diffusers import UNet2DModel
-
-    down = ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"]
-    up = ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4
-    return UNet2DModel(
-        sample_size=size, in_channels=3, out_channels=3, layers_per_block=2,
-        block_out_channels=[width * m for m in (1, 1, 2, 2, 4, 4)], down_block_types=down,
-        up_block_types=up, norm_num_groups=math.gcd(width, 32),
-    )  # fmt: skip
-
-
-def diffusers_width(target: int, size: int) -> int:
-    """The width whose forward pass costs nearest to `target` FLOPs."""
-    x = torch.zeros(1, 3, size, size)
-    costs = {}
-    for width in range(32, 257, 8):
-        model = diffusers_model(width, size)
-        costs[width] = common.flops_of(lambda m=model: m(x, 1))
-        if costs[width] > 1.5 * target:
-            break
-    return min(costs, key=lambda w: abs(costs[w] - target))
-
-
 def diffusers(args, width: int, n: int, dtype=None):
     from diffusers import DDIMPipeline, DDIMScheduler
 
     torch.manual_seed(0)
-    model = diffusers_model(width, args.size).eval()
+    model = common.diffusers_model(width, args.size).eval()
     pipeline = DDIMPipeline(model, DDIMScheduler(num_train_timesteps=1000)).to(args.device)
     if dtype is not None:
         model.to(memory_format=CL)
@@ -118,10 +92,10 @@ def main() -> None:
     device, bf16 = torch.device(args.device), torch.bfloat16
     target = common.lucidrains_flops(args.dim, args.mults, args.size)
     dim, flops = common.our_width(target, args.mults, args.size)
-    width = diffusers_width(target, args.size)
+    width = common.diffusers_width(target, args.size)
     x = torch.zeros(1, 3, args.size, args.size)
     cost = {"ours": flops, "lucidrains": target,
-            "diffusers": common.flops_of(lambda: diffusers_model(width, args.size)(x, 1))}  # fmt: skip
+            "diffusers": common.flops_of(lambda: common.diffusers_model(width, args.size)(x, 1))}  # fmt: skip
     print("GFLOP of a forward pass:", {k: round(v / 1e9, 2) for k, v in cost.items()})
     images, ratio = {}, {}
     for n in args.counts:

@@ -30,7 +30,6 @@ from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.training.ema import EMA  # noqa: E402
 from diffusion.training.optimizer import AdamW  # noqa: E402
 from diffusion.training.steps import clip_factor  # noqa: E402
-from sample import diffusers_model, diffusers_width  # noqa: E402
 
 BYTES = 52  # of a parameter: norm 4, clip 8, AdamW 16 + 12, EMA 12
 
@@ -121,7 +120,7 @@ def diffusers(args, width: int, tuned: bool):
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(0)
-    model = diffusers_model(width, args.size).to(args.device)
+    model = common.diffusers_model(width, args.size).to(args.device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
     ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True)
@@ -150,8 +149,8 @@ def main() -> None:
     device = torch.device(args.device)
     target = common.lucidrains_flops(args.dim, args.mults, args.size)
     dim, flops = common.our_width(target, args.mults, args.size)
-    width = diffusers_width(target, args.size)
-    x, theirs = torch.zeros(1, 3, args.size, args.size), diffusers_model(width, args.size)
+    width = common.diffusers_width(target, args.size)
+    x, theirs = torch.zeros(1, 3, args.size, args.size), common.diffusers_model(width, args.size)
     flops = {
         "ours": flops,
         "lucidrains": target,

@@ -26,7 +26,7 @@ from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
 from ..evaluation.viz import grid, to_uint8
 from ..latent import TextConditioned
-from ..pipeline import Pipeline, build_model
+from ..pipeline import Pipeline, amp_dtype, build_model
 from ..process.gaussian import training_loss
 from ..process.schedule import make_schedule
 from ..seeding import generator
@@ -132,7 +132,12 @@ class Diffusion(Task):
         t = (shuffled.double() + 0.5).mul(T / n).long().to(self.device)  # stratified over 0 ... T-1
         total = torch.zeros((), device=self.device)
         pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
-        network = self.pipeline(model).autocast(self.config.amp)
+        dtype = amp_dtype(self.config.amp, self.device)
+
+        def network(*inputs: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                return model(*inputs)
+
         for low, high in pieces[dist.rank() :: dist.world_size()]:
             batch = self.data.held_out_batch(low, high)
             x0 = self.x0(batch)

@@ -359,6 +359,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (base | LORA | dict(targets="nonsense"), "matches none of the .* use attention, mlp, conv, all"),
         (base | LORA | dict(lora_dropout=1.0), "lora_dropout is 1.0"),
         (base | LORA | dict(unet_dim=32), "contradicts --unet_dim 32 .it has 16."),
+        (base | LORA | dict(vae=str(empty)), "say with --vae where"),
         (base | LORA | dict(sd_path=sd_folder), "it was trained from scratch"),
         (base | LORA | dict(data=str(empty)), "no images below"),
         (base | LORA | dict(default_caption=""), "has no captions"),
@@ -373,7 +374,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (dict(adapter="lora", load_path=str(model), instance_prompt="x"), "needs a model that reads prompts"),
         (dict(adapter="textual_inversion", load_path=str(model), token="<a>", init_word="a"), "reads prompts"),
         (dict(adapter="lora", load_path=str(model), mode="latent"), "contradicts --mode latent"),
-        (dict(token="<a>"), "means nothing without --adapter"),
+        (dict(token="<a>", rank=8), "--rank, --token: nothing without --adapter"),
         (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
         (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
     ):  # fmt: skip
@@ -424,3 +425,36 @@ def test_two_ranks_train_the_same_adapter(scratch, options, tmp_path):
     train(Config(**options | dict(save_folder=str(tmp_path / "one"))))
     a, b = (run_lines(tmp_path / f) for f in ("two", "one"))
     assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["none", "class"])
+def test_latent_models_without_prompts(latent, options, tmp_path, condition):  # noqa: F811
+    """LoRA on them too; classes by name as in pixel mode."""
+    made = latent | dict(condition=condition, save_folder=str(tmp_path / "base"), train_steps=4)
+    train(Config(**made))
+    base = tmp_path / "base" / "model.pt"
+    options |= dict(mode="latent", adapter="lora", load_path=str(base), targets="all")
+    train(Config(**options))
+    lora_file = tmp_path / "run" / "adapter.safetensors"
+    eps = torch.randn(1, 3, 8, 8)
+    plain, adapted = (open_pipeline(str(base), None, "ema", CPU, **given).sample([0], steps=3, eps=eps, amp="no")
+                      for given in ({}, {"loras": [(lora_file, 1.0)]}))  # fmt: skip
+    assert (adapted - plain).abs().max() > 1e-4
+    with pytest.raises(UserError, match="needs a model that reads prompts"):
+        train(Config(**options | dict(instance_prompt="x")))
+
+
+@pytest.mark.slow
+def test_compiled(scratch, options):
+    """torch.compile sees the branches."""
+    options |= on_scratch(scratch) | LORA | dict(num_samples=0, lora_dropout=0.0, train_steps=2)
+    task = task_of(options)
+    model = task.build()
+    task.start(model, fresh=True)
+    for *_, branch in lora.branches(model):
+        torch.nn.init.normal_(branch.up.weight, std=0.1)
+    batch, drawn = task.data(0, 0, 2), task.draw(0)
+    expected = task.loss(model, batch, drawn, 0, 2)
+    model.compile()
+    assert_close(task.loss(model, batch, drawn, 0, 2), expected, rtol=1e-4, atol=1e-5)

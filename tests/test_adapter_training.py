@@ -246,16 +246,18 @@ def resumed(options, tmp_path) -> None:
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "again")
 
 
-@pytest.mark.parametrize("change", [LORA | dict(train_text_encoder=True), INVERSION, DREAMBOOTH, DREAMBOOTH | dict(adapter="lora")],
+@pytest.mark.parametrize("change", [LORA | dict(train_text_encoder=True), INVERSION, DREAMBOOTH, pytest.param(DREAMBOOTH | dict(adapter="lora"), marks=pytest.mark.slow)],
                          ids=["lora", "inversion", "dreambooth", "dreambooth lora"])  # fmt: skip
 def test_resume_is_exact(scratch, options, tmp_path, change):
     resumed(options | on_scratch(scratch) | change, tmp_path)
 
 
+@pytest.mark.slow
 def test_pixel_resume_is_exact(model, options, tmp_path):
     resumed(options | dict(adapter="lora", load_path=str(model), lora_dropout=0.2), tmp_path)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_exact(scratch, options, tmp_path):
     """kill -9 while it trains."""
     options |= on_scratch(scratch) | LORA | dict(num_samples=0, train_steps=12)
@@ -324,16 +326,17 @@ def test_the_commands(scratch, options, tmp_path, monkeypatch):
             assert line in done.stdout and "trained)" in done.stdout
     a, b, c = (tmp_path / name / "adapter.safetensors" for name in "abc")
     same_args = ("--load_path", scratch, "--steps", 2, "--amp", "no", "--device", "cpu", "--prompt", "a <new> face")  # fmt: skip
-    done = script("sample.py", *same_args, "--lora", f"{a}:0.5", "--lora", b, "--embedding", c,
-                  "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    image = Image.open(tmp_path / "s" / "images" / "000000.png")
-    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
     import sample
 
-    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, same_args), "--lora_interpolate", str(a), str(b),
-                                     "--points", "3", "--num_images", "2", "--save_folder", str(tmp_path / "i")])  # fmt: skip
-    sample.main()
+    def run(folder, *args):
+        given = (*same_args, *args, "--save_folder", tmp_path / folder)
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, given)])
+        sample.main()
+
+    run("s", "--lora", f"{a}:0.5", "--lora", b, "--embedding", c)
+    image = Image.open(tmp_path / "s" / "images" / "000000.png")
+    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
+    run("i", "--lora_interpolate", a, b, "--points", 3, "--num_images", 2)
     strip = np.asarray(Image.open(tmp_path / "i" / "interpolation.png"))
     assert not (tmp_path / "i" / "images").exists()
     # the ends are the adapters alone

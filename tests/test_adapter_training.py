@@ -446,18 +446,3 @@ def test_latent_models_without_prompts(latent, options, tmp_path, condition):  #
     assert (adapted - plain).abs().max() > 1e-4
     with pytest.raises(UserError, match="needs a model that reads prompts"):
         train(Config(**options | dict(instance_prompt="x")))
-
-
-@pytest.mark.slow
-def test_compiled(scratch, options):
-    """torch.compile sees the branches."""
-    options |= on_scratch(scratch) | LORA | dict(num_samples=0, lora_dropout=0.0, train_steps=2)
-    task = task_of(options)
-    model = task.build()
-    task.start(model, fresh=True)
-    for *_, branch in lora.branches(model):
-        torch.nn.init.normal_(branch.up.weight, std=0.1)
-    batch, drawn = task.data(0, 0, 2), task.draw(0)
-    expected = task.loss(model, batch, drawn, 0, 2)
-    model.compile()
-    assert_close(task.loss(model, batch, drawn, 0, 2), expected, rtol=1e-4, atol=1e-5)

@@ -130,7 +130,12 @@ def open_parts(config: Config, device: torch.device) -> Parts:
     if config.vae is None:
         raise UserError("--mode latent needs latents: give --sd_path, or the --vae of a model from "
                         "scratch (python train.py --mode vae)")  # fmt: skip
-    vae = load_vae(config.vae).to(device).to(memory_format=torch.channels_last)
+    try:
+        vae = load_vae(config.vae).to(device).to(memory_format=torch.channels_last)
+    except UserError as error:
+        if not config.adapts:
+            raise
+        raise UserError(f"{error}; say with --vae where the one of --load_path is now") from None
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
     parts = Parts(config, device, vae, schedule)
     if config.condition == "text":

@@ -246,16 +246,18 @@ def resumed(options, tmp_path) -> None:
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "again")
 
 
-@pytest.mark.parametrize("change", [LORA | dict(train_text_encoder=True), INVERSION, DREAMBOOTH, DREAMBOOTH | dict(adapter="lora")],
+@pytest.mark.parametrize("change", [LORA | dict(train_text_encoder=True), INVERSION, DREAMBOOTH, pytest.param(DREAMBOOTH | dict(adapter="lora"), marks=pytest.mark.slow)],
                          ids=["lora", "inversion", "dreambooth", "dreambooth lora"])  # fmt: skip
 def test_resume_is_exact(scratch, options, tmp_path, change):
     resumed(options | on_scratch(scratch) | change, tmp_path)
 
 
+@pytest.mark.slow
 def test_pixel_resume_is_exact(model, options, tmp_path):
     resumed(options | dict(adapter="lora", load_path=str(model), lora_dropout=0.2), tmp_path)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_exact(scratch, options, tmp_path):
     """kill -9 while it trains."""
     options |= on_scratch(scratch) | LORA | dict(num_samples=0, train_steps=12)
@@ -324,16 +326,17 @@ def test_the_commands(scratch, options, tmp_path, monkeypatch):
             assert line in done.stdout and "trained)" in done.stdout
     a, b, c = (tmp_path / name / "adapter.safetensors" for name in "abc")
     same_args = ("--load_path", scratch, "--steps", 2, "--amp", "no", "--device", "cpu", "--prompt", "a <new> face")  # fmt: skip
-    done = script("sample.py", *same_args, "--lora", f"{a}:0.5", "--lora", b, "--embedding", c,
-                  "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    image = Image.open(tmp_path / "s" / "images" / "000000.png")
-    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
     import sample
 
-    monkeypatch.setattr("sys.argv", ["sample.py", *map(str, same_args), "--lora_interpolate", str(a), str(b),
-                                     "--points", "3", "--num_images", "2", "--save_folder", str(tmp_path / "i")])  # fmt: skip
-    sample.main()
+    def run(folder, *args):
+        given = (*same_args, *args, "--save_folder", tmp_path / folder)
+        monkeypatch.setattr("sys.argv", ["sample.py", *map(str, given)])
+        sample.main()
+
+    run("s", "--lora", f"{a}:0.5", "--lora", b, "--embedding", c)
+    image = Image.open(tmp_path / "s" / "images" / "000000.png")
+    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
+    run("i", "--lora_interpolate", a, b, "--points", 3, "--num_images", 2)
     strip = np.asarray(Image.open(tmp_path / "i" / "interpolation.png"))
     assert not (tmp_path / "i" / "images").exists()
     # the ends are the adapters alone
@@ -359,6 +362,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (base | LORA | dict(targets="nonsense"), "matches none of the .* use attention, mlp, conv, all"),
         (base | LORA | dict(lora_dropout=1.0), "lora_dropout is 1.0"),
         (base | LORA | dict(unet_dim=32), "contradicts --unet_dim 32 .it has 16."),
+        (base | LORA | dict(vae=str(empty)), "say with --vae where"),
         (base | LORA | dict(sd_path=sd_folder), "it was trained from scratch"),
         (base | LORA | dict(data=str(empty)), "no images below"),
         (base | LORA | dict(default_caption=""), "has no captions"),
@@ -373,7 +377,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (dict(adapter="lora", load_path=str(model), instance_prompt="x"), "needs a model that reads prompts"),
         (dict(adapter="textual_inversion", load_path=str(model), token="<a>", init_word="a"), "reads prompts"),
         (dict(adapter="lora", load_path=str(model), mode="latent"), "contradicts --mode latent"),
-        (dict(token="<a>"), "means nothing without --adapter"),
+        (dict(token="<a>", rank=8), "--rank, --token: nothing without --adapter"),
         (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
         (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
     ):  # fmt: skip
@@ -424,3 +428,21 @@ def test_two_ranks_train_the_same_adapter(scratch, options, tmp_path):
     train(Config(**options | dict(save_folder=str(tmp_path / "one"))))
     a, b = (run_lines(tmp_path / f) for f in ("two", "one"))
     assert_close([x["loss"] for x in a], [x["loss"] for x in b], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", ["none", "class"])
+def test_latent_models_without_prompts(latent, options, tmp_path, condition):  # noqa: F811
+    """LoRA on them too; classes by name as in pixel mode."""
+    made = latent | dict(condition=condition, save_folder=str(tmp_path / "base"), train_steps=4)
+    train(Config(**made))
+    base = tmp_path / "base" / "model.pt"
+    options |= dict(mode="latent", adapter="lora", load_path=str(base), targets="all")
+    train(Config(**options))
+    lora_file = tmp_path / "run" / "adapter.safetensors"
+    eps = torch.randn(1, 3, 8, 8)
+    plain, adapted = (open_pipeline(str(base), None, "ema", CPU, **given).sample([0], steps=3, eps=eps, amp="no")
+                      for given in ({}, {"loras": [(lora_file, 1.0)]}))  # fmt: skip
+    assert (adapted - plain).abs().max() > 1e-4
+    with pytest.raises(UserError, match="needs a model that reads prompts"):
+        train(Config(**options | dict(instance_prompt="x")))

@@ -192,6 +192,20 @@ def test_gradients_flow_through_checkpoints_and_copies_are_apart():
     assert torch.equal(unet(x, t, context), before) and not torch.equal(other(x, t, context), before)  # fmt: skip
 
 
+def test_branches_are_compiled_with_the_network():
+    """Traced as one graph with all branches, forward and backward."""
+    inputs, found = NETWORKS["text"][1](), []
+    for compiled in (False, True):
+        model = text().requires_grad_(False)
+        lora.inject(model, lora.find(model, "all"), 2)
+        scramble(model)
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        out = call(*inputs)
+        out.square().mean().backward()
+        found.append([out, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_peft_computes_the_same():
     """peft's LoRA on a network of ours, with the same weights: the same output."""
     peft = pytest.importorskip("peft", reason="needs peft (tests/requirements.txt)")

@@ -13,7 +13,8 @@ from ..weights.loader import read_scheduler
 DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
            "clip_skip", "layers_per_block", "unet_dim", "dim_mults", "heads", "time_steps",
            "schedule", "zero_snr", "objective")  # fmt: skip
-USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config")
+USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config", "sampler", "sample_steps",
+         "guidance_scale")  # fmt: skip
 
 
 def based_on(config: Config, given: set[str] | None = None) -> Config:
@@ -23,10 +24,14 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
     Captions are not hidden (condition_dropout 0) unless asked for: without a caption the model is
     to stay what it is. Raises UserError for options that contradict the base or each other.
     """
-    if not config.adapts:
-        return check_unused(config, given)
+    fields = dataclasses.fields(Config)
     if given is None:
-        given = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) != f.default}
+        given = {f.name for f in fields if getattr(config, f.name) != f.default}
+    if not config.adapts:
+        own = [f.name for f in fields if f.metadata["group"] == "adapter" and f.name != "adapter"]
+        if useless := [f"--{name}" for name in own if name in given]:
+            raise UserError(f"{', '.join(useless)}: nothing without --adapter or --instance_prompt")
+        return config
     values: dict = {"condition_dropout": 0.0}
     if config.load_path is not None:
         theirs = load_weights(Path(config.load_path))[1]
@@ -43,7 +48,8 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
         decided = {n: getattr(theirs, n) for n in DECIDED}
     elif config.sd_path is not None:
         kind = read_scheduler(config.sd_path, config.sd_config)["prediction_type"]
-        values |= {"condition": "text", "objective": OBJECTIVES.get(kind, "eps"), "loss": "l2"}
+        values |= {"condition": "text", "objective": OBJECTIVES.get(kind, "eps"), "loss": "l2",
+                   "guidance_scale": 7.5}  # fmt: skip
         decided = {"mode": "latent"}
     else:
         raise UserError("an adapter or --instance_prompt needs a model to start from: give "
@@ -53,13 +59,6 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
     values = {n: v for n, v in values.items() if n not in given}
     config = dataclasses.replace(config, **values | decided)
     check(config)
-    return config
-
-
-def check_unused(config: Config, given: set[str] | None) -> Config:
-    for name in ("token", "init_word", "class_prompt", "train_text_encoder"):
-        if getattr(config, name):
-            raise UserError(f"--{name} means nothing without --adapter or --instance_prompt")
     return config
 
 

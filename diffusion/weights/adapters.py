@@ -68,12 +68,13 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     if not pairs:
         raise UserError(f"{path} holds no LoRA: {_what(tensors)}")
     known, parts = _known(networks), {part: {} for part in networks}
+    layers = {part: lora.layers(network) for part, network in networks.items()}
     for layer, pair in pairs.items():
         if layer not in known or pair.keys() != {"down", "up"}:
             left.append(layer)
             continue
         part, name = known[layer]
-        down, up = _fit(path, name, lora.layers(networks[part])[name], **pair)
+        down, up = _fit(path, name, layers[part][name], **pair)
         alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down)) or len(down)
         parts[part][name] = LowRank(down, up, float(alpha))
     _report(path, parts, sorted(left))

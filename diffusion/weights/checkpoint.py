@@ -34,6 +34,9 @@ def atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -31,7 +31,7 @@ from .process.schedule import (
     zero_terminal_snr,
 )  # fmt: skip
 from .weights.checkpoint import load_weights
-from .weights.files import read_json
+from .weights.guards import read_json
 from .weights.loader import build, fit, load_part, load_sd, read_scheduler
 
 TILE = 64  # latent pixels of a tile's side

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ from .batches import Batch, StepBatches
 from .cache import locked
 from .datasets import ImageSet, digest, file_stamp, folder_set
 from .images import BadImage, read_image
+
+MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def fetch(url: str, target: Path) -> None:
             inner = [p for p in unpacked.iterdir() if not p.name.startswith((".", "__MACOSX"))]
             whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else unpacked
             os.replace(whole, target)
-        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, EOFError, zlib.error,
+                NotImplementedError) as error:  # fmt: skip
             raise UserError(
                 f"{url} could not be fetched: {error}; download it elsewhere and unpack it to "
                 f"{target}, or give --data a folder of images"
@@ -88,12 +92,23 @@ def download(url: str, part: Path) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
+    """Raises OSError if it holds more than the disk, or than an archive of images can."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
+            _check_total(archive, sum(entry.file_size for entry in z.infolist()))
             z.extractall(target)
     else:
         with tarfile.open(archive) as t:
+            _check_total(archive, sum(member.size for member in t))
             t.extractall(target, filter="data")
+
+
+def _check_total(archive: Path, total: int) -> None:
+    size, free = archive.stat().st_size, shutil.disk_usage(archive.parent).free
+    if total > max(MOST_UNPACKED * size, 1 << 24):
+        raise OSError(f"its {size:,} bytes would become {total:,}: not an archive of images")
+    if total > free:
+        raise OSError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 def is_cifar(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from ..evaluation.metrics import FEW, Moments, frechet_distance
 from ..pipeline import Pipeline
 from ..seeding import permutation
 from ..weights.checkpoint import atomic
+from ..weights.guards import check_size
 
 SAMPLER, STEPS = "dpmpp_2m", 20
 
@@ -115,6 +116,7 @@ class Fid:
 def _read(file: Path) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance; None if there is no such file or it is damaged."""
     try:
+        check_size(file)
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
             mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
     except Exception:  # a zip file can be damaged in many ways

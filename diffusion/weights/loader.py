@@ -24,7 +24,8 @@ from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
-from .files import find_weights, read_json, read_tensors
+from .files import find_weights, read_tensors
+from .guards import check_tensors, read_json
 from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
@@ -92,6 +93,7 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
                  for what, names in found.items() if names]  # fmt: skip
         advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
         raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
+    check_tensors(tensors, where)
     floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
     model.load_state_dict(floats, assign=True)
     return model.requires_grad_(False).eval()

@@ -69,7 +69,7 @@ class Pipeline:
             model = build_model(config, len(metadata["classes"]))
             model.load_state_dict(tensors)
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-            reason = str(error)[:300]
+            reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} does not fit its own configuration: {reason}") from None
         schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
         model = model.to(device).eval().requires_grad_(False)

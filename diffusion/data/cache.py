@@ -80,6 +80,8 @@ def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> t
 
 
 def _open(data: Path, index: Path, size: int, count: int) -> tuple[np.ndarray, list[int], list]:
+    if index.stat().st_size > (1 << 20) + 1000 * count:
+        raise ValueError("an index of more than there is")
     found = json.loads(index.read_text())
     if not all(type(i) is int and 0 <= i < count for i in found["kept"]):
         raise ValueError("an index of images that the set has not")

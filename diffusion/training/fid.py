@@ -3,7 +3,6 @@
 All ranks sample and compute features; the sums are all that is exchanged.
 """
 
-import io
 import math
 import time
 from collections.abc import Callable
@@ -117,7 +116,7 @@ def _read(file: Path) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance; None if there is no such file or it is damaged."""
     try:
         check_size(file)
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+        with np.load(file, allow_pickle=False) as found:
             mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
     except Exception:  # a zip file can be damaged in many ways
         return None

@@ -63,16 +63,19 @@ def write_text(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a kill may have torn the last one."""
-    lines = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for part in text.split("\n"):
-        try:
-            line = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        found = map(_line, iter(lambda: file.readline(1 << 20), ""))
+        return [line for line in found if line is not None]
+
+
+def _line(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def save(folder: Path, state: dict, keep_last: int) -> Path:

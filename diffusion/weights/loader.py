@@ -60,11 +60,18 @@ class StableDiffusion:
 def build(part: str, config: dict, where: str) -> nn.Module:
     """A part's network without memory (meta device). Raises UserError for another family's."""
     make_config, network = PARTS[part]
+    giant = [k for k, v in config.items() if isinstance(v, int)
+             and v > (1000 if "layers" in k else 1 << 24)]  # fmt: skip
+    if giant:
+        raise UserError(f"{where}: {giant[0]} is {config[giant[0]]}, as in no network")
     try:
         with torch.device("meta"):
             return network(make_config.from_dict(config))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+    except (TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{where}: its config.json describes no network: {reason}") from None
 
 
 # --- fitting tensors to a network ----------------------------------------------------------------

@@ -7,7 +7,6 @@ numbers depend on. A build that is cut off goes on with the shards that are miss
 the work. The index of an entry is its image's or its caption's.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .. import UserError
 from ..distributed import barrier, log, progress, rank, world_size
 from ..seeding import generator
+from ..weights.guards import digest_tensors
 from .batches import Batch, Batches, Pixels, to_unit
 from .cache import TRANSFORM
 from .datasets import digest
@@ -29,12 +29,7 @@ VERSION = "1"  # raise on any change of what is stored
 
 def weights_digest(model: nn.Module) -> str:
     """Of all weights, in their own precision: another network has another digest."""
-    h = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        h.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().flatten()
-        h.update(flat.view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()[:32]
+    return digest_tensors(model.state_dict())[:32]
 
 
 class Shards:
@@ -74,7 +69,7 @@ class Shards:
     def _open(self, shard: int) -> np.ndarray | None:
         try:
             array = np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # a damaged header can be wrong in many ways
             return None
         expected = (len(self._range(shard)), *self.shape)
         return array if array.shape == expected and array.dtype == np.float16 else None

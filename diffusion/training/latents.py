@@ -21,6 +21,7 @@ from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
+from ..weights.guards import read_text
 from .steps import draw
 from .tasks import Diffusion
 
@@ -174,10 +175,7 @@ class LatentDiffusion(Diffusion):
 
 
 def read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--validation_prompts {path}: {error}") from None
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise UserError(f"--validation_prompts {path} holds no prompt")
     return lines

@@ -24,7 +24,8 @@ from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
-from .files import find_weights, read_json, read_tensors
+from .files import find_weights, read_tensors
+from .guards import check_tensors, read_json
 from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
@@ -59,11 +60,18 @@ class StableDiffusion:
 def build(part: str, config: dict, where: str) -> nn.Module:
     """A part's network without memory (meta device). Raises UserError for another family's."""
     make_config, network = PARTS[part]
+    giant = [k for k, v in config.items() if isinstance(v, int)
+             and v > (1000 if "layers" in k else 1 << 24)]  # fmt: skip
+    if giant:
+        raise UserError(f"{where}: {giant[0]} is {config[giant[0]]}, as in no network")
     try:
         with torch.device("meta"):
             return network(make_config.from_dict(config))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+    except (TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{where}: its config.json describes no network: {reason}") from None
 
 
 # --- fitting tensors to a network ----------------------------------------------------------------
@@ -92,6 +100,7 @@ def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
                  for what, names in found.items() if names]  # fmt: skip
         advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
         raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
+    check_tensors(tensors, where)
     floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
     model.load_state_dict(floats, assign=True)
     return model.requires_grad_(False).eval()

@@ -26,7 +26,7 @@ RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
      "save_and_sample_every log_every keep_last sample_steps fid_every text_dim text_layers "
-     "clip_skip latent_channels layers_per_block rank alpha vectors class_images"),
+     "clip_skip rank_timeout latent_channels layers_per_block rank alpha vectors class_images"),
     ("it cannot be negative", lambda v: v >= 0,
      "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers noise_offset "
      "kl_weight perceptual_weight prior_weight"),
@@ -57,6 +57,7 @@ class Config:
     amp: str = opt("auto", "run", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA, else no", ("auto", "no", "bf16", "fp16"))
     compile: bool = opt(False, "run", "torch.compile the network (minutes of start-up, then faster on GPUs)")
     num_workers: int = opt(2, "run", "threads that decode images", free=True)
+    rank_timeout: float = opt(3600.0, "run", "seconds that ranks wait for one before it is named and all stop", free=True)
     wandb: bool = opt(False, "run", "sync TensorBoard to Weights & Biases (pip install wandb)", free=True)
 
     data: str = opt("toy", "data", "toy, a folder, a set's name (looked up under data/, then fetched) or hf:owner/name")

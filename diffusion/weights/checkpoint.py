@@ -48,9 +48,11 @@ def atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, RuntimeError | SafetensorError):  # what they say of a full disk
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
         raise
     with contextlib.suppress(OSError):  # the rename itself; not every system syncs folders
         folder = os.open(path.parent, os.O_RDONLY)
@@ -87,7 +89,7 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     Raises OSError if the disk is full; what was there before is then still there.
     """
     path = folder / "checkpoints" / f"step_{state['step']:08d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     atomic(path, lambda p: (torch.save({"format": FORMAT, **state}, p), seal(p)))
     atomic(folder / "model.pt", lambda p: _link(path, p))
     files = step_files(folder)

@@ -109,8 +109,15 @@ def unet_config(config: Config, vae: AutoencoderKL, classes: int) -> UNetConfig:
         up_block_types=tuple(k.replace("Down", "Up") for k in reversed(down)),
         mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
         cross_attention_dim=config.text_dim, norm_num_groups=math.gcd(32, config.unet_dim),
-        attention_head_dim=tuple(max(1, d // 32) for d in dims), num_classes=classes,
+        # misnamed: the number of heads in CrossAttn blocks, the channels of a head in Attn blocks
+        attention_head_dim=tuple(heads(d) if text else d // heads(d) for d in dims),
+        num_classes=classes,
     )  # fmt: skip
+
+
+def heads(dim: int) -> int:
+    """Of about 32 channels each."""
+    return next(n for n in range(max(1, dim // 32), 0, -1) if dim % n == 0)
 
 
 def text_config(config: Config, tokenizer: Tokenizer) -> CLIPTextConfig:
@@ -118,7 +125,7 @@ def text_config(config: Config, tokenizer: Tokenizer) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=config.text_dim,
         intermediate_size=4 * config.text_dim, num_hidden_layers=config.text_layers,
-        num_attention_heads=max(1, config.text_dim // 32),
+        num_attention_heads=heads(config.text_dim),
         max_position_embeddings=config.text_length, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
 

@@ -96,7 +96,9 @@ def test_a_run_writes_what_is_promised(tiny, tmp_path):
     assert sorted(p.name for p in (folder / "samples").iterdir()) == [
         f"step_{s:08d}.png" for s in (4, 8, 12)
     ]
-    modes = {(folder / name).stat().st_mode for name in ("config.json", "model.pt", "ema.safetensors")}
+    modes = {
+        (folder / name).stat().st_mode for name in ("config.json", "model.pt", "ema.safetensors")
+    }
     assert len(modes) == 1  # whoever may read one may read all
     assert json.loads((folder / "config.json").read_text())["unet_dim"] == 8
     metadata = json.loads((folder / "metadata.json").read_text())

@@ -41,7 +41,8 @@ class KLAutoencoder(nn.Module):
 
 def vae_config(config: Config) -> VAEConfig:
     dims = tuple(config.unet_dim * m for m in config.dim_mults)
-    groups = math.gcd(32, max(1, config.unet_dim // 16))  # narrow groups are slow on CPUs
+    # narrow groups are slow on CPUs
+    groups = math.gcd(32, config.unet_dim, max(1, config.unet_dim // 16))
     return VAEConfig(block_out_channels=dims, layers_per_block=1, norm_num_groups=groups,
                      latent_channels=config.latent_channels, sample_size=config.image_size,
                      scaling_factor=1.0)  # fmt: skip

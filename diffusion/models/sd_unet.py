@@ -194,9 +194,9 @@ class SDUNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, told: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        if not self.takes_context:
-            told, labels = None, labels if told is None else told
-        if self.takes_context and told is None:
+        context = told if self.takes_context else None
+        labels = labels if self.takes_context or told is None else told
+        if self.takes_context and context is None:
             raise ValueError(f"this network attends to a context: give one (B, L, "
                              f"{self.config.cross_attention_dim}), got None")  # fmt: skip
         emb = self.embed(x, t, labels)
@@ -206,18 +206,18 @@ class SDUNet(nn.Module):
         skips = [x]
         for level in self.down_blocks:
             for layer in level.layers():
-                x = self.layer(layer, x, emb, told)
+                x = self.layer(layer, x, emb, context)
                 skips.append(x)
             for down in level.downsamplers:
                 x = down(x)
                 skips.append(x)
 
         for layer in self.mid_block.layers():
-            x = self.layer(layer, x, emb, told)
+            x = self.layer(layer, x, emb, context)
 
         for level in self.up_blocks:
             for layer in level.layers():
-                x = self.layer(layer, torch.cat([x, skips.pop()], 1), emb, told)
+                x = self.layer(layer, torch.cat([x, skips.pop()], 1), emb, context)
             for up in level.upsamplers:
                 x = up(x, skips[-1].shape[-2:])
 

@@ -160,7 +160,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     if path.suffix != ".safetensors":
         state = read(path, mmap=True)
         weights = state["ema" if which == "ema" else "model"]
-        metadata = {k: state[k] for k in ("step", "classes", "networks") if k in state}
+        metadata = {k: state[k] for k in ("step", "classes", "networks", "frozen") if k in state}
         config = Config.from_dict(state["config"])
         if config.adapter != "none":
             raise UserError(f"{path} is a run of --adapter {config.adapter}, no model: give the "

@@ -67,6 +67,8 @@ def parse(args: list[str] | None = None):
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
+    if args.negative_prompt and not args.prompt:
+        raise UserError("--negative_prompt is what guidance leads away from: give --prompt as well")
     if args.points < 2:
         raise UserError(f"points is {args.points}; it must be at least 2")
     if args.mask is not None and args.init_image is None:
@@ -187,6 +189,7 @@ def main() -> None:
     pipeline.compiled = args.compile
     folder = Path(args.save_folder)
     start = read_start(pipeline, args.init_image, args.mask)
+    prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
 
     def settings(indices) -> dict:
         same = ("seed", "sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale", "amp")  # fmt: skip
@@ -196,8 +199,7 @@ def main() -> None:
         )
         chosen["labels"] = pipeline.labels(args.class_label, indices)
         if args.prompt:
-            chosen["prompts"] = [args.prompt[i % len(args.prompt)] for i in indices]
-            chosen["negative_prompts"] = [args.negative_prompt] * len(indices)
+            chosen |= prompted(indices)
         if args.sequential_guidance:
             chosen["batched"] = False
         if start:

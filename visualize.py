@@ -17,6 +17,8 @@ def parse(args: list[str] | None = None):
     add = parser.add_argument
     add("--load_path", metavar="FILE", help="a model.pt or .safetensors file (default: results/model.pt if there is one)")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
+    add("--sd_path", metavar="PATH", help="where the Stable Diffusion model is now that the model was trained from")
+    add("--vae", metavar="PATH", help="where the VAE is now that the model was trained with")
     add("--data", metavar="TEXT", help="images of the forward process: toy, a folder, a set's name (default: what the model was trained on)")
     add("--num_images", type=int, default=4, metavar="N", help="how many of each")
     add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
@@ -116,7 +118,9 @@ def main() -> None:
     if path is None and Path("results/model.pt").is_file():
         path = "results/model.pt"
     if path is not None:
-        pipeline = open_pipeline(path, None, args.weights, device)
+        pipeline = open_pipeline(path, args.sd_path, args.weights, device, vae=args.vae)
+    elif args.sd_path is not None or args.vae is not None:
+        raise UserError("--sd_path and --vae are parts of a model: give --load_path")
     else:
         dist.log("no results/model.pt: only the forward process and the schedules are shown")
         config = Config(data="toy")
@@ -130,12 +134,13 @@ def main() -> None:
         """Of the images with these indices."""
         same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
         if pipeline.reads_prompts:
-            prompts = args.prompt or data.captions
-            return same | {"prompts": [prompts[i % len(prompts)] for i in indices]}
+            return same | prompted(indices)
         choice = args.class_label or ("all" if pipeline.conditional else None)
         return same | {"labels": pipeline.labels(choice, indices)}
 
     data = views.pick_images(args.data, pipeline.config, 2 * n)
+    if pipeline.reads_prompts:
+        prompted = pipeline.prompted(args.prompt or data.captions)
     try:  # mistakes show before the work
         table = pipeline.table(args.sampler, args.steps)
         if path is not None:

@@ -5,9 +5,9 @@ open_parts         for training: what of a latent model is not trained, and the 
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,12 +16,13 @@ from torch import nn
 from . import UserError
 from .adapters import adapt
 from .config import Config
+from .data.encoded import weights_digest
 from .distributed import log
 from .latent import LatentPipeline, TextConditioned, TextEncoder, TextIds
 from .models.clip import CLIPTextModel
-from .models.sd_config import CLIPTextConfig, UNetConfig
+from .models.sd_config import CLIPTextConfig
 from .models.sd_unet import SDUNet
-from .models.tokenizer import Tokenizer, byte_level
+from .models.tokenizer import byte_level
 from .models.vae import AutoencoderKL
 from .pipeline import Pipeline, amp_dtype
 from .process.schedule import (
@@ -32,9 +33,10 @@ from .process.schedule import (
     scaled_linear,
     zero_terminal_snr,
 )  # fmt: skip
+from .sizes import text_config, unet_config
 from .weights.checkpoint import load_weights
-from .weights.guards import read_json
-from .weights.loader import build, fit, load_part, load_sd, read_scheduler
+from .weights.loader import build, fit, load_sd, read_scheduler
+from .weights.vae import load_vae
 
 TILE = 64  # latent pixels of a tile's side
 OBJECTIVES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -76,6 +78,26 @@ class Parts:
     text_config: CLIPTextConfig | None = None  # of one that is trained along
     reader: CLIPTextModel | None = None  # Stable Diffusion's, where it runs in the step
 
+    @cached_property
+    def frozen(self) -> dict:
+        """What a checkpoint remembers of the networks that are not in it, by digest."""
+        scale = [self.vae.config.scaling_factor, self.vae.config.shift_factor]
+        found = {"VAE": weights_digest(self.vae), "VAE's scale": scale}
+        if isinstance(self.text, TextEncoder):
+            found["text encoder"] = weights_digest(self.text.model)
+        return found
+
+    def changed(self, frozen: dict | None) -> list[str]:
+        """Which of them are not those that a checkpoint remembers."""
+        return [name for name, kept in (frozen or {}).items() if self.frozen.get(name) != kept]
+
+    def compare(self, frozen: dict | None, other_vae: bool, where: str) -> None:
+        """Warn of another one than the model was trained with, unless it is another VAE's turn."""
+        names = [n for n in self.changed(frozen) if not (other_vae and n.startswith("VAE"))]
+        if names:
+            log(f"warning: {where} was trained with another {' and '.join(names)} than is there "
+                "now, its pictures will be wrong: give --vae or --sd_path")  # fmt: skip
+
     def build(self, num_classes: int) -> nn.Module:
         """The network that is trained: Stable Diffusion's U-Net, or a new one."""
         c = self.config
@@ -102,33 +124,6 @@ class Parts:
                               text=self.text, scheduler=self.scheduler, **options)  # fmt: skip
 
 
-def unet_config(config: Config, vae: AutoencoderKL, classes: int) -> UNetConfig:
-    """Of a network trained from scratch; attention at all levels but the outermost."""
-    dims = tuple(config.unet_dim * m for m in config.dim_mults)
-    kind = "CrossAttnDownBlock2D" if config.condition == "text" else "AttnDownBlock2D"
-    down = ("DownBlock2D", *[kind] * (len(dims) - 1))
-    text = config.condition == "text"
-    return UNetConfig(
-        in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
-        sample_size=config.image_size // vae.factor, block_out_channels=dims,
-        layers_per_block=config.layers_per_block, down_block_types=down,
-        up_block_types=tuple(k.replace("Down", "Up") for k in reversed(down)),
-        mid_block_type="UNetMidBlock2DCrossAttn" if text else "UNetMidBlock2D",
-        cross_attention_dim=config.text_dim, norm_num_groups=math.gcd(32, config.unet_dim),
-        attention_head_dim=tuple(max(1, d // 32) for d in dims), num_classes=classes,
-    )  # fmt: skip
-
-
-def text_config(config: Config, tokenizer: Tokenizer) -> CLIPTextConfig:
-    """Of a text encoder trained along."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=config.text_dim,
-        intermediate_size=4 * config.text_dim, num_hidden_layers=config.text_layers,
-        num_attention_heads=max(1, config.text_dim // 32),
-        max_position_embeddings=config.text_length, eos_token_id=tokenizer.eos_id,
-    )  # fmt: skip
-
-
 def open_parts(config: Config, device: torch.device) -> Parts:
     """What the configuration of a latent model names. Raises UserError for what does not fit."""
     if config.sd_path is not None:
@@ -137,7 +132,7 @@ def open_parts(config: Config, device: torch.device) -> Parts:
         raise UserError("--mode latent needs latents: give --sd_path, or the --vae of a model from "
                         "scratch (python train.py --mode vae)")  # fmt: skip
     try:
-        vae = load_vae(config.vae).to(device).to(memory_format=torch.channels_last)
+        vae = load_vae(config.vae).float().to(device).to(memory_format=torch.channels_last)
     except UserError as error:
         if not config.adapts:
             raise
@@ -156,7 +151,8 @@ def open_parts(config: Config, device: torch.device) -> Parts:
 def sd_parts(config: Config, device: torch.device, weights: str = "ema",
              vae: str | None = None, unet: bool = True) -> Parts:  # fmt: skip
     """Stable Diffusion's, VAE and text encoder in float32. vae: another one than its own."""
-    sd = load_sd(config.sd_path, config.sd_config, weights)
+    other = None if vae is None else load_vae(vae)
+    sd = load_sd(config.sd_path, config.sd_config, weights, other)
     kind = sd.scheduler["prediction_type"]
     if kind not in OBJECTIVES:
         raise UserError(f"prediction_type {kind!r} of {config.sd_path} is not known; supported: "
@@ -168,11 +164,12 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     if config.clip_skip > layers:
         raise UserError(f"clip_skip is {config.clip_skip}; this text encoder has layers 1 (the "
                         f"last) to {layers}")  # fmt: skip
-    own = sd.vae if vae is None else load_vae(vae)
     layout = torch.channels_last
     text = TextEncoder(sd.tokenizer, sd.text_encoder.float().to(device), config.clip_skip)
-    own = own.float().to(device).to(memory_format=layout)
+    own = sd.vae.float().to(device).to(memory_format=layout)
     network = sd.unet.to(device).to(memory_format=layout) if unet else None
+    if unet:
+        check_channels(network, own, config.sd_path)
     for line in sd.report:
         log(line)
     parts = Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
@@ -181,26 +178,12 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     return parts
 
 
-def load_vae(path: str) -> AutoencoderKL:
-    """From a run of --mode vae (its folder, or a file of it) or a diffusers folder."""
-    root = Path(path)
-    for folder in (root, root / "vae"):
-        if (folder / "config.json").is_file() and "_class_name" in read_json(
-            folder / "config.json"
-        ):
-            return load_part(folder, "vae")[0]
-    file = root
-    if root.is_dir():
-        file = (
-            root / "ema.safetensors" if (root / "ema.safetensors").is_file() else root / "model.pt"
-        )
-    tensors, config, metadata = load_weights(file)
-    if config.mode != "vae":
-        raise UserError(
-            f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
-        )
-    model = build("vae", metadata["networks"]["vae"], str(file))
-    return fit(model, {k.removeprefix("vae."): v for k, v in tensors.items()}, str(file))
+def check_channels(unet: SDUNet, vae: AutoencoderKL, where: str) -> None:
+    made, taken = vae.config.latent_channels, (unet.config.in_channels, unet.config.out_channels)
+    if taken != (made, made):
+        kind = "; 9 are those of an inpainting model: sample.py --mask inpaints with any other"
+        raise UserError(f"the U-Net of {where} has {taken[0]} channels in and {taken[1]} out, the "
+                        f"VAE's latents have {made}{kind if taken[0] == 9 else ''}")  # fmt: skip
 
 
 def load_latent(
@@ -228,6 +211,8 @@ def load_latent(
                         "now") from None  # fmt: skip
     networks = metadata["networks"]
     unet = build("unet", networks["unet"], str(path))
+    check_channels(unet, parts.vae, str(path))
+    parts.compare(metadata.get("frozen"), vae is not None, str(path))
     model = unet
     if "text" in networks:
         model = TextConditioned(unet, build("text_encoder", networks["text"], str(path)))
@@ -285,8 +270,8 @@ def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, op
     size = parts.unet.config.sample_size or 64
     size = (size if isinstance(size, int) else max(size)) * parts.vae.factor
     parts.config = dataclasses.replace(settings, image_size=size)
+    parts.unet.to(dtype or torch.float32)
     if dtype is not None:
-        parts.unet.to(dtype)
         parts.text.model.to(dtype)
     if dtype == torch.bfloat16:  # float16 is too narrow for the VAE's activations
         parts.vae.to(dtype)

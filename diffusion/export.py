@@ -7,12 +7,14 @@ python -m diffusion.export results/model.pt my-model --dtype fp16    half the si
 The U-Net is the trained one; the rest is that of the Stable Diffusion model it was trained from.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from . import UserError
 from .config import Parser, run_script
+from .models.clip import CLIPTextModel
 from .weights.checkpoint import load_weights
 from .weights.loader import build, fit, load_sd, save_sd_file, save_sd_folder
 
@@ -30,6 +32,13 @@ def parse(args: list[str] | None = None):
     return parser.parse_args(args)
 
 
+def cut(text: CLIPTextModel, layers: int) -> None:
+    """Leave out the last layers, which clip skip does not read."""
+    count = text.config.num_hidden_layers - layers
+    text.config = replace(text.config, num_hidden_layers=count)
+    del text.text_model.encoder.layers[count:]
+
+
 def main() -> None:
     args = parse()
     path, target = Path(args.model), Path(args.target)
@@ -41,6 +50,10 @@ def main() -> None:
         raise UserError(f"{target} exists; give a new name")
     sd = load_sd(args.sd_path or config.sd_path, config.sd_config)
     sd.unet = fit(build("unet", metadata["networks"]["unet"], str(path)), tensors, str(path))
+    if target.suffix != ".safetensors":
+        cut(sd.text_encoder, config.clip_skip - 1)
+    elif config.clip_skip > 1:
+        print(f"clip skip {config.clip_skip}: say so where {target} is used, it does not tell")
     for part in (sd.unet, sd.vae, sd.text_encoder):
         part.to(DTYPES[args.dtype])
     if target.suffix == ".safetensors":

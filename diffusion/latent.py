@@ -17,7 +17,7 @@ from .models.sd_unet import SDUNet
 from .models.tokenizer import Tokenizer
 from .models.vae import AutoencoderKL
 from .pipeline import Pipeline, amp_dtype
-from .process.samplers import SAMPLERS, Table, guided, make_table
+from .process.samplers import Table, guided, make_table
 
 
 @dataclass(eq=False)
@@ -115,17 +115,20 @@ class LatentPipeline(Pipeline):
             options["spacing"] = self.scheduler["timestep_spacing"]
         if self.scheduler and options["spacing"] == "leading":
             options["offset"] = self.scheduler["steps_offset"]
-        ends_early = self.scheduler and not self.scheduler["set_alpha_to_one"]
-        if ends_early and sampler in SAMPLERS and SAMPLERS[sampler].extra == 0:
-            options["final"] = "alpha_bar_0"  # as CompVis; diffusers' DPM-Solver ends at 0
+        if sampler == "ddim" and self.scheduler and not self.scheduler["set_alpha_to_one"]:
+            options["final"] = "alpha_bar_0"  # as CompVis; diffusers' others end at 0
         return make_table(self.schedule, sampler, steps, **options)
 
     def denoiser(
         self, n: int, amp: str, labels: Tensor | None = None, guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0, prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None, batched: bool = True,
+        chunks: int | None = None,
     ):  # fmt: skip
-        """(x, t, *inputs) -> the network's output, for n images with a prompt each; the inputs."""
+        """(x, t, *inputs) -> the network's output, for n images with a prompt each; the inputs.
+
+        chunks: the pieces that every prompt is read in; None: as many as the longest here needs.
+        """
         if self.text is None:
             other = {} if prompts is None else {"prompts": prompts}
             return super().denoiser(
@@ -135,11 +138,20 @@ class LatentPipeline(Pipeline):
             raise UserError("this model reads prompts: it takes no class label")
         prompts = [""] * n if prompts is None else list(prompts)
         negative = [""] * n if negative_prompts is None else list(negative_prompts)
-        chunks = self.text.chunks([*prompts, *negative])
+        chunks = self.text.chunks([*prompts, *negative]) if chunks is None else chunks
         model = self.autocast(amp)
         told = [prompts] if guidance_scale == 1 else [prompts, negative]
         inputs = tuple(self.told(texts, chunks, amp) for texts in told)
         return guided(model, guidance_scale, guidance_rescale, batched), inputs
+
+    def prompted(self, prompts: Sequence[str], negative: str = ""):
+        if self.text is None:
+            return super().prompted(prompts, negative)
+        chunks = self.text.chunks([*prompts, negative])
+        return lambda indices: {
+            "prompts": [prompts[i % len(prompts)] for i in indices],
+            "negative_prompts": [negative] * len(indices), "chunks": chunks,
+        }  # fmt: skip
 
     @torch.inference_mode()
     def told(self, prompts: Sequence[str], chunks: int, amp: str) -> Tensor:

@@ -5,7 +5,7 @@ images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -181,6 +181,14 @@ class Pipeline:
             raise UserError(f"class_label {choice!r} is unknown; the model's classes are "
                             f"{known or 'none: it is unconditional'}")  # fmt: skip
         return torch.full((len(indices),), number)
+
+    def prompted(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
+        """indices -> options of `frames`: the images take turns with these prompts.
+
+        All are read in as many pieces as the longest needs, so that batch mates change nothing.
+        Raises UserError for a model that reads none.
+        """
+        raise UserError("this model reads no text: it takes no prompts")
 
     @property
     def image_hw(self) -> tuple[int, int]:

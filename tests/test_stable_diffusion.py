@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.assemble import open_pipeline
 from diffusion.models.tokenizer import byte_level
+from diffusion.seeding import ImageNoise
 from diffusion.weights import loader, rules, vocabulary
 from diffusion.weights.files import find_weights, read_tensors
 
@@ -102,6 +103,28 @@ def test_latents_are_diffusers(theirs, sampler, guidance):
     assert len(ours.table(sampler, 7)) == 7
     images = pipeline.vae.decode(expected / 0.18215).sample
     assert_close(ours.decode(found), images, rtol=1e-3, atol=1e-3)
+
+
+def test_ddpm_is_diffusers(theirs, monkeypatch):
+    """To the last step, which ends without noise; at each step the same noise."""
+    pipeline, folder = theirs
+    ours = open_pipeline(None, str(folder), "ema", CPU, amp="no")
+    noise = ImageNoise(0, range(2), ours.shape)
+    eps = noise()
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise()
+    )
+    monkeypatch.setitem(SCHEDULERS, "ddpm", "DDPMScheduler")
+    prompts = ["a red fox", "two cats"]
+    expected = their_latents(pipeline, "ddpm", eps, 7, prompt=prompts, guidance_scale=3.0)
+    found = our_latents(ours, "ddpm", eps, 7, prompts=prompts, guidance_scale=3.0)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for sampler in ("ddpm", "ddpm_large"):
+        table = ours.table(sampler, 7)
+        assert table.levels[-1].tolist() == [1, 0] and table.rows[-1, 3] == 0
+    with pytest.raises(ValueError, match="--spacing trailing"):
+        ours.table("ddim", 1000)
+    assert len(ours.table("ddim", 1000, spacing="trailing")) == 1000
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)

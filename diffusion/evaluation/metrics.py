@@ -98,6 +98,8 @@ def parse(args: list[str] | None = None):
     add("--samplers", default="dpmpp_2m:20", metavar="NAME:N,...", help="samplers and their steps, of a model")
     add("--seeds", type=int_list, default=(0,), metavar="N,...", help="several: the table shows medians")
     add("--guidance_scale", type=float, default=1.0, metavar="X", help="of a class-conditional model; classes take turns")
+    add("--sd_path", metavar="PATH", help="where the Stable Diffusion model is now that a model was trained from")
+    add("--vae", metavar="PATH", help="where the VAE is now that a model was trained with")
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision of sampling")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
@@ -127,7 +129,7 @@ def captions_of(folder: Path, pipeline: Pipeline):
     if captions is None:
         raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
                         "each image")  # fmt: skip
-    return lambda indices: {"prompts": [captions[i % len(captions)] for i in indices]}
+    return pipeline.prompted(captions)
 
 
 def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None,
@@ -197,6 +199,8 @@ def main() -> None:
     fake, real = Path(args.fake), Path(args.real)
     extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
+        if args.sd_path is not None or args.vae is not None:
+            raise UserError(f"--sd_path and --vae are parts of a model; {fake} is a folder")
         features = open_features(args.fid_features, device)
         if any(f.suffix.lower() in (".jpg", ".jpeg") for f in scan(fake)):
             dist.log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
@@ -210,7 +214,7 @@ def main() -> None:
             result |= {name: one["value"] for name, one in more.items()}
             result["definitions"] = definitions(result, features) | meanings(more)
     else:
-        pipeline = open_pipeline(str(fake), None, args.weights, device)
+        pipeline = open_pipeline(str(fake), args.sd_path, args.weights, device, vae=args.vae)
         if args.clip is not None and not pipeline.reads_prompts:
             raise UserError(f"--clip measures images against their prompts, and {fake} reads none")
         for sampler, steps in parse_samplers(args.samplers):

@@ -122,9 +122,10 @@ def sinusoids(t: Tensor, dim: int, flip: bool, shift: float) -> Tensor:
 
 
 class SDUNet(nn.Module):
-    """x (B, C, H, W), t (B,) real, context (B, L, D), labels (B,) int64 -> (B, out_channels, H, W).
+    """x (B, C, H, W), t (B,) real, told -> (B, out_channels, H, W).
 
-    context: None for a network without cross-attention. labels: None means the null label.
+    told: the context (B, L, D) of a network with cross-attention; of others the labels (B,) int64,
+        None means the null label. A network with both takes its labels as the last argument.
     Any H and W: odd sides are rounded up on the way down.
     A new network's output is zero, and so is every branch beside a skip: as LDM starts training.
     Raises ValueError for a missing context.
@@ -191,8 +192,10 @@ class SDUNet(nn.Module):
                 zero_init(module.to_out[0])
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor | None = None, labels: Tensor | None = None
+        self, x: Tensor, t: Tensor, told: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
+        context = told if self.takes_context else None
+        labels = labels if self.takes_context or told is None else told
         if self.takes_context and context is None:
             raise ValueError(f"this network attends to a context: give one (B, L, "
                              f"{self.config.cross_attention_dim}), got None")  # fmt: skip

@@ -186,6 +186,6 @@ def timesteps(
     if t[0] > T - 1:
         raise ValueError(
             f"{spacing} spacing of {steps} steps with offset {offset} reaches t = {t[0]:.0f}, "
-            f"beyond the last, {T - 1}; use fewer steps or offset 0"
+            f"beyond the last, {T - 1}; use fewer steps or --spacing trailing"
         )
     return t

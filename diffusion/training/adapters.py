@@ -97,7 +97,7 @@ class Adapted(Task):
     def told(self, model: nn.Module) -> dict:
         if self.config.adapter == "none":
             return super().told(model)
-        return {"classes": list(self.data.classes), "base": self.base}
+        return super().told(model) | {"base": self.base}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         if self.config.adapter == "none":

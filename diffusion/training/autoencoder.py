@@ -5,8 +5,6 @@
 per value of the image, z drawn from q (arXiv:2112.10752, section 3.1 and appendix G).
 """
 
-import math
-
 import numpy as np
 import torch
 from PIL import Image
@@ -22,6 +20,7 @@ from ..models.sd_config import VAEConfig
 from ..models.vae import AutoencoderKL, sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
+from ..sizes import vae_config
 from .tasks import Task
 
 MEASURED = 256  # images whose latents' deviation becomes the scaling factor
@@ -37,14 +36,6 @@ class KLAutoencoder(nn.Module):
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.vae.encode(x)
         return self.vae.decode(sample(mean.float(), logvar.float(), eps)), mean, logvar
-
-
-def vae_config(config: Config) -> VAEConfig:
-    dims = tuple(config.unet_dim * m for m in config.dim_mults)
-    groups = math.gcd(32, max(1, config.unet_dim // 16))  # narrow groups are slow on CPUs
-    return VAEConfig(block_out_channels=dims, layers_per_block=1, norm_num_groups=groups,
-                     latent_channels=config.latent_channels, sample_size=config.image_size,
-                     scaling_factor=1.0)  # fmt: skip
 
 
 class Autoencoding(Task):

@@ -62,7 +62,7 @@ class Fid:
             return {"labels": torch.tensor([int(self.data.labels[i]) for i in chosen])}
         if self.config.condition == "text":
             captions = self.data.pixels.images.captions
-            return {"prompts": [captions[i] for i in chosen]}
+            return {"prompts": [captions[i] for i in chosen], "chunks": 1}  # as in training
         return {}
 
     def measure(

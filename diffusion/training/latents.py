@@ -16,7 +16,7 @@ from ..assemble import Parts, open_parts
 from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
 from ..data.datasets import ImageSet, digest
-from ..data.encoded import EncodedBatches, caption_embeddings, image_latents, weights_digest
+from ..data.encoded import EncodedBatches, caption_embeddings, image_latents
 from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
@@ -80,7 +80,7 @@ class LatentDiffusion(Diffusion):
     def _latents(self, pixels):
         vae, c = self.parts.vae, self.config
         side = c.image_size // vae.factor
-        key = f"{weights_digest(vae)} {self._vae_dtype()}"
+        key = f"{self.parts.frozen['VAE']} {self._vae_dtype()}"
         shape = (vae.config.latent_channels, side, side)
         return image_latents(pixels, self.encode, key, shape, c.flip, Path(c.cache_dir),
                              self.device, ENCODE_BATCH)  # fmt: skip
@@ -97,7 +97,7 @@ class LatentDiffusion(Diffusion):
             self.empty = text[-1]
             return text, text_of
         encoder, tokenizer = self.parts.text, self.parts.text.tokenizer
-        key = digest(weights_digest(encoder.model), str(encoder.skip),
+        key = digest(self.parts.frozen["text encoder"], str(encoder.skip),
                      *map(str, tokenizer.merges), str(tokenizer.added))  # fmt: skip
         shape = (tokenizer.context_length, encoder.model.config.hidden_size)
         text = caption_embeddings(every, encoder, key, shape, Path(self.config.cache_dir),
@@ -123,7 +123,14 @@ class LatentDiffusion(Diffusion):
         return self.parts.pipeline(model, self.data.classes)
 
     def told(self, model: nn.Module) -> dict:
-        return {"classes": list(self.data.classes), "networks": self.parts.networks(model)}
+        return {"classes": list(self.data.classes), "networks": self.parts.networks(model),
+                "frozen": self.parts.frozen}  # fmt: skip
+
+    def recognise(self, checkpoint: dict) -> None:
+        if names := self.parts.changed(checkpoint.get("frozen")):
+            raise UserError(f"the run in {self.config.save_folder} was trained with another "
+                            f"{' and '.join(names)} than there is now; bring that back, or start "
+                            "anew with --overwrite")  # fmt: skip
 
     def draw(self, step: int, config: Config | None = None) -> tuple[Tensor, ...]:
         """t (B,), eps (B, C, h, w), hidden (B,), and the noise that draws latents from the VAE."""
@@ -167,11 +174,16 @@ class LatentDiffusion(Diffusion):
         if self.config.condition != "text":
             return super().frames(model, indices)
         c = self.config
-        return self.pipeline(model).frames(
-            indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
-            prompts=[self.prompts[i % len(self.prompts)] for i in indices],
+        pipeline = self.pipeline(model)
+        return pipeline.frames(
+            indices,
+            seed=c.seed,
+            sampler=c.sampler,
+            amp=c.amp,
+            guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(self.schedule)),
-        )  # fmt: skip
+            **pipeline.prompted(self.prompts)(indices),
+        )
 
 
 def read_prompts(path: Path) -> list[str]:

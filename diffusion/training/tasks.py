@@ -48,6 +48,9 @@ class Task:
         """What a checkpoint keeps of the network."""
         return model.state_dict()
 
+    def recognise(self, checkpoint: dict) -> None:
+        """Raises UserError if a checkpoint was made with other networks than are there now."""
+
     def restore(self, model: nn.Module, kept: dict[str, Tensor], checkpoint: dict) -> None:
         """The inverse of `state`. checkpoint: all that it holds."""
         model.load_state_dict(kept)

@@ -58,6 +58,8 @@ def train(config: Config, given: set[str] | None = None) -> None:
     task = (ADAPTED if config.adapts else TASKS)[config.mode](config, device)
     data = task.data
     check_data(state, data, config)
+    if state is not None:
+        task.recognise(state)
     total = total_steps(config, data.length)
     if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
         dist.log(f"{folder} holds a finished run of {state['step']} steps; more --train_steps "

@@ -190,7 +190,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     if path.suffix != ".safetensors":
         state = read(path, mmap=True)
         weights, config = state["ema" if which == "ema" else "model"], state["config"]
-        metadata = {k: state[k] for k in ("step", "classes", "networks") if k in state}
+        metadata = {k: state[k] for k in ("step", "classes", "networks", "frozen") if k in state}
     elif which != "ema":
         raise UserError(f"{path} holds averaged weights only; --weights raw needs a model.pt")
     else:

@@ -133,7 +133,7 @@ def with_text_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def fit_part(part: str, config: dict, tensors: dict[str, Tensor], where: str):
     """(network, the rules used). tensors: of this part, in the names of any known file."""
     model = build(part, config, where)
-    used = "its own names"
+    config, used = model.config.to_dict(), "its own names"
     if part == "vae" and any(".mid.attn_1." in name or ".mid.block_1." in name for name in tensors):
         tensors, used = renamed(tensors, rules.vae_table(config)), "original names"
     elif part == "vae" and any(".query." in name for name in tensors):
@@ -152,31 +152,44 @@ def load_part(folder: Path, part: str) -> tuple[nn.Module, str]:
     """A component's folder, config.json and weights. Raises UserError for any other folder."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing")
-    config = defaults(part) | read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     file = find_weights(folder)
     model, used = fit_part(part, config, read_tensors(file), str(file))
     return model, f"{part}: {file.name}, {used}"
 
 
-def defaults(part: str) -> dict:
-    """What a config.json means where it says nothing: what the tables need."""
-    return {"layers_per_block": 1} if part == "vae" else {}
+def load_part_file(path: Path, part: str) -> nn.Module:
+    """From a file of a component's weights or of a whole model; the sizes are those of the
+    config.json beside it, or else Stable Diffusion 1.5's. Raises UserError for any other file."""
+    beside = path.parent / "config.json"
+    config = read_json(beside) if beside.is_file() else {}
+    config = config if "_class_name" in config else PARTS[part][0]().to_dict()
+    tensors = read_tensors(path)
+    return fit_part(part, config, inside(tensors, part) or tensors, str(path))[0]
 
 
-def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "ema"):
+def inside(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """A part's tensors of an original single file."""
+    return {k[len(prefix) :]: v for prefix in rules.PREFIXES[part]
+            for k, v in tensors.items() if k.startswith(prefix)}  # fmt: skip
+
+
+def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "ema",
+            vae: AutoencoderKL | None = None):  # fmt: skip
     """A StableDiffusion from a folder or a single file.
 
     config: a folder with the configs and the tokenizer of a single file whose sizes are not
     Stable Diffusion 1.5's. weights: "ema" takes averaged weights where a file has them.
+    vae: one to take in place of its own.
     Raises UserError for what is missing, damaged or of another architecture.
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, vae)
     if not path.exists():
         raise UserError(f"--sd_path {path} does not exist; give a diffusers folder, or a "
                         ".safetensors or .ckpt file")  # fmt: skip
-    return _load_file(path, None if config is None else Path(config), weights)
+    return _load_file(path, None if config is None else Path(config), weights, vae)
 
 
 def read_scheduler(path: str | Path, config: str | Path | None = None) -> dict:
@@ -186,12 +199,13 @@ def read_scheduler(path: str | Path, config: str | Path | None = None) -> dict:
     return SCHEDULER | (read_json(file) if file and file.exists() else {})
 
 
-def _load_folder(path: Path) -> StableDiffusion:
+def _load_folder(path: Path, vae: AutoencoderKL | None) -> StableDiffusion:
     if not (path / "unet").is_dir():
         kind = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
         name = f"; its model_index.json says {kind['_class_name']}" if "_class_name" in kind else ""
         raise UserError(f"{path} is no Stable Diffusion folder: it has no unet/{name}")
-    loaded = {part: load_part(path / part, part) for part in PARTS}
+    loaded = {part: load_part(path / part, part) for part in PARTS if part != "vae" or vae is None}
+    loaded.setdefault("vae", (vae, "vae: another one"))
     return StableDiffusion(
         **{part: model for part, (model, _) in loaded.items()},
         tokenizer=load_tokenizer(path / "tokenizer"),
@@ -200,7 +214,9 @@ def _load_folder(path: Path) -> StableDiffusion:
     )
 
 
-def _load_file(path: Path, folder: Path | None, weights: str) -> StableDiffusion:
+def _load_file(
+    path: Path, folder: Path | None, weights: str, vae: AutoencoderKL | None
+) -> StableDiffusion:
     tensors = read_tensors(path)
     if other := rules.family(tensors):
         raise UserError(f"{path} is {other}, not a Stable Diffusion 1.x model")
@@ -211,15 +227,19 @@ def _load_file(path: Path, folder: Path | None, weights: str) -> StableDiffusion
     averaged = weights == "ema" and _take_averaged(tensors)
     parts, report = {}, []
     for part, (make_config, _) in PARTS.items():
+        if part == "vae" and vae is not None:
+            parts[part] = vae
+            continue
         config = read_json(folder / part / "config.json") if folder else make_config().to_dict()
-        own = {}
-        for prefix in rules.PREFIXES[part]:
-            own |= {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        own = inside(tensors, part)
+        if not own:
+            hint = "; give --vae" if part == "vae" else ""
+            raise UserError(f"{path} holds no {part}{hint}")
         if part == "unet" and folder is None and "input_blocks.0.0.weight" in own:
             config["in_channels"] = own["input_blocks.0.0.weight"].shape[1]  # 9: inpainting
         if part == "text_encoder":
             own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
-        parts[part], used = fit_part(part, defaults(part) | config, own, f"{path}, {part}")
+        parts[part], used = fit_part(part, config, own, f"{path}, {part}")
         note = ", averaged weights" if part == "unet" and averaged else ""
         report.append(f"{part}: {path.name}, {used}{note}")
     used = tuple(prefix for prefixes in rules.PREFIXES.values() for prefix in prefixes)

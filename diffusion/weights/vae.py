@@ -1,0 +1,36 @@
+"""A VAE from wherever it is: a run of ours, a folder, or a file of any known layout."""
+
+from pathlib import Path
+
+from .. import UserError
+from ..models.vae import AutoencoderKL
+from .checkpoint import load_weights
+from .files import read_json, read_metadata
+from .loader import build, fit, load_part, load_part_file
+
+
+def load_vae(path: str) -> AutoencoderKL:
+    """From a run of --mode vae (its folder, or a file of it), a diffusers folder, or a file of
+    weights in any known layout, of the sizes of its config.json or else Stable Diffusion 1.5's."""
+    root = Path(path)
+    for folder in (root, root / "vae"):
+        if (folder / "config.json").is_file() and "_class_name" in read_json(
+            folder / "config.json"
+        ):
+            return load_part(folder, "vae")[0]
+    file = root
+    if root.is_dir():
+        file = (
+            root / "ema.safetensors" if (root / "ema.safetensors").is_file() else root / "model.pt"
+        )
+    if file.suffix in (".ckpt", ".bin") or (
+        file.is_file() and file.suffix == ".safetensors" and "config" not in read_metadata(file)
+    ):
+        return load_part_file(file, "vae")
+    tensors, config, metadata = load_weights(file)
+    if config.mode != "vae":
+        raise UserError(
+            f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
+        )
+    model = build("vae", metadata["networks"]["vae"], str(file))
+    return fit(model, {k.removeprefix("vae."): v for k, v in tensors.items()}, str(file))

@@ -5,7 +5,8 @@ from pathlib import Path
 from .. import UserError
 from ..models.vae import AutoencoderKL
 from .checkpoint import load_weights
-from .files import read_json, read_metadata
+from .files import read_metadata
+from .guards import read_json
 from .loader import build, fit, load_part, load_part_file
 
 

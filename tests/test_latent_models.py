@@ -116,6 +116,7 @@ def test_another_vae_under_the_same_path(latent, vae, tmp_path, capfd):  # noqa:
         train(Config(**options | dict(vae=str(moved), train_steps=8)))
     state = checkpoint.read(run)
     old = {k: v for k, v in state.items() if k != "frozen"}  # of before digests were kept
+    (tmp_path / "old").mkdir()
     checkpoint.save(tmp_path / "old", old, 1)
     open_pipeline(str(tmp_path / "old" / "model.pt"), None, "ema", CPU)
     assert "warning" not in capfd.readouterr().out

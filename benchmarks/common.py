@@ -1,5 +1,6 @@
 """What the benchmarks share: turns, clocks, the machine's peak, the last line."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -29,8 +30,9 @@ def serve(pipe, device, build) -> None:
     """In a process of its own, as a user would run it: time a call whenever told to."""
     call = build()
     pipe.send(None)
-    while pipe.recv():
-        pipe.send((timed(call, device), peak_memory(device)))
+    with contextlib.suppress(EOFError):  # the end of whoever asks
+        while pipe.recv():
+            pipe.send((timed(call, device), peak_memory(device)))
 
 
 def peak_memory(device) -> int:
@@ -49,7 +51,7 @@ def in_turn(
     pipes, processes, times, memory = {}, [], {name: [] for name in sides}, {}
     for name, build in sides.items():
         pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, device, build), daemon=True))
+        processes.append(context.Process(target=serve, args=(theirs, device, build)))
         processes[-1].start()
         theirs.close()
         pipes[name].recv()

@@ -35,7 +35,8 @@ from .process.schedule import (
 )  # fmt: skip
 from .sizes import text_config, unet_config
 from .weights.checkpoint import load_weights
-from .weights.loader import build, fit, load_sd, read_scheduler
+from .weights.fitting import build, fit
+from .weights.loader import load_sd, read_scheduler
 from .weights.vae import load_vae
 
 TILE = 64  # latent pixels of a tile's side
@@ -46,8 +47,14 @@ def schedule_of(scheduler: dict) -> Schedule:
     """The noise schedule of a scheduler_config.json. Raises UserError for one not known here."""
     T, kind = scheduler["num_train_timesteps"], scheduler["beta_schedule"]
     first, last = scheduler["beta_start"], scheduler["beta_end"]
-    if scheduler.get("trained_betas") is not None:
-        schedule = from_betas(torch.tensor(scheduler["trained_betas"], dtype=torch.float64))
+    betas = scheduler.get("trained_betas")
+    given = [first, last] if betas is None else betas
+    usable = type(T) is int and 2 <= T <= 1_000_000 and isinstance(given, list)
+    if not usable or not all(isinstance(b, float | int) and 0 < b < 1 for b in given):
+        raise UserError(f"scheduler_config.json has {T!r:.40} steps with betas {given!r:.80}; "
+                        "expected a whole number, and betas in (0, 1)")  # fmt: skip
+    if betas is not None:
+        schedule = from_betas(torch.tensor(betas, dtype=torch.float64))
     elif kind in ("linear", "scaled_linear"):
         make = {"linear": linear, "scaled_linear": scaled_linear}[kind]
         schedule = make(T, first * T / 1000, last * T / 1000)  # these scale betas by 1000 / T
@@ -255,6 +262,8 @@ def open_base(
 
 def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, options):
     """As it is, its weights in the precision of --amp."""
+    if config is not None and Path(path).is_dir():
+        raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(amp, device)
     scheduler = read_scheduler(path, config)
     settings = Config(mode="latent", condition="text", sd_path=str(path), sd_config=config,

@@ -6,8 +6,11 @@ rank 0 of a world of 1.
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
+import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -17,11 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from . import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-TIMEOUT = timedelta(hours=1)  # rank 0 may build a cache or write pictures while the others wait
+TIMEOUT = 3600.0  # seconds: rank 0 may build a cache or write pictures while the others wait
+_watch: "Watch | None" = None
 
 
-def setup(device: str = "auto") -> torch.device:
-    """Join the process group if torchrun started us; return this process's device."""
+def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
+    """Join the process group if torchrun started us; return this process's device.
+
+    timeout: seconds that ranks wait for one; then `Watch` names it, and all end.
+    """
+    global _watch
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -40,7 +48,9 @@ def setup(device: str = "auto") -> torch.device:
     if launched and not dist.is_initialized():
         # gloo beside nccl: small host-side questions must not wait for the device
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timedelta(seconds=1.5 * timeout + 10))
+        if world_size() > 1:
+            _watch = Watch(timeout)
     if device == "cpu":
         keep_freed_memory()
     return torch.device(device)
@@ -58,6 +68,10 @@ def keep_freed_memory() -> None:
 
 
 def cleanup() -> None:
+    global _watch
+    if _watch is not None:
+        _watch.stop()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -95,6 +109,7 @@ def progress(iterable=None, **options):
 
 def barrier() -> None:
     if dist.is_initialized():
+        at()
         dist.barrier()
 
 
@@ -102,6 +117,7 @@ def any_rank(flag: bool) -> bool:
     """True on every rank if the flag is set on one. Asked on the CPU: the device goes on."""
     if not dist.is_initialized():
         return flag
+    at()
     count = torch.tensor(int(flag))
     dist.all_reduce(count)
     return bool(count)
@@ -110,6 +126,7 @@ def any_rank(flag: bool) -> bool:
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place; x itself where there is one rank."""
     if dist.is_initialized():
+        at()
         dist.all_reduce(x)
     return x
 
@@ -123,9 +140,100 @@ def gather_object(value) -> list | None:
     """Each rank's value, of any small picklable kind, in rank order on rank 0; None elsewhere."""
     if not dist.is_initialized():
         return [value]
+    at()
     out = [None] * world_size() if is_main() else None
     dist.gather_object(value, out, dst=0)
     return out
+
+
+# --- a rank that does not come --------------------------------------------------------------------
+
+
+def at(place: str | None = None) -> None:
+    """Where this rank is now, for people; None: one place further, of the same name."""
+    if _watch is not None:
+        _watch.places, _watch.since = _watch.places + 1, time.monotonic()
+        _watch.place = _watch.place if place is None else place
+
+
+def lost(error: RuntimeError) -> str | None:
+    """What to tell if the error is that ranks could not talk to each other; else None."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL",
+             "Broken pipe", "gloo")  # fmt: skip
+    if world_size() == 1 or not any(sign in text for sign in signs):
+        return None
+    return f"rank {rank()} lost the others ({text.splitlines()[0][-160:]})"
+
+
+class Watch(threading.Thread):
+    """Names the rank that all others wait for, and ends this one, which torchrun then notices.
+
+    Collectives wait in silence, and a time-out of theirs does not know whom it waited for. So each
+    rank tells in the store that it lives, and how many places it has passed; whoever has stood
+    still for `timeout` seconds looks who has passed the fewest, or does not live.
+    """
+
+    def __init__(self, timeout: float):
+        super().__init__(daemon=True)
+        self.timeout, self.every = timeout, min(5.0, timeout / 8)
+        self.places, self.place, self.since = 0, "start", time.monotonic()
+        self.seen: dict[int, tuple[list, float]] = {}  # rank -> what it told, when that was new
+        self.stopped = threading.Event()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.key = f"alive/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart}/"
+        # a connection of its own: the process group's may be waiting for an answer
+        self.store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            timeout=timedelta(seconds=max(5.0, timeout / 4)), wait_for_workers=False,
+        )  # fmt: skip
+        self.start()
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join(2 * self.every)
+
+    def run(self) -> None:
+        beat = 0
+        while not self.stopped.wait(self.every):
+            beat, waited = beat + 1, time.monotonic() - self.since
+            try:
+                self.store.set(f"{self.key}{rank()}", json.dumps([beat, self.places, self.place]))
+                if waited > self.timeout / 2:
+                    self.look()
+            except RuntimeError as error:
+                if waited > self.timeout:
+                    self.end(f"cannot reach the store of the run ({str(error).splitlines()[0]})")
+                continue
+            if waited > self.timeout and (told := self.verdict(waited)) is not None:
+                self.end(told)
+
+    def look(self) -> None:
+        for other in range(world_size()):
+            key, now = f"{self.key}{other}", time.monotonic()
+            told = json.loads(self.store.get(key)) if self.store.check([key]) else [0, 0, "start"]
+            if other not in self.seen or self.seen[other][0] != told:
+                self.seen[other] = told, now
+
+    def verdict(self, waited: float) -> str | None:
+        """Whom all wait for; None where another rank will tell."""
+        now, told = time.monotonic(), {r: t for r, (t, _) in self.seen.items()}
+        silent = [r for r, (_, when) in self.seen.items() if now - when > self.timeout / 3]
+        fewest = min(t[1] for t in told.values())
+        missing = silent or [r for r, t in told.items() if t[1] == fewest]
+        if rank() != min(r for r in told if r not in missing or len(missing) == len(told)):
+            # one voice is enough, but nobody stays behind if it fails
+            return None if waited < 1.25 * self.timeout else "ended with the others"
+        names = ", ".join(f"rank {r} (last at {told[r][2]})" for r in missing[:8])
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        how = "gives no sign of life" if silent else "does not go on"
+        return f"has waited {waited:.0f} s at {self.place}: {names}{more} {how}"
+
+    def end(self, told: str) -> None:
+        print(f"error: rank {rank()} {told}; the run ends, and goes on from its last checkpoint "
+              "when started again (--rank_timeout says how long ranks wait)",
+              file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -69,11 +69,13 @@ class Pipeline:
     def load(cls, path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"):
         """From a model.pt or .safetensors file. Raises UserError for any other file."""
         tensors, config, metadata = load_weights(Path(path), weights)
-        model = build_model(config, len(metadata["classes"]))
         try:
+            with torch.device("meta"):  # what a file claims costs nothing until it fits
+                build_model(config, len(metadata["classes"])).load_state_dict(tensors, assign=True)
+            model = build_model(config, len(metadata["classes"]))
             model.load_state_dict(tensors)
-        except RuntimeError as error:
-            reason = str(error)[:300]
+        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} does not fit its own configuration: {reason}") from None
         schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
         model = model.to(device).eval().requires_grad_(False)

@@ -45,15 +45,33 @@ def vae(tmp_path_factory, faces):
 @pytest.fixture
 def latent(tiny, vae) -> dict:  # noqa: F811
     """The options of a text-conditioned run of seconds."""
-    return tiny | dict(
+    return plain(tiny) | dict(
         mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
-        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dropout=0.0,
+        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16,
     )  # fmt: skip
 
 
+def plain(options: dict, *more: str) -> dict:
+    """Without what only the pixel network has, and more."""
+    return {k: v for k, v in options.items() if k not in ("heads", "dropout", *more)}
+
+
 def options_of(sd: str) -> dict:
-    return dict(mode="latent", sd_path=sd, vae=None, condition="text", text_encoder="clip",
-                objective="eps", schedule="scaled_linear", image_size=32, time_steps=1000)  # fmt: skip
+    scratch = usual(
+        "text_encoder text_dim text_layers text_length layers_per_block unet_dim dim_mults time_steps"
+    )
+    return scratch | dict(
+        mode="latent", sd_path=sd, vae=None, condition="text", objective="eps", image_size=32
+    )
+
+
+def usual(names: str) -> dict:
+    return {f.name: f.default for f in dataclasses.fields(Config) if f.name in names.split()}
+
+
+UNREAD = usual(
+    "text_encoder text_dim text_layers text_length"
+)  # beside a condition other than text
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +117,9 @@ def test_the_loss_is_its_formula(tiny):  # noqa: F811
 
 
 def test_a_vae_resumes_exactly(tiny, tmp_path):  # noqa: F811
-    options = tiny | dict(mode="vae", condition="none", unet_dim=16, dropout=0.0)
+    options = plain(tiny, "time_steps", "sample_steps") | dict(
+        mode="vae", condition="none", unet_dim=16
+    )
     train(Config(**options))
     train(Config(**options | dict(train_steps=8, save_folder=str(tmp_path / "again"))))
     train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
@@ -197,7 +217,8 @@ def test_noise_offset_moves_whole_channels(latent):
 
 @pytest.mark.parametrize("condition", ["none", "class", "text"])
 def test_from_scratch(latent, tmp_path, condition):
-    options = latent | dict(condition=condition, guidance_scale=1.0 if condition == "none" else 2.0)
+    options = latent | ({} if condition == "text" else UNREAD)
+    options |= dict(condition=condition, guidance_scale=1.0 if condition == "none" else 2.0)
     train(Config(**options))
     assert (tmp_path / "run" / "samples" / "step_00000012.png").exists()
     lines = run_lines(tmp_path / "run")

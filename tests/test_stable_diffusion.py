@@ -111,7 +111,9 @@ def test_ddpm_is_diffusers(theirs, monkeypatch):
     ours = open_pipeline(None, str(folder), "ema", CPU, amp="no")
     noise = ImageNoise(0, range(2), ours.shape)
     eps = noise()
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise())
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise()
+    )
     monkeypatch.setitem(SCHEDULERS, "ddpm", "DDPMScheduler")
     prompts = ["a red fox", "two cats"]
     expected = their_latents(pipeline, "ddpm", eps, 7, prompt=prompts, guidance_scale=3.0)

@@ -59,6 +59,10 @@ class Pixels:
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             return np.stack(list(pool.map(self._read, indices)))
 
+    def shown(self, indices: np.ndarray) -> list[int]:
+        """The images that are seen at these places: others for those that cannot be read."""
+        return [self.instead.get(int(i), int(i)) for i in indices]
+
     def _read(self, index: int) -> np.ndarray:
         """Image `index`; in place of one that cannot be read, the next that can."""
         for i in range(index, index + len(self)):
@@ -136,7 +140,9 @@ class Batches(StepBatches):
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen = self.indices(step)[low:high]
         pixels, flips = self.pixels[chosen], self.flips(step)[low:high]
-        pixels[flips] = pixels[flips, :, ::-1]
+        images = torch.from_numpy(pixels)
+        for i in np.flatnonzero(flips):  # a third of the time of one statement for all
+            images[i] = images[i].flip(1)
         return self._batch(pixels, chosen)
 
     def flips(self, step: int) -> np.ndarray:
@@ -152,7 +158,7 @@ class Batches(StepBatches):
         return self._batch(self.pixels[chosen], chosen)
 
     def _batch(self, pixels: np.ndarray, chosen: np.ndarray) -> Batch:
-        labels = self.labels[[self.pixels.instead.get(int(i), int(i)) for i in chosen]]
+        labels = self.labels[self.pixels.shown(chosen)]
         return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels))
 
 
@@ -163,7 +169,7 @@ def move(x: Tensor, device: torch.device) -> Tensor:
 
 def to_unit(pixels: Tensor, device: torch.device) -> Tensor:
     """uint8 images to float32 in [-1, 1] on the device."""
-    return move(pixels, device).float() / 127.5 - 1
+    return move(pixels, device).float().div_(127.5).sub_(1)
 
 
 def open_batches(config: Config):
@@ -174,7 +180,8 @@ def open_batches(config: Config):
         if config.data_class != "all":
             raise UserError("--data_class picks from a whole set: drop it, or --streaming")
         size, batch_size = config.image_size, config.batch_size
-        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip)
+        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip,
+                               config.default_caption)  # fmt: skip
         if config.condition == "class" and not stream.classes:
             raise UserError(f"--condition class: {config.data} has no column of class labels")
         return stream

@@ -67,19 +67,24 @@ def cached(
 def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> tuple:
     key = digest(images.stamp, TRANSFORM, str(size), *images.names)
     data, index = folder / f"{key}.u8", folder / f"{key}.json"
-    unusable = (OSError, ValueError, KeyError, TypeError)
+    known = (data, index, size, len(images))
+    unusable = (OSError, ValueError, KeyError, TypeError, RecursionError)
     with contextlib.suppress(*unusable):
-        return _open(data, index, size)
+        return _open(*known)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f"{key}.lock") as alone:
         with contextlib.suppress(*unusable):
-            return _open(data, index, size)  # another process built it meanwhile
+            return _open(*known)  # another process built it meanwhile
         _build(images, size, data, index, workers, alone)
-        return _open(data, index, size)
+        return _open(*known)
 
 
-def _open(data: Path, index: Path, size: int) -> tuple[np.ndarray, list[int], list]:
+def _open(data: Path, index: Path, size: int, count: int) -> tuple[np.ndarray, list[int], list]:
+    if index.stat().st_size > (1 << 20) + 1000 * count:
+        raise ValueError("an index of more than there is")
     found = json.loads(index.read_text())
+    if not all(type(i) is int and 0 <= i < count for i in found["kept"]):
+        raise ValueError("an index of images that the set has not")
     pixels = np.memmap(data, np.uint8, mode="r").reshape(len(found["kept"]), size, size, 3)
     return pixels, found["kept"], found["skipped"]
 

@@ -7,7 +7,7 @@ cache.py's work, putting them into batches batches.py's.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from . import toy
 from .images import SUFFIXES, read_image
 
 CLASS_SPLITS = ("train", "val", "test")  # AFHQ's layout: train/cat/*.jpg
+MOST_CAPTION, MOST_LINE = 1 << 16, 1 << 20  # bytes of a .txt, characters of a metadata.jsonl's line
 HELD_OUT_FROM, HELD_OUT_SHARE, HELD_OUT_MOST = 100, 0.02, 256
 
 
@@ -101,7 +102,7 @@ def toy_set() -> ImageSet:
 
 def scan(root: Path) -> list[Path]:
     """Image files below root at any depth, sorted; hidden ones left out, link loops cut."""
-    found, seen = [], set()
+    found, seen, outside = [], set(), []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         where = os.stat(folder)
         if (where.st_dev, where.st_ino) in seen:
@@ -109,9 +110,23 @@ def scan(root: Path) -> list[Path]:
             continue
         seen.add((where.st_dev, where.st_ino))
         subfolders[:] = sorted(d for d in subfolders if not d.startswith("."))
-        found += [Path(folder, f) for f in files
-                  if not f.startswith(".") and Path(f).suffix.lower() in SUFFIXES]  # fmt: skip
+        for name in [d for d in subfolders if not inside(Path(folder, d), root)]:
+            subfolders.remove(name)
+            outside.append(str(Path(folder, name)))
+        for name in files:
+            file = Path(folder, name)
+            if not name.startswith(".") and file.suffix.lower() in SUFFIXES:
+                (found if inside(file, root) else outside).append(file)
+    problems = [(str(path), "not read; put a copy or a hard link there") for path in outside]
+    report("entries are links that lead out of the folder", problems, len(found) + len(outside))
     return sorted(found, key=os.fsencode)
+
+
+def inside(path: Path, root: Path) -> bool:
+    """Whether what is read there lies below root: a set from elsewhere may link to anything."""
+    if not path.is_symlink():
+        return True  # its folder has been asked
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def folder_set(root: Path, data_class: str = "all", default_caption: str = "") -> ImageSet:
@@ -173,12 +188,10 @@ def read_captions(base: Path, files: list[Path], default: str) -> list[str] | No
         text = table.get(file)
         side = file.with_suffix(".txt")
         if text is None and side.is_file():
-            raw = side.read_bytes()
-            try:
-                text = raw.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                text = raw.decode("latin-1")
-                problems.append((str(side), "not UTF-8; read as Latin-1"))
+            if inside(side, base):
+                text = _caption(side, problems)
+            else:
+                problems.append((str(side), "leads out of the data folder; not read"))
         found |= text is not None
         if text is None:
             problems.append((str(file), f"no caption; using {default!r}"))
@@ -191,26 +204,48 @@ def read_captions(base: Path, files: list[Path], default: str) -> list[str] | No
     return captions
 
 
+def _caption(side: Path, problems: list) -> str:
+    with open(side, "rb") as file:
+        raw = file.read(MOST_CAPTION + 1)
+    if len(raw) > MOST_CAPTION:
+        problems.append((str(side), f"more than {MOST_CAPTION:,} bytes; cut off there"))
+        raw = raw[:MOST_CAPTION].decode("utf-8-sig", errors="ignore").encode()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        problems.append((str(side), "not UTF-8; read as Latin-1"))
+        return raw.decode("latin-1")
+
+
 def _metadata(base: Path) -> dict[Path, str]:
     """{image path: text} from the metadata.jsonl files below base."""
     table = {}
     for file in sorted(base.rglob("metadata.jsonl")):
+        if not inside(file, base):
+            log(f"warning: {str(file)!r} leads out of the data folder and is not read")
+            continue
+        number = 0
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            for line in _lines(file):
+                number += 1
+                if line.strip():
+                    row = json.loads(line)
+                    table[file.parent / row["file_name"]] = str(row["text"])[:MOST_CAPTION]
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}; expected UTF-8 text") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                table[file.parent / row["file_name"]] = str(row["text"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{file}, line {number}: {error!r}; expected a JSON object with file_name "
-                    "and text"
-                ) from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise UserError(f"{file}, line {number}: {error!r:.200}; expected a JSON object with "
+                            "file_name and text") from None  # fmt: skip
     return table
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Of a text file that may be larger than the memory."""
+    with open(file, encoding="utf-8-sig", newline="\n") as lines:
+        while line := lines.readline(MOST_LINE):
+            if len(line) == MOST_LINE:
+                raise ValueError(f"more than {MOST_LINE:,} characters")
+            yield line
 
 
 def open_data(data: str, data_class: str = "all", default_caption: str = "") -> ImageSet:

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,8 @@ from .batches import Batch, StepBatches
 from .cache import locked
 from .datasets import ImageSet, digest, file_stamp, folder_set
 from .images import BadImage, read_image
+
+MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def fetch(url: str, target: Path) -> None:
             inner = [p for p in unpacked.iterdir() if not p.name.startswith((".", "__MACOSX"))]
             whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else unpacked
             os.replace(whole, target)
-        except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, EOFError, zlib.error,
+                NotImplementedError) as error:  # fmt: skip
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{url} could not be fetched: {error}; download it elsewhere and unpack it to "
+                f"{url} could not be fetched: {reason}; download it elsewhere and unpack it to "
                 f"{target}, or give --data a folder of images"
             ) from None
         finally:
@@ -88,12 +93,25 @@ def download(url: str, part: Path) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
+    """Raises OSError if it holds more than the disk, or than an archive of images can."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as z:
+            _check_total(archive, sum(entry.file_size for entry in z.infolist()))
             z.extractall(target)
     else:
         with tarfile.open(archive) as t:
+            _check_total(archive, sum(member.size for member in t))
             t.extractall(target, filter="data")
+
+
+def _check_total(archive: Path, total: int) -> None:
+    size, free = archive.stat().st_size, shutil.disk_usage(archive.parent).free
+    if not total:
+        raise OSError("it holds nothing")
+    if total > max(MOST_UNPACKED * size, 1 << 24):
+        raise OSError(f"its {size:,} bytes would become {total:,}: not an archive of images")
+    if total > free:
+        raise OSError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 
 
 def is_cifar(folder: Path) -> bool:
@@ -103,13 +121,19 @@ def is_cifar(folder: Path) -> bool:
 def cifar_set(folder: Path) -> ImageSet:
     """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
     files = sorted(folder.glob("data_batch_*.bin"))
+    for file in files:
+        size = file.stat().st_size if file.is_file() else 0
+        if not 0 < size <= 10_000 * 3073 or size % 3073:
+            raise UserError(f"{file} has {size} bytes, not 3073 an image: fetch it again")
     rows = [np.fromfile(f, np.uint8) for f in files]
-    for file, row in zip(files, rows):
-        if row.size == 0 or row.size % 3073:
-            raise UserError(f"{file} has {row.size} bytes, not a multiple of 3073: fetch it again")
+    if not files:
+        raise UserError(f"{folder} holds no data_batch_1.bin: fetch it again")
     table = np.concatenate(rows).reshape(-1, 3073)
     labels, pixels = table[:, 0], table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     names = (folder / "batches.meta.txt").read_text().split()
+    if labels.max() >= len(names):
+        raise UserError(f"{folder} has labels up to {labels.max()} for {len(names)} classes: it is "
+                        "damaged, fetch it again")  # fmt: skip
 
     def read(i: int, size: int) -> np.ndarray:
         from PIL import Image
@@ -163,7 +187,9 @@ def hub_set(path: str, default_caption: str = "") -> ImageSet:
     """The train split of a hub set (or a local folder of parquet files), downloaded."""
     data, image, text, label = _load(path, streaming=False)
     files = [f["filename"] for f in data.cache_files]
-    captions = [str(c or default_caption) for c in data[text]] if text else None
+    captions = [default_caption] * len(data) if default_caption else None
+    if text:
+        captions = [str(c or default_caption) for c in data[text]]
     return ImageSet(
         name=f"hf:{path}",
         names=[f"{path}/{i:08d}" for i in range(len(data))],
@@ -186,8 +212,10 @@ class StreamBatches(StepBatches):
 
     BLOCK, HELD_OUT = 1024, 128
 
-    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
+    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True,
+                 default_caption: str = ""):  # fmt: skip
         super().__init__()
+        self.default_caption = default_caption
         self.data, self.image, self.text, self.label = _load(path, streaming=True)
         self.path, self.size, self.batch_size, self.seed, self.flip = (
             path,
@@ -209,6 +237,10 @@ class StreamBatches(StepBatches):
     def __len__(self) -> int:
         return self.length or 0
 
+    @property
+    def captioned(self) -> bool:
+        return self.text is not None or bool(self.default_caption)
+
     def describe(self) -> str:
         return f"a stream, its first {self.HELD_OUT} images held out"
 
@@ -222,7 +254,7 @@ class StreamBatches(StepBatches):
             log(f"warning: an image of hf:{self.path} is skipped: {error}")
             return None
         caption = " ".join(str(row[self.text] or "").split()) if self.text else ""
-        return pixels, row[self.label] if self.label else -1, caption
+        return pixels, row[self.label] if self.label else -1, caption or self.default_caption
 
     def _block(self, b: int) -> list[dict]:
         """Block b of the stream, up to BLOCK rows, images still encoded."""
@@ -266,5 +298,5 @@ class StreamBatches(StepBatches):
     def _batch(self, rows: list) -> Batch:
         images, labels, captions = zip(*rows)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        told = list(captions) if self.text else None
+        told = list(captions) if self.captioned else None
         return Batch(pixels, torch.tensor(labels), captions=told)

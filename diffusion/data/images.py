@@ -1,6 +1,7 @@
 """One image file or one Pillow image -> RGB pixels of the size asked for."""
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ SUFFIXES = {
 }  # fmt: skip
 
 
+# Their formats in Pillow, which goes by content and knows others: EPS would start Ghostscript.
+FORMATS = {
+    "JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF",
+    "HEIF", "JXL",
+}  # fmt: skip
+
+
 class BadImage(Exception):
     """The file cannot be used; the message says why."""
 
@@ -25,7 +33,8 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
     Raises BadImage with the reason if the file cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        source = io.BytesIO(file) if isinstance(file, bytes) else file
+        with Image.open(source, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
             return to_pixels(image, size)
@@ -38,6 +47,13 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
     except Exception as error:  # Pillow raises nearly everything on damaged files
         reason = "not an image that Pillow can read" if "identify" in str(error) else str(error)
         raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
+
+
+@lru_cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow, with the plug-ins that are loaded, can read."""
+    Image.init()
+    return tuple(sorted(FORMATS & Image.OPEN.keys()))
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:

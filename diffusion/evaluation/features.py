@@ -6,6 +6,7 @@ network's own name.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def name_of(path: str | None) -> str:
     """What a distance in these features is called."""
     if path is None:
         return "fid"
-    stem = Path(path).stem
+    stem = re.sub(r"\W+", "_", Path(path).stem).strip("_") or "features"  # a tag of TensorBoard's
     return f"{stem}_features" if stem.lower() in RESERVED else stem
 
 

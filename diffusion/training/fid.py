@@ -3,7 +3,6 @@
 All ranks sample and compute features; the sums are all that is exchanged.
 """
 
-import io
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ..evaluation.features import open_features, sampled
 from ..pipeline import Pipeline
 from ..seeding import permutation
 from ..weights.checkpoint import atomic
+from ..weights.guards import check_size
 
 SAMPLER, STEPS = "dpmpp_2m", 20
 
@@ -115,7 +115,8 @@ class Fid:
 def _read(file: Path) -> tuple[Tensor, Tensor] | None:
     """Mean and covariance; None if there is no such file or it is damaged."""
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
+        check_size(file)
+        with np.load(file, allow_pickle=False) as found:
             mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
     except Exception:  # a zip file can be damaged in many ways
         return None

@@ -5,10 +5,13 @@ checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/chec
 of an adapter, instead of the last two: adapter.safetensors  adapter_kohya.safetensors
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 from .. import UserError
@@ -105,6 +108,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in checkpoint.read_lines(self.path) if line["step"] <= step]
         checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        _order_events(folder / "tensorboard")
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
@@ -132,7 +136,14 @@ class RunLog:
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # what could not be written has been told
+                self.writer.close()
+
+    def sync(self) -> None:
+        """Bring the lines to the disk, before the checkpoint that promises them."""
+        if self.writer is not None:
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
@@ -141,6 +152,16 @@ def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
     epoch = samples / data.length if data.length else None
     about = {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best}
     checkpoint.write_text(folder / "metadata.json", json.dumps(about, indent=2))
+
+
+def _order_events(folder: Path) -> None:
+    """TensorBoard reads event files by the time in their names: a clock set back would put the new
+    file before the old ones, whose cut-away steps would then come back."""
+    found = sorted(folder.glob("events.out.tfevents.*"))
+    times = [file.name.split(".")[3] for file in found]
+    if any(not t.isdigit() or int(t) >= int(time.time()) for t in times):
+        for i, (file, old) in enumerate(zip(found, times)):
+            file.rename(file.with_name(file.name.replace(old, f"{i:010d}", 1)))
 
 
 def logged(path: Path, step: int, name: str) -> bool:

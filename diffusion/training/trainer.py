@@ -22,6 +22,7 @@ from ..evaluation.features import name_of
 from ..pipeline import amp_dtype
 from ..seeding import seed_of
 from ..weights import checkpoint
+from . import faults
 from .adapters import ADAPTED
 from .autoencoder import Autoencoding
 from .base import based_on
@@ -34,6 +35,7 @@ from .steps import Share, Tally, clip_factor, learning_rate, rank_share, total_s
 from .tasks import Diffusion
 
 TASKS = {"pixel": Diffusion, "latent": LatentDiffusion, "vae": Autoencoding}
+TAMER = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
 MOST_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 
@@ -43,7 +45,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
     given: the fields that were asked for, see `based_on`; None: those that are not the defaults.
     """
     config = based_on(config, given)
-    device = dist.setup(config.device)
+    device = dist.setup(config.device, config.rank_timeout)
     dtype = amp_dtype(config.amp, device)
     share = rank_share(config)
     folder = Path(config.save_folder)
@@ -85,7 +87,9 @@ def train(config: Config, given: set[str] | None = None) -> None:
             scaler.load_state_dict(state["scaler"])
         tally.sums.copy_(state["tally"])
         data.length = state["data"]["length"]
-        dist.log(f"continuing the run in {folder} from step {step}")
+        ranks = state.get("ranks", share.ranks)
+        other = f"; {ranks} ranks saved it, {share.ranks} go on" if ranks != share.ranks else ""
+        dist.log(f"continuing the run in {folder} from step {step}{other}")
     best = state["best_loss"] if state is not None else None
     del state
     if config.compile:
@@ -104,23 +108,21 @@ def train(config: Config, given: set[str] | None = None) -> None:
         """The checkpoint comes last: a run killed before it does this step again, whole."""
         if not dist.is_main():
             return
-        try:
-            told = task.told(ema.model)
-            task.write(folder, ema.model, step, told, improved)
-            write_metadata(folder, config, data, step, best)
-            checkpoint.save(folder, {
-                "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
-                "config": asdict(config), **told,
-                "data": {"order": data.order_key(), "length": data.length},
-                "model": task.state(model), "ema": task.state(ema.model),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "tally": tally.sums.cpu(),
-            }, config.keep_last)  # fmt: skip
-        except OSError as error:
-            raise UserError(
-                f"step {step} could not be saved in {folder}: {error}; what was saved before is "
-                "kept, and the same command goes on from it"
-            ) from None
+        if not torch.nn.utils.get_total_norm(learning).isfinite():
+            raise UserError(f"the weights of step {step} are not finite and are not saved; the "
+                            f"checkpoints in {folder} are from before. {TAMER}")  # fmt: skip
+        told = task.told(ema.model)
+        task.write(folder, ema.model, step, told, improved)
+        write_metadata(folder, config, data, step, best)
+        run.sync()
+        checkpoint.save(folder, {
+            "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
+            "ranks": share.ranks, "config": asdict(config), **told,
+            "data": {"order": data.order_key(), "length": data.length},
+            "model": task.state(model), "ema": task.state(ema.model),
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "tally": tally.sums.cpu(),
+        }, config.keep_last)  # fmt: skip
 
     def measure_fid() -> None:
         """Where it is due, and not done before the run was stopped and continued."""
@@ -133,9 +135,9 @@ def train(config: Config, given: set[str] | None = None) -> None:
                      f"({values['fid_seconds']:.0f} s)")  # fmt: skip
         clock.skip(step)
 
-    with contextlib.ExitStack() as closing:  # however the run ends
+    with faults.told(config, share.micro, lambda: step), contextlib.ExitStack() as closing:
         stop = StopSignal()
-        closing.callback(stop.restore)
+        closing.callback(stop.restore)  # however the run ends
         closing.callback(run.close)
         bar = closing.enter_context(dist.progress(total=total, initial=step, unit="step"))
         clock = Clock(step)
@@ -153,7 +155,9 @@ def train(config: Config, given: set[str] | None = None) -> None:
             for i, (low, high) in enumerate(pieces):
                 more = i + 1 < len(pieces)
                 then = (step, *pieces[i + 1]) if more else (step + 1, *pieces[0])
+                dist.at(f"step {step}, reading the batch")
                 batch = data(step, low, high, then if more or step + 1 < total else None)
+                dist.at(f"step {step}, forward and backward")
                 with dist.no_sync(parallel, more):
                     with torch.autocast(device.type, dtype, enabled=dtype is not None):
                         losses = task.loss(parallel, batch, drawn, low, high)
@@ -184,8 +188,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
                 if values.pop("worst_streak") >= MOST_BAD_STEPS:
                     raise UserError(
                         f"{MOST_BAD_STEPS} steps in a row before step {step} had non-finite "
-                        f"gradients; the checkpoints in {folder} are from before. Try a lower "
-                        "--learning_rate, --amp no, or --grad_clip 1"
+                        f"gradients; the checkpoints in {folder} are from before. {TAMER}"
                     )
                 values["img_per_s"] = clock.rate(step) * config.batch_size
                 if milestone and len(data.held_out):
@@ -194,6 +197,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
                 told = f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s"
                 bar.set_postfix_str(told, refresh=False)
             if milestone:
+                dist.at(f"step {step}, sampling and saving")
                 loss = values.get("heldout_loss")
                 improved = (
                     loss is not None and math.isfinite(loss) and (best is None or loss < best)

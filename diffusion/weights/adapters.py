@@ -28,7 +28,8 @@ from ..models import lora
 from ..models.lora import LowRank
 from . import rules
 from .checkpoint import atomic
-from .files import read_json, read_metadata, read_tensors
+from .files import read_metadata, read_tensors
+from .guards import read_json
 
 Parts = dict[str, dict[str, LowRank]]  # "unet" or "text_encoder" -> module name -> branch
 

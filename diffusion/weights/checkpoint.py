@@ -5,7 +5,8 @@
     ema.safetensors                averaged weights only, configuration in the metadata
     best.safetensors               the same, from the step of the lowest held-out loss
 
-Nothing here unpickles code: .pt files are opened with weights_only=True.
+Nothing here unpickles code: .pt files are opened with weights_only=True. Each file carries a digest
+of its bytes, or of its tensors' bytes, which is compared when it is read.
 """
 
 import contextlib
@@ -23,8 +24,17 @@ from safetensors.torch import save_file
 
 from .. import UserError
 from ..config import Config
+from .guards import (
+    check_seal,
+    check_size,
+    check_tensors,
+    digest_tensors,
+    parse_json,
+    seal,
+)
 
 FORMAT = "diffusion-checkpoint-1"
+KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
 
 
 def atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -38,9 +48,11 @@ def atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, RuntimeError | SafetensorError):  # what they say of a full disk
+            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
         raise
     with contextlib.suppress(OSError):  # the rename itself; not every system syncs folders
         folder = os.open(path.parent, os.O_RDONLY)
@@ -56,15 +68,19 @@ def write_text(path: Path, text: str) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; a kill may have torn the last one."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        found = map(_line, iter(lambda: file.readline(1 << 20), ""))
+        return [line for line in found if line is not None]
+
+
+def _line(text: str) -> dict | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
 def save(folder: Path, state: dict, keep_last: int) -> Path:
@@ -73,8 +89,8 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     Raises OSError if the disk is full; what was there before is then still there.
     """
     path = folder / "checkpoints" / f"step_{state['step']:08d}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic(path, lambda p: torch.save({"format": FORMAT, **state}, p))
+    path.parent.mkdir(exist_ok=True)
+    atomic(path, lambda p: (torch.save({"format": FORMAT, **state}, p), seal(p)))
     atomic(folder / "model.pt", lambda p: _link(path, p))
     files = step_files(folder)
     newest = files.index(path)  # what lies beyond it could not be read when the run was continued
@@ -93,8 +109,9 @@ def _link(source: Path, target: Path) -> None:
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], config: Config, **metadata) -> None:
     """A safetensors file whose metadata tells everything needed to use the weights."""
-    text = {"format": FORMAT, "config": config.to_json(), "metadata": json.dumps(metadata)}
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    text = {"format": FORMAT, "config": config.to_json(), "metadata": json.dumps(metadata)}
+    text["sha256"] = digest_tensors(weights)
     atomic(path, lambda p: save_file(weights, p, metadata=text))
 
 
@@ -111,24 +128,31 @@ def read(path: Path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip
-    mmap = mmap and zipfile.is_zipfile(path)
     try:
+        check_size(path)
+        check_seal(path)
+        mmap = mmap and zipfile.is_zipfile(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} is not a checkpoint of this program: it is no such file at all, or a pickle "
             "that would run code, which is never loaded"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # torch raises nearly everything on damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} is damaged or incomplete ({reason}); use an older one from "
                         "checkpoints/") from None  # fmt: skip
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(
-            f"{path} was not written by this version of train.py: its format is "
-            f"{state.get('format') if isinstance(state, dict) else type(state).__name__!r}, "
-            f"expected {FORMAT!r}"
-        )
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path} was not written by this version of train.py: its format is "
+                        f"{found!r:.60}, expected {FORMAT!r}")  # fmt: skip
+    if odd := [k for k, kind in KINDS.items() if not isinstance(state.get(k), kind)]:
+        raise UserError(f"{path} is damaged: it has no usable {', '.join(odd)}")
+    for part in ("model", "ema"):
+        if not all(isinstance(v, torch.Tensor) for v in state[part].values()):
+            raise UserError(f"{path} is damaged: its {part} holds other things than tensors")
     return state
 
 
@@ -142,9 +166,15 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
         files.append(folder / "model.pt")
     for file in files:
         try:
-            return read(file)
+            state = read(file)
+            for part in ("model", "ema"):
+                check_tensors(state[part], f"{file}, {part}")
         except UserError as error:
             warn(f"warning: {error}")
+            continue
+        if file != files[0]:
+            warn(f"using {file}, the newest that is whole")
+        return state
     if files:
         raise UserError(f"none of the {len(files)} checkpoints in {folder} can be read; start anew "
                         "with --overwrite or another --save_folder")  # fmt: skip
@@ -159,25 +189,37 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     """
     if path.suffix != ".safetensors":
         state = read(path, mmap=True)
-        weights = state["ema" if which == "ema" else "model"]
+        weights, config = state["ema" if which == "ema" else "model"], state["config"]
         metadata = {k: state[k] for k in ("step", "classes", "networks", "frozen") if k in state}
-        config = Config.from_dict(state["config"])
-        if config.adapter != "none":
-            raise UserError(f"{path} is a run of --adapter {config.adapter}, no model: give the "
-                            "model it began with, and its adapter.safetensors")  # fmt: skip
-        return weights, config, metadata
-    if which != "ema":
+    elif which != "ema":
         raise UserError(f"{path} holds averaged weights only; --weights raw needs a model.pt")
+    else:
+        weights, config, metadata = _read_shared(path)
+    check_tensors(weights, str(path))
+    if not isinstance(metadata.get("classes"), list):
+        raise UserError(f"{path} is damaged: it has no usable classes")
+    config = Config.from_dict(config)
+    if config.adapter != "none":
+        raise UserError(f"{path} is a run of --adapter {config.adapter}, no model: give the model "
+                        "it began with, and its adapter.safetensors")  # fmt: skip
+    return weights, config, metadata
+
+
+def _read_shared(path: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    check_size(path)
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            told = file.metadata() or {}
             weights = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{path} is damaged or no safetensors file: {reason}") from None
+    if told.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: its metadata has no "
                         f"format {FORMAT!r}")  # fmt: skip
-    config = Config.from_dict(json.loads(metadata["config"]))
-    return weights, config, json.loads(metadata["metadata"])
+    if told.get("sha256", digest := digest_tensors(weights)) != digest:
+        raise UserError(f"{path} is damaged: its tensors have not the digest that was written with "
+                        "them")  # fmt: skip
+    return weights, *(parse_json(told.get(k), f"{path}, {k}") for k in ("config", "metadata"))

@@ -3,7 +3,6 @@
 Nothing here unpickles code, and nothing is copied: tensors lie in the mapped file until used.
 """
 
-import json
 import pickle
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import UserError
+from .guards import check_size, read_json
 
 BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -81,19 +81,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_size(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file: {error}") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{path} is truncated or no safetensors file: {reason}") from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = read_json(index)["weight_map"]
         names = sorted(set(shards.values()))
-        inside = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        inside = all(Path(name).name == name and not name.endswith(".json") for name in names)
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is no index of shards: it has no weight_map") from None
     if not inside:
         raise UserError(f"{index} names files outside its folder; it is not to be trusted")
@@ -108,15 +110,17 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     state = read_object(path)
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for _ in range(8):  # a dictionary may hold itself
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def read_object(path: Path):
     """What torch.save was given: tensors in plain containers. Raises UserError otherwise."""
+    check_size(path)
     stubs = [(stub, name) for name, stub in STUBS.items()]
     try:
         with torch.serialization.safe_globals(stubs):
@@ -128,22 +132,9 @@ def read_object(path: Path):
                 # written before torch 1.6: no zip file, so not to be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]
         raise UserError(f"{path} holds more than weights, and is not opened: {reason}; use a "
                         ".safetensors version of it") from None  # fmt: skip
     except Exception as error:  # torch raises nearly everything on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} is truncated or no checkpoint: {reason}") from None
-
-
-def read_json(path: Path) -> dict:
-    """Raises UserError if it is missing or no JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a {type(values).__name__}; expected an object")
-    return values

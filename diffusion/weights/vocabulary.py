@@ -3,13 +3,14 @@
 import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 
 from .. import UserError
 from ..models import tokenizer as tokenizers
 from ..models.tokenizer import Tokenizer
 from .checkpoint import write_text
-from .files import read_json
+from .guards import MOST_TEXT, read_json, read_text
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt"
 
@@ -19,12 +20,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     about = folder / "tokenizer_config.json"
     about = read_json(about) if about.exists() else {}
     pad = about.get("pad_token", tokenizers.EOS)
-    length = int(about.get("model_max_length", 77))  # transformers writes 1e30 for "unknown"
-    options = {"pad": pad["content"] if isinstance(pad, dict) else pad or tokenizers.EOS,
-               "context_length": length if length < 10**6 else 77}  # fmt: skip
+    length = about.get("model_max_length", 77)  # transformers writes 1e30 for "unknown"
+    if not isinstance(length, int | float) or not isinstance(pad, str | dict | None):
+        raise UserError(f"{folder / 'tokenizer_config.json'} has a model_max_length of {length!r} "
+                        f"and a pad_token of {pad!r}; expected a number and a text")  # fmt: skip
+    options = {"pad": pad.get("content") if isinstance(pad, dict) else pad or tokenizers.EOS,
+               "context_length": int(length) if length < 10**6 else 77}  # fmt: skip
     try:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            merges = (folder / "merges.txt").read_text(encoding="utf-8")
+            merges = read_text(folder / "merges.txt")
             added = folder / "added_tokens.json"
             return Tokenizer(read_json(folder / "vocab.json"), merges, **options,
                              added=read_json(added) if added.exists() else None)  # fmt: skip
@@ -33,7 +37,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         for name in (VOCABULARY, f"{VOCABULARY}.gz"):
             if (folder / name).exists():
                 return tokenizers.from_bpe_simple_vocab(_read_vocabulary(folder / name), **options)
-    except (ValueError, OSError) as error:
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{folder}: {error}") from None
     raise UserError(f"{folder} holds no vocabulary; expected vocab.json and merges.txt, "
                     f"tokenizer.json, or {VOCABULARY}.gz")  # fmt: skip
@@ -42,7 +48,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def _read_vocabulary(path: Path) -> str:
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
-        return file.read(16_000_000)
+        return file.read(MOST_TEXT)
 
 
 def find_vocabulary(path: Path) -> Tokenizer:

@@ -1,0 +1,417 @@
+"""Hostile and broken files, reader by reader: no code runs, memory is bounded, one clear line."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, watched
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusion import UserError
+from diffusion.assemble import schedule_of
+from diffusion.data import cache, hub
+from diffusion.data.datasets import folder_set
+from diffusion.data.encoded import Shards
+from diffusion.data.images import BadImage, read_image
+from diffusion.evaluation import features
+from diffusion.evaluation.features import open_features
+from diffusion.models.sd_config import VAEConfig
+from diffusion.models.tokenizer import BYTE_OF, SYMBOLS, byte_level
+from diffusion.models.vae import AutoencoderKL
+from diffusion.pipeline import Pipeline
+from diffusion.training import fid
+from diffusion.training.latents import read_prompts
+from diffusion.weights import checkpoint, loader, vocabulary
+from diffusion.weights.files import read_tensors
+
+CPU = torch.device("cpu")
+FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 15))  # more of them: more time, more found
+
+
+def copied(name: str):
+    return lambda folder: Path(shutil.copy(GOOD / name, folder / name))
+
+
+def written(name: str, content):
+    def make(folder: Path) -> Path:
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return folder / name
+
+    return make
+
+
+def part(folder: Path, name: str) -> Path:
+    """A VAE's folder as diffusers writes it."""
+    torch.manual_seed(0)
+    config = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+    loader.save_part(AutoencoderKL(config), folder, "diffusion_pytorch_model.safetensors")
+    return folder / name
+
+
+def tokenizer(folder: Path, name: str) -> Path:
+    vocabulary.save_tokenizer(byte_level(77), folder)
+    return folder / name
+
+
+def pictures(folder: Path, name: str) -> Path:
+    """Two pictures, of which the one not attacked makes the set usable."""
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+        pixels[:4] = 90 * i
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a caption of {i}")
+    table = [json.dumps({"file_name": f"{i}.png", "text": "t" * 20}) for i in range(2)]
+    if name == "metadata.jsonl":
+        (folder / name).write_text("\n".join(table))
+    return folder / name
+
+
+def all_pictures(file: Path) -> None:
+    images = folder_set(file.parent)
+    pixels, kept = cache.cached(images, 8, file.parent / ".cache", 1)
+    assert len(pixels) == len(kept) > 0 and (
+        images.captions is None or len(images.captions) == len(images)
+    )
+
+
+def picture_cache(end: str):
+    def make(folder: Path) -> Path:
+        all_pictures(pictures(folder, "0.png"))
+        return next((folder / ".cache").glob(f"*.{end}"))
+
+    def read(file: Path) -> None:
+        if file.is_dir():
+            raise UserError("a folder in place of a cache is not healed")
+        images = folder_set(file.parent.parent)
+        pixels, kept = cache.cached(images, 8, file.parent, 1)
+        assert kept == [0, 1] and pixels.shape == (2, 8, 8, 3)
+        assert end == "u8" or sorted(p[0, 0, 0] for p in pixels) == [0, 90]
+
+    return make, read
+
+
+def shards(folder: Path) -> Shards:
+    return Shards(folder, 3, (2,), lambda chosen: torch.tensor([[i, i] for i in chosen]), 2, "test")
+
+
+def make_shards(folder: Path) -> Path:
+    shards(folder)
+    return folder / "00000.npy"
+
+
+def read_shards(file: Path) -> None:
+    if file.is_dir():
+        raise UserError("a folder in place of a cache is not healed")
+    assert shards(file.parent)[np.arange(3)].shape == (3, 2)
+
+
+def make_statistics(folder: Path) -> Path:
+    fid._write(folder / "a.npz", torch.zeros(3), torch.eye(3))
+    return folder / "a.npz"
+
+
+def lines(file: Path) -> None:
+    found = checkpoint.read_lines(file) if not file.is_dir() else []
+    assert all(isinstance(line["step"], int) for line in found)
+
+
+def archive(kind: str):
+    def make(folder: Path) -> Path:
+        pictures(folder / "in", "0.png") if (folder / "in").mkdir() is None else None
+        shutil.make_archive(str(folder / "a"), kind, folder / "in")
+        return next(folder.glob("a.*"))
+
+    def read(file: Path) -> None:
+        target = file.parent / "unpacked"
+        try:
+            hub.fetch(file.absolute().as_uri(), target)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+
+    return make, read
+
+
+def resume(file: Path) -> None:
+    """As a run goes on: from the newest good one, here the older of two."""
+    checkpoint.newest(file.parent.parent, lambda message: None)
+
+
+def old_and_new(folder: Path) -> Path:
+    (folder / "checkpoints").mkdir()
+    return Path(shutil.copy(GOOD / "model.pt", folder / "checkpoints" / "step_00000060.pt"))
+
+
+def torch_file(folder: Path) -> Path:
+    torch.save({"state_dict": {"a": torch.arange(99.0), "b": torch.ones(3, 3)}}, folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+def tensor_file(folder: Path) -> Path:
+    save_file({"a": torch.arange(99.0), "b": torch.ones(3, 3)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def torchscript(folder: Path) -> Path:
+    torch.jit.script(torch.nn.Flatten()).save(folder / "a.pt")
+    return folder / "a.pt"
+
+
+def cifar(folder: Path) -> Path:
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij"))
+    (folder / "data_batch_1.bin").write_bytes(bytes(3073 * 3))
+    return folder / "data_batch_1.bin"
+
+
+def load_vae(file: Path) -> None:
+    loader.load_part(file.parent, "vae")
+
+
+def load_tokenizer(file: Path) -> None:
+    vocabulary.load_tokenizer(file.parent)
+
+
+def bpe(folder: Path) -> Path:
+    path = folder / f"{vocabulary.VOCABULARY}.gz"
+    path.write_bytes(gzip.compress("\n".join(["#version", *MERGES, ""]).encode()))
+    return path
+
+
+# the number of merges that CLIP's file has
+MERGES = [f"{a} {b}" for a in BYTE_OF for b in SYMBOLS][:48894]
+INDEX = {"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}
+
+READERS = [
+    Reader("model.pt", "checkpoint", copied("model.pt"), Pipeline.load),
+    Reader("resume", "checkpoint", old_and_new, resume),
+    Reader("ema.safetensors", "network", copied("ema.safetensors"), Pipeline.load),
+    Reader("foreign .ckpt", "weights", torch_file, read_tensors),
+    Reader("foreign .safetensors", "safetensors", tensor_file, read_tensors),
+    Reader("index of shards", "json", lambda f: (tensor_file(f), written("a.json", INDEX)(f))[1], read_tensors),
+    Reader("VAE weights", "network", lambda f: part(f, "diffusion_pytorch_model.safetensors"), load_vae),
+    Reader("VAE config.json", "json", lambda f: part(f, "config.json"), load_vae),
+    Reader("scheduler_config.json", "json", written("scheduler_config.json", loader.SCHEDULER),
+           lambda f: schedule_of(loader.SCHEDULER | loader.read_json(f))),
+    Reader("vocab.json", "json", lambda f: tokenizer(f, "vocab.json"), load_tokenizer),
+    Reader("merges.txt", "text", lambda f: tokenizer(f, "merges.txt"), load_tokenizer),
+    Reader("tokenizer_config.json", "json", lambda f: tokenizer(f, "tokenizer_config.json"), load_tokenizer),
+    Reader("vocabulary, gzip", "text", bpe, load_tokenizer),
+    Reader("prompts", "text", written("p.txt", "a cat\na dog\n"), read_prompts),
+    Reader("image", "image", lambda f: pictures(f, "0.png"), lambda f: read_image(f, 8)),
+    Reader("image of a folder", "image", lambda f: pictures(f, "0.png"), all_pictures, heals=True),
+    Reader("caption", "text", lambda f: pictures(f, "0.txt"), all_pictures, heals=True),
+    Reader("metadata.jsonl", "json", lambda f: pictures(f, "metadata.jsonl"), all_pictures),
+    Reader("image cache", "text", *picture_cache("u8"), heals=True),
+    Reader("image cache's index", "json", *picture_cache("json"), heals=True),
+    Reader("latents", "text", make_shards, read_shards, heals=True),
+    Reader("FID statistics", "archive", make_statistics, fid._read, heals=True),
+    Reader("metrics.jsonl", "json", written("metrics.jsonl", '{"step": 1, "loss": 2}\n' * 9), lines, heals=True),
+    Reader("TorchScript", "text", torchscript, lambda f: open_features(str(f), CPU)),
+    Reader("archive, zip", "packed", *archive("zip")),
+    Reader("archive, tar.gz", "packed", *archive("gztar")),
+    Reader("CIFAR-10", "text", cifar, lambda f: hub.cifar_set(f.parent)),
+]  # fmt: skip
+# what may be read, although it is not what was written: there is nothing in it that could be wrong
+HARMLESS = {
+    ("prompts", "*"), ("merges.txt", "*"), ("metadata.jsonl", "*"), ("tokenizer_config.json", "*"),
+    ("scheduler_config.json", "nothing in it"), ("VAE config.json", "nothing in it"),
+    ("foreign .safetensors", "no tensors"), ("resume", "missing"), ("image", "cut at 90 %"),
+    ("archive, tar.gz", "*"),
+    ("scheduler_config.json", "missing"), ("vocabulary, gzip", "*"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def good(model):
+    """Where the finished run's files are."""
+    global GOOD
+    GOOD = model.parent
+    return GOOD
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: r.name)
+def test_hostile_files(reader, tmp_path, monkeypatch):
+    """The whole corpus of its kind; each is refused in one line, or made again."""
+    passed = {}
+    for i, (name, attack) in enumerate(attacks(reader.kind).items()):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        file = reader.make(folder)
+        assert i or watched(reader, file) is None, "the good file is refused"
+        if file.exists():
+            attack(file)
+            passed[name] = watched(reader, file)
+        shutil.rmtree(folder, ignore_errors=True)
+    if not reader.heals:
+        free = {what for who, what in HARMLESS if who == reader.name}
+        read = {name for name, told in passed.items() if told is None}
+        assert "*" in free or read <= free, read - free
+    assert len(passed) > 15
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: r.name)
+def test_fuzzed_files(reader, tmp_path, monkeypatch):
+    """Random edits of good files: whatever comes of them, it is no crash."""
+    monkeypatch.chdir(tmp_path)
+    file = reader.make(tmp_path)
+    data, text = file.read_bytes(), None
+    if reader.kind == "json" and not file.name.endswith("jsonl"):
+        text = json.loads(data)
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    quick = settings(max_examples=FUZZ, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=list(HealthCheck))  # fmt: skip
+
+    def attempt(content: bytes) -> None:
+        for path, before in kept.items():
+            path.write_bytes(before)
+        file.write_bytes(content)
+        watched(reader, file)
+
+    quick(given(edits())(lambda changes: attempt(edited(data, changes))))()
+    if text is not None:
+        quick(given(json_changes())(lambda c: attempt(json.dumps(json_edited(text, c)).encode())))()
+
+
+# --- names, links, archives --------------------------------------------------------------------------
+
+
+def test_nothing_is_written_beside_an_archive(tmp_path):
+    """Names with .., absolute ones and links lead nowhere."""
+    (tmp_path / "secret.txt").write_text("s")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        for name in ("../../escaped.png", "/escaped.png", "..\\escaped.png", "ok/1.png"):
+            z.writestr(name, b"x")
+    hub.fetch((tmp_path / "a.zip").as_uri(), tmp_path / "deep" / "from_zip")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as t:
+        t.addfile(tarfile.TarInfo("folder/empty.png"))
+        some = tarfile.TarInfo("1.png")
+        some.size = 3
+        t.addfile(some, io.BytesIO(b"abc"))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "../../secret.txt"
+        t.addfile(link)
+    with pytest.raises(UserError, match="could not be fetched.*outside"):
+        hub.fetch((tmp_path / "a.tar.gz").as_uri(), tmp_path / "deep" / "from_tar")
+    outside = {p.name for p in tmp_path.iterdir()} | {p.name for p in (tmp_path / "deep").iterdir()}
+    assert not any("escaped" in name for name in outside) and not Path("/escaped.png").exists()
+    assert (tmp_path / "deep" / "from_zip" / "ok" / "1.png").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_an_archive_that_would_fill_the_disk(tmp_path, kind):
+    size = 1 << 28
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("1.png", bytes(size))
+    else:
+        with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as t:
+            info = tarfile.TarInfo("1.png")
+            info.size = size
+            t.addfile(info, io.BytesIO(bytes(size)))
+    with pytest.raises(UserError, match="would become 268,435,456: not an archive of images"):
+        hub.fetch((tmp_path / f"a.{kind}").as_uri(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.*unpacked"))
+
+
+def test_links_out_of_the_data_folder_are_not_followed(tmp_path, capsys):
+    """Within the folder they are; the folder itself may be one."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data, other):
+        folder.mkdir()
+        pictures(folder, "0.png")
+    (other / "more").mkdir()
+    pictures(other / "more", "0.png")
+    (data / "out.png").symlink_to(other / "0.png")
+    (data / "out").symlink_to(other / "more")
+    (data / "in.png").symlink_to("0.png")
+    (data / "1.txt").unlink()
+    (tmp_path / "secret").write_text("SECRET")
+    (data / "1.txt").symlink_to(tmp_path / "secret")
+    (tmp_path / "link").symlink_to(data)
+    for root in (data, tmp_path / "link"):
+        images = folder_set(root)
+        assert images.names == ["0.png", "1.png", "in.png"]
+        assert "SECRET" not in images.captions
+        told = capsys.readouterr().out
+        assert "2 of 5 entries are links that lead out of the folder" in told and "out.png" in told
+        assert "leads out of the data folder; not read" in told
+    (data / "metadata.jsonl").symlink_to(other / "1.txt")
+    assert folder_set(data).captions is not None
+    assert "metadata.jsonl' leads out of the data folder" in capsys.readouterr().out
+
+
+def test_names_of_another_folder_in_metadata(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pictures(data, "0.png")
+    names = ["../../etc/passwd", "/etc/passwd", "0.png"]
+    (data / "metadata.jsonl").write_text(
+        "".join(
+            json.dumps({"file_name": n, "text": f"of {n}\u2028x"}, ensure_ascii=False) + "\n"
+            for n in names
+        )
+    )  # a line separator of Unicode's ends no line of JSON
+    images = folder_set(data)
+    assert images.names == ["0.png", "1.png"] and images.captions[0] == "of 0.png x"
+
+
+def test_captions_that_never_end(tmp_path, capsys):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_bytes("é".encode() * 10**6)
+    images = folder_set(tmp_path)
+    assert images.captions[0].startswith("éé") and len(images.captions[0]) == 1 << 15
+    assert "more than 65,536 bytes; cut off" in capsys.readouterr().out
+
+
+def test_a_postscript_program_is_no_image(tmp_path, monkeypatch):
+    """Pillow knows a file by its content, and gives EPS to Ghostscript."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("it runs"))
+    (tmp_path / "a.png").write_text(EPS)
+    with pytest.raises(BadImage, match="not an image"):
+        read_image(tmp_path / "a.png", 8)
+
+
+def test_a_checkpoint_that_claims_a_giant_network(good, tmp_path):
+    """Nothing is built before the weights are seen to fit."""
+    state = checkpoint.read(good / "model.pt")
+    state["config"] |= {"unet_dim": 1 << 16, "dim_mults": (1, 64)}
+    torch.save(state, tmp_path / "a.pt")
+    reader = Reader("giant", "checkpoint", copied("model.pt"), Pipeline.load)
+    assert "does not fit its own configuration" in watched(reader, tmp_path / "a.pt")
+
+
+def test_networks_are_kept_where_no_other_user_writes(monkeypatch, tmp_path):
+    """clean-fid's own place is /tmp, where anybody can lay a file before us."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert features.cache_folder() == tmp_path / ".cache" / "diffusion"
+    seen = []
+    monkeypatch.setattr("diffusion.evaluation.features._fetch", lambda file: seen.append(file))
+    with pytest.raises(UserError, match="cannot be read as TorchScript"):
+        open_features(None, CPU)
+    assert seen == [tmp_path / ".cache" / "diffusion" / features.INCEPTION]
+
+
+def test_tensorboard_gets_no_text_of_captions_or_file_names(model):
+    """Its text panel renders Markdown; tags are names of numbers, and all of them are ours."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(model.parent / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert not tags["tensors"]
+    assert set(tags["scalars"]) <= features.RESERVED
+    assert features.name_of("<img src=x onerror=alert(1)>.pt") == "img_src_x_onerror_alert_1"

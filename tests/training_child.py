@@ -1,0 +1,106 @@
+"""A training process that dies where it is told to; test_faults.py forks it from a warm server.
+
+Real processes and real signals. Dying at a place (half a checkpoint on the disk, the hundredth image
+of a cache, the third step of a sampler) is done from within: from outside one would hit it by luck.
+"""
+
+import os
+import signal
+
+import torch
+import torch._dynamo  # noqa: F401 - what takes seconds is imported before the fork
+import torch.utils.tensorboard  # noqa: F401
+
+from diffusion import distributed
+from diffusion.config import Config, run_script
+from diffusion.data import cache, encoded
+from diffusion.training import tasks, trainer
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def countdown(n: int):
+    """A function that kills this process at its n-th call."""
+    left = [n]
+
+    def tick():
+        left[0] -= 1
+        if left[0] <= 0:
+            die()
+
+    return tick
+
+
+def at_checkpoint(n: int) -> None:
+    """Before one of the writes, renames and links of which saving consists; when n is a multiple
+    of 3, with half of the file on the disk."""
+    tick = countdown(n)
+    real = {name: getattr(os, name) for name in ("replace", "fsync", "link")}
+
+    def before(name):
+        def call(*args, **options):
+            if name == "fsync" and n % 3 == 0 and os.fstat(args[0]).st_size > n << 10:
+                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                die()
+            tick()
+            return real[name](*args, **options)
+
+        return call
+
+    for name in real:
+        setattr(os, name, before(name))
+
+
+def at_image(n: int) -> None:
+    tick, real = countdown(n), cache.decode_all
+
+    def decode_all(*args):
+        for image in real(*args):
+            tick()
+            yield image
+
+    cache.decode_all = decode_all
+
+
+def at_latents(n: int) -> None:
+    tick, real = countdown(n), encoded.to_unit
+
+    def to_unit(*args):
+        tick()
+        return real(*args)
+
+    encoded.to_unit = to_unit
+
+
+def at_sampling(n: int) -> None:
+    tick, real = countdown(n), tasks.Diffusion.frames
+
+    def frames(self, *args):
+        for frame in real(self, *args):
+            tick()
+            yield frame
+
+    tasks.Diffusion.frames = frames
+
+
+PLACES = {"checkpoint": at_checkpoint, "cache": at_image, "latents": at_latents,
+          "sampling": at_sampling}  # fmt: skip
+
+
+def run(options: dict, output: str, place: str | None, n: int) -> None:
+    """What train.py does. place, n: die there, at the n-th time."""
+    torch.set_num_threads(1)  # the same in each: sums in another order are other bits
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if place is not None:
+        PLACES[place](n)
+
+    def main() -> None:
+        trainer.train(Config(**options))
+        distributed.cleanup()
+
+    run_script(main)

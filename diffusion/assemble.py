@@ -93,7 +93,7 @@ class Parts:
         return [name for name, kept in (frozen or {}).items() if self.frozen.get(name) != kept]
 
     def compare(self, frozen: dict | None, other_vae: bool, where: str) -> None:
-        """Warn of another one than the model was trained with, unless it is another VAE's turn."""
+        """Warn of what the model was not trained with, unless another VAE was asked for."""
         names = [n for n in self.changed(frozen) if not (other_vae and n.startswith("VAE"))]
         if names:
             log(f"warning: {where} was trained with another {' and '.join(names)} than is there "
@@ -105,7 +105,7 @@ class Parts:
         if self.unet is not None:
             self.unet.checkpointing = c.checkpointing
             unet = self.unet.float().requires_grad_(True)
-            c, text = self.config, self.reader
+            text = self.reader
             return (unet if text is None else TextConditioned(unet, text, c.clip_skip)).train()
         classes = num_classes if c.condition == "class" else 0
         unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)

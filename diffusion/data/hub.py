@@ -215,15 +215,10 @@ class StreamBatches(StepBatches):
     def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True,
                  default_caption: str = ""):  # fmt: skip
         super().__init__()
-        self.default_caption = default_caption
         self.data, self.image, self.text, self.label = _load(path, streaming=True)
-        self.path, self.size, self.batch_size, self.seed, self.flip = (
-            path,
-            size,
-            batch_size,
-            seed,
-            flip,
-        )
+        self.path, self.size, self.batch_size = path, size, batch_size
+        self.seed, self.flip, self.default_caption = seed, flip, default_caption
+        self.captioned = bool(self.text or default_caption)
         self.classes = self.data.features[self.label].names if self.label else []
         self.length: int | None = None
         self.blocks: dict[int, list] = {}
@@ -236,10 +231,6 @@ class StreamBatches(StepBatches):
 
     def __len__(self) -> int:
         return self.length or 0
-
-    @property
-    def captioned(self) -> bool:
-        return self.text is not None or bool(self.default_caption)
 
     def describe(self) -> str:
         return f"a stream, its first {self.HELD_OUT} images held out"

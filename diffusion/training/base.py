@@ -16,21 +16,18 @@ DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text
            "schedule", "zero_snr", "objective")  # fmt: skip
 USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config", "sampler", "sample_steps",
          "guidance_scale")  # fmt: skip
-
-
-FIELDS = dataclasses.fields(Config)
-DEFAULTS = {f.name: f.default for f in FIELDS}
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 def based_on(config: Config, given: set[str] | None = None) -> Config:
-    """The configuration with what a base model decides, or a Stable Diffusion model.
+    """The configuration with what the base model, or Stable Diffusion's, decides.
 
     given: names of the options that were given; None: those that differ from the defaults.
     Captions are not hidden (condition_dropout 0) unless asked for: without a caption the model is
     to stay what it is. Raises UserError for options that contradict the base or each other.
     """
     if given is None:
-        given = {f.name for f in FIELDS if getattr(config, f.name) != f.default}
+        given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
     if not config.adapts:
         config = dataclasses.replace(config, **own_settings(config, given))
         return check_used(config, given)

@@ -25,7 +25,7 @@ from ..distributed import log, progress
 from ..evaluation.viz import grid, save_png, strip
 from ..training.run import claim
 from ..weights.checkpoint import read_lines, write_text
-from ..weights.files import read_json
+from ..weights.guards import read_json
 from . import runner
 from .judge import Judge, read_images
 from .plan import Cell, Settings, cells_of

@@ -35,7 +35,8 @@ from .process.schedule import (
 )  # fmt: skip
 from .sizes import text_config, unet_config
 from .weights.checkpoint import load_weights
-from .weights.loader import build, fit, load_sd, read_scheduler
+from .weights.fitting import build, fit
+from .weights.loader import load_sd, read_scheduler
 from .weights.vae import load_vae
 
 TILE = 64  # latent pixels of a tile's side
@@ -92,7 +93,7 @@ class Parts:
         return [name for name, kept in (frozen or {}).items() if self.frozen.get(name) != kept]
 
     def compare(self, frozen: dict | None, other_vae: bool, where: str) -> None:
-        """Warn of another one than the model was trained with, unless it is another VAE's turn."""
+        """Warn of what the model was not trained with, unless another VAE was asked for."""
         names = [n for n in self.changed(frozen) if not (other_vae and n.startswith("VAE"))]
         if names:
             log(f"warning: {where} was trained with another {' and '.join(names)} than is there "
@@ -104,7 +105,7 @@ class Parts:
         if self.unet is not None:
             self.unet.checkpointing = c.checkpointing
             unet = self.unet.float().requires_grad_(True)
-            c, text = self.config, self.reader
+            text = self.reader
             return (unet if text is None else TextConditioned(unet, text, c.clip_skip)).train()
         classes = num_classes if c.condition == "class" else 0
         unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)
@@ -261,6 +262,8 @@ def open_base(
 
 def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, options):
     """As it is, its weights in the precision of --amp."""
+    if config is not None and Path(path).is_dir():
+        raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(amp, device)
     scheduler = read_scheduler(path, config)
     settings = Config(mode="latent", condition="text", sd_path=str(path), sd_config=config,

@@ -15,29 +15,12 @@ from dataclasses import dataclass, field, fields
 
 from . import UserError
 from .presets import PRESET_OF_DATA, PRESETS
+from .rules import RULES
 
 
 def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: bool = False):
     metadata = {"group": group, "help": help, "choices": choices, "free": free}
     return field(default=default, metadata=metadata)
-
-
-RULES = (
-    ("it must be above 0", lambda v: v > 0,
-     "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
-     "save_and_sample_every log_every keep_last sample_steps fid_every text_dim text_layers "
-     "clip_skip rank_timeout latent_channels layers_per_block rank alpha vectors class_images"),
-    ("it cannot be negative", lambda v: v >= 0,
-     "grad_clip weight_decay min_snr_gamma lr_warmup_steps num_samples num_workers noise_offset "
-     "kl_weight perceptual_weight prior_weight"),
-    ("it must be in [0, 1)", lambda v: 0 <= v < 1, "ema_decay dropout lora_dropout"),
-    ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
-    ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images"),
-    ("it must be at least 3", lambda v: v >= 3, "text_length"),
-    ("it must be at most 1,000,000", lambda v: v <= 1_000_000, "time_steps"),
-    ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
-    ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0, "dim_mults"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -278,8 +261,11 @@ def add_config_arguments(parser: Parser) -> None:
 def config_from_args(values: dict, preset: str | None = None) -> Config:
     """Defaults, then the preset, then what was given.
 
-    With no preset named, --data NAME brings its own (PRESET_OF_DATA); preset "none" prevents that.
+    With no preset named, --sd_path brings fine_tune, unless an adapter is trained, and --data NAME
+    its own (PRESET_OF_DATA); preset "none" prevents that.
     """
+    if preset is None and values.get("sd_path") is not None:
+        preset = "fine_tune" if values.get("adapter", "none") == "none" else "none"
     if preset is None:
         preset = PRESET_OF_DATA.get(values.get("data", "toy"), "none")
     if preset != "none" and preset not in PRESETS:

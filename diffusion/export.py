@@ -16,7 +16,8 @@ from . import UserError
 from .config import Parser, run_script
 from .models.clip import CLIPTextModel
 from .weights.checkpoint import load_weights
-from .weights.loader import build, fit, load_sd, save_sd_file, save_sd_folder
+from .weights.fitting import build, fit
+from .weights.loader import load_sd, save_sd_file, save_sd_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -32,10 +32,15 @@ PRESETS: dict[str, dict] = {
         lr_warmup_steps=100, loss="l2", save_and_sample_every=500, num_samples=16,
         sampler="dpmpp_2m", sample_steps=20, guidance_scale=3.0, save_folder="results/sd_tiny",
     ),
+    # what --sd_path means where neither --preset nor --adapter is given; the size is the model's
+    "fine_tune": dict(
+        mode="latent", condition="text", objective="eps", loss="l2", learning_rate=1e-5,
+        num_samples=4, guidance_scale=7.5,
+    ),
     # fine-tuning, 4 GPUs: torchrun --nproc_per_node=4 train.py --preset anime_sd15 --sd_path PATH
     "anime_sd15": dict(
         mode="latent", data="hf:none-yet/anime-captions", image_size=512, condition="text",
-        objective="eps", schedule="scaled_linear", loss="l2", batch_size=128, train_steps=50_000,
+        objective="eps", loss="l2", batch_size=128, train_steps=50_000,
         learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995, amp="fp16",
         save_and_sample_every=500, num_samples=4, guidance_scale=7.5,
     ),

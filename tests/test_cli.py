@@ -119,10 +119,10 @@ def test_dry_run_counts_right():
     from diffusion.training.summary import forward_cost
 
     made = Config(unet_dim=8, dim_mults=(1,), heads=2, image_size=8)
-    parameters, flops, kept = forward_cost(made, 0)
+    parameters, trained, flops, kept = forward_cost(made, 0)
     from diffusion.pipeline import build_model
 
-    assert parameters == sum(p.numel() for p in build_model(made, 0).parameters())
+    assert parameters == trained == sum(p.numel() for p in build_model(made, 0).parameters())
     n = 64  # positions
     convs = 2 * n * 9 * (3 * 8 + 2 * 8 * 8 * 4 + 3 * (16 * 8 + 8 * 8)) + 2 * n * (
         3 * 16 * 8 + 8 * 3

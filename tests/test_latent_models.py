@@ -1,5 +1,6 @@
 """What a latent model is told, what it remembers, and which options it has a use for."""
 
+import io
 import json
 import shutil
 import sys
@@ -10,20 +11,25 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_latent import CPU, latent, options_of, sd_folder, vae  # noqa: F401
+from test_adapter_training import INVERSION, LORA, on_scratch, on_sd, scratch  # noqa: F401
+from test_latent import CPU, UNREAD, latent, options_of, plain, sd_folder, vae  # noqa: F401
 from test_training import tiny  # noqa: F401
 from torch.testing import assert_close
 
 from diffusion import UserError, export
 from diffusion.assemble import load_vae, open_parts, open_pipeline
-from diffusion.config import Config
+from diffusion.config import PRESETS, Config, config_from_args
+from diffusion.data import toy
 from diffusion.models.clip import CLIPTextModel
 from diffusion.models.sd_blocks import Attention
 from diffusion.models.sd_unet import SDUNet
 from diffusion.models.tokenizer import byte_level
 from diffusion.sizes import text_config, unet_config, vae_config
 from diffusion.training.autoencoder import KLAutoencoder
+from diffusion.training.base import based_on
 from diffusion.training.latents import LatentDiffusion
+from diffusion.training.summary import forward_cost
+from diffusion.training.tasks import Diffusion
 from diffusion.training.trainer import train
 from diffusion.weights import checkpoint, loader
 from diffusion.weights.guards import digest_tensors
@@ -32,8 +38,10 @@ from diffusion.weights.guards import digest_tensors
 
 
 def test_classes_are_learnt_and_drawn(latent, tmp_path):  # noqa: F811
-    options = latent | dict(
-        condition="class", learning_rate=1e-2, train_steps=20, condition_dropout=0.5
+    options = (
+        latent
+        | UNREAD
+        | dict(condition="class", learning_rate=1e-2, train_steps=20, condition_dropout=0.5)
     )
     task = LatentDiffusion(Config(**options), CPU)
     network = task.build()
@@ -97,13 +105,14 @@ def shift(path) -> None:
 
 def test_another_vae_under_the_same_path(latent, vae, tmp_path, capfd):  # noqa: F811
     shutil.copytree(vae, tmp_path / "vae")
-    options = latent | dict(vae=str(tmp_path / "vae"), train_steps=4)
+    options = latent | dict(vae=str(tmp_path / "vae"), train_steps=4, text_length=128)
     train(Config(**options))
     run, moved = tmp_path / "run" / "model.pt", tmp_path / "moved"
     weights = checkpoint.load_weights(tmp_path / "run" / "ema.safetensors")[2]
     assert weights["frozen"] == checkpoint.load_weights(run)[2]["frozen"]
     (tmp_path / "vae").rename(moved)
-    train(Config(**options | dict(vae=str(moved), train_steps=6)))  # the same one elsewhere
+    options |= dict(vae=str(moved))
+    train(Config(**options | dict(train_steps=6)))  # the same one elsewhere
     capfd.readouterr()
     open_pipeline(str(run), None, "ema", CPU)
     assert "warning" not in capfd.readouterr().out
@@ -113,7 +122,7 @@ def test_another_vae_under_the_same_path(latent, vae, tmp_path, capfd):  # noqa:
     open_pipeline(str(run), None, "ema", CPU, vae=str(moved))
     assert "warning" not in capfd.readouterr().out
     with pytest.raises(UserError, match="trained with another VAE than there is now"):
-        train(Config(**options | dict(vae=str(moved), train_steps=8)))
+        train(Config(**options | dict(train_steps=8)))
     state = checkpoint.read(run)
     old = {k: v for k, v in state.items() if k != "frozen"}  # of before digests were kept
     (tmp_path / "old").mkdir()
@@ -267,3 +276,174 @@ def test_models_that_have_moved_are_measured_and_shown(latent, vae, faces, tmp_p
     monkeypatch.setattr(sys, "argv", [*measured[:2], str(faces), *measured[3:]])
     with pytest.raises(UserError, match="are parts of a model"):
         metrics.main()
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(mode="latent", vae="x", heads=8, dropout=0.1), "--heads, --dropout: nothing without --mode pixel"),
+    (dict(mode="vae", noise_offset=0.1), "--noise_offset: nothing without --mode pixel or latent"),
+    (dict(mode="vae", checkpointing=True), "--checkpointing: nothing"),
+    (dict(mode="vae", vae="x"), "--vae: nothing without --mode latent"),
+    (dict(vae="x", layers_per_block=3), "--vae: nothing without --mode latent"),
+    (dict(mode="latent", vae="x", clip_skip=2), "--clip_skip: nothing without --sd_path"),
+    (dict(mode="latent", vae="x", sd_config="y"), "--sd_config: nothing without --sd_path FILE"),
+    (dict(mode="latent", vae="x", text_dim=64), "--text_dim: nothing without --condition text from scratch"),
+    (dict(validation_prompts="x"), "--validation_prompts: nothing without --condition text"),
+    (dict(sd_path="x", schedule="linear", time_steps=20), "--schedule, --time_steps: nothing without a network from scratch"),
+    (dict(sd_path="x", text_encoder="scratch"), "--text_encoder: nothing"),
+    (dict(sd_path="x", unet_dim=32), "--unet_dim: nothing"),
+    (dict(sd_path="x", layers_per_block=1), "--layers_per_block: nothing"),
+    (dict(sd_path="x", adapter="lora", vectors=2), "--vectors: nothing without --adapter textual_inversion"),
+])  # fmt: skip
+def test_options_that_would_do_nothing(change, told):
+    made = dict(mode="latent", condition="text", objective="eps") if "sd_path" in change else {}
+    with pytest.raises(UserError, match=told):
+        based_on(Config(**made | change))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_give_no_option_that_does_nothing(preset):
+    sd = {"sd_path": "x"} if preset in ("anime_sd15", "fine_tune") else {}
+    based_on(config_from_args(sd, preset))
+
+
+def test_useless_options_of_sample(sd_folder, monkeypatch):  # noqa: F811
+    import sample
+
+    for args, told in (
+        (("--sd_path", sd_folder, "--config", sd_folder), "describes a single file"),
+        (("--sd_path", sd_folder, "--negative_prompt", "x"), "give --prompt as well"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *args])
+        with pytest.raises(UserError, match=told):
+            sample.main()
+
+
+def test_a_stable_diffusion_model_brings_its_settings(sd_folder, tmp_path):  # noqa: F811
+    made = lambda **given: based_on(config_from_args(given), set(given))  # noqa: E731
+    config = made(sd_path=sd_folder, data="somewhere")
+    found = (
+        config.mode,
+        config.condition,
+        config.objective,
+        config.loss,
+        config.learning_rate,
+        config.image_size,
+    )
+    assert found == ("latent", "text", "eps", "l2", 1e-5, 32)
+    assert made(sd_path=sd_folder, learning_rate=1e-4, image_size=64).image_size == 64
+    assert made(sd_path=sd_folder, learning_rate=1e-4).learning_rate == 1e-4
+    assert made(sd_path="some.safetensors").image_size == 512
+    folder = tmp_path / "v"
+    shutil.copytree(sd_folder, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    assert made(sd_path=str(folder)).objective == "v"
+    lora = made(sd_path=sd_folder, adapter="lora", data="toy")
+    assert (lora.image_size, lora.learning_rate, lora.unet_dim) == (32, 1e-3, 64)
+
+
+def test_noise_offset_in_pixels(tiny):  # noqa: F811
+    plain, moved = (
+        Diffusion(Config(**tiny | dict(noise_offset=o)), CPU).draw(1)[1] for o in (0.0, 0.5)
+    )
+    difference = moved - plain
+    assert_close(difference, difference[:, :, :1, :1].expand_as(difference))
+    assert 0.2 < difference.std() < 1
+
+
+def test_dry_run_describes_what_is_trained(latent, tiny, sd_folder, scratch, tmp_path):  # noqa: F811
+    def counted(**options):
+        config = based_on(Config(**options))
+        return forward_cost(config, 3), config
+
+    size = lambda network: sum(p.numel() for p in network.parameters())  # noqa: E731
+    vae_run = plain(tiny, "time_steps", "sample_steps") | dict(
+        mode="vae", condition="none", unet_dim=16
+    )
+    (total, trained, flops, kept), config = counted(**vae_run)
+    assert total == trained == size(KLAutoencoder(vae_config(config))) and flops > 0 and kept > 0
+    for change in (dict(condition="text"), UNREAD | dict(condition="class"), options_of(sd_folder)):
+        (total, trained, flops, kept), config = counted(**latent | change)
+        network = open_parts(config, CPU).build(3)
+        assert total == trained == size(network) and flops > 0 and kept > 0
+    for change in (LORA, INVERSION):
+        (total, trained, _, _), config = counted(
+            **on_scratch(scratch) | change | dict(data=str(tmp_path))
+        )
+        base = size(open_parts(config, CPU).build(0))
+        assert total == base + trained and 0 < trained < base / 4
+    inverted = INVERSION["vectors"] * 32
+    assert trained == inverted
+    (total, trained, _, _), _ = counted(**on_sd(sd_folder) | LORA)
+    assert 0 < trained < total / 4
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read(latent, tmp_path):  # noqa: F811
+    """With --no_cache, the next one stands in for it, with its own class and caption; also when
+    the latents are there already."""
+    data = tmp_path / "data"
+    for i in range(12):
+        folder = data / "ab"[i // 6]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(toy.draw(i, 16)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"caption {i}")
+    (data / "a" / "05.png").write_bytes(b"broken")
+    for _ in range(2):  # computed, then read
+        for condition in ("class", "text"):
+            options = latent | dict(condition=condition, data=str(data), cache=False)
+            task = LatentDiffusion(Config(**options), CPU)
+            none = np.zeros(2, int)
+            batch = task.data._encoded(np.array([5, 6]), none.astype(bool), none)
+            assert torch.equal(*batch.moments) and batch.labels.tolist() == [1, 1]
+            assert condition != "text" or torch.equal(*batch.text)
+
+
+def test_default_caption_of_hub_sets(latent, tmp_path, monkeypatch):  # noqa: F811
+    datasets = pytest.importorskip("datasets")
+    from diffusion.data import hub
+
+    pictures = []
+    for i in range(12):
+        file = io.BytesIO()
+        Image.fromarray(toy.draw(i, 16)).save(file, "PNG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 4)
+    for name, columns in (
+        ("none", {}),
+        ("some", {"text": [None if i % 2 else f"t{i}" for i in range(12)]}),
+    ):
+        features = {"image": datasets.Image()} | {k: datasets.Value("string") for k in columns}
+        made = datasets.Dataset.from_dict(
+            {"image": pictures} | columns, features=datasets.Features(features)
+        )
+        (tmp_path / name).mkdir()
+        made.to_parquet(tmp_path / name / "x.parquet")
+        for streaming in (False, True):
+            task = LatentDiffusion(Config(**latent | dict(
+                data=f"hf:{tmp_path / name}", default_caption="grey", streaming=streaming, batch_size=8)), CPU)  # fmt: skip
+            told = task.data(0, 0, 8).captions if streaming else task.captions
+            assert ("grey" in told) and (set(told) == {"grey"}) == (name == "none")
+
+
+def test_long_captions_are_told(latent, faces, capfd):  # noqa: F811
+    LatentDiffusion(Config(**latent | dict(text_length=20)), CPU)
+    out = capfd.readouterr().out
+    assert out.count("captions are longer than 18 tokens") == 1 and "120 of 120" in out
+    LatentDiffusion(Config(**latent | dict(text_length=256)), CPU)
+    assert "longer than" not in capfd.readouterr().out
+
+
+def test_a_tokenizer_of_another_model(sd_folder, tmp_path):  # noqa: F811
+    folder = tmp_path / "sd"
+    shutil.copytree(sd_folder, folder)
+    file = folder / "tokenizer" / "added_tokens.json"
+    size = len(json.loads((folder / "tokenizer" / "vocab.json").read_text()))
+    file.write_text(json.dumps({"<more>": size}))
+    with pytest.raises(UserError, match=f"{size + 1} tokens, the text encoder vectors of {size}"):
+        open_pipeline(None, str(folder), "ema", CPU)

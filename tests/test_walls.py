@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "diffusion").rglob("*.py"), *ROOT.glob("*.py")])
-ORDER = [{"presets", "seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline", "sizes"}, {"latent"}, {"adapters"}, {"assemble"}, {"export"},
+ORDER = [{"presets", "rules", "seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline", "sizes"}, {"latent"}, {"adapters"}, {"assemble"}, {"export"},
          {"evaluation"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
 FOREIGN = {
     "diffusers",

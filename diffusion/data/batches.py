@@ -59,6 +59,10 @@ class Pixels:
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             return np.stack(list(pool.map(self._read, indices)))
 
+    def shown(self, indices: np.ndarray) -> list[int]:
+        """The images that are seen at these places: others for those that cannot be read."""
+        return [self.instead.get(int(i), int(i)) for i in indices]
+
     def _read(self, index: int) -> np.ndarray:
         """Image `index`; in place of one that cannot be read, the next that can."""
         for i in range(index, index + len(self)):
@@ -154,7 +158,7 @@ class Batches(StepBatches):
         return self._batch(self.pixels[chosen], chosen)
 
     def _batch(self, pixels: np.ndarray, chosen: np.ndarray) -> Batch:
-        labels = self.labels[[self.pixels.instead.get(int(i), int(i)) for i in chosen]]
+        labels = self.labels[self.pixels.shown(chosen)]
         return Batch(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels))
 
 
@@ -176,7 +180,8 @@ def open_batches(config: Config):
         if config.data_class != "all":
             raise UserError("--data_class picks from a whole set: drop it, or --streaming")
         size, batch_size = config.image_size, config.batch_size
-        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip)
+        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip,
+                               config.default_caption)  # fmt: skip
         if config.condition == "class" and not stream.classes:
             raise UserError(f"--condition class: {config.data} has no column of class labels")
         return stream

@@ -7,6 +7,7 @@ numbers depend on. A build that is cut off goes on with the shards that are miss
 the work. The index of an entry is its image's or its caption's.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from .. import UserError
 from ..distributed import barrier, log, progress, rank, world_size
 from ..seeding import generator
-from ..weights.guards import digest_tensors
+from ..weights.checkpoint import write_text
+from ..weights.guards import digest_tensors, read_json
 from .batches import Batch, Batches, Pixels, to_unit
 from .cache import TRANSFORM
 from .datasets import digest
@@ -35,13 +37,16 @@ def weights_digest(model: nn.Module) -> str:
 class Shards:
     """(count, *shape) float16 on disk; a shard is computed where it is missing or damaged.
 
-    compute(indices): (n, *shape) float tensor of entries with these indices.
+    compute(indices): (n, *shape) float tensor of entries with these indices. instead: entries that
+        others stand in for, known when compute has made them, and kept beside their shard.
     Raises UserError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, count: int, shape: tuple[int, ...],
-                 compute: Callable[[range], Tensor], batch: int, what: str):  # fmt: skip
+                 compute: Callable[[range], Tensor], batch: int, what: str,
+                 instead: dict[int, int] | None = None):  # fmt: skip
         self.folder, self.count, self.shape = folder, count, tuple(shape)
+        self.instead = {} if instead is None else instead
         shards = range(-(-count // SHARD))
         missing = [s for s in shards if self._open(s) is None]
         barrier()  # all ranks have looked before one writes
@@ -55,6 +60,8 @@ class Shards:
         self.arrays = [self._open(s) for s in shards]
         if any(array is None for array in self.arrays):
             raise UserError(f"{folder} changed while it was read; start again")
+        for file in folder.glob("*.json"):
+            self.instead |= {int(i): j for i, j in read_json(file).items()}
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """(n, *shape) float16."""
@@ -91,6 +98,8 @@ class Shards:
                 if not np.isfinite(values).all():
                     raise UserError(f"{what}: the network made non-finite numbers; try --amp no")
                 path = self.folder / f"{shard:05d}.npy"
+                if others := {i: self.instead[i] for i in entries if i in self.instead}:
+                    write_text(path.with_suffix(".json"), json.dumps(others))
                 temporary = path.with_suffix(f".{os.getpid()}.tmp")
                 with open(temporary, "wb") as out:
                     np.save(out, values)
@@ -119,7 +128,8 @@ def image_latents(
         return torch.stack([torch.stack(encode(view), 1) for view in views], 1)
 
     shape = (2 if flip else 1, 2, *shape)
-    return Shards(cache_dir / name, len(pixels), shape, compute, batch, "latents of the images")
+    return Shards(cache_dir / name, len(pixels), shape, compute, batch, "latents of the images",
+                  pixels.instead)  # fmt: skip
 
 
 def caption_embeddings(
@@ -168,10 +178,11 @@ class EncodedBatches(Batches):
     def _encoded(self, chosen: np.ndarray, flips: np.ndarray, which: np.ndarray) -> Batch:
         views = self.latents[chosen]  # (b, F, 2, C, h, w)
         moments = torch.from_numpy(views[np.arange(len(chosen)), flips.astype(int)])
-        labels = torch.from_numpy(self.labels[chosen])
-        return Batch(None, labels, moments, self.told(chosen, which))
+        shown = self.pixels.shown(chosen)
+        labels = torch.from_numpy(self.labels[shown])
+        return Batch(None, labels, moments, self.told(shown, which))
 
-    def told(self, chosen: np.ndarray, which: np.ndarray) -> Tensor | None:
+    def told(self, chosen: list[int], which: np.ndarray) -> Tensor | None:
         if self.text is None:
             return None
         text = self.text[self.text_of[chosen, which]]

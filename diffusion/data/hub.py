@@ -187,7 +187,9 @@ def hub_set(path: str, default_caption: str = "") -> ImageSet:
     """The train split of a hub set (or a local folder of parquet files), downloaded."""
     data, image, text, label = _load(path, streaming=False)
     files = [f["filename"] for f in data.cache_files]
-    captions = [str(c or default_caption) for c in data[text]] if text else None
+    captions = [default_caption] * len(data) if default_caption else None
+    if text:
+        captions = [str(c or default_caption) for c in data[text]]
     return ImageSet(
         name=f"hf:{path}",
         names=[f"{path}/{i:08d}" for i in range(len(data))],
@@ -210,16 +212,13 @@ class StreamBatches(StepBatches):
 
     BLOCK, HELD_OUT = 1024, 128
 
-    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True):
+    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True,
+                 default_caption: str = ""):  # fmt: skip
         super().__init__()
         self.data, self.image, self.text, self.label = _load(path, streaming=True)
-        self.path, self.size, self.batch_size, self.seed, self.flip = (
-            path,
-            size,
-            batch_size,
-            seed,
-            flip,
-        )
+        self.path, self.size, self.batch_size = path, size, batch_size
+        self.seed, self.flip, self.default_caption = seed, flip, default_caption
+        self.captioned = bool(self.text or default_caption)
         self.classes = self.data.features[self.label].names if self.label else []
         self.length: int | None = None
         self.blocks: dict[int, list] = {}
@@ -246,7 +245,7 @@ class StreamBatches(StepBatches):
             log(f"warning: an image of hf:{self.path} is skipped: {error}")
             return None
         caption = " ".join(str(row[self.text] or "").split()) if self.text else ""
-        return pixels, row[self.label] if self.label else -1, caption
+        return pixels, row[self.label] if self.label else -1, caption or self.default_caption
 
     def _block(self, b: int) -> list[dict]:
         """Block b of the stream, up to BLOCK rows, images still encoded."""
@@ -290,5 +289,5 @@ class StreamBatches(StepBatches):
     def _batch(self, rows: list) -> Batch:
         images, labels, captions = zip(*rows)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        told = list(captions) if self.text else None
+        told = list(captions) if self.captioned else None
         return Batch(pixels, torch.tensor(labels), captions=told)

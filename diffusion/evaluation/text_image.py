@@ -26,8 +26,8 @@ from ..models.sd_config import CLIPConfig
 from ..models.tokenizer import Tokenizer
 from ..seeding import generator
 from ..weights.files import find_weights, read_tensors
+from ..weights.fitting import fit
 from ..weights.guards import read_json
-from ..weights.loader import fit
 from ..weights.vocabulary import load_tokenizer
 
 CLIP_SCORE = (

@@ -63,7 +63,10 @@ class Adapted(Task):
                 lora.inject(network, names, c.rank, c.alpha, c.lora_dropout)
         elif c.adapter == "textual_inversion":
             text = self.networks(model)["text_encoder"]
-            extend(text, initial_rows(text, self.word, c.vectors), self.first)
+            try:
+                extend(text, initial_rows(text, self.word, c.vectors), self.first)
+            except ValueError as error:
+                raise UserError(f"--token: {error}") from None
         else:
             self.networks(model)["unet"].requires_grad_(True)
             if c.train_text_encoder:

@@ -6,8 +6,9 @@ from pathlib import Path
 from .. import UserError
 from ..assemble import OBJECTIVES
 from ..config import Config
+from ..rules import USES
 from ..weights.checkpoint import load_weights
-from ..weights.loader import read_scheduler
+from ..weights.loader import read_image_size, read_scheduler
 
 # what a base model's own configuration decides; the second row unless it is given
 DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
@@ -15,23 +16,21 @@ DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text
            "schedule", "zero_snr", "objective")  # fmt: skip
 USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config", "sampler", "sample_steps",
          "guidance_scale")  # fmt: skip
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 def based_on(config: Config, given: set[str] | None = None) -> Config:
-    """The configuration with what the base model's own decides; unchanged without a base.
+    """The configuration with what the base model, or Stable Diffusion's, decides.
 
     given: names of the options that were given; None: those that differ from the defaults.
     Captions are not hidden (condition_dropout 0) unless asked for: without a caption the model is
     to stay what it is. Raises UserError for options that contradict the base or each other.
     """
-    fields = dataclasses.fields(Config)
     if given is None:
-        given = {f.name for f in fields if getattr(config, f.name) != f.default}
+        given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
     if not config.adapts:
-        own = [f.name for f in fields if f.metadata["group"] == "adapter" and f.name != "adapter"]
-        if useless := [f"--{name}" for name in own if name in given]:
-            raise UserError(f"{', '.join(useless)}: nothing without --adapter or --instance_prompt")
-        return config
+        config = dataclasses.replace(config, **own_settings(config, given))
+        return check_used(config, given)
     values: dict = {"condition_dropout": 0.0}
     if config.load_path is not None:
         theirs = load_weights(Path(config.load_path))[1]
@@ -47,9 +46,8 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
         values |= {n: getattr(theirs, n) for n in USUAL}
         decided = {n: getattr(theirs, n) for n in DECIDED}
     elif config.sd_path is not None:
-        kind = read_scheduler(config.sd_path, config.sd_config)["prediction_type"]
-        values |= {"condition": "text", "objective": OBJECTIVES.get(kind, "eps"), "loss": "l2",
-                   "guidance_scale": 7.5}  # fmt: skip
+        values |= {"condition": "text", "loss": "l2", "guidance_scale": 7.5}
+        values |= own_settings(config, given)
         decided = {"mode": "latent"}
     else:
         raise UserError("an adapter or --instance_prompt needs a model to start from: give "
@@ -59,6 +57,26 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
     values = {n: v for n, v in values.items() if n not in given}
     config = dataclasses.replace(config, **values | decided)
     check(config)
+    return check_used(config, given)
+
+
+def own_settings(config: Config, given: set[str]) -> dict:
+    """What a Stable Diffusion model predicts and the size it was trained for, unless given."""
+    if config.sd_path is None:
+        return {}
+    kind = read_scheduler(config.sd_path, config.sd_config)["prediction_type"]
+    own = {"objective": OBJECTIVES.get(kind, "eps")}
+    if config.image_size == DEFAULTS["image_size"]:
+        own["image_size"] = read_image_size(config.sd_path, config.sd_config)
+    return {n: v for n, v in own.items() if n not in given}
+
+
+def check_used(config: Config, given: set[str]) -> Config:
+    """Raises UserError for options that were given and would do nothing."""
+    for told, holds, names in USES:
+        useless = [n for n in names.split() if n in given and getattr(config, n) != DEFAULTS[n]]
+        if useless and not holds(config):
+            raise UserError(f"{', '.join(f'--{n}' for n in useless)}: nothing without {told}")
     return config
 
 

@@ -17,6 +17,7 @@ from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
 from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, caption_embeddings, image_latents
+from ..distributed import log
 from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
@@ -42,8 +43,8 @@ class LatentDiffusion(Diffusion):
         self.levels = self.schedule.to(device)
         source = open_batches(config)
         images = None if config.streaming else source.pixels.images
-        described = source.text if config.streaming else self.described(images)
-        if config.condition == "text" and described is None:
+        described = source.captioned if config.streaming else self.described(images)
+        if config.condition == "text" and not described:
             raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
                             "each image, or give --default_caption")  # fmt: skip
         prompts = config.validation_prompts
@@ -89,6 +90,7 @@ class LatentDiffusion(Diffusion):
         """What is told of each different caption, the empty one last; each image's numbers."""
         if told is None:
             return None, None
+        self.warn_of_long([caption for captions in told for caption in captions])
         every = sorted({caption for captions in told for caption in captions} - {""}) + [""]
         number = {caption: i for i, caption in enumerate(every)}
         text_of = np.array([[number[caption] for caption in captions] for captions in told])
@@ -105,12 +107,22 @@ class LatentDiffusion(Diffusion):
         self.empty = torch.from_numpy(text[np.array([len(every) - 1])])[0]
         return text, text_of
 
+    def warn_of_long(self, captions: list[str]) -> None:
+        tokenizer = self.parts.text.tokenizer
+        most = tokenizer.context_length - 2
+        long = sum(len(tokenizer.encode(caption)) > most for caption in captions)
+        if long:
+            log(f"warning: {long} of {len(captions)} captions are longer than {most} tokens; what "
+                "is beyond is not read")  # fmt: skip
+
     def _captions_shown(self) -> list[str]:
         """Prompts of the sample grids where none are given: of held-out or training images."""
         if self.config.condition != "text":
             return []
         if self.config.streaming:
-            return [caption for _, _, caption in self.data.first]
+            shown = [caption for _, _, caption in self.data.first]
+            self.warn_of_long(shown)
+            return shown
         chosen = [*self.data.held_out, *self.data.train][: max(1, self.config.num_samples)]
         return [self.captions[i] for i in chosen]
 
@@ -138,10 +150,6 @@ class LatentDiffusion(Diffusion):
         side = c.image_size // vae.factor
         shape = (vae.config.latent_channels, side, side)
         t, eps, hidden = draw(c, step, len(self.schedule), shape, self.device)
-        if c.noise_offset:
-            g = generator(c.seed, "noise offset", step, device=self.device)
-            offset = torch.randn((*eps.shape[:2], 1, 1), generator=g, device=self.device)
-            eps = eps + c.noise_offset * offset
         g = generator(c.seed, "latents", step, device=self.device)
         return t, eps, hidden, torch.randn(eps.shape, generator=g, device=self.device)
 

@@ -49,6 +49,11 @@ def draw(
     )
     g = generator(config.seed, "noise", step, device=device)
     eps = torch.randn((B, *shape), generator=g, device=device)
+    if config.noise_offset:
+        g = generator(config.seed, "noise offset", step, device=device)
+        eps = eps + config.noise_offset * torch.randn(
+            (B, shape[0], 1, 1), generator=g, device=device
+        )
     return t, eps.contiguous(memory_format=torch.channels_last), hidden
 
 

@@ -12,20 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import UserError
 from ..models.clip import CLIPTextModel
-from ..models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig
+from ..models.sd_config import UNetConfig, VAEConfig
 from ..models.sd_unet import SDUNet
 from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
 from .files import find_weights, read_tensors
-from .guards import check_tensors, read_json
+from .fitting import PARTS, fit_part
+from .guards import read_json
 from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
@@ -35,11 +35,6 @@ SCHEDULER = {
     "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
     "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "leading",
 }  # fmt: skip
-PARTS = {
-    "unet": (UNetConfig, SDUNet), "vae": (VAEConfig, AutoencoderKL),
-    "text_encoder": (CLIPTextConfig, CLIPTextModel),
-}  # fmt: skip
-USELESS = ("position_ids",)  # buffers that old files hold and no network reads
 
 
 @dataclass(eq=False)
@@ -56,93 +51,11 @@ class StableDiffusion:
     scheduler: dict
     report: list[str]
 
-
-def build(part: str, config: dict, where: str) -> nn.Module:
-    """A part's network without memory (meta device). Raises UserError for another family's."""
-    make_config, network = PARTS[part]
-    giant = [k for k, v in config.items() if isinstance(v, int)
-             and v > (1000 if "layers" in k else 1 << 24)]  # fmt: skip
-    if giant:
-        raise UserError(f"{where}: {giant[0]} is {config[giant[0]]}, as in no network")
-    try:
-        with torch.device("meta"):
-            return network(make_config.from_dict(config))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{where}: its config.json describes no network: {reason}") from None
-
-
-# --- fitting tensors to a network ----------------------------------------------------------------
-
-
-def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
-    """Put tensors into a network on the meta device, without copying them.
-
-    1x1 convolutions and linear layers take each other's weights. Raises UserError, which names
-    what is missing, left over, or of another shape.
-    """
-    expected = model.state_dict()
-    tensors = {k: v for k, v in tensors.items() if k.split(".")[-1] not in USELESS}
-    for name, value in tensors.items():
-        want = expected.get(name)
-        if want is not None and value.shape != want.shape and value.numel() == want.numel():
-            if tuple(s for s in value.shape if s > 1) == tuple(s for s in want.shape if s > 1):
-                tensors[name] = value.reshape(want.shape)
-    missing, over = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    odd = [f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
-           for k, v in expected.items()
-           if k in tensors and tensors[k].shape != v.shape]  # fmt: skip
-    if missing or over or odd:
-        found = {"missing": missing, "left over": over, "of another shape": odd}
-        parts = [f"{what} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-                 for what, names in found.items() if names]  # fmt: skip
-        advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
-        raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
-    check_tensors(tensors, where)
-    floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
-    model.load_state_dict(floats, assign=True)
-    return model.requires_grad_(False).eval()
-
-
-def renamed(tensors: dict[str, Tensor], table: rules.Table) -> dict[str, Tensor]:
-    """With the names of an original file turned into ours; unknown ones stay as they are."""
-    known = rules.to_ours(table)
-    return {rules.translate(k, known) or k: v for k, v in tensors.items()}
-
-
-def old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's attention as it was named before 2023, in diffusers' folders."""
-    known = dict((old, new) for new, old in rules.OLD_ATTENTION)
-    out = {}
-    for name, value in tensors.items():
-        head, mark, tail = name.partition("attentions.0.")
-        layer = next((o for o in known if tail.startswith(f"{o}.")), None) if mark else None
-        out[head + mark + known[layer] + tail[len(layer) :] if layer else name] = value
-    return out
-
-
-def with_text_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers 5 writes a text encoder without the prefix that published files have."""
-    if any(name.startswith("text_model.") for name in tensors):
-        return tensors
-    return {f"text_model.{name}": value for name, value in tensors.items()}
-
-
-def fit_part(part: str, config: dict, tensors: dict[str, Tensor], where: str):
-    """(network, the rules used). tensors: of this part, in the names of any known file."""
-    model = build(part, config, where)
-    config, used = model.config.to_dict(), "its own names"
-    if part == "vae" and any(".mid.attn_1." in name or ".mid.block_1." in name for name in tensors):
-        tensors, used = renamed(tensors, rules.vae_table(config)), "original names"
-    elif part == "vae" and any(".query." in name for name in tensors):
-        tensors, used = old_attention(tensors), "names of before 2023"
-    elif part == "unet" and any(name.startswith("input_blocks.") for name in tensors):
-        tensors, used = renamed(tensors, rules.unet_table(config)), "original names"
-    elif part == "text_encoder" and with_text_model(tensors) is not tensors:
-        tensors, used = with_text_model(tensors), "names without text_model."
-    return fit(model, tensors, where), used
+    def __post_init__(self):
+        most, rows = len(self.tokenizer), self.text_encoder.config.vocab_size
+        if most > rows:
+            raise UserError(f"the tokenizer has {most} tokens, the text encoder vectors of {rows}; "
+                            "give those of one model")  # fmt: skip
 
 
 # --- folders and files ---------------------------------------------------------------------------
@@ -197,6 +110,21 @@ def read_scheduler(path: str | Path, config: str | Path | None = None) -> dict:
     folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
     file = folder / "scheduler" / "scheduler_config.json" if folder else None
     return SCHEDULER | (read_json(file) if file and file.exists() else {})
+
+
+def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
+    """The side of the images that a model was trained for; what is wrong there load_sd tells."""
+    folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
+    unet, vae = UNetConfig(), VAEConfig()
+    try:
+        if folder is not None:
+            unet = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
+            vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
+        size = unet.sample_size or 64
+        size = size if isinstance(size, int) else max(size)
+        return size * 2 ** (len(vae.block_out_channels) - 1)
+    except (ValueError, TypeError, UserError):
+        return 512
 
 
 def _load_folder(path: Path, vae: AutoencoderKL | None) -> StableDiffusion:

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .. import UserError
 from ..models.vae import AutoencoderKL
 from .checkpoint import load_weights
 from .files import read_metadata
-from .guards import read_json
-from .loader import build, fit, load_part, load_part_file
+from .fitting import build, fit
+from .guards import check_size, read_json
+from .loader import load_part, load_part_file
 
 
 def load_vae(path: str) -> AutoencoderKL:
@@ -24,9 +27,7 @@ def load_vae(path: str) -> AutoencoderKL:
         file = (
             root / "ema.safetensors" if (root / "ema.safetensors").is_file() else root / "model.pt"
         )
-    if file.suffix in (".ckpt", ".bin") or (
-        file.is_file() and file.suffix == ".safetensors" and "config" not in read_metadata(file)
-    ):
+    if foreign(file):
         return load_part_file(file, "vae")
     tensors, config, metadata = load_weights(file)
     if config.mode != "vae":
@@ -35,3 +36,14 @@ def load_vae(path: str) -> AutoencoderKL:
         )
     model = build("vae", metadata["networks"]["vae"], str(file))
     return fit(model, {k.removeprefix("vae."): v for k, v in tensors.items()}, str(file))
+
+
+def foreign(file: Path) -> bool:
+    """Whether another program wrote it; of what cannot be read load_weights tells why."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return file.suffix in (".ckpt", ".bin")
+    check_size(file)
+    try:
+        return "config" not in read_metadata(file)
+    except (SafetensorError, OSError):
+        return False

@@ -15,7 +15,6 @@ from diffusion import distributed
 from diffusion.config import Config, run_script
 from diffusion.data import cache, encoded
 from diffusion.training import tasks, trainer
-from diffusion.weights import checkpoint
 
 
 def die(*_):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_latent import vae  # noqa: F401
 from test_training import run_lines, same, same_runs, tiny  # noqa: F401
 
 from diffusion import UserError

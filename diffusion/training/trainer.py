@@ -51,6 +51,9 @@ def train(config: Config) -> None:
     task = TASKS[config.mode](config, device)
     data = task.data
     check_data(state, data, config)
+    if not dist.agreed(-1 if state is None else state["step"]):
+        raise UserError(f"not all ranks find the same run in {folder}: it must lie where all "
+                        "machines see it")  # fmt: skip
     total = total_steps(config, data.length)
     if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
         dist.log(f"{folder} holds a finished run of {state['step']} steps; more --train_steps "
@@ -203,7 +206,7 @@ def train(config: Config) -> None:
             measure_fid()
 
             # stop
-            if dist.any_rank(stop.requested) and step < total:
+            if dist.asks(step) and dist.any_rank(stop.requested) and step < total:
                 save(improved=False)
                 dist.log(f"stopped at step {step}; the same command goes on from there")
                 break

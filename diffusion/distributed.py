@@ -123,6 +123,22 @@ def any_rank(flag: bool) -> bool:
     return bool(count)
 
 
+def agreed(value: int) -> bool:
+    """Whether all ranks have the same value."""
+    if not dist.is_initialized():
+        return True
+    at()
+    ends = torch.tensor([value, -value])
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return int(ends[0]) == -int(ends[1])
+
+
+def asks(step: int) -> bool:
+    """Whether ranks ask each other after this step if one is to stop: the question takes longer the
+    more there are, so that many ask less often."""
+    return step % max(1, world_size() // 16) == 0
+
+
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """The sum over ranks, in place; x itself where there is one rank."""
     if dist.is_initialized():
@@ -187,6 +203,8 @@ class Watch(threading.Thread):
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
             timeout=timedelta(seconds=max(5.0, timeout / 4)), wait_for_workers=False,
         )  # fmt: skip
+        self.spoken = time.monotonic()
+        threading.Thread(target=self.talk, daemon=True).start()
         self.start()
 
     def stop(self) -> None:
@@ -194,19 +212,26 @@ class Watch(threading.Thread):
         self.join(2 * self.every)
 
     def run(self) -> None:
+        while not self.stopped.wait(self.every):
+            now = time.monotonic()
+            if (waited := now - self.since) <= self.timeout:
+                continue
+            if now - self.spoken > self.timeout / 2:
+                self.end(f"has waited {waited:.0f} s at {self.place}, and cannot reach the others: "
+                         f"{os.environ['MASTER_ADDR']} does not answer")  # fmt: skip
+            if (told := self.verdict(waited)) is not None:
+                self.end(told)
+
+    def talk(self) -> None:
+        """In a thread of its own: where a network is cut, the store's calls do not come back."""
         beat = 0
         while not self.stopped.wait(self.every):
-            beat, waited = beat + 1, time.monotonic() - self.since
-            try:
+            beat += 1
+            with contextlib.suppress(RuntimeError):
                 self.store.set(f"{self.key}{rank()}", json.dumps([beat, self.places, self.place]))
-                if waited > self.timeout / 2:
+                if time.monotonic() - self.since > self.timeout / 2:
                     self.look()
-            except RuntimeError as error:
-                if waited > self.timeout:
-                    self.end(f"cannot reach the store of the run ({str(error).splitlines()[0]})")
-                continue
-            if waited > self.timeout and (told := self.verdict(waited)) is not None:
-                self.end(told)
+                self.spoken = time.monotonic()
 
     def look(self) -> None:
         for other in range(world_size()):

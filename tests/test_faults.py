@@ -5,12 +5,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from test_latent import vae  # noqa: F401
 from test_training import run_lines, same, same_runs, tiny  # noqa: F401
 
 from diffusion.weights import checkpoint
@@ -137,3 +140,288 @@ def test_fifty_kills(server, whole, quick_path):
         same_runs(quick_path / f"run{seed}", expected)
     print(dict(seen))
     assert min(seen[kind] for kind in KINDS) >= 3, seen
+
+
+@pytest.mark.slow
+def test_latent_runs_killed_while_they_encode_and_train(server, tiny, quick_path, vae):  # noqa: F811
+    options = tiny | dict(
+        mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
+        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dropout=0.0, log_every=1,
+        train_steps=12, cache_dir=str(quick_path / "cache"), save_folder=str(quick_path / "whole"),
+    )  # fmt: skip
+    assert ended(started(server, options, quick_path / "whole.log")) == 0
+    order = ["latents", "step", "latents", "checkpoint", "sampling", "SIGTERM"]
+    seen = one_run(server, options, quick_path / "run", order, time.time_ns() % 10**6)
+    same_runs(quick_path / "run", quick_path / "whole")
+    assert sum(seen.values()) >= 4, seen
+
+
+# --- damaged checkpoints ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tiny, tmp_path, model):  # noqa: F811
+    """A folder with three checkpoints, of steps 20, 40 and 60."""
+    state, folder = checkpoint.read(model), tmp_path / "three"
+    folder.mkdir()
+    for step in (20, 40, 60):
+        checkpoint.save(folder, state | {"step": step}, keep_last=3)
+    return folder
+
+
+def resumed(folder: Path) -> tuple[int, list[str]]:
+    """The step a run would go on from, and what it says."""
+    told: list[str] = []
+    return checkpoint.newest(folder, told.append)["step"], told
+
+
+@pytest.mark.parametrize("percent", range(0, 100, 10))
+def test_a_truncated_checkpoint(three, percent):
+    """model.pt is the same file as the newest: both are passed over, and the next one is named."""
+    newest = three / "checkpoints" / "step_00000060.pt"
+    os.truncate(newest, newest.stat().st_size * percent // 100)
+    step, told = resumed(three)
+    assert step == 40 and "step_00000060.pt" in told[0] and "using" in told[1]
+    assert "step_00000040.pt, the newest that is whole" in told[1]
+
+
+def test_a_flipped_bit_anywhere_is_noticed(three):
+    """torch itself reads every one of these without a word, weights changed."""
+    newest = three / "checkpoints" / "step_00000060.pt"
+    data, rng = newest.read_bytes(), random.Random(0)
+    for where in [*rng.sample(range(len(data)), 60), len(data) - 1, len(data) - 70]:
+        bad = bytearray(data)
+        bad[where] ^= 1 << rng.randrange(8)
+        newest.write_bytes(bad)
+        step, told = resumed(three)
+        if step == 60:  # the mark before the digest: then all that was written is there
+            assert len(data) - 71 <= where < len(data) - 64
+            assert bytes(bad[: len(data) - 71]) == data[: len(data) - 71]
+            continue
+        assert step == 40, where
+        assert re.search("step_00000060.pt is (damaged|not)", told[0])
+    newest.write_bytes(data)
+    assert resumed(three) == (60, [])
+
+
+def test_a_flipped_bit_in_shared_weights_is_noticed(model, tmp_path):
+    data, rng = (model.parent / "ema.safetensors").read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    file = tmp_path / "ema.safetensors"
+    for where in rng.sample(range(header, len(data)), 20):
+        bad = bytearray(data)
+        bad[where] ^= 1 << rng.randrange(8)
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match="damaged|NaN"):
+            checkpoint.load_weights(file)
+
+
+def test_all_checkpoints_damaged(three):
+    for file in [*three.glob("checkpoints/*"), three / "model.pt"]:
+        os.truncate(file, 1000)
+    with pytest.raises(UserError, match="none of the 4 checkpoints in .* can be read"):
+        resumed(three)
+
+
+def test_older_good_ones_outlive_a_damaged_newer_one(tiny, tmp_path):  # noqa: F811
+    """What is deleted is what lies beyond the step that the run went on from, and the oldest."""
+    folder = tmp_path / "run"
+    train(Config(**tiny | dict(train_steps=12, num_samples=0)))
+    newest = folder / "checkpoints" / "step_00000012.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 4
+    newest.write_bytes(data)
+    before = {p.name: p.read_bytes() for p in folder.glob("checkpoints/*")}
+    train(Config(**tiny | dict(train_steps=9, num_samples=0)))
+    assert checkpoint.read(folder / "model.pt")["step"] == 9
+    for name in ("step_00000004.pt", "step_00000008.pt"):
+        assert (folder / "checkpoints" / name).read_bytes() == before[name]
+    assert not newest.exists()  # it could not be read, and the run will write it anew
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """A finite gradient can still bring an infinite weight: the good checkpoints stay."""
+    train(Config(**tiny | dict(train_steps=8)))
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].flatten()[0] = float("inf")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(UserError, match="weights of step 12 are not finite and are not saved"):
+        train(Config(**tiny))
+    folder = tmp_path / "run"
+    assert [checkpoint.read(f)["step"] for f in checkpoint.step_files(folder)] == [8, 4]
+    assert checkpoint.read(folder / "model.pt")["step"] == 8
+
+
+# --- disks, folders, clocks ------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, size: str):
+    """A file system of its own; skips where that is not permitted."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder],
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    "share", [0.7, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.5, 0.6, 0.8, 0.9))]
+)
+def test_a_disk_that_fills_up(tiny, tmp_path, share):  # noqa: F811
+    """At whatever byte: one line, the last checkpoint whole, and with space the same end."""
+    options = tiny | dict(cache_dir=str(tmp_path / "cache"), train_steps=16, keep_last=9)
+    whole = tmp_path / "whole"
+    train(Config(**options | dict(save_folder=str(whole))))
+    used = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file() and f.name != "model.pt")
+    with mounted(tmp_path / "disk", f"{int(used * share)}") as disk:
+        folder = disk / "run"
+        with pytest.raises(UserError, match="(?i)no space|writ.*is kept"):
+            train(Config(**options | dict(save_folder=str(folder))))
+        assert not list(folder.rglob(".*.tmp"))
+        state = checkpoint.newest(folder, print)
+        assert state is not None and 4 <= state["step"] < 16
+        subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+        train(Config(**options | dict(save_folder=str(folder))))
+        same(checkpoint.read(folder / "model.pt")["model"],
+             checkpoint.read(whole / "model.pt")["model"])  # fmt: skip
+        assert run_lines(folder) == run_lines(whole)
+
+
+def test_a_read_only_folder_is_told_before_the_work(tiny, tmp_path):  # noqa: F811
+    with mounted(tmp_path / "disk", "9m") as disk:
+        options = tiny | dict(save_folder=str(disk / "run"), cache_dir=str(tmp_path / "cache"))
+        train(Config(**options | dict(train_steps=4)))
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(UserError, match="cannot be written.*Read-only"):
+            train(Config(**options))
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        train(Config(**options))
+        assert checkpoint.read(disk / "run" / "model.pt")["step"] == 12
+
+
+def when(monkeypatch, step: int, act) -> None:
+    """Do something at a step of the run."""
+    real = trainer.learning_rate
+
+    def learning_rate(config, at, total):
+        if at == step:
+            act()
+        return real(config, at, total)
+
+    monkeypatch.setattr(trainer, "learning_rate", learning_rate)
+
+
+def test_a_folder_removed_under_the_run(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """It is not silently made again, half a run in it."""
+    folder = tmp_path / "run"
+    when(monkeypatch, 6, lambda: folder.exists() and shutil.rmtree(folder))
+    with pytest.raises(UserError, match="run was removed or renamed while the run in it was at"):
+        train(Config(**tiny))
+    assert not (folder / "model.pt").exists()
+
+
+def test_a_clock_set_back(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """During the run and before it goes on: the numbers and TensorBoard's curves are the same."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(Config(**tiny | dict(save_folder=str(tmp_path / "whole"))))
+    real, shift = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() - shift[0])
+    when(monkeypatch, 5, lambda: shift.__setitem__(0, 3600.0))
+    train(Config(**tiny | dict(train_steps=10)))
+    for name in ("checkpoints/step_00000010.pt", "model.pt"):
+        (tmp_path / "run" / name).unlink()
+    shift[0] = 1e8
+    train(Config(**tiny))
+    same_runs(tmp_path / "run", tmp_path / "whole")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [2, 4, 6, 8, 10, 12]
+    assert all(
+        line["img_per_s"] > 0 for line in checkpoint.read_lines(tmp_path / "run" / "metrics.jsonl")
+    )
+
+
+# --- memory ------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_says_what_helps(tiny, tmp_path, monkeypatch):  # noqa: F811
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    when(monkeypatch, 6, fail)
+    with pytest.raises(UserError) as caught:
+        train(Config(**tiny | dict(grad_accum=2)))
+    told = str(caught.value)
+    del caught  # its traceback holds the run's lock
+    assert "out of memory at step 6 with a micro-batch of 4" in told and "\n" not in told
+    for helps in ("--amp auto", "--grad_accum 4", "--checkpointing"):
+        assert helps in told
+    monkeypatch.undo()
+    train(Config(**tiny | dict(grad_accum=2, num_samples=0)))  # it goes on from step 4
+    assert [line["step"] for line in run_lines(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_only_what_helps_is_advised():
+    config = Config(amp="bf16", checkpointing=True)
+    assert faults.less_memory(config, 1).startswith("a smaller")
+    assert "--grad_accum 2 " in faults.less_memory(config, 8)
+    assert faults.out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as caught:  # more than any machine has
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert faults.out_of_memory(caught.value)
+
+
+def leak(options: dict, measure) -> list[tuple[int, int]]:
+    """(step, bytes) at each fiftieth step of 2,000."""
+    seen: list[tuple[int, int]] = []
+    real = trainer.learning_rate
+
+    def learning_rate(config, step, total):
+        if step % 50 == 0 and (not seen or seen[-1][0] != step):
+            seen.append((step, measure()))
+        return real(config, step, total)
+
+    trainer.learning_rate = learning_rate
+    try:
+        train(Config(**options | dict(train_steps=2000, save_and_sample_every=100, log_every=10)))
+    finally:
+        trainer.learning_rate = real
+    return seen
+
+
+def check_steady(seen: list[tuple[int, int]], most: int) -> None:
+    """The last quarter against the second: caches and arenas fill in the first."""
+    values = [size for _, size in seen]
+    n = len(values) // 4
+    early, late = max(values[n : 2 * n]), max(values[3 * n :])
+    print(f"{early / 2**20:.0f} MB, then {late / 2**20:.0f} MB")
+    assert late - early < most, seen
+
+
+@pytest.mark.slow
+def test_memory_is_steady_over_2000_steps(tiny, quick_path):  # noqa: F811
+    options = tiny | dict(save_folder=str(quick_path / "run"), dim_mults=(1,), heads=1,
+                          cache_dir=str(quick_path / "cache"))  # fmt: skip
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    check_steady(leak(options, resident), 24 << 20)
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_steady_over_2000_steps(tiny, tmp_path):  # noqa: F811
+    options = tiny | dict(device="cuda", amp="bf16")
+    check_steady(leak(options, torch.cuda.memory_reserved), 8 << 20)

@@ -58,6 +58,9 @@ def train(config: Config, given: set[str] | None = None) -> None:
     task = (ADAPTED if config.adapts else TASKS)[config.mode](config, device)
     data = task.data
     check_data(state, data, config)
+    if not dist.agreed(-1 if state is None else state["step"]):
+        raise UserError(f"not all ranks find the same run in {folder}: it must lie where all "
+                        "machines see it")  # fmt: skip
     if state is not None:
         task.recognise(state)
     total = total_steps(config, data.length)
@@ -213,7 +216,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
             measure_fid()
 
             # stop
-            if dist.any_rank(stop.requested) and step < total:
+            if dist.asks(step) and dist.any_rank(stop.requested) and step < total:
                 save(improved=False)
                 dist.log(f"stopped at step {step}; the same command goes on from there")
                 break

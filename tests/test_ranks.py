@@ -1,0 +1,287 @@
+"""Faults of several ranks: one killed, one that hangs, two machines of which one is cut off."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, script
+from test_training import flags, run_lines, same_runs, tiny, wait_for_step  # noqa: F401
+
+from diffusion import distributed
+from diffusion.config import Config
+from diffusion.data.batches import open_batches
+from diffusion.seeding import permutation
+from diffusion.weights import checkpoint
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# train.py with something done to one rank: where = (rank, step, what), and each batch told to a file
+PATCHED = f"""
+import json, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from diffusion.data.batches import Batches
+from diffusion.training import steps
+from diffusion import distributed
+import diffusion.training.trainer as trainer
+real = Batches._load
+rank = int(os.environ.get("RANK", 0))
+plan = json.loads(os.environ.get("PLAN", "null"))
+first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+def load(self, step, low, high):
+    if plan is not None and first and plan["rank"] == rank and plan["step"] == step:
+        time.sleep(1000) if plan["what"] == "hang" else os.kill(os.getpid(), 9)
+    batch = real(self, step, low, high)
+    if "SEEN" in os.environ:
+        with open(os.environ["SEEN"], "a") as out:
+            out.write(json.dumps([step, low, self.indices(step)[low:high].tolist()]) + "\\n")
+    return batch
+Batches._load = load
+if "FOLDERS" in os.environ:
+    os.chdir(os.path.join(os.environ["FOLDERS"], str(rank)))
+sys.argv[0] = {str(ROOT / "train.py")!r}
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def patched(tmp_path) -> Path:
+    (tmp_path / "patched.py").write_text(PATCHED)
+    return tmp_path / "patched.py"
+
+
+def launched(file: Path, options: dict, cwd: Path, ranks: int, *more: str, **env) -> list:
+    command = [
+        *TORCHRUN,
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        *more,
+        str(file),
+        *flags(options),
+    ]
+    return subprocess.run(command, cwd=cwd, env=environment(ranks) | env, capture_output=True,
+                          text=True, timeout=280)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faces, tmp_path_factory):
+    """(options, folder of a run of two ranks that nothing happened to)."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    options = dict(
+        data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8,
+        time_steps=20, train_steps=24, save_and_sample_every=4, log_every=1, lr_warmup_steps=4,
+        num_samples=2, sample_steps=2, cache_dir=str(root / "cache"), device="cpu", amp="no",
+        save_folder=str(root / "run"), condition="class", dropout=0.1, ema_decay=0.99,
+        rank_timeout=15.0,
+    )  # fmt: skip
+    done = script("train.py", *flags(options), cwd=root, ranks=2)
+    assert done.returncode == 0, done.stderr
+    return options, root / "run"
+
+
+@pytest.fixture
+def two(undisturbed, tmp_path):
+    options, whole = undisturbed
+    return options | {"save_folder": str(tmp_path / "run")}, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_killed_and_the_group_restarts(two, tmp_path, patched, rank):
+    options, whole = two
+    plan = json.dumps({"rank": rank, "step": 14, "what": "kill"})
+    done = launched(patched, options, tmp_path, 2, "--max_restarts=2", PLAN=plan)
+    assert done.returncode == 0, done.stderr
+    assert "continuing the run" in done.stdout
+    same_runs(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_the_group_restarts(two, tmp_path, patched):
+    """It sleeps while it reads a batch, in a call that nothing interrupts."""
+    options, whole = two
+    plan = json.dumps({"rank": 1, "step": 14, "what": "hang"})
+    done = launched(patched, options, tmp_path, 2, "--max_restarts=2", PLAN=plan)
+    assert done.returncode == 0, done.stderr
+    told = re.search(r"error: rank 0 has waited \d+ s at .*: rank 1 \(last at step 14, reading the "
+                     r"batch\) does not go on", done.stderr)  # fmt: skip
+    assert told, done.stderr
+    same_runs(tmp_path / "run", whole)
+
+
+def children(pid: int) -> list[int]:
+    text = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
+    return sorted(map(int, text.split()))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_named(tiny, tmp_path):  # noqa: F811
+    """As by a debugger, or a machine that swaps: it is not dead, and does nothing."""
+    options = tiny | dict(train_steps=4000, rank_timeout=12.0, num_samples=0)
+    command = [
+        *TORCHRUN,
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+        *flags(options),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(2), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    wait_for_step(tmp_path / "run", 6, process)
+    stopped = children(process.pid)[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode != 0
+    assert re.search(
+        r"rank 0 has waited .* rank 1 \(last at .*\) gives no sign of life", printed
+    ), printed
+    assert time.monotonic() - began < 120
+    assert checkpoint.newest(tmp_path / "run", print)["step"] >= 4
+
+
+@pytest.mark.slow
+def test_the_order_of_the_data_over_changing_world_sizes(tiny, tmp_path, patched):  # noqa: F811
+    """1, 2, 4 and 1 ranks, one of them killed: each epoch is a permutation, nothing twice."""
+    seen = tmp_path / "seen.jsonl"
+    options = tiny | dict(num_samples=0, save_and_sample_every=4)
+    for ranks, steps in ((1, 10), (2, 20), (4, 28), (1, 44)):
+        done = launched(patched, options | dict(train_steps=steps), tmp_path, ranks, SEEN=str(seen))
+        assert done.returncode == 0, done.stderr
+        if steps > 10:
+            assert re.search(r"from step \d+; \d ranks saved it, \d go on", done.stdout), (
+                done.stdout
+            )
+    table: dict[tuple, set] = {}
+    for line in seen.read_text().splitlines():
+        step, low, chosen = json.loads(line)
+        for j, image in enumerate(chosen):
+            table.setdefault((step, low + j), set()).add(image)
+    assert sorted(table) == [(s, j) for s in range(44) for j in range(8)]
+    assert all(len(images) == 1 for images in table.values()), "a step done again saw others"
+    order = [images.pop() for _, images in sorted(table.items())]
+    train = open_batches(Config(**options)).train
+    for epoch in range(len(order) // len(train)):
+        part = order[epoch * len(train) : (epoch + 1) * len(train)]
+        assert part == train[permutation(len(train), 0, "order", epoch)].tolist()
+        assert sorted(part) == train.tolist()
+
+
+@pytest.mark.slow
+def test_machines_that_do_not_share_the_folder_are_told(two, tmp_path, patched):
+    """Else rank 0 would go on with its run, and the others start one of their own."""
+    options, whole = two
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    shutil.copytree(whole, tmp_path / "0" / "run")
+    options = options | dict(save_folder="run", train_steps=28)
+    done = launched(patched, options, tmp_path, 2, FOLDERS=str(tmp_path))
+    assert done.returncode != 0 and "not all ranks find the same run in run" in done.stderr
+
+
+def test_who_is_waited_for():
+    """The verdict by itself: who has passed the fewest places, or gives no sign of life."""
+    watch = distributed.Watch.__new__(distributed.Watch)
+    watch.timeout, watch.place, now = 10.0, "step 7, forward and backward", time.monotonic()
+    told = lambda places, where, age=0.0: ([1, places, where], now - age)  # noqa: E731
+    watch.seen = {
+        0: told(50, "step 7"),
+        1: told(49, "step 7, reading the batch"),
+        2: told(50, "step 7"),
+    }
+    assert "rank 1 (last at step 7, reading the batch) does not go on" in watch.verdict(11)
+    watch.seen = {0: told(50, "step 7"), 1: told(50, "step 7", age=9), 2: told(50, "step 7")}
+    assert "rank 1 (last at step 7) gives no sign of life" in watch.verdict(11)
+    watch.seen = {0: told(49, "start"), 1: told(50, "step 7"), 2: told(50, "step 7")}
+    assert watch.verdict(11) is None  # rank 1 tells it, not all of them
+    assert watch.verdict(20) == "ended with the others"
+    watch.seen = {r: told(50, "step 7") for r in range(3)}
+    assert "rank 0 (last at step 7), rank 1" in watch.verdict(11)
+
+
+def test_small_worlds_ask_at_each_step(monkeypatch):
+    assert all(distributed.asks(step) for step in range(9))
+    monkeypatch.setattr(distributed, "world_size", lambda: 512)
+    assert [step for step in range(1, 97) if distributed.asks(step)] == [32, 64, 96]
+
+
+# --- two machines --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def two_machines():
+    """Two network namespaces joined by a cable: (run in one of them, pull or plug the cable)."""
+    names = [f"diffusion{os.getpid()}{x}" for x in "ab"]
+    ip = lambda *args: subprocess.run(["ip", *args], capture_output=True, text=True)  # noqa: E731
+    if not shutil.which("ip") or ip("netns", "add", names[0]).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    try:
+        ip("netns", "add", names[1])
+        made = ip(
+            "link", "add", "va", "netns", names[0], "type", "veth", "peer", "vb", "netns", names[1]
+        )
+        if made.returncode:
+            pytest.skip(f"no virtual cable: {made.stderr.strip()}")
+        for name, device, address in zip(names, ("va", "vb"), ("10.99.0.1/24", "10.99.0.2/24")):
+            ip("-n", name, "addr", "add", address, "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield (lambda machine, command: ["ip", "netns", "exec", names[machine], *command],
+               lambda state: ip("-n", names[1], "link", "set", "vb", state))  # fmt: skip
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_machines_one_cut_off_and_brought_back(two, tmp_path):
+    """The cable is pulled in mid-run: both sides say so and end; started again on both, as a
+    cluster's scheduler does, the run goes on to the bits of the one that nothing happened to."""
+    options, whole = two
+    with two_machines() as (on, cable):
+
+        def start(machine: int) -> subprocess.Popen:
+            command = on(machine, [
+                *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={machine}", "--max_restarts=0",
+                "--rdzv_backend=c10d", "--rdzv_endpoint=10.99.0.1:29517", "--rdzv_id=7",
+                f"--local_addr=10.99.0.{machine + 1}",
+                # a name does not lead to this address here, as it does on a real machine
+                f"--rdzv_conf=is_host={machine == 0},join_timeout=100", str(ROOT / "train.py"), *flags(options),
+            ])  # fmt: skip
+            env = environment(2) | {"GLOO_SOCKET_IFNAME": "va" if machine == 0 else "vb"}
+            out = open(tmp_path / f"machine{machine}.log", "a")
+            return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
+
+        both = [start(0), start(1)]
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoints" / "step_00000008.pt").exists():
+            assert time.monotonic() < deadline, logs(tmp_path)
+            time.sleep(0.01)
+        cable("down")
+        began = time.monotonic()
+        for process in both:
+            process.wait(120)
+            assert process.returncode != 0
+        print(f"both ended {time.monotonic() - began:.0f} s after the cable was pulled")
+        assert re.search(
+            r"error: (rank \d has waited|rank \d cannot reach|step \d+: rank \d lost)",
+            logs(tmp_path),
+        )
+        at = checkpoint.newest(tmp_path / "run", print)["step"]
+        assert 8 <= at < 24
+        cable("up")
+        both = [start(0), start(1)]
+        for process in both:
+            assert process.wait(200) == 0, logs(tmp_path)
+    same_runs(tmp_path / "run", whole)
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(f.read_text() for f in sorted(folder.glob("machine*.log")))

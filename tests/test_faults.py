@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,11 @@ import torch
 from test_latent import vae  # noqa: F401
 from test_training import run_lines, same, same_runs, tiny  # noqa: F401
 
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.training import faults, trainer
+from diffusion.training.optimizer import AdamW
+from diffusion.training.trainer import train
 from diffusion.weights import checkpoint
 
 # --- killed ----------------------------------------------------------------------------------------
@@ -242,14 +249,14 @@ def test_older_good_ones_outlive_a_damaged_newer_one(tiny, tmp_path):  # noqa: F
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, monkeypatch):  # noqa: F811
     """A finite gradient can still bring an infinite weight: the good checkpoints stay."""
     train(Config(**tiny | dict(train_steps=8)))
-    real = torch.optim.AdamW.step
+    real = AdamW.step
 
     def step(self, *args, **kwargs):
         real(self, *args, **kwargs)
         with torch.no_grad():
             self.param_groups[0]["params"][0].flatten()[0] = float("inf")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     with pytest.raises(UserError, match="weights of step 12 are not finite and are not saved"):
         train(Config(**tiny))
     folder = tmp_path / "run"

@@ -243,7 +243,7 @@ def two_machines():
 @pytest.mark.slow
 def test_two_machines_one_cut_off_and_brought_back(two, tmp_path):
     """The cable is pulled in mid-run: both sides say so and end; started again on both, as a
-    cluster's scheduler does, the run goes on to the bits of the one that nothing happened to."""
+    cluster's scheduler does, the run ends in the bits of the one that nothing happened to."""
     options, whole = two
     with two_machines() as (on, cable):
 
@@ -266,14 +266,14 @@ def test_two_machines_one_cut_off_and_brought_back(two, tmp_path):
             time.sleep(0.01)
         cable("down")
         began = time.monotonic()
-        for process in both:
-            process.wait(120)
-            assert process.returncode != 0
-        print(f"both ended {time.monotonic() - began:.0f} s after the cable was pulled")
-        assert re.search(
-            r"error: (rank \d has waited|rank \d cannot reach|step \d+: rank \d lost)",
-            logs(tmp_path),
-        )
+        said = [rf"error: (rank {r} has waited|step \d+: rank {r} lost the others)" for r in (0, 1)]
+        while not all(re.search(line, logs(tmp_path)) for line in said):
+            assert time.monotonic() - began < 90, logs(tmp_path)
+            time.sleep(0.1)
+        print(f"both said so {time.monotonic() - began:.0f} s after the cable was pulled")
+        for process in both:  # as Slurm does; torchrun itself waits 300 s for the other machine
+            process.kill()
+            process.wait(30)
         at = checkpoint.newest(tmp_path / "run", print)["step"]
         assert 8 <= at < 24
         cable("up")

@@ -7,6 +7,7 @@ python sample.py --sd_path stable-diffusion-v1-5 --prompt "a red fox" --sampler 
 torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
 """
 
+import math
 from pathlib import Path
 
 from diffusion import UserError
@@ -80,9 +81,12 @@ def weighted(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT; without one the weight is 1."""
     path, mark, weight = text.rpartition(":")
     try:
-        return (path, float(weight)) if mark and path else (text, 1.0)
+        known = (path, float(weight)) if mark and path else (text, 1.0)
     except ValueError:
         return text, 1.0
+    if not math.isfinite(known[1]):
+        raise UserError(f"--lora {text}: the weight is {known[1]}; it must be a number")
+    return known
 
 
 def prompts_of(text: str) -> list[str]:
@@ -149,17 +153,15 @@ def interpolate(args, pipeline, settings, path: Path) -> None:
     import numpy as np
 
     from diffusion import distributed as dist
-    from diffusion.adapters import networks
+    from diffusion.adapters import set_weights
     from diffusion.evaluation.viz import save_png, strip, to_uint8
-    from diffusion.models.lora import set_weights
 
     first, last = len(args.lora), len(args.lora) + 1
     (_, a), (_, b) = args.lora_interpolate
     columns, shares = [], np.linspace(0, 1, args.points)
     with dist.progress(total=args.num_images * args.points, unit="img") as bar:
         for w in shares:
-            for network in networks(pipeline).values():
-                set_weights(network, {str(first): (1 - w) * a, str(last): w * b})
+            set_weights(pipeline, {str(first): (1 - w) * a, str(last): w * b})
             column = []
             for low in range(0, args.num_images, args.batch_size):
                 indices = range(low, min(low + args.batch_size, args.num_images))

@@ -50,11 +50,16 @@ def in_turn(
     context = multiprocessing.get_context("spawn")
     pipes, processes, times, memory = {}, [], {name: [] for name in sides}, {}
     for name, build in sides.items():
-        pipes[name], theirs = context.Pipe()
+        mine, theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(theirs, device, build)))
         processes[-1].start()
         theirs.close()
-        pipes[name].recv()
+        try:
+            mine.recv()
+            pipes[name] = mine
+        except EOFError:  # its error has been printed
+            print(f"{name} cannot run here", flush=True)
+            processes[-1].join()
     for i in range(repeats + warm_up):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -62,10 +67,11 @@ def in_turn(
             times[name] += [seconds] if i >= warm_up else []
             if device.type == "cpu":
                 time.sleep(0.3)  # until its threads no longer spin
-    for pipe, process in zip(pipes.values(), processes):
+    for pipe in pipes.values():
         pipe.send(False)
+    for process in processes:
         process.join()
-    return {k: statistics.median(t) if median else t for k, t in times.items()}, memory
+    return {k: statistics.median(times[k]) if median else times[k] for k in pipes}, memory
 
 
 def flops_of(call) -> int:

@@ -11,7 +11,7 @@ out=${OUT:-benchmarks/results}
 day=$(date -u +%F)
 mkdir -p "$out"
 
-python -m pytest -q -m gpu -p no:cacheprovider tests 2>&1 | tee "$out/${day}_cuda_tests.txt"
+timeout 150 python -m pytest -q -m gpu -p no:cacheprovider tests 2>&1 | tee "$out/${day}_cuda_tests.txt"
 
 bench() { # name, seconds at most, arguments of python
     local log="$out/${day}_cuda_$1.txt"
@@ -20,8 +20,8 @@ bench() { # name, seconds at most, arguments of python
     sed '/^{/d' "$log" | tail -30
 }
 
-bench train_step_64px 100 benchmarks/train_step.py --dim 128 --size 64 --batch_size 64 --repeats 10
-bench train_step_64px_compiled 150 benchmarks/train_step.py --dim 128 --size 64 --batch_size 64 --repeats 10 --compile
-bench sample 150 benchmarks/sample.py --counts 1,16,128 --repeats 3
-bench sd_step 80 benchmarks/sd_step.py --repeats 10
-bench startup 60 benchmarks/startup.py --repeats 1
+bench train_step_64px 70 benchmarks/train_step.py --dim 128 --size 64 --batch_size 64 --repeats 10
+bench train_step_64px_compiled 150 benchmarks/train_step.py --dim 128 --size 64 --batch_size 64 --repeats 5 --compile
+bench sample 130 benchmarks/sample.py --counts 1,16 --repeats 3
+bench sd_step 60 benchmarks/sd_step.py --repeats 10
+bench startup 40 benchmarks/startup.py --repeats 1

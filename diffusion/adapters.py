@@ -1,8 +1,9 @@
 """Adapters put into a pipeline: LoRAs into its networks, new tokens into its vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from . import UserError
@@ -33,8 +34,9 @@ def adapt(pipeline: Pipeline, loras: Sequence[tuple[str | Path, float]] = (),
           embeddings: Sequence[str | Path] = (), merged: bool = True) -> Pipeline:  # fmt: skip
     """The pipeline with these LoRAs, each with its weight, and these textual inversions.
 
-    merged: into the weights, at the speed of the model without them; else they stand beside them,
-    named "0", "1", ..., and `lora.set_weights` may change their weights.
+    merged: into the weights, at the speed of the model without them, where these are float32 (in
+    bfloat16 small changes would be rounded away); else they stand beside them, named "0", "1", ...,
+    and `set_weights` may change their weights.
     Raises UserError for files that do not fit the model.
     """
     parts = networks(pipeline)
@@ -49,8 +51,16 @@ def adapt(pipeline: Pipeline, loras: Sequence[tuple[str | Path, float]] = (),
             add_token(pipeline.text.tokenizer, text, token, vectors, str(path))
     if merged:
         for network in parts.values():
-            lora.merge(network)
+            if next(network.parameters()).dtype == torch.float32:
+                lora.merge(network)
     return pipeline
+
+
+def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
+    """Of LoRAs that are not merged, by their names."""
+    for network in networks(pipeline).values():
+        lora.set_weights(network, weights)
+    pipeline.forget()
 
 
 def add_token(tokenizer: Tokenizer, text: CLIPTextModel, token: str, rows, where: str):

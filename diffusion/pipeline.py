@@ -203,6 +203,11 @@ class Pipeline:
         """The inverse of `encode`."""
         return x
 
+    def forget(self) -> None:
+        """Drop what was captured or compiled of the model: it has changed."""
+        self.graphs.graphs.clear()
+        self.ready.clear()
+
     @property
     def stepped(self) -> nn.Module:
         """What of the model runs at every step."""

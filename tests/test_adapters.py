@@ -268,6 +268,9 @@ def test_wrong_files(theirs, trained, tmp_path, capsys):
         ("embedding", {"emb_params": torch.ones(1, 32)}, "textual inversion embedding; give it with --embedding"),
         ("other", {"x": torch.ones(1)}, "no tensor has such a name; it has x"),
         ("nan", {k: v * float("nan") for k, v in tensors.items()}, "non-finite"),
+        ("rank 0", {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in tensors.items()}, "no matrices"),
+        ("scalars", {k: torch.ones(()) for k in tensors}, "no matrices"),
+        ("alpha", tensors | {k.replace("lora_A.weight", "alpha"): torch.tensor(float("nan")) for k in tensors if "lora_A" in k}, "its alpha of .* is nan"),
     ):  # fmt: skip
         save_file(content, tmp_path / f"{name}.safetensors")
         with pytest.raises(UserError, match=told) as caught:

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
+from diffusion.data.datasets import scan
 from diffusion.evaluation.distances import frechet_distance, moments
 from diffusion.evaluation.viz import save_png
 from diffusion.study import __main__ as program
@@ -51,7 +52,7 @@ def base(vae, faces, tmp_path_factory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("base")
     train(Config(
         mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
-        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dim_mults=(1, 2), heads=2,
+        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dim_mults=(1, 2),
         data=str(faces), image_size=16, batch_size=8, time_steps=20, train_steps=12, num_samples=0,
         save_and_sample_every=12, cache_dir=str(folder / "cache"), device="cpu", amp="no",
         save_folder=str(folder / "run"), guidance_scale=2.0,
@@ -128,6 +129,8 @@ def test_styles_are_split_and_named(styles, tmp_path):
     kept = {f.read_bytes() for f in (style.files[i] for i in style.held_out)}
     for file in files:
         assert file.read_bytes() not in kept
+    assert scan(folder) == files  # train.py reads them all
+    for file in files:
         assert "{}" in file.with_suffix(".txt").read_text()
 
 

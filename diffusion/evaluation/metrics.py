@@ -207,10 +207,10 @@ def main() -> None:
         a, sizes = folder_features(real, args.size, features)
         b, others = folder_features(fake, args.size, features)
         check_sizes(sizes | others, features, f"{real} and {fake}")
+        more = measure_folder(extra, fake, args.size) if extra is not None else {}
         if dist.is_main():
             warn_of_few(len(a), len(b))
             result = compare(a, b, features)
-            more = measure_folder(extra, fake, args.size) if extra is not None else {}
             result |= {name: one["value"] for name, one in more.items()}
             result["definitions"] = definitions(result, features) | meanings(more)
     else:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import UserError
 from ..data.datasets import folder_set, scan
 from ..data.images import BadImage, read_image
-from ..distributed import gather_object
+from ..distributed import gather_object, rank, world_size
 from ..models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel
 from ..models.sd_config import CLIPConfig
 from ..models.tokenizer import Tokenizer
@@ -129,10 +129,8 @@ def prompts_of(folder: Path) -> dict[Path, str]:
     """The prompt of each image below a folder: name.txt or metadata.jsonl, or what sample.py wrote
     into the PNG. Raises UserError for images without one."""
     files = scan(folder)
-    captions = folder_set(folder).captions
-    if captions is not None and len(captions) == len(files):
-        return dict(zip(files, captions))
-    found = {file: read_parameters(file) for file in files}
+    captions = folder_set(folder).captions or [""] * len(files)
+    found = {file: caption or read_parameters(file) for file, caption in zip(files, captions)}
     if missing := [file for file, prompt in found.items() if prompt is None]:
         raise UserError(f"--clip needs each image's prompt, and {missing[0]} has none: neither "
                         "name.txt beside it nor `parameters` in a PNG")  # fmt: skip
@@ -209,6 +207,10 @@ class TextImage:
             self.scores += zip(numbers, self.clip(images, prompts).tolist())
         if self.lpips is not None:
             self.kept += [(n, image) for n, image in zip(numbers, images) if n < PAIRS]
+            if len(shapes := {image.shape[:2] for _, image in self.kept}) > 1:
+                (h, w), (H, W) = sorted(shapes)[:2]
+                raise UserError(f"LPIPS compares images of one size, and here are {w}x{h} and "
+                                f"{W}x{H}: give --size")  # fmt: skip
 
     def result(self) -> dict[str, dict] | None:
         """{name: measure} over all ranks on rank 0, None elsewhere; begins anew."""
@@ -238,9 +240,12 @@ def open_text_image(clip: str | None, lpips: bool, device: torch.device) -> Text
 
 
 def measure_folder(found: TextImage, folder: Path, size: int | None) -> dict[str, dict] | None:
-    """Of all usable images below a folder, with their prompts. Raises UserError without prompts."""
+    """Of all usable images below a folder, with their prompts, shared out among the ranks.
+
+    Raises UserError without prompts.
+    """
     prompts = prompts_of(folder) if found.clip is not None else {}
-    for number, file in enumerate(scan(folder)):
+    for number, file in list(enumerate(scan(folder)))[rank() :: world_size()]:
         try:
             image = read_image(file, size)
         except BadImage:

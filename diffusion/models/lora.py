@@ -175,7 +175,7 @@ def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
     for _, _, adapter, branch in branches(model):
         if branch.merged is not None:
             raise ValueError("unmerge before the weights of adapters are changed")
-        branch.weight = weights.get(adapter, branch.weight)
+        branch.weight = float(weights.get(adapter, branch.weight))
 
 
 def merge(model: nn.Module) -> None:

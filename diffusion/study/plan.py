@@ -120,7 +120,7 @@ class Cell:
 
 def lora(s: Settings, style: str, slug: str, rank=None, steps=None, rate=None) -> Cell:
     rank, steps = rank or s.rank, steps or s.steps
-    rate = float(f"{rate or s.learning_rate:.2g}")
+    rate = s.learning_rate if rate is None else float(f"{rate:.2g}")
     name = f"lora_{slug}_rank{rank}_steps{steps}_lr{rate:g}"
     return Cell("lora", name, style, steps, rate, rank)
 
@@ -135,7 +135,9 @@ def ablation(s: Settings, slugs: dict[str, str]) -> dict[str, list[Cell]]:
     return {
         "rank": [lora(s, style, slug, rank=rank) for rank in sorted(set(s.ranks))],
         "steps": [lora(s, style, slug, steps=max(1, round(s.steps * f))) for f in STEP_FACTORS],
-        "learning_rate": [lora(s, style, slug, rate=s.learning_rate * f) for f in RATE_FACTORS],
+        "learning_rate": [
+            lora(s, style, slug, rate=None if f == 1 else s.learning_rate * f) for f in RATE_FACTORS
+        ],
     }
 
 

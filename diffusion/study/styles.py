@@ -132,7 +132,7 @@ def read_prompts(file: Path, name: str) -> list[str]:
 
 
 def training_folder(style: Style, folder: Path, name: str | None = None) -> Path:
-    """The style's training images with their captions, as a folder of links, made once.
+    """The style's training images with their captions, as a folder of its own, made once.
 
     name: stands in the captions for the style's name; {} is where train.py puts a new token.
     """
@@ -144,9 +144,9 @@ def training_folder(style: Style, folder: Path, name: str | None = None) -> Path
     for n, i in enumerate(style.train):
         target = folder / f"{n:05d}{style.files[i].suffix.lower()}"
         try:
-            os.symlink(style.files[i].resolve(), target)
+            os.link(style.files[i].resolve(), target)
         except OSError:
-            shutil.copyfile(style.files[i], target)  # no links on this system
+            shutil.copyfile(style.files[i], target)  # another file system
         text = style.captions[i]
         text = replaced(text, style.name, name) if name else text
         target.with_suffix(".txt").write_text(text, encoding="utf-8")

@@ -245,21 +245,27 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--class_data {folder} cannot be written: {error}") from None
-    there = len(scan(folder))
+    missing = max(0, c.class_images - len(scan(folder)))
+    # nothing that is there is written over
+    free = [i for i in range(2 * c.class_images) if not image_of(folder, i).exists()][:missing]
     dist.barrier()  # all ranks have counted
-    if there < c.class_images:
-        dist.log(f"{folder}: {c.class_images - there} of {c.class_images} class images are drawn")
+    if free:
+        dist.log(f"{folder}: {len(free)} of {c.class_images} class images are drawn")
     pipeline = task.pipeline(model)
-    for low in range(there, c.class_images, ENCODE_BATCH)[dist.rank() :: dist.world_size()]:
-        indices = range(low, min(low + ENCODE_BATCH, c.class_images))
+    for low in range(0, len(free), ENCODE_BATCH)[dist.rank() :: dist.world_size()]:
+        indices = free[low : low + ENCODE_BATCH]
         images = pipeline.sample(
             indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
         )  # fmt: skip
         for i, image in zip(indices, to_uint8(images)):
-            save_png(image, folder / f"{i:05d}.png")
+            save_png(image, image_of(folder, i))
     dist.barrier()
     return folder
+
+
+def image_of(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.png"
 
 
 ADAPTED = {"pixel": AdaptedDiffusion, "latent": AdaptedLatents}

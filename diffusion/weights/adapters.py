@@ -76,8 +76,14 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
             continue
         part, name = known[layer]
         down, up = _fit(path, name, layers[part][name], **pair)
-        alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down)) or len(down)
-        parts[part][name] = LowRank(down, up, float(alpha))
+        try:
+            alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down))
+            alpha = float(alpha or len(down))
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise UserError(f"{path}: its settings of alpha are unusable: {error}") from None
+        if not math.isfinite(alpha):
+            raise UserError(f"{path}: its alpha of {name} is {alpha}")
+        parts[part][name] = LowRank(down, up, alpha)
     _report(path, parts, sorted(left))
     return parts
 
@@ -156,6 +162,9 @@ def _known(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
 def _fit(path: Path, name: str, layer: nn.Module, down: Tensor, up: Tensor) -> list[Tensor]:
     """Both in float32 and the layer's shapes; linear layers and 1x1 convolutions take each
     other's. Raises UserError for any other shape."""
+    if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
+        raise UserError(f"{path}: its branch of {name} is {tuple(down.shape)} and "
+                        f"{tuple(up.shape)}, no matrices")  # fmt: skip
     rank, fitted = len(down), []
     wanted = {"down": (rank, *layer.weight.shape[1:]),
               "up": (len(layer.weight), rank, *[1] * (layer.weight.ndim - 2))}  # fmt: skip

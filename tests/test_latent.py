@@ -504,7 +504,7 @@ def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monke
     assert_close(make(tiling=True), plain)  # smaller than one tile
     monkeypatch.setattr("diffusion.assemble.TILE", 8)
     tiles = make(tiling=True)
-    assert 0 < (tiles - plain).abs().mean() < 0.1 * plain.std()
+    assert 0 < (tiles - plain).abs().mean() < 0.5 * plain.std()
 
 
 def test_a_pixel_model_has_no_use_for_prompts(model, sd_folder):

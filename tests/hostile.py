@@ -18,12 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion import UserError
 from diffusion.data.images import BadImage
+
+st = pytest.importorskip("hypothesis.strategies", reason="pip install hypothesis")
 
 MOST_MEMORY = 300 << 20  # bytes that a reader of small files may take while it reads
 PWNED = "pwned"  # the file that code in a hostile file would leave in the working folder

@@ -316,7 +316,7 @@ def json_edited(value, changes: list):
         places = list(_places(value))
         if places:
             holder, key = places[int(where * len(places))]
-            holder[key] = new
+            holder[key] = json.loads(json.dumps(new))  # a copy: it may be edited next
     return value
 
 

@@ -28,7 +28,11 @@ def check_size(path: Path) -> None:
     if path.suffix == ".safetensors" and int.from_bytes(head, "little") > min(size, MOST_HEADER):
         raise UserError(f"{path} is damaged or not to be trusted: its header would have "
                         f"{int.from_bytes(head, 'little'):,} bytes")  # fmt: skip
-    if zipfile.is_zipfile(path):
+    try:
+        packed = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged or incomplete: {error}") from None
+    if packed:
         check_zip(path, size)
     elif size and path.suffix != ".safetensors":
         with open(path, "rb") as file:  # of before torch 1.6

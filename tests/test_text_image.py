@@ -143,11 +143,15 @@ def test_diversity_with_the_lpips_package():
     assert result["num_images"] == 3 and "1801.03924" in result["definition"]
 
 
-def test_lpips_says_what_is_missing(monkeypatch, tmp_path):
+def test_lpips_without_its_weights(monkeypatch, tmp_path):
+    pytest.importorskip("lpips")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     with pytest.raises(UserError, match="(?s)could not load its network.*--lpips"):
         open_lpips(CPU, "alex", "--lpips")
+
+
+def test_lpips_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="--lpips needs LPIPS: pip install lpips"):
         open_text_image(None, True, CPU)

@@ -13,6 +13,10 @@ from pathlib import Path
 from diffusion import UserError
 from diffusion.config import Parser, run_script
 
+# what does nothing, and so is refused, without what
+NEEDS = (("negative_prompt", "prompt"), ("mask", "init_image"), ("strength", "init_image"),
+         ("points", "lora_interpolate"))  # fmt: skip
+
 
 def parse(args: list[str] | None = None):
     # fmt: off
@@ -52,11 +56,11 @@ def parse(args: list[str] | None = None):
     add("--lora", action="append", type=weighted, default=[], metavar="FILE[:X]", help="LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again")
     add("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, whose token --prompt may use; may be given again")
     add("--lora_interpolate", nargs=2, type=weighted, default=[], metavar=("A", "B"), help="draw interpolation.png instead: from the one LoRA to the other")
-    add("--points", type=int, default=5, metavar="N", help="its columns")
+    add("--points", type=int, metavar="N", help="its columns (default: 5)")
 
     add = parser.add_argument_group("from an image").add_argument
     add("--init_image", metavar="FILE", help="start from this image, noised")
-    add("--strength", type=float, default=0.8, metavar="X", help="share of the steps that is run on it, 0 to 1")
+    add("--strength", type=float, metavar="X", help="share of the steps that is run on it, 0 to 1 (default: 0.8)")
     add("--mask", metavar="FILE", help="image that is white where new content goes; the rest of init_image stays")
     # fmt: on
     args = parser.parse_args(args)
@@ -65,15 +69,19 @@ def parse(args: list[str] | None = None):
         args.num_images = len(args.prompt) or (4 if args.lora_interpolate else 16)
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if args.prompt else 1.0
+    for name, needed in NEEDS:
+        if getattr(args, name) not in (None, "") and not getattr(args, needed):
+            raise UserError(f"--{name} does nothing by itself: give --{needed} as well")
+    if (args.guidance_rescale or args.sequential_guidance) and args.guidance_scale == 1:
+        raise UserError("--guidance_rescale and --sequential_guidance change how --guidance_scale "
+                        "works; it is 1, which is no guidance")  # fmt: skip
+    args.points = 5 if args.points is None else args.points
+    args.strength = 0.8 if args.strength is None else args.strength
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
-    if args.negative_prompt and not args.prompt:
-        raise UserError("--negative_prompt is what guidance leads away from: give --prompt as well")
     if args.points < 2:
         raise UserError(f"points is {args.points}; it must be at least 2")
-    if args.mask is not None and args.init_image is None:
-        raise UserError("--mask says what of an image stays: give --init_image as well")
     return args
 
 

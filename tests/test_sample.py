@@ -244,6 +244,17 @@ def test_pictures(tmp_path):
     )
 
 
+@pytest.mark.parametrize("given, needed", [
+    ("--points 3", "--lora_interpolate"), ("--points 0", "--lora_interpolate"),
+    ("--strength 0.5", "--init_image"), ("--mask m.png", "--init_image"),
+    ("--negative_prompt grey", "--prompt"), ("--guidance_rescale 0.7", "--guidance_scale"),
+    ("--sequential_guidance --guidance_scale 1", "--guidance_scale"),
+])  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(call, given, needed):
+    with pytest.raises(UserError, match=needed):
+        call(*given.split())
+
+
 def test_amp_choices():
     cpu = torch.device("cpu")
     assert amp_dtype("no", cpu) is None and amp_dtype("bf16", cpu) == torch.bfloat16

@@ -107,7 +107,7 @@ def test_budgets_and_what_is_given_instead(faces):
     assert with_budget(Settings(data="x", steps=7)).steps == 7
     for wrong, told in (
         (dict(budget="huge"), "small or full"), (dict(experiments=(1, 5)), "experiment 5 is unknown"),
-        (dict(steps=1), "steps is 1"), (dict(ranks=(0, 1)), "each must be above 0"),
+        (dict(steps=1), "steps is 1"), (dict(ranks=(0, 1)), "each must be above 0"), (dict(points=102), "at most 101"),
         (dict(learning_rate=-1.0), "must be above 0"), (dict(experiments=()), "names none"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=told):
@@ -417,6 +417,19 @@ def test_changed_data_is_another_study(tmp_path):
     assert find(tmp_path / "r", describe(s)) is None
 
 
+def test_a_changed_base_is_another_study(tmp_path):
+    save_png(toy.draw(1, 16), tmp_path / "data" / "a" / "1.png")
+    (weights := tmp_path / "sd" / "unet" / "weights.bin").parent.mkdir(parents=True)
+    weights.write_text("first")
+    s = dataclasses.replace(
+        settings(tmp_path / "data", styles=("a",)), load_path=None, sd_path=str(tmp_path / "sd")
+    )
+    before = describe(s)
+    assert before == describe(s)
+    weights.write_text("another")
+    assert before != describe(s)
+
+
 def test_numbers_carry_their_definitions(study):
     one = study(Fake())
     run_study(one)
@@ -427,6 +440,7 @@ def test_numbers_carry_their_definitions(study):
             assert measure["definition"] and measure["model"] and measure["num_images"] == count
         if entry["kind"] in ("lora", "dreambooth", "textual_inversion"):
             assert entry["cost"]["file_bytes"] == 99 and entry["cost"]["images_per_second"] == 12.5
+    assert "4 or 6 images" in write_report(one).read_text(encoding="utf-8")
     strip = np.asarray(Image.open(one.folder / "thumbnails" / "interpolation.png"))
     assert strip.shape[0] > 4 * 96 and strip.shape[1] > 3 * 96
     name = next(c.name for c in one.cells if c.kind == "textual_inversion")

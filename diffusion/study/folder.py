@@ -13,7 +13,8 @@ from .styles import file_stamp, slugs_of, stamp, style_folders
 def describe(s: Settings) -> dict:
     """What makes a study the same one, as JSON gives it back."""
     base = Path(s.load_path or s.sd_path)
-    told = {"settings": dataclasses.asdict(s), "base": f"{base.resolve()} {file_stamp(base)}",
+    mark = stamp(base) if base.is_dir() else file_stamp(base)
+    told = {"settings": dataclasses.asdict(s), "base": f"{base.resolve()} {mark}",
             "data": {f.name: stamp(f) for f in style_folders(s.data)}}  # fmt: skip
     return json.loads(json.dumps(told))
 

@@ -88,6 +88,8 @@ def with_budget(settings: Settings) -> Settings:
     for name, low in least.items():
         if getattr(settings, name) < low:
             raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {low}")
+    if settings.points > 101:
+        raise UserError(f"points is {settings.points}; it must be at most 101")
     if min(settings.ranks) < 1:
         raise UserError(f"ranks are {settings.ranks}; each must be above 0")
     rates = ("learning_rate", "ti_learning_rate", "dreambooth_learning_rate")

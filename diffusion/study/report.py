@@ -231,14 +231,15 @@ class Page:
         self.add(figure(file, f"{a} (left) to {b} (right); the same noise and prompt in each row"))
 
     def meaning(self) -> None:
-        found = {}
+        found: dict[tuple, set] = {}  # what is measured, how and by what: of how many images
         for entry in self.study.metrics["cells"].values():
             for name, one in entry.get("measures", {}).items():
-                found.setdefault(name, one)
+                kind = (MEASURES[name][0], one["definition"], one["model"])
+                found.setdefault(kind, set()).add(one["num_images"])
         self.add("<h2>What the numbers are</h2><dl>")
-        for name, one in found.items():
-            self.add(f"<dt>{escape(MEASURES[name][0])}</dt><dd>{escape(one['definition'])}. Model: "
-                     f"{escape(one['model'])}; {one['num_images']} images.</dd>")  # fmt: skip
+        for (heading, definition, model), counts in found.items():
+            self.add(f"<dt>{escape(heading)}</dt><dd>{escape(definition)}. Model: {escape(model)}; "
+                     f"{' or '.join(map(str, sorted(counts)))} images.</dd>")  # fmt: skip
         for name, text in COST_NOTES.items():
             self.add(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>")
         self.add("</dl>")

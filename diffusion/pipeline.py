@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import UserError
 from .config import Config
+from .models.blank import blank
 from .models.conv import folded
 from .models.unet import UNet
 from .process.graph import Graphs
@@ -70,15 +71,15 @@ class Pipeline:
         """From a model.pt or .safetensors file. Raises UserError for any other file."""
         tensors, config, metadata = load_weights(Path(path), weights)
         try:
-            with torch.device("meta"):  # what a file claims costs nothing until it fits
-                build_model(config, len(metadata["classes"])).load_state_dict(tensors, assign=True)
-            model = build_model(config, len(metadata["classes"]))
-            model.load_state_dict(tensors)
+            with blank():  # what a file claims costs nothing until it fits
+                model = build_model(config, len(metadata["classes"]))
+            model.load_state_dict(tensors, assign=True)
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} does not fit its own configuration: {reason}") from None
         schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-        model = model.to(device).eval().requires_grad_(False)
+        model = model.to(device, torch.float32, memory_format=torch.channels_last)
+        model = model.eval().requires_grad_(False)
         return cls(config, model, schedule, metadata["classes"], torch.device(device))
 
     @property

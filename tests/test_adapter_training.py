@@ -1,12 +1,11 @@
 """LoRA, textual inversion and DreamBooth through the trainer, on tiny models."""
 
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, environment, script
+import warm
 from PIL import Image
 from safetensors.torch import load_file
 from test_latent import CPU, latent, options_of, sd_folder, vae  # noqa: F401
@@ -264,8 +263,7 @@ def test_kill_and_resume_is_exact(scratch, options, tmp_path):
     options |= on_scratch(scratch) | LORA | dict(num_samples=0, train_steps=12)
     straight = options | dict(save_folder=str(tmp_path / "straight"))
     train(Config(**straight))
-    run = subprocess.Popen(command("train.py", *flags(options | dict(train_steps=2000))), cwd=tmp_path,
-                           env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    run = warm.Process("train.py", *flags(options | dict(train_steps=2000)), cwd=tmp_path)
     while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
         time.sleep(0.01)
         assert run.poll() is None
@@ -318,7 +316,7 @@ def test_the_commands(scratch, options, tmp_path, monkeypatch):
     base = dict(load_path=str(scratch))
     for name, change in (("a", LORA | dict(seed=1)), ("b", LORA | dict(rank=3, seed=2)), ("c", INVERSION)):  # fmt: skip
         given = shared | base | change | dict(mode="latent", save_folder=str(tmp_path / name))
-        done = script("train.py", *flags(given)[:-2], cwd=tmp_path) if name == "a" else None
+        done = warm.script("train.py", *flags(given)[:-2], cwd=tmp_path) if name == "a" else None
         if done is None:
             train(Config(**given))
         else:
@@ -430,7 +428,7 @@ def test_two_ranks_train_the_same_adapter(scratch, options, tmp_path):
     """Gradients of the branches alone are averaged; class images are shared out."""
     options |= on_scratch(scratch) | DREAMBOOTH | dict(adapter="lora", train_text_encoder=True)
     options |= dict(num_samples=0, save_folder=str(tmp_path / "two"))
-    done = script("train.py", *flags(options)[:-2], cwd=tmp_path, ranks=2)
+    done = warm.script("train.py", *flags(options)[:-2], cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     train(Config(**options | dict(save_folder=str(tmp_path / "one"))))
     a, b = (run_lines(tmp_path / f) for f in ("two", "one"))

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+import warm
+from conftest import ROOT
 from PIL import Image
 
 from diffusion import UserError
@@ -474,7 +475,7 @@ def test_hub_errors(tmp_path, monkeypatch):
 
 
 def test_the_errors_are_one_line_for_a_user(tmp_path):
-    done = script("train.py", "--data", "nowhere", cwd=tmp_path)
+    done = warm.script("train.py", "--data", "nowhere", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: --data 'nowhere'")
     assert "Traceback" not in done.stderr
     assert datasets.digest("a") != datasets.digest("b")

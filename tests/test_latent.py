@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, environment, script
+import warm
 from PIL import Image
 from test_data import parquet  # noqa: F401
 from test_training import flags, run_lines, same, tiny  # noqa: F401
@@ -243,9 +242,8 @@ def test_from_scratch(latent, tmp_path, condition):
 def test_kill_and_resume_is_exact(latent, tmp_path):
     """kill -9 while it trains; the continued run is the run that was never stopped."""
     straight = latent | dict(save_folder=str(tmp_path / "straight"))
-    assert script("train.py", *flags(straight), cwd=tmp_path).returncode == 0
-    run = subprocess.Popen(command("train.py", *flags(latent | dict(train_steps=500))), cwd=tmp_path,
-                           env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    assert warm.script("train.py", *flags(straight), cwd=tmp_path).returncode == 0
+    run = warm.Process("train.py", *flags(latent | dict(train_steps=500)), cwd=tmp_path)
     while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
         time.sleep(0.02)
         assert run.poll() is None
@@ -254,7 +252,7 @@ def test_kill_and_resume_is_exact(latent, tmp_path):
     newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
     if int(newest.stem[5:]) > 12:
         pytest.skip("the machine was too fast for this test")
-    assert script("train.py", *flags(latent), cwd=tmp_path).returncode == 0
+    assert warm.script("train.py", *flags(latent), cwd=tmp_path).returncode == 0
     a, b = (checkpoint.read(tmp_path / f / "model.pt") for f in ("run", "straight"))
     keys = ("model", "ema", "optimizer", "tally")
     same({k: a[k] for k in keys}, {k: b[k] for k in keys})
@@ -262,7 +260,7 @@ def test_kill_and_resume_is_exact(latent, tmp_path):
 
 
 def test_two_ranks_share_the_encoding(latent, tmp_path):
-    done = script("train.py", *flags(latent), cwd=tmp_path, ranks=2)
+    done = warm.script("train.py", *flags(latent), cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     train(Config(**latent | dict(save_folder=str(tmp_path / "one"))))
     a, b = (run_lines(tmp_path / f) for f in ("run", "one"))
@@ -432,7 +430,7 @@ def test_mistakes(latent, tiny, tmp_path, vae):  # noqa: F811
 def test_sample_with_prompts(sd_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox, sitting\ntwo cats\n")
-    done = script("sample.py", "--sd_path", sd_folder, "--prompt", f"@{prompts}", "--prompt", "a dog",
+    done = warm.script("sample.py", "--sd_path", sd_folder, "--prompt", f"@{prompts}", "--prompt", "a dog",
                   "--negative_prompt", "blurry", "--steps", 3, "--sampler", "dpmpp_2m", "--amp", "no",
                   "--device", "cpu", "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, environment, script
+import warm
+from conftest import ROOT
 from PIL import Image
 from resnet56 import write as write_resnet56
 from test_training import flags, run_lines, tiny  # noqa: F401
@@ -387,7 +388,7 @@ def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
     assert Image.open(tmp_path / "metrics" / "quality.png").size == (640, 400)
     assert "ddpm    20 steps  pooled" in told
     # it is the distance of what sample.py writes
-    done = script("sample.py", "--load_path", model, "--save_folder", tmp_path / "s", "--steps", 3,
+    done = warm.script("sample.py", "--load_path", model, "--save_folder", tmp_path / "s", "--steps", 3,
                   "--num_images", 12, "--batch_size", 5, "--class_label", "all", "--seed", 1,
                   "--amp", "no", "--device", "cpu", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -400,19 +401,14 @@ def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
     (mixed / "001.png").write_bytes(b"broken")
     args = [real, model, "--fid_features", pooled, "--num_images", "10", "--batch_size", "3",
             "--samplers", "ddim:3", "--amp", "no", "--device", "cpu"]  # fmt: skip
-    values, launch = [], []
-    for ranks in (1, 2):
-        launch = [sys.executable, "-m"]
-        if ranks > 1:
-            launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
-        full = [*launch, "diffusion.evaluation.metrics", *map(str, args), "--save_folder", tmp_path]
-        done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, env=environment())
+    values, program = [], "diffusion.evaluation.metrics"
+    for ranks in (0, 2):
+        done = warm.script(program, *args, "--save_folder", tmp_path, cwd=ROOT, ranks=ranks)
         assert done.returncode == 0, done.stderr
         values.append(json.loads(done.stdout.splitlines()[-1])["rows"][0]["pooled"])
     assert_close(values[0], values[1], rtol=1e-6, atol=0)
     # what the other rank has seen counts too
-    args = [*launch, "diffusion.evaluation.metrics", str(real), str(mixed), "--fid_features", str(pooled)]  # fmt: skip
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env=environment())
+    done = warm.script(program, real, mixed, "--fid_features", pooled, cwd=ROOT, ranks=2)
     assert done.returncode != 0 and "images of 2 sizes" in done.stderr and "001.png" in done.stdout
 
 
@@ -504,7 +500,7 @@ def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
 def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
     train(Config(**fid | dict(dropout=0.0)))
     options = fid | dict(dropout=0.0, save_folder=str(tmp_path / "two"), cache_dir=str(tmp_path / "own"))  # fmt: skip
-    done = script("train.py", *flags(options), cwd=tmp_path, ranks=2)
+    done = warm.script("train.py", *flags(options), cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     one, two = values_of(tmp_path / "run"), values_of(tmp_path / "two")
     assert sorted(two) == [6, 12]
@@ -514,8 +510,7 @@ def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
 def test_stopped_while_it_measures(fid, tmp_path):
     """The run saves and stops; continued, it measures what is missing, also at the last step."""
     slow = fid | dict(fid_num_images=1_000_000)
-    run = subprocess.Popen(command("train.py", *flags(slow)), cwd=tmp_path, stderr=subprocess.DEVNULL,
-                           env=environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    run = warm.Process("train.py", *flags(slow), cwd=tmp_path)
     while not (tmp_path / "run" / "checkpoints" / "step_00000004.pt").exists():
         time.sleep(0.05)
         assert run.poll() is None
@@ -524,15 +519,15 @@ def test_stopped_while_it_measures(fid, tmp_path):
     out, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped at step 6" in out
     assert values_of(tmp_path / "run") == {}
-    assert script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
+    assert warm.script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
     straight = flags(fid | dict(save_folder=str(tmp_path / "straight")))
-    assert script("train.py", *straight, cwd=tmp_path).returncode == 0
+    assert warm.script("train.py", *straight, cwd=tmp_path).returncode == 0
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
     # cut away the last value: a finished run still lacks it
     file = tmp_path / "run" / "metrics.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")
-    assert script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
+    assert warm.script("train.py", *flags(fid), cwd=tmp_path).returncode == 0
     assert run_lines(tmp_path / "run") == run_lines(tmp_path / "straight")
 
 

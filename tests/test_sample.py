@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import script
 from PIL import Image
 from safetensors.torch import save_file
@@ -32,7 +33,9 @@ def pictures(folder) -> np.ndarray:
 
 def run(model, folder, *args, ranks=0) -> np.ndarray:
     """sample.py as a process of its own."""
-    done = script("sample.py", *arguments(model, folder), *args, cwd=folder.parent, ranks=ranks)
+    done = warm.script(
+        "sample.py", *arguments(model, folder), *args, cwd=folder.parent, ranks=ranks
+    )
     assert done.returncode == 0, done.stderr
     return pictures(folder)
 

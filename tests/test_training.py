@@ -8,11 +8,11 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
 from conftest import command, environment, script
 from torch.testing import assert_close
 
@@ -159,14 +159,9 @@ def test_it_learns(tiny, tmp_path):
 def uninterrupted(tiny, tmp_path):
     """The run that was never stopped, in a process like those of the interrupted ones."""
     options = tiny | dict(save_folder=str(tmp_path / "whole"), train_steps=40)
-    done = script("train.py", *flags(options), cwd=tmp_path)
+    done = warm.script("train.py", *flags(options), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return tmp_path / "whole"
-
-
-def start(options, cwd, ranks=0) -> subprocess.Popen:
-    return subprocess.Popen(command("train.py", *flags(options), ranks=ranks), cwd=cwd, env=environment(ranks),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
 
 def wait_for_step(folder, step, process, timeout=120) -> None:
@@ -176,7 +171,8 @@ def wait_for_step(folder, step, process, timeout=120) -> None:
         if path.exists() and f'"step": {step}' in path.read_text():
             return
         time.sleep(0.005)
-    raise AssertionError(process.stdout.read())
+    process.kill()
+    raise AssertionError("".join(process.communicate()))
 
 
 def test_kill_9_and_continue_is_bit_for_bit(tiny, tmp_path, uninterrupted):
@@ -186,12 +182,12 @@ def test_kill_9_and_continue_is_bit_for_bit(tiny, tmp_path, uninterrupted):
     rng = random.Random(time.time_ns())
     moments = sorted(rng.sample(range(4, 38, 2), 3))
     for moment in moments:
-        process = start(options, tmp_path)
+        process = warm.Process("train.py", *flags(options), cwd=tmp_path)
         wait_for_step(folder, moment, process)
         time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()
-    done = script("train.py", *flags(options), cwd=tmp_path)
+    done = warm.script("train.py", *flags(options), cwd=tmp_path)
     assert done.returncode == 0 and "continuing the run" in done.stdout + done.stderr, (
         moments,
         done.stderr,
@@ -202,13 +198,13 @@ def test_kill_9_and_continue_is_bit_for_bit(tiny, tmp_path, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_stops_cleanly(tiny, tmp_path, uninterrupted, number):
     options = tiny | dict(train_steps=40, save_and_sample_every=4)
-    process = start(options, tmp_path)
+    process = warm.Process("train.py", *flags(options), cwd=tmp_path)
     wait_for_step(tmp_path / "run", 6, process)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped at step" in printed
     assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] >= 6
-    done = script("train.py", *flags(options), cwd=tmp_path)
+    done = warm.script("train.py", *flags(options), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     same_runs(tmp_path / "run", uninterrupted)
 
@@ -293,9 +289,9 @@ def test_other_files_in_the_data_folder_are_noticed(tiny, tmp_path, faces):
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
-    process = start(tiny | dict(train_steps=4000), tmp_path)
+    process = warm.Process("train.py", *flags(tiny | dict(train_steps=4000)), cwd=tmp_path)
     wait_for_step(tmp_path / "run", 2, process)
-    second = script("train.py", *flags(tiny), cwd=tmp_path)
+    second = warm.script("train.py", *flags(tiny), cwd=tmp_path)
     process.kill()
     process.wait()
     assert second.returncode == 1 and "another process is training" in second.stderr
@@ -327,8 +323,7 @@ def one_step_gradients(tmp_path, options, ranks) -> dict:
     """Weights after one step of SGD-like size are the gradients: lr 1, no clipping, no Adam."""
     out = tmp_path / f"grads_{ranks}_{options['grad_accum']}.pt"
     code = f"""
-import sys, torch
-sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
+import torch
 from diffusion import distributed as dist
 from diffusion.config import Config
 from diffusion.training import steps, tasks, trainer
@@ -344,15 +339,7 @@ dist.cleanup()
 """
     file = tmp_path / "one_step.py"
     file.write_text(code)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    done = subprocess.run([*(launch if ranks > 1 else [sys.executable]), str(file)], cwd=tmp_path, timeout=200,
-                          capture_output=True, text=True, env=environment(ranks))  # fmt: skip
+    done = warm.script(str(file), cwd=tmp_path, ranks=ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 
@@ -378,14 +365,16 @@ def test_torchrun_resumes_on_another_number_of_ranks(tiny, tmp_path):
     done = script("train.py", *flags(tiny | dict(train_steps=8)), cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "samples" / "step_00000008.png").exists()
-    alone = script("train.py", *flags(tiny | dict(train_steps=12)), cwd=tmp_path)
+    alone = warm.script("train.py", *flags(tiny | dict(train_steps=12)), cwd=tmp_path)
     assert alone.returncode == 0 and "from step 8" in alone.stdout + alone.stderr
     lines = run_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
 
 
 def test_torchrun_stops_on_a_signal(tiny, tmp_path):
-    process = start(tiny | dict(train_steps=4000), tmp_path, ranks=2)
+    options = tiny | dict(train_steps=4000)
+    process = subprocess.Popen(command("train.py", *flags(options), ranks=2), cwd=tmp_path, env=environment(2),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     wait_for_step(tmp_path / "run", 4, process)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)

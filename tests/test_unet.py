@@ -1,9 +1,12 @@
 """The U-Net: shapes, weight standardisation, padding, labels, checkpointing."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.testing import assert_close
 
 from diffusion.models.conv import Conv3x3, WSConv3x3, folded
@@ -178,3 +181,21 @@ def test_every_parameter_gets_a_gradient():
     model = small(num_classes=2)
     model(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([0, 2])).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_blank_networks_cost_nothing():
+    """Neither memory nor time: drawing values on the meta device imports torch's compiler."""
+    code = """
+import sys, torch
+from diffusion.models.blank import blank
+from diffusion.models.clip import CLIPTextModel
+from diffusion.models.sd_config import CLIPTextConfig
+from diffusion.models.unet import UNet
+with blank():
+    made = [UNet(1024, num_classes=5), CLIPTextModel(CLIPTextConfig()), torch.nn.Embedding(9, 9)]
+assert all(p.is_meta for m in made for p in m.parameters())
+assert "torch._dynamo" not in sys.modules
+assert torch.nn.init.ones_(torch.zeros(2)).sum() == 2
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import script
 from PIL import Image
 from torch.testing import assert_close
@@ -88,7 +89,7 @@ def test_the_pictures_are_those_of_q_sample(model, tmp_path, show, pipeline):
 def test_the_last_picture_is_the_sample(model, tmp_path, show):
     args = ("--load_path", model, "--steps", 7, "--sampler", "ddpm", "--class_label", "bob", "--seed", 3, "--amp", "no")  # fmt: skip
     show(*args, "--save_folder", tmp_path, "--num_images", 2)
-    done = script("sample.py", *args, "--num_images", 2, "--batch_size", 2, "--device", "cpu",
+    done = warm.script("sample.py", *args, "--num_images", 2, "--batch_size", 2, "--device", "cpu",
                   "--save_folder", tmp_path / "s", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     last = pixels(tmp_path / "viz" / "backward_t00.png")[2:-2, 2:98][::6, ::6]

@@ -21,6 +21,7 @@ from .. import UserError
 from ..data.datasets import folder_set, scan
 from ..data.images import BadImage, read_image
 from ..distributed import gather_object, rank, world_size
+from ..models.blank import blank
 from ..models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel
 from ..models.sd_config import CLIPConfig
 from ..models.tokenizer import Tokenizer
@@ -107,7 +108,7 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
         raise UserError(f"--clip {folder} holds a {kind} without vision tower; a CLIP with both "
                         "towers is needed")  # fmt: skip
     try:
-        with torch.device("meta"):
+        with blank():
             model = CLIPModel(CLIPConfig.from_dict(config))
     except ValueError as error:
         raise UserError(f"--clip {folder}: {error}") from None

@@ -43,6 +43,7 @@ def main() -> None:
     result, script = Path(sys.argv[1]), sys.argv[2]
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(script).parent)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
     try:
         runpy.run_path(script, run_name="__main__")

@@ -1,9 +1,9 @@
 """Tensors of any known file put into the networks of Stable Diffusion, strictly."""
 
-import torch
 from torch import Tensor, nn
 
 from .. import UserError
+from ..models.blank import blank
 from ..models.clip import CLIPTextModel
 from ..models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig
 from ..models.sd_unet import SDUNet
@@ -26,7 +26,7 @@ def build(part: str, config: dict, where: str) -> nn.Module:
     if giant:
         raise UserError(f"{where}: {giant[0]} is {config[giant[0]]}, as in no network")
     try:
-        with torch.device("meta"):
+        with blank():
             return network(make_config.from_dict(config))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None

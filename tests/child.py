@@ -1,20 +1,46 @@
-"""A training process that dies where it is told to; test_faults.py forks it from a warm server.
+"""What processes do that are forked from a server that has imported everything (warm.py).
 
-Real processes and real signals. Dying at a place (half a checkpoint on the disk, the hundredth image
+Scripts, or a training that dies where it is told to (test_faults.py): real signals. Dying at a place (half a checkpoint on the disk, the hundredth image
 of a cache, the third step of a sampler) is done from within: from outside one would hit it by luck.
 """
 
 import os
+import runpy
 import signal
+import sys
+from pathlib import Path
 
 import torch
 import torch._dynamo  # noqa: F401 - what takes seconds is imported before the fork
 import torch.utils.tensorboard  # noqa: F401
 
-from diffusion import distributed
+from diffusion import assemble, distributed  # noqa: F401
 from diffusion.config import Config, run_script
 from diffusion.data import cache, encoded
+from diffusion.evaluation import metrics  # noqa: F401
 from diffusion.training import tasks, trainer
+
+
+def settle(output: str, errors: str) -> None:
+    """What a started process would have, and a forked one has not."""
+    torch.set_num_threads(1)  # the same in each: sums in another order are other bits
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+
+
+def script(name: str, args: list[str], cwd: str, env: dict, output: str, errors: str) -> None:
+    """As `python NAME ARGS`, or `python -m NAME ARGS` where NAME is no file."""
+    settle(output, errors)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [name, *args]
+    if name.endswith(".py"):
+        sys.path.insert(0, str(Path(name).parent))
+        runpy.run_path(name, run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def die(*_):
@@ -91,11 +117,7 @@ PLACES = {"checkpoint": at_checkpoint, "cache": at_image, "latents": at_latents,
 
 def run(options: dict, output: str, place: str | None, n: int) -> None:
     """What train.py does. place, n: die there, at the n-th time."""
-    torch.set_num_threads(1)  # the same in each: sums in another order are other bits
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    settle(output, output)
     if place is not None:
         PLACES[place](n)
 

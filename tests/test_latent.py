@@ -239,6 +239,7 @@ def test_from_scratch(latent, tmp_path, condition):
         assert not torch.equal(a, other)
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_exact(latent, tmp_path):
     """kill -9 while it trains; the continued run is the run that was never stopped."""
     straight = latent | dict(save_folder=str(tmp_path / "straight"))
@@ -337,7 +338,7 @@ def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
         run(tmp_path / "scratch" / "model.pt", tmp_path / "x")
 
 
-@pytest.mark.parametrize("kind", ["scratch", "sd"])
+@pytest.mark.parametrize("kind", ["scratch", pytest.param("sd", marks=pytest.mark.slow)])
 def test_streaming_is_encoded_as_it_comes_and_resumes(
     latent,
     sd_folder,

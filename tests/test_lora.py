@@ -192,6 +192,7 @@ def test_gradients_flow_through_checkpoints_and_copies_are_apart():
     assert torch.equal(unet(x, t, context), before) and not torch.equal(other(x, t, context), before)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_branches_are_compiled_with_the_network():
     """Traced as one graph with all branches, forward and backward."""
     inputs, found = NETWORKS["text"][1](), []

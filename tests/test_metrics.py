@@ -497,6 +497,7 @@ def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
     assert len(list((tmp_path / "cache").glob("*.npz"))) == 5
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
     train(Config(**fid | dict(dropout=0.0)))
     options = fid | dict(dropout=0.0, save_folder=str(tmp_path / "two"), cache_dir=str(tmp_path / "own"))  # fmt: skip
@@ -507,6 +508,7 @@ def test_two_ranks_give_the_fid_of_one(fid, tmp_path):
     assert_close(list(two.values()), list(one.values()), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stopped_while_it_measures(fid, tmp_path):
     """The run saves and stops; continued, it measures what is missing, also at the last step."""
     slow = fid | dict(fid_num_images=1_000_000)

@@ -29,15 +29,19 @@ from diffusion.weights import checkpoint
 TIMES = ("img_per_s", "fid_seconds")
 
 
-@pytest.fixture
-def tiny(faces, tmp_path) -> dict:
+def tiny_run(faces, folder) -> dict:
     """The options of a run of a second or two."""
     return dict(
         data=str(faces), image_size=16, unet_dim=8, dim_mults=(1, 2), heads=2, batch_size=8,
         time_steps=20, train_steps=12, save_and_sample_every=4, log_every=2, lr_warmup_steps=4,
-        num_samples=4, sample_steps=5, cache_dir=str(tmp_path / "cache"), device="cpu", amp="no",
-        save_folder=str(tmp_path / "run"), condition="class", dropout=0.1, ema_decay=0.99,
+        num_samples=4, sample_steps=5, cache_dir=str(folder / "cache"), device="cpu", amp="no",
+        save_folder=str(folder / "run"), condition="class", dropout=0.1, ema_decay=0.99,
     )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(faces, tmp_path) -> dict:
+    return tiny_run(faces, tmp_path)
 
 
 def flags(options: dict) -> list[str]:
@@ -77,7 +81,7 @@ def same(a, b, path="") -> None:
 def same_runs(a, b) -> None:
     states = [checkpoint.read(folder / "model.pt") for folder in (a, b)]
     for state in states:
-        for name in ("save_folder", "overwrite"):
+        for name in ("save_folder", "cache_dir", "overwrite"):
             state["config"].pop(name)
     same(*states)
     assert run_lines(a) == run_lines(b)
@@ -155,13 +159,14 @@ def test_it_learns(tiny, tmp_path):
 # --- resuming --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def uninterrupted(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def uninterrupted(faces, tmp_path_factory):
     """The run that was never stopped, in a process like those of the interrupted ones."""
-    options = tiny | dict(save_folder=str(tmp_path / "whole"), train_steps=40)
-    done = warm.script("train.py", *flags(options), cwd=tmp_path)
+    root = tmp_path_factory.mktemp("uninterrupted")
+    options = tiny_run(faces, root) | dict(train_steps=40)
+    done = warm.script("train.py", *flags(options), cwd=root)
     assert done.returncode == 0, done.stderr
-    return tmp_path / "whole"
+    return root / "run"
 
 
 def wait_for_step(folder, step, process, timeout=120) -> None:
@@ -371,6 +376,7 @@ def test_torchrun_resumes_on_another_number_of_ranks(tiny, tmp_path):
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.slow
 def test_torchrun_stops_on_a_signal(tiny, tmp_path):
     options = tiny | dict(train_steps=4000)
     process = subprocess.Popen(command("train.py", *flags(options), ranks=2), cwd=tmp_path, env=environment(2),

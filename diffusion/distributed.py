@@ -5,12 +5,12 @@ rank 0 of a world of 1.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from . import UserError
+from .memory import keep_freed_memory
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 TIMEOUT = 3600.0  # seconds: rank 0 may build a cache or write pictures while the others wait
 _watch: "Watch | None" = None
 
@@ -48,7 +48,10 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     if launched and not dist.is_initialized():
         # gloo beside nccl: small host-side questions must not wait for the device
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=1.5 * timeout + 10))
+        patience = timedelta(seconds=1.5 * timeout + 10)
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group(backend, store=own_store(store, rank, size, timeout), rank=rank,
+                                world_size=size, timeout=patience)  # fmt: skip
         if world_size() > 1:
             _watch = Watch(timeout)
     if device == "cpu":
@@ -56,15 +59,28 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     return torch.device(device)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step instead of giving them back to the system.
+def own_store(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """The part of the store that belongs to this start of the group.
 
-    Else each step's tensors are new pages, which the system must clear: a tenth of the time.
+    torchrun keeps its store when it restarts the ranks: where one listens would be read as its
+    predecessor left it. Rank 0 thinks of a name, and tells it each rank that has come since.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if rank > 0:
+        name = store.get(f"name/{rank}/{store.add(f'came/{rank}', 1)}").decode()
+        store.set(f"{name}/{rank}", "knows")
+        return dist.PrefixStore(name, store)
+    name, missing, end = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + timeout
+    while missing:
+        for other in tuple(missing):
+            if times := store.add(f"came/{other}", 0):
+                store.set(f"name/{other}/{times}", name)
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise UserError(f"rank {min(missing)} has not come within {timeout:.0f} s "
+                            f"({len(missing)} of {size} ranks are missing)")  # fmt: skip
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def cleanup() -> None:

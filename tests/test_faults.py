@@ -142,7 +142,7 @@ def test_latent_runs_killed_while_they_encode_and_train(tiny, quick_path, vae): 
     options = tiny | dict(
         mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
         text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dropout=0.0, log_every=1,
-        train_steps=12, cache_dir=str(quick_path / "cache"), save_folder=str(quick_path / "whole"),
+        heads=4, train_steps=12, cache_dir=str(quick_path / "cache"), save_folder=str(quick_path / "whole"),
     )  # fmt: skip
     assert ended(started(options, quick_path / "whole.log")) == 0
     order = ["latents", "step", "latents", "checkpoint", "sampling", "SIGTERM"]

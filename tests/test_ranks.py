@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment, script
 from test_training import flags, run_lines, same_runs, tiny, wait_for_step  # noqa: F401
+from torch.distributed import HashStore
 
-from diffusion import distributed
+from diffusion import UserError, distributed
 from diffusion.config import Config
 from diffusion.data.batches import open_batches
 from diffusion.seeding import permutation
@@ -90,6 +92,44 @@ def undisturbed(faces, tmp_path_factory):
 def two(undisturbed, tmp_path):
     options, whole = undisturbed
     return options | {"save_folder": str(tmp_path / "run")}, whole
+
+
+def test_each_start_of_a_group_has_a_store_of_its_own():
+    """torchrun's store outlives the ranks; what they wrote must not be read by the next ones."""
+    store, size = HashStore(), 3
+
+    def start() -> list:
+        with ThreadPoolExecutor(size) as pool:
+            ranks = [pool.submit(distributed.own_store, store, r, size, 20.0) for r in (2, 1, 0)]
+            return [rank.result() for rank in ranks]
+
+    first = start()
+    first[0].set("address", "old")
+    with ThreadPoolExecutor(1) as pool:  # rank 1 comes, and dies before the others come
+        pool.submit(distributed.own_store, Stop(store), 1, size, 20.0).exception(10)
+    second = start()
+    assert not second[0].check(["address"])
+    second[0].set("address", "new")
+    assert [s.get("address") for s in second] == [b"new"] * size
+    assert first[1].get("address") == b"old"
+
+
+class Stop:
+    """A store whose reader is killed while it waits."""
+
+    def __init__(self, store):
+        self.add = store.add
+
+    def get(self, key):
+        raise KeyboardInterrupt
+
+
+def test_a_rank_that_does_not_come_is_named():
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(distributed.own_store, store, 1, 3, 5.0)
+        with pytest.raises(UserError, match=r"rank 2 has not come within 1 s \(1 of 3 ranks"):
+            distributed.own_store(store, 0, 3, 1.0)
 
 
 @pytest.mark.slow

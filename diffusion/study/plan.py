@@ -20,8 +20,8 @@ STEP_FACTORS, RATE_FACTORS = (0.5, 1, 2), (1 / 3, 1, 3)
 # LoRA's centre is the middle rank; learning rates: of LoRA, Textual Inversion, DreamBooth
 BUDGETS = {
     # an hour on two CPU cores with a latent model of some 5 M parameters at 64 px (sd_tiny)
-    "small": dict(steps=300, batch_size=32, ranks=(2, 8, 32), targets="all", learning_rate=1e-3,
-                  ti_learning_rate=5e-3, dreambooth_learning_rate=2e-4, vectors=4, num_images=100,
+    "small": dict(steps=300, batch_size=32, ranks=(2, 8, 32), targets="all", learning_rate=3e-3,
+                  ti_learning_rate=2e-2, dreambooth_learning_rate=1e-3, vectors=4, num_images=100,
                   mix_images=40, sample_steps=20),
     # Stable Diffusion on a GPU
     "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), targets="attention",

@@ -74,12 +74,13 @@ class Pipeline:
             with blank():  # what a file claims costs nothing until it fits
                 model = build_model(config, len(metadata["classes"]))
             model.load_state_dict(tensors, assign=True)
+            own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}
+            model.load_state_dict(own, assign=True)  # the file itself may go
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{path} does not fit its own configuration: {reason}") from None
         schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-        model = model.to(device, torch.float32, memory_format=torch.channels_last)
-        model = model.eval().requires_grad_(False)
+        model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
         return cls(config, model, schedule, metadata["classes"], torch.device(device))
 
     @property

@@ -331,3 +331,16 @@ def test_the_folder_is_not_needed_after_loading(model, tmp_path):
     pipeline = Pipeline.load(copy)
     copy.unlink()
     assert pipeline.sample([0], steps=2).isfinite().all()
+
+
+def test_a_loaded_model_is_its_own(model, tmp_path):
+    """The weights stay as they were when the file is written over in place."""
+    file = tmp_path / "model.pt"
+    shutil.copyfile(model, file)
+    pipeline = Pipeline.load(file)
+    before = {k: v.clone() for k, v in pipeline.model.state_dict().items()}
+    with open(file, "r+b") as out:
+        out.write(bytes(file.stat().st_size))
+    for k, v in pipeline.model.state_dict().items():
+        assert torch.equal(v, before[k])
+        assert v.dtype == torch.float32 and (v.dim() < 4 or v.is_contiguous(memory_format=torch.channels_last))  # fmt: skip

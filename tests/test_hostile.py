@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from diffusion.training import fid
 from diffusion.training.latents import read_prompts
 from diffusion.weights import checkpoint, loader, vocabulary
 from diffusion.weights.files import read_tensors
+from diffusion.weights.guards import check_tensors
 
 CPU = torch.device("cpu")
 FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 15))  # more of them: more time, more found
@@ -146,11 +148,17 @@ def archive(kind: str):
 
 def resume(file: Path) -> None:
     """As a run goes on: from the newest good one, here the older of two."""
-    checkpoint.newest(file.parent.parent, lambda message: None)
+    told: list[str] = []
+    state = checkpoint.newest(file.parent.parent, told.append)
+    if told:  # the newer one was refused
+        assert state["step"] == 30 and "step_00000030.pt, the newest that is whole" in told[-1]
+        raise UserError(told[0].removeprefix("warning: "))
 
 
 def old_and_new(folder: Path) -> Path:
     (folder / "checkpoints").mkdir()
+    old = checkpoint.read(GOOD / "model.pt") | {"step": 30}
+    torch.save(old, folder / "checkpoints" / "step_00000030.pt")
     return Path(shutil.copy(GOOD / "model.pt", folder / "checkpoints" / "step_00000060.pt"))
 
 
@@ -382,6 +390,42 @@ def test_a_postscript_program_is_no_image(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text(EPS)
     with pytest.raises(BadImage, match="not an image"):
         read_image(tmp_path / "a.png", 8)
+
+
+def test_words_in_a_checkpoint_are_no_calls(good, tmp_path):
+    """A folder's or class's name may be that of a function; the names asked for are another."""
+    state = checkpoint.read(good / "model.pt")
+    state["classes"] = ["bytearray", "_codecs", "encode"]
+    state["config"] |= {"data": "/data/bytearray_faces"}
+    torch.save(state, tmp_path / "a.pt")
+    assert checkpoint.read(tmp_path / "a.pt")["classes"] == state["classes"]
+
+
+@pytest.mark.parametrize("value", [
+    torch.eye(2).to_sparse(), torch.eye(2).to_sparse_coo().to_sparse_bsr((1, 1)),
+    torch.ones(2, device="meta"), torch.ones(2) * 1j, torch.nested.nested_tensor([torch.ones(1)]),
+    torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+    torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+], ids=lambda v: f"{v.dtype} {v.layout} {v.device}")  # fmt: skip
+def test_tensors_of_other_kinds(value):
+    with pytest.raises(UserError, match="expected plain numbers"):
+        check_tensors({"a": torch.ones(2), "b": value}, "it")
+
+
+def test_checkpoints_of_the_world_are_read(tmp_path):
+    """All that tensors are saved as, and a plain training state beside them; old files, too."""
+    want = {"a": torch.ones(2, 3), "h": torch.ones(2).half(), "b": torch.ones(2).bfloat16(),
+            "p": torch.nn.Parameter(torch.ones(2)), "u": torch.ones(2, dtype=torch.uint16),
+            "f8": torch.ones(2).to(torch.float8_e4m3fn), "bool": torch.ones(2).bool()}  # fmt: skip
+    more = {"epoch": 3, "seen": {1, 2}, "counts": Counter("abc"), "dtype": torch.float32,
+            "shape": torch.Size([1]), "device": torch.device("cpu"), "z": 1j}  # fmt: skip
+    for new in (True, False):
+        file = tmp_path / f"{new}.ckpt"
+        state = {"state_dict": OrderedDict(want if new else {"a": want["a"]}), **more}
+        torch.save(state, file, _use_new_zipfile_serialization=new)
+        found = read_tensors(file)
+        assert found.keys() == state["state_dict"].keys()
+        assert all(torch.equal(found[k].float(), want[k].float()) for k in found)
 
 
 def test_a_checkpoint_that_claims_a_giant_network(good, tmp_path):

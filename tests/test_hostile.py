@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, watched
+from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, lies, watched
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from diffusion import UserError
@@ -24,7 +25,7 @@ from diffusion.data import cache, hub
 from diffusion.data.datasets import folder_set
 from diffusion.data.encoded import Shards
 from diffusion.data.images import BadImage, read_image
-from diffusion.evaluation import features
+from diffusion.evaluation import features, text_image
 from diffusion.evaluation.features import open_features
 from diffusion.models.sd_config import VAEConfig
 from diffusion.models.tokenizer import BYTE_OF, SYMBOLS, byte_level
@@ -32,7 +33,7 @@ from diffusion.models.vae import AutoencoderKL
 from diffusion.pipeline import Pipeline
 from diffusion.training import fid
 from diffusion.training.latents import read_prompts
-from diffusion.weights import checkpoint, loader, vocabulary
+from diffusion.weights import adapters, checkpoint, embeddings, guards, loader, vocabulary
 from diffusion.weights.files import read_tensors
 from diffusion.weights.guards import check_tensors
 
@@ -183,6 +184,65 @@ def cifar(folder: Path) -> Path:
     return folder / "data_batch_1.bin"
 
 
+LORA = {"unet.a.b.lora_A.weight": torch.ones(2, 8), "unet.a.b.lora_B.weight": torch.ones(8, 2)}
+ALPHA = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"b": 3}}
+NETWORKS = {"unet": torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"b": torch.nn.Linear(8, 8)})})}
+
+
+def saved(name: str, tensors: dict):
+    def make(folder: Path) -> Path:
+        save = save_file if name.endswith("safetensors") else torch.save
+        save(tensors, folder / name)
+        return folder / name
+
+    return make
+
+
+def peft_folder(folder: Path) -> Path:
+    saved("adapter_model.safetensors", LORA)(folder)
+    return written("adapter_config.json", ALPHA)(folder)
+
+
+def read_lora(path: Path) -> dict:
+    return adapters.read_lora(path, NETWORKS)
+
+
+def read_told(file: Path) -> None:
+    """A LoRA whose metadata is the file's text."""
+    text = guards.read_text(file)
+    save_file(LORA, file.parent / "a.safetensors", metadata={adapters.METADATA: text})
+    read_lora(file.parent / "a.safetensors")
+
+
+def read_token(file: Path) -> None:
+    for token, vectors in embeddings.read_embedding(file, 8).items():
+        assert token.encode() and vectors.isfinite().all() and len(vectors)
+
+
+def tokenizer_json(folder: Path) -> Path:
+    vocab = tokenizer(folder, "vocab.json")
+    model = {"vocab": json.loads(vocab.read_text()), "merges": [], "end_of_word_suffix": "</w>"}
+    vocab.unlink()
+    return written("tokenizer.json", {"model": model, "added_tokens": []})(folder)
+
+
+def added_tokens(folder: Path) -> Path:
+    tokenizer(folder, "vocab.json")
+    return written("added_tokens.json", {"<a>": 514, "<b>": 515})(folder)
+
+
+def prompt_of(file: Path) -> None:
+    if text_image.read_parameters(file) is None:
+        raise UserError("no prompt")
+
+
+def with_prompt(folder: Path) -> Path:
+    info = PngInfo()
+    info.add_text("parameters", "a cat\nSteps: 3")
+    Image.new("RGB", (8, 8)).save(folder / "0.png", pnginfo=info)
+    return folder / "0.png"
+
+
 def load_vae(file: Path) -> None:
     loader.load_part(file.parent, "vae")
 
@@ -216,6 +276,15 @@ READERS = [
     Reader("merges.txt", "text", lambda f: tokenizer(f, "merges.txt"), load_tokenizer),
     Reader("tokenizer_config.json", "json", lambda f: tokenizer(f, "tokenizer_config.json"), load_tokenizer),
     Reader("vocabulary, gzip", "text", bpe, load_tokenizer),
+    Reader("tokenizer.json", "json", tokenizer_json, load_tokenizer),
+    Reader("added_tokens.json", "json", added_tokens, load_tokenizer),
+    Reader("LoRA", "network", saved("a.safetensors", LORA), read_lora),
+    Reader("LoRA, .bin", "weights", saved("a.bin", LORA), read_lora),
+    Reader("LoRA's metadata", "json", written("m.json", {f"unet.{k}": v for k, v in ALPHA.items()}), read_told),
+    Reader("adapter_config.json", "json", peft_folder, lambda f: read_lora(f.parent)),
+    Reader("embedding", "network", saved("a.safetensors", {"<a>": torch.ones(2, 8)}), read_token),
+    Reader("embedding, .bin", "weights", saved("a.bin", {"<a>": torch.ones(2, 8)}), read_token),
+    Reader("prompt in a PNG", "image", with_prompt, prompt_of),
     Reader("prompts", "text", written("p.txt", "a cat\na dog\n"), read_prompts),
     Reader("image", "image", lambda f: pictures(f, "0.png"), lambda f: read_image(f, 8)),
     Reader("image of a folder", "image", lambda f: pictures(f, "0.png"), all_pictures, heals=True),
@@ -236,7 +305,10 @@ HARMLESS = {
     ("prompts", "*"), ("merges.txt", "*"), ("metadata.jsonl", "*"), ("tokenizer_config.json", "*"),
     ("scheduler_config.json", "nothing in it"), ("VAE config.json", "nothing in it"),
     ("foreign .safetensors", "no tensors"), ("resume", "missing"), ("image", "cut at 90 %"),
-    ("archive, tar.gz", "*"),
+    ("archive, tar.gz", "*"), ("added_tokens.json", "nothing in it"),
+    ("added_tokens.json", "missing"), ("added_tokens.json", "link to itself"), ("LoRA's metadata", "nothing in it"),
+    ("adapter_config.json", "nothing in it"),
+    ("prompt in a PNG", "cut at 80 %"), ("prompt in a PNG", "cut at 90 %"),
     ("scheduler_config.json", "missing"), ("vocabulary, gzip", "*"),
 }  # fmt: skip
 
@@ -390,6 +462,49 @@ def test_a_postscript_program_is_no_image(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text(EPS)
     with pytest.raises(BadImage, match="not an image"):
         read_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("told, match", [
+    ({"unet.lora_alpha": 10**400}, "settings of alpha are unusable"),
+    ({"unet.lora_alpha": [1]}, "settings of alpha are unusable"),
+    ({"unet.lora_alpha": float("nan")}, "its alpha of a.b is nan"),
+    ({"unet.alpha_pattern": [1]}, "settings of alpha are unusable"),
+    ({"unet.alpha_pattern": {"([a-z_0-9.]+)+X": 1}}, "is a regular expression; supported: names"),
+], ids=str)  # fmt: skip
+def test_settings_of_a_lora(tmp_path, told, match):
+    (tmp_path / "m.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=match) as caught:
+        read_told(tmp_path / "m.json")
+    assert len(str(caught.value)) < 500
+
+
+def test_alpha_patterns_are_peft_s():
+    """get_pattern_key: the whole name or its end, the first that fits."""
+    for pattern, alpha in (("b", 3), ("a.b", 3), ("^a.b", 3), (r"a\.b$", 3), (r"(.*\.)?b", 3),
+                           ("^b", 4), ("c", 4), ("ab", 4), ("a", 4)):  # fmt: skip
+        found = adapters._alpha(
+            {"lora_alpha": 4, "alpha_pattern": {pattern: 3, "b.a": 9}}, "a.b", 1
+        )
+        assert found == alpha, pattern
+
+
+@pytest.mark.parametrize("state", [
+    {"<a>": lies(torch.ones(1).half(), (1 << 22, 8))}, {"<a>": torch.full((2, 8), float("nan"))},
+    {"<a>": torch.ones(2, 8, device="meta")}, {"<a>": torch.ones(2, 8) * 1j},
+    {"<a>": torch.ones(0, 8)}, {7: torch.ones(1, 8)}, {"a\nb": torch.ones(1, 8)},
+    {"\ud800": torch.ones(1, 8)}, {"string_to_param": {"*": torch.ones(1, 9)}, "name": ["x"] * 999},
+], ids=range(9))  # fmt: skip
+def test_embeddings_that_are_none(tmp_path, state):
+    torch.save(state, tmp_path / "a.bin")
+    assert watched(Reader("", "", None, read_token), tmp_path / "a.bin")
+
+
+def test_a_lora_of_rank_2_24(tmp_path):
+    """A file of 2 kB, that would be 10 GB in float32."""
+    down, up = (lies(torch.ones(1).half(), size) for size in ((1 << 24, 8), (8, 1 << 24)))
+    torch.save({name: v for name, v in zip(LORA, (down, up))}, tmp_path / "a.bin")
+    told = watched(Reader("", "", None, read_lora), tmp_path / "a.bin")
+    assert "more than the file holds" in told
 
 
 def test_words_in_a_checkpoint_are_no_calls(good, tmp_path):

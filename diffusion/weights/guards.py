@@ -26,8 +26,9 @@ MOST_PICKLE = 8 << 20  # names, shapes and settings; a training state of SDXL ha
 OLD_PICKLES = 5  # before torch 1.6: magic number, version, system, the object, its storages' keys
 # what checkpoints name, as torch.save writes it; the last rows are files.STUBS
 NEEDED = re.compile(
-    r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)|torch\.nn\.parameter Parameter"
-    r"|torch(\.cuda)? \w+Storage|torch\.storage UntypedStorage|torch (Size|device)"
+    r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
+    r"|torch\.nn\.parameter Parameter|torch (Size|device)"
+    r"|torch(\.cuda)? \w+Storage|torch\.storage UntypedStorage"
     r"|torch (bool|b?float\d+(_e\dm\d\w*)?|u?int\d+|complex\d+)"
     r"|collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex)"
     r"|(pytorch_)?lightning(\.pytorch)?\.callbacks\.\w+ (ModelCheckpoint|EarlyStopping)"

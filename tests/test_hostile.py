@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from diffusion import UserError
 from diffusion.assemble import schedule_of
 from diffusion.data import cache, hub
-from diffusion.data.datasets import folder_set
+from diffusion.data.datasets import digest, folder_set
 from diffusion.data.encoded import Shards
 from diffusion.data.images import BadImage, read_image
 from diffusion.evaluation import features, text_image
@@ -119,6 +119,17 @@ def read_shards(file: Path) -> None:
     if file.is_dir():
         raise UserError("a folder in place of a cache is not healed")
     assert shards(file.parent)[np.arange(3)].shape == (3, 2)
+
+
+def make_stand_ins(folder: Path) -> Path:
+    shards(folder)
+    return written("00000.json", {"0": 2, "1": 2})(folder)
+
+
+def read_stand_ins(file: Path) -> None:
+    if not file.is_dir():
+        found = shards(file.parent).instead
+        assert all(k in range(3) and v in range(3) for k, v in found.items())
 
 
 def make_statistics(folder: Path) -> Path:
@@ -293,6 +304,7 @@ READERS = [
     Reader("image cache", "text", *picture_cache("u8"), heals=True),
     Reader("image cache's index", "json", *picture_cache("json"), heals=True),
     Reader("latents", "text", make_shards, read_shards, heals=True),
+    Reader("latents' stand-ins", "json", make_stand_ins, read_stand_ins, heals=True),
     Reader("FID statistics", "archive", make_statistics, fid._read, heals=True),
     Reader("metrics.jsonl", "json", written("metrics.jsonl", '{"step": 1, "loss": 2}\n' * 9), lines, heals=True),
     Reader("TorchScript", "text", torchscript, lambda f: open_features(str(f), CPU)),
@@ -505,6 +517,85 @@ def test_a_lora_of_rank_2_24(tmp_path):
     torch.save({name: v for name, v in zip(LORA, (down, up))}, tmp_path / "a.bin")
     told = watched(Reader("", "", None, read_lora), tmp_path / "a.bin")
     assert "more than the file holds" in told
+
+
+@pytest.mark.parametrize("change", [
+    {"skipped": 5}, {"skipped": {"a": 1}}, {"skipped": None}, {"skipped": [1]},
+    {"skipped": [["a", None]]}, {"skipped": [["a", "x\n" * 9]], "kept": [0]},
+    {"skipped": [["a", "b"]]}, {"kept": [0, 0]}, {"kept": [1, 0]}, {"kept": [0]}, {"kept": "ab"},
+], ids=str)  # fmt: skip
+def test_a_cache_with_another_index_is_made_again(tmp_path, change):
+    make, read = picture_cache("json")
+    index = make(tmp_path)
+    good = index.read_text()
+    index.write_text(json.dumps(json.loads(good) | change))
+    assert watched(Reader("", "", None, read), index) is None and index.read_text() == good
+
+
+@pytest.mark.parametrize("text", ['{"x": 1}', '{"0": "y"}', '{"0": 10000000}', '{"99": 1}', "[1]"])
+def test_stand_ins_that_are_not_there(tmp_path, text):
+    make_shards(tmp_path)
+    (tmp_path / "00000.json").write_text(text)
+    assert shards(tmp_path).instead == {} and not (tmp_path / "00000.json").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_latents_that_are_no_numbers_are_made_again(tmp_path, value):
+    file = make_shards(tmp_path)
+    np.save(file, np.full((3, 2), [1, value], np.float16))
+    assert shards(tmp_path)[np.arange(3)].tolist() == [[0, 0], [1, 1], [2, 2]]
+    np.save(file, np.asfortranarray(np.ones((3, 2), np.float16)))
+    assert shards(tmp_path)[np.arange(3)].shape == (3, 2)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.png").unlink()
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(BadImage, match="no regular file"):
+        read_image(tmp_path / "0.png", 8)
+    assert text_image.read_parameters(tmp_path / "0.png") is None
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match="no regular file"):
+        folder_set(tmp_path)
+
+
+def test_halves_of_characters_in_captions(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a \\ud800 cat"}')
+    images = folder_set(tmp_path)
+    assert images.captions[0] == "a ? cat" and digest(*images.captions)
+    byte_level(77).encode(images.captions[0])
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
+def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, mode, dtype):
+    Image.fromarray(np.full((4000, 4000), 257, dtype)).save(tmp_path / "a.tiff")
+    reader = Reader("", "", None, lambda f: read_image(f, 8))
+    assert watched(reader, tmp_path / "a.tiff") is None
+    assert (read_image(tmp_path / "a.tiff", 8) == (255 if mode == "F" else 1)).all()
+
+
+def test_large_json_and_vocabularies(tmp_path):
+    (tmp_path / "a.json").write_text('{"a":[' + ",".join(["{}"] * (20 << 20)) + "]}")
+    told = watched(Reader("", "", None, guards.read_json), tmp_path / "a.json")
+    assert "at most 8 MB" in told
+    for content in (b"\n" * (64 << 20), b"a b\n" * (16 << 20)):
+        path = tmp_path / f"{vocabulary.VOCABULARY}.gz"
+        path.write_bytes(gzip.compress(content, 1))
+        assert "more than 8 MB" in watched(Reader("", "", None, load_tokenizer), path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_an_archive_with_a_giant_name(tmp_path, kind):
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as out:
+        header = tarfile.TarInfo("././@LongLink")
+        header.type, header.size = kind, 1 << 29
+        out.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(32):
+            out.write(bytes(1 << 24))
+    reader = Reader("", "", None, lambda f: hub.fetch(f.as_uri(), tmp_path / "out"))
+    assert "could not be fetched" in watched(reader, tmp_path / "a.tar.gz")
 
 
 def test_words_in_a_checkpoint_are_no_calls(good, tmp_path):

@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import re
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from torch import Tensor
 from .. import UserError
 
 MOST_HEADER = 32 << 20  # bytes; Stable Diffusion's is 0.2 MB
-MOST_TEXT = 64 << 20  # of a JSON or vocabulary file; the largest known has 4 MB
+MOST_TEXT = 64 << 20  # of a list of prompts
+MOST_JSON = (
+    8 << 20
+)  # of a JSON or vocabulary file, parsed 25 times more; the largest known has 4 MB
 MOST_PICKLE = 8 << 20  # names, shapes and settings; a training state of SDXL has 2 MB
 OLD_PICKLES = 5  # before torch 1.6: magic number, version, system, the object, its storages' keys
 # what checkpoints name, as torch.save writes it; the last rows are files.STUBS
@@ -127,13 +131,25 @@ def finite(value: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(value if known else value.float())).isfinite().all())
 
 
-def read_text(path: Path) -> str:
+class TarMember(tarfile.TarInfo):
+    """Refuses headers that hold more than a name: they are read into memory before any check."""
+
+    @classmethod
+    def frombuf(cls, *args, **kwargs):
+        found = super().frombuf(*args, **kwargs)
+        plain = found.isreg() or found.isdir() or found.issym() or found.islnk()
+        if not plain and found.size > 1 << 16:
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
     """Raises UserError if it is missing, of absurd size or not UTF-8."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(MOST_TEXT + 1) if path.is_file() else None
-        if raw is None or len(raw) > MOST_TEXT:
-            raise UserError(f"{path} is no text file of at most {MOST_TEXT >> 20} MB")
+            raw = file.read(most + 1) if path.is_file() else None
+        if raw is None or len(raw) > most:
+            raise UserError(f"{path} is no text file of at most {most >> 20} MB")
         return raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -145,11 +161,15 @@ def read_json(path: Path) -> dict:
     """Raises UserError if it is missing or no JSON object."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path, MOST_JSON), str(path))
 
 
 def parse_json(text: str, where: str) -> dict:
-    """Raises UserError for what is no JSON object, as for one too deep to be read."""
+    """Raises UserError for what is no JSON object, as for one too large or too deep to be read."""
+    if len(text) > MOST_JSON:
+        raise UserError(
+            f"{where} has {len(text):,} characters; at most {MOST_JSON >> 20} MB are read"
+        )
     try:
         values = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:

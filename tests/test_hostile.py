@@ -570,7 +570,7 @@ def test_halves_of_characters_in_captions(tmp_path):
 
 @pytest.mark.parametrize("mode, dtype", [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
 def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, mode, dtype):
-    Image.fromarray(np.full((4000, 4000), 257, dtype)).save(tmp_path / "a.tiff")
+    Image.fromarray(np.full((5000, 5000), 257, dtype)).save(tmp_path / "a.tiff")
     reader = Reader("", "", None, lambda f: read_image(f, 8))
     assert watched(reader, tmp_path / "a.tiff") is None
     assert (read_image(tmp_path / "a.tiff", 8) == (255 if mode == "F" else 1)).all()

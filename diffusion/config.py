@@ -112,7 +112,7 @@ class Config:
     fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
     fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
     fid_num_images: int = opt(10_000, "output", "samples of an FID measurement", free=True)
-    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception; the distance is named after the file", free=True)
+    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception, a program that is run; the distance is named after the file", free=True)
     validation_prompts: str | None = opt(None, "output", "file with a prompt per line for sample grids (default: captions of the data)", free=True)
     guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
     # fmt: on

@@ -218,6 +218,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(
+                    f"{unknown[0]!r} stands alone: options are --name value (--help lists all)"
+                )
             names = [s for a in self._actions for s in a.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
             guess = f"; did you mean {close[0]}?" if close else " (--help lists all)"

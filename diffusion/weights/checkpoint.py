@@ -150,6 +150,8 @@ def read(path: Path, mmap: bool = False) -> dict:
 
     mmap: read from disk only what is used, for as long as it is used.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it, such as {path / 'model.pt'}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip

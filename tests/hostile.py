@@ -189,6 +189,49 @@ def text_bomb() -> bytes:
 
 EPS = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({PWNED}) (w) file closefile\nshowpage\n"
 
+
+def hexes(times: int, size: int = 1000) -> bytes:
+    """A pickle whose bytes double with each call of _codecs.encode(..., "hex")."""
+    text = b"X" + struct.pack("<I", size) + b"a" * size
+    return (b"\x80\x02}X\x01\0\0\0a" + b"c_codecs\nencode\n" * (times + 1) + text
+            + b"X\x06\0\0\0latin1\x86R" + b"X\x03\0\0\0hex\x86R" * times + b"s.")  # fmt: skip
+
+
+def zipped(text: bytes, name: str = "archive/data.pkl") -> bytes:
+    """As torch.save writes, with any pickle."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr(name, text)
+        z.writestr("archive/version", "3\n")
+        z.writestr("archive/byteorder", "little")
+    return out.getvalue()
+
+
+@lru_cache
+def long_pickle() -> bytes:
+    """What asks for memory stands behind 33 MB of text."""
+    text = b"X" + struct.pack("<I", 33 << 20) + b"a" * (33 << 20)
+    return zipped(b"\x80\x02" + text + b"0" + BYTEARRAY[2:])
+
+
+def odd_state(kind: str):
+    """A state with a tensor that is no plain numbers."""
+
+    def change(state: dict) -> dict:
+        part = state.get("ema", state)
+        name = next(k for k, v in part.items() if isinstance(v, torch.Tensor) and v.ndim == 2)
+        part[name] = {
+            "sparse": lambda v: v.to_sparse(), "sparse rows": lambda v: v.to_sparse_csr(),
+            "meta": lambda v: v.to("meta"), "complex": lambda v: v * 1j,
+            "quantized": lambda v: torch.quantize_per_tensor(v.float(), 0.1, 0, torch.quint8),
+            "float4": lambda v: torch.zeros_like(v, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        }[kind](part[name])  # fmt: skip
+        return state
+
+    return lambda file: change_state(file, change)
+
+
+BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x40\x85R."
 BYTES = {
     "empty": b"", "one byte": b"\x80", "noise": bytes(range(256)) * 40, "text": b"hello\n" * 99,
     "html": b"<!doctype html><title>404</title>", "git lfs": b"version https://git-lfs.github.com/spec/v1\n",
@@ -199,6 +242,11 @@ PICKLES = {
     "bytearray bomb": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
     "deep pickle": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
     "not a stack": b"\x80\x02.",
+    "hex of hex": hexes(20),
+    "hex of hex, zip": zipped(hexes(20)),
+    "bytearray in data.PKL": zipped(BYTEARRAY, "archive/data.PKL"),
+    "names from the stack": zipped(pickle.dumps(bytearray(b"a"), 4)),
+    "calls a tensor": zipped(b"\x80\x02ctorch\nTensor\nJ\0\0\0\x40\x85R."),
 }
 SAFETENSORS = {
     "header of 2^63": safetensors(one(), length=1 << 63),
@@ -230,6 +278,7 @@ IMAGES = {
     "GIF of 65535^2": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x08\x00;",
     "PPM of 10^12": b"P6 1000000 1000000 255\n",
 }  # fmt: skip
+ODD = ("sparse", "sparse rows", "meta", "complex", "quantized", "float4")
 EDITS: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoint": {
         "code inside": lambda f: change_state(f, lambda s: s | {"optimizer": RUNS["os.system"]}),
@@ -239,11 +288,14 @@ EDITS: dict[str, dict[str, Callable[[Path], None]]] = {
         "no weights": lambda f: change_state(f, lambda s: s | {"ema": {}, "model": 3}),
         "no dictionary": lambda f: torch.save([1], f),
         "compressed": packed, "zip bomb": zip_bomb,
+        "long pickle": lambda f: f.write_bytes(long_pickle()),
+        **{f"{kind} tensor": odd_state(kind) for kind in ODD},
     },
     "weights": {
         "code inside": lambda f: change_state(f, lambda s: s | {"x": RUNS["os.system"]}),
         "no dictionary": lambda f: torch.save([1], f),
         "compressed": packed, "zip bomb": zip_bomb,
+        "long pickle": lambda f: f.write_bytes(long_pickle()),
     },
     "network": {"NaN weights": with_nan},
     "archive": {"compressed": packed, "zip bomb": zip_bomb},

@@ -7,23 +7,25 @@ import os
 import shutil
 import tarfile
 import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, watched
+from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, lies, watched
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from diffusion import UserError
 from diffusion.assemble import schedule_of
 from diffusion.data import cache, hub
-from diffusion.data.datasets import folder_set
+from diffusion.data.datasets import digest, folder_set
 from diffusion.data.encoded import Shards
 from diffusion.data.images import BadImage, read_image
-from diffusion.evaluation import features
+from diffusion.evaluation import features, text_image
 from diffusion.evaluation.features import open_features
 from diffusion.models.sd_config import VAEConfig
 from diffusion.models.tokenizer import BYTE_OF, SYMBOLS, byte_level
@@ -31,8 +33,9 @@ from diffusion.models.vae import AutoencoderKL
 from diffusion.pipeline import Pipeline
 from diffusion.training import fid
 from diffusion.training.latents import read_prompts
-from diffusion.weights import checkpoint, loader, vocabulary
+from diffusion.weights import adapters, checkpoint, embeddings, guards, loader, vocabulary
 from diffusion.weights.files import read_tensors
+from diffusion.weights.guards import check_tensors
 
 CPU = torch.device("cpu")
 FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 15))  # more of them: more time, more found
@@ -118,6 +121,17 @@ def read_shards(file: Path) -> None:
     assert shards(file.parent)[np.arange(3)].shape == (3, 2)
 
 
+def make_stand_ins(folder: Path) -> Path:
+    shards(folder)
+    return written("00000.json", {"0": 2, "1": 2})(folder)
+
+
+def read_stand_ins(file: Path) -> None:
+    if not file.is_dir():
+        found = shards(file.parent).instead
+        assert all(k in range(3) and v in range(3) for k, v in found.items())
+
+
 def make_statistics(folder: Path) -> Path:
     fid._write(folder / "a.npz", torch.zeros(3), torch.eye(3))
     return folder / "a.npz"
@@ -146,11 +160,17 @@ def archive(kind: str):
 
 def resume(file: Path) -> None:
     """As a run goes on: from the newest good one, here the older of two."""
-    checkpoint.newest(file.parent.parent, lambda message: None)
+    told: list[str] = []
+    state = checkpoint.newest(file.parent.parent, told.append)
+    if told:  # the newer one was refused
+        assert state["step"] == 30 and "step_00000030.pt, the newest that is whole" in told[-1]
+        raise UserError(told[0].removeprefix("warning: "))
 
 
 def old_and_new(folder: Path) -> Path:
     (folder / "checkpoints").mkdir()
+    old = checkpoint.read(GOOD / "model.pt") | {"step": 30}
+    torch.save(old, folder / "checkpoints" / "step_00000030.pt")
     return Path(shutil.copy(GOOD / "model.pt", folder / "checkpoints" / "step_00000060.pt"))
 
 
@@ -173,6 +193,65 @@ def cifar(folder: Path) -> Path:
     (folder / "batches.meta.txt").write_text("\n".join("abcdefghij"))
     (folder / "data_batch_1.bin").write_bytes(bytes(3073 * 3))
     return folder / "data_batch_1.bin"
+
+
+LORA = {"unet.a.b.lora_A.weight": torch.ones(2, 8), "unet.a.b.lora_B.weight": torch.ones(8, 2)}
+ALPHA = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"b": 3}}
+NETWORKS = {"unet": torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"b": torch.nn.Linear(8, 8)})})}
+
+
+def saved(name: str, tensors: dict):
+    def make(folder: Path) -> Path:
+        save = save_file if name.endswith("safetensors") else torch.save
+        save(tensors, folder / name)
+        return folder / name
+
+    return make
+
+
+def peft_folder(folder: Path) -> Path:
+    saved("adapter_model.safetensors", LORA)(folder)
+    return written("adapter_config.json", ALPHA)(folder)
+
+
+def read_lora(path: Path) -> dict:
+    return adapters.read_lora(path, NETWORKS)
+
+
+def read_told(file: Path) -> None:
+    """A LoRA whose metadata is the file's text."""
+    text = guards.read_text(file)
+    save_file(LORA, file.parent / "a.safetensors", metadata={adapters.METADATA: text})
+    read_lora(file.parent / "a.safetensors")
+
+
+def read_token(file: Path) -> None:
+    for token, vectors in embeddings.read_embedding(file, 8).items():
+        assert token.encode() and vectors.isfinite().all() and len(vectors)
+
+
+def tokenizer_json(folder: Path) -> Path:
+    vocab = tokenizer(folder, "vocab.json")
+    model = {"vocab": json.loads(vocab.read_text()), "merges": [], "end_of_word_suffix": "</w>"}
+    vocab.unlink()
+    return written("tokenizer.json", {"model": model, "added_tokens": []})(folder)
+
+
+def added_tokens(folder: Path) -> Path:
+    tokenizer(folder, "vocab.json")
+    return written("added_tokens.json", {"<a>": 514, "<b>": 515})(folder)
+
+
+def prompt_of(file: Path) -> None:
+    if text_image.read_parameters(file) is None:
+        raise UserError("no prompt")
+
+
+def with_prompt(folder: Path) -> Path:
+    info = PngInfo()
+    info.add_text("parameters", "a cat\nSteps: 3")
+    Image.new("RGB", (8, 8)).save(folder / "0.png", pnginfo=info)
+    return folder / "0.png"
 
 
 def load_vae(file: Path) -> None:
@@ -208,6 +287,15 @@ READERS = [
     Reader("merges.txt", "text", lambda f: tokenizer(f, "merges.txt"), load_tokenizer),
     Reader("tokenizer_config.json", "json", lambda f: tokenizer(f, "tokenizer_config.json"), load_tokenizer),
     Reader("vocabulary, gzip", "text", bpe, load_tokenizer),
+    Reader("tokenizer.json", "json", tokenizer_json, load_tokenizer),
+    Reader("added_tokens.json", "json", added_tokens, load_tokenizer),
+    Reader("LoRA", "network", saved("a.safetensors", LORA), read_lora),
+    Reader("LoRA, .bin", "weights", saved("a.bin", LORA), read_lora),
+    Reader("LoRA's metadata", "json", written("m.json", {f"unet.{k}": v for k, v in ALPHA.items()}), read_told),
+    Reader("adapter_config.json", "json", peft_folder, lambda f: read_lora(f.parent)),
+    Reader("embedding", "network", saved("a.safetensors", {"<a>": torch.ones(2, 8)}), read_token),
+    Reader("embedding, .bin", "weights", saved("a.bin", {"<a>": torch.ones(2, 8)}), read_token),
+    Reader("prompt in a PNG", "image", with_prompt, prompt_of),
     Reader("prompts", "text", written("p.txt", "a cat\na dog\n"), read_prompts),
     Reader("image", "image", lambda f: pictures(f, "0.png"), lambda f: read_image(f, 8)),
     Reader("image of a folder", "image", lambda f: pictures(f, "0.png"), all_pictures, heals=True),
@@ -216,6 +304,7 @@ READERS = [
     Reader("image cache", "text", *picture_cache("u8"), heals=True),
     Reader("image cache's index", "json", *picture_cache("json"), heals=True),
     Reader("latents", "text", make_shards, read_shards, heals=True),
+    Reader("latents' stand-ins", "json", make_stand_ins, read_stand_ins, heals=True),
     Reader("FID statistics", "archive", make_statistics, fid._read, heals=True),
     Reader("metrics.jsonl", "json", written("metrics.jsonl", '{"step": 1, "loss": 2}\n' * 9), lines, heals=True),
     Reader("TorchScript", "text", torchscript, lambda f: open_features(str(f), CPU)),
@@ -228,7 +317,10 @@ HARMLESS = {
     ("prompts", "*"), ("merges.txt", "*"), ("metadata.jsonl", "*"), ("tokenizer_config.json", "*"),
     ("scheduler_config.json", "nothing in it"), ("VAE config.json", "nothing in it"),
     ("foreign .safetensors", "no tensors"), ("resume", "missing"), ("image", "cut at 90 %"),
-    ("archive, tar.gz", "*"),
+    ("archive, tar.gz", "*"), ("added_tokens.json", "nothing in it"),
+    ("added_tokens.json", "missing"), ("added_tokens.json", "link to itself"), ("LoRA's metadata", "nothing in it"),
+    ("adapter_config.json", "nothing in it"),
+    ("prompt in a PNG", "cut at 80 %"), ("prompt in a PNG", "cut at 90 %"),
     ("scheduler_config.json", "missing"), ("vocabulary, gzip", "*"),
 }  # fmt: skip
 
@@ -382,6 +474,164 @@ def test_a_postscript_program_is_no_image(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text(EPS)
     with pytest.raises(BadImage, match="not an image"):
         read_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("told, match", [
+    ({"unet.lora_alpha": 10**400}, "settings of alpha are unusable"),
+    ({"unet.lora_alpha": [1]}, "settings of alpha are unusable"),
+    ({"unet.lora_alpha": float("nan")}, "its alpha of a.b is nan"),
+    ({"unet.alpha_pattern": [1]}, "settings of alpha are unusable"),
+    ({"unet.alpha_pattern": {"([a-z_0-9.]+)+X": 1}}, "is a regular expression; supported: names"),
+], ids=str)  # fmt: skip
+def test_settings_of_a_lora(tmp_path, told, match):
+    (tmp_path / "m.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=match) as caught:
+        read_told(tmp_path / "m.json")
+    assert len(str(caught.value)) < 500
+
+
+def test_alpha_patterns_are_peft_s():
+    """get_pattern_key: the whole name or its end, the first that fits."""
+    for pattern, alpha in (("b", 3), ("a.b", 3), ("^a.b", 3), (r"a\.b$", 3), (r"(.*\.)?b", 3),
+                           ("^b", 4), ("c", 4), ("ab", 4), ("a", 4)):  # fmt: skip
+        found = adapters._alpha(
+            {"lora_alpha": 4, "alpha_pattern": {pattern: 3, "b.a": 9}}, "a.b", 1
+        )
+        assert found == alpha, pattern
+
+
+@pytest.mark.parametrize("state", [
+    {"<a>": lies(torch.ones(1).half(), (1 << 22, 8))}, {"<a>": torch.full((2, 8), float("nan"))},
+    {"<a>": torch.ones(2, 8, device="meta")}, {"<a>": torch.ones(2, 8) * 1j},
+    {"<a>": torch.ones(0, 8)}, {7: torch.ones(1, 8)}, {"a\nb": torch.ones(1, 8)},
+    {"\ud800": torch.ones(1, 8)}, {"string_to_param": {"*": torch.ones(1, 9)}, "name": ["x"] * 999},
+], ids=range(9))  # fmt: skip
+def test_embeddings_that_are_none(tmp_path, state):
+    torch.save(state, tmp_path / "a.bin")
+    assert watched(Reader("", "", None, read_token), tmp_path / "a.bin")
+
+
+def test_a_lora_of_rank_2_24(tmp_path):
+    """A file of 2 kB, that would be 10 GB in float32."""
+    down, up = (lies(torch.ones(1).half(), size) for size in ((1 << 24, 8), (8, 1 << 24)))
+    torch.save({name: v for name, v in zip(LORA, (down, up))}, tmp_path / "a.bin")
+    told = watched(Reader("", "", None, read_lora), tmp_path / "a.bin")
+    assert "more than the file holds" in told
+
+
+@pytest.mark.parametrize("change", [
+    {"skipped": 5}, {"skipped": {"a": 1}}, {"skipped": None}, {"skipped": [1]},
+    {"skipped": [["a", None]]}, {"skipped": [["a", "x\n" * 9]], "kept": [0]},
+    {"skipped": [["a", "b"]]}, {"kept": [0, 0]}, {"kept": [1, 0]}, {"kept": [0]}, {"kept": "ab"},
+], ids=str)  # fmt: skip
+def test_a_cache_with_another_index_is_made_again(tmp_path, change):
+    make, read = picture_cache("json")
+    index = make(tmp_path)
+    good = index.read_text()
+    index.write_text(json.dumps(json.loads(good) | change))
+    assert watched(Reader("", "", None, read), index) is None and index.read_text() == good
+
+
+@pytest.mark.parametrize("text", ['{"x": 1}', '{"0": "y"}', '{"0": 10000000}', '{"99": 1}', "[1]"])
+def test_stand_ins_that_are_not_there(tmp_path, text):
+    make_shards(tmp_path)
+    (tmp_path / "00000.json").write_text(text)
+    assert shards(tmp_path).instead == {} and not (tmp_path / "00000.json").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_latents_that_are_no_numbers_are_made_again(tmp_path, value):
+    file = make_shards(tmp_path)
+    np.save(file, np.full((3, 2), [1, value], np.float16))
+    assert shards(tmp_path)[np.arange(3)].tolist() == [[0, 0], [1, 1], [2, 2]]
+    np.save(file, np.asfortranarray(np.ones((3, 2), np.float16)))
+    assert shards(tmp_path)[np.arange(3)].shape == (3, 2)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.png").unlink()
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(BadImage, match="no regular file"):
+        read_image(tmp_path / "0.png", 8)
+    assert text_image.read_parameters(tmp_path / "0.png") is None
+    os.mkfifo(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match="no regular file"):
+        folder_set(tmp_path)
+
+
+def test_halves_of_characters_in_captions(tmp_path):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a \\ud800 cat"}')
+    images = folder_set(tmp_path)
+    assert images.captions[0] == "a ? cat" and digest(*images.captions)
+    byte_level(77).encode(images.captions[0])
+
+
+@pytest.mark.parametrize("mode, dtype", [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
+def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, mode, dtype):
+    Image.fromarray(np.full((4000, 4000), 257, dtype)).save(tmp_path / "a.tiff")
+    reader = Reader("", "", None, lambda f: read_image(f, 8))
+    assert watched(reader, tmp_path / "a.tiff") is None
+    assert (read_image(tmp_path / "a.tiff", 8) == (255 if mode == "F" else 1)).all()
+
+
+def test_large_json_and_vocabularies(tmp_path):
+    (tmp_path / "a.json").write_text('{"a":[' + ",".join(["{}"] * (20 << 20)) + "]}")
+    told = watched(Reader("", "", None, guards.read_json), tmp_path / "a.json")
+    assert "at most 8 MB" in told
+    for content in (b"\n" * (64 << 20), b"a b\n" * (16 << 20)):
+        path = tmp_path / f"{vocabulary.VOCABULARY}.gz"
+        path.write_bytes(gzip.compress(content, 1))
+        assert "more than 8 MB" in watched(Reader("", "", None, load_tokenizer), path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_an_archive_with_a_giant_name(tmp_path, kind):
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as out:
+        header = tarfile.TarInfo("././@LongLink")
+        header.type, header.size = kind, 1 << 29
+        out.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(32):
+            out.write(bytes(1 << 24))
+    reader = Reader("", "", None, lambda f: hub.fetch(f.as_uri(), tmp_path / "out"))
+    assert "could not be fetched" in watched(reader, tmp_path / "a.tar.gz")
+
+
+def test_words_in_a_checkpoint_are_no_calls(good, tmp_path):
+    """A folder's or class's name may be that of a function; the names asked for are another."""
+    state = checkpoint.read(good / "model.pt")
+    state["classes"] = ["bytearray", "_codecs", "encode"]
+    state["config"] |= {"data": "/data/bytearray_faces"}
+    torch.save(state, tmp_path / "a.pt")
+    assert checkpoint.read(tmp_path / "a.pt")["classes"] == state["classes"]
+
+
+@pytest.mark.parametrize("value", [
+    torch.eye(2).to_sparse(), torch.eye(2).to_sparse_coo().to_sparse_bsr((1, 1)),
+    torch.ones(2, device="meta"), torch.ones(2) * 1j, torch.nested.nested_tensor([torch.ones(1)]),
+    torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+    torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+], ids=lambda v: f"{v.dtype} {v.layout} {v.device}")  # fmt: skip
+def test_tensors_of_other_kinds(value):
+    with pytest.raises(UserError, match="expected plain numbers"):
+        check_tensors({"a": torch.ones(2), "b": value}, "it")
+
+
+def test_checkpoints_of_the_world_are_read(tmp_path):
+    """All that tensors are saved as, and a plain training state beside them; old files, too."""
+    want = {"a": torch.ones(2, 3), "h": torch.ones(2).half(), "b": torch.ones(2).bfloat16(),
+            "p": torch.nn.Parameter(torch.ones(2)), "u": torch.ones(2, dtype=torch.uint16),
+            "f8": torch.ones(2).to(torch.float8_e4m3fn), "bool": torch.ones(2).bool()}  # fmt: skip
+    more = {"epoch": 3, "seen": {1, 2}, "counts": Counter("abc"), "dtype": torch.float32,
+            "shape": torch.Size([1]), "device": torch.device("cpu"), "z": 1j}  # fmt: skip
+    for new in (True, False):
+        file = tmp_path / f"{new}.ckpt"
+        state = {"state_dict": OrderedDict(want if new else {"a": want["a"]}), **more}
+        torch.save(state, file, _use_new_zipfile_serialization=new)
+        found = read_tensors(file)
+        assert found.keys() == state["state_dict"].keys()
+        assert all(torch.equal(found[k].float(), want[k].float()) for k in found)
 
 
 def test_a_checkpoint_that_claims_a_giant_network(good, tmp_path):

@@ -26,6 +26,8 @@ from .images import BadImage
 
 TRANSFORM = "exif, rgb over white, central square, lanczos; 1"  # the number: raise on any change
 
+MOST_REASON = 5000  # characters; a path has at most 4096
+
 
 def decode_all(images: ImageSet, size: int, workers: int) -> Iterator[np.ndarray | BadImage]:
     """Each image, or why it cannot be used, in order; decoded in threads, few held at a time."""
@@ -83,10 +85,15 @@ def _open(data: Path, index: Path, size: int, count: int) -> tuple[np.ndarray, l
     if index.stat().st_size > (1 << 20) + 1000 * count:
         raise ValueError("an index of more than there is")
     found = json.loads(index.read_text())
-    if not all(type(i) is int and 0 <= i < count for i in found["kept"]):
+    kept, skipped = found["kept"], found["skipped"]
+    if not all(type(i) is int and 0 <= i < count for i in kept) or sorted(set(kept)) != kept:
         raise ValueError("an index of images that the set has not")
-    pixels = np.memmap(data, np.uint8, mode="r").reshape(len(found["kept"]), size, size, 3)
-    return pixels, found["kept"], found["skipped"]
+    pairs = [(name, why) for name, why in skipped]
+    told = all(isinstance(t, str) and len(t) < MOST_REASON for pair in pairs for t in pair)
+    if not told or len(kept) + len(pairs) != count or any("\n" in why for _, why in pairs):
+        raise ValueError("not the reasons why images are skipped")
+    pixels = np.memmap(data, np.uint8, mode="r").reshape(len(kept), size, size, 3)
+    return pixels, kept, pairs
 
 
 def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, alone: bool) -> None:
@@ -102,7 +109,7 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, a
                        total=len(images), unit="img", leave=False)  # fmt: skip
         for i, pixels in enumerate(bar):
             if isinstance(pixels, BadImage):
-                problems.append((images.names[i], str(pixels)))
+                problems.append((images.names[i], " ".join(str(pixels).split())[:500]))
             else:
                 out.write(pixels.tobytes())
                 kept.append(i)

@@ -230,7 +230,10 @@ def _metadata(base: Path) -> dict[Path, str]:
                 number += 1
                 if line.strip():
                     row = json.loads(line)
-                    table[file.parent / row["file_name"]] = str(row["text"])[:MOST_CAPTION]
+                    text = str(row["text"])[:MOST_CAPTION]
+                    # JSON may escape halves of characters, which are no text
+                    text = text.encode("utf-8", "replace").decode("utf-8")
+                    table[file.parent / row["file_name"]] = text
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"{file} cannot be read: {error}; expected UTF-8 text") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -241,6 +244,8 @@ def _metadata(base: Path) -> dict[Path, str]:
 
 def _lines(file: Path) -> Iterator[str]:
     """Of a text file that may be larger than the memory."""
+    if not file.is_file():
+        raise OSError("it is no regular file")  # a pipe would be waited for
     with open(file, encoding="utf-8-sig", newline="\n") as lines:
         while line := lines.readline(MOST_LINE):
             if len(line) == MOST_LINE:

@@ -48,7 +48,8 @@ class Shards:
         self.folder, self.count, self.shape = folder, count, tuple(shape)
         self.instead = {} if instead is None else instead
         shards = range(-(-count // SHARD))
-        missing = [s for s in shards if self._open(s) is None]
+        known = {s: self._open(s) for s in shards}
+        missing = [s for s, array in known.items() if array is None]
         barrier()  # all ranks have looked before one writes
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +58,11 @@ class Shards:
             raise UserError(f"{what} cannot be kept in {folder}: {error}; free some space or "
                             "choose another --cache_dir") from None  # fmt: skip
         barrier()
-        self.arrays = [self._open(s) for s in shards]
+        self.arrays = [self._open(s) if array is None else array for s, array in known.items()]
         if any(array is None for array in self.arrays):
             raise UserError(f"{folder} changed while it was read; start again")
-        for file in folder.glob("*.json"):
-            self.instead |= {int(i): j for i, j in read_json(file).items()}
+        for shard in shards:
+            self.instead |= self._others(shard)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """(n, *shape) float16."""
@@ -74,12 +75,27 @@ class Shards:
         return range(shard * SHARD, min((shard + 1) * SHARD, self.count))
 
     def _open(self, shard: int) -> np.ndarray | None:
+        """None unless it is whole: of this shape, all finite, with usable stand-ins."""
         try:
+            self._others(shard)
             array = np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+            if array.shape != (len(self._range(shard)), *self.shape) or array.dtype != np.float16:
+                return None
+            bits = (entry.view(np.uint16) & 0x7FFF for entry in array)  # from 0x7C00 on: inf, NaN
+            return array if all(int(b.max(initial=0)) < 0x7C00 for b in bits) else None
         except Exception:  # a damaged header can be wrong in many ways
             return None
-        expected = (len(self._range(shard)), *self.shape)
-        return array if array.shape == expected and array.dtype == np.float16 else None
+
+    def _others(self, shard: int) -> dict[int, int]:
+        """The entries of a shard that others stand in for. Raises ValueError for other numbers."""
+        file = self.folder / f"{shard:05d}.json"
+        found = read_json(file) if file.exists() else {}
+        if not all(type(j) is int and 0 <= j < self.count for j in found.values()):
+            raise ValueError(f"{file} names entries that are not there")
+        places = {int(i): j for i, j in found.items()}
+        if not places.keys() <= set(self._range(shard)):
+            raise ValueError(f"{file} is of other entries")
+        return places
 
     def _build(self, missing: list[int], compute, batch: int, what: str) -> None:
         if missing:
@@ -98,6 +114,7 @@ class Shards:
                 if not np.isfinite(values).all():
                     raise UserError(f"{what}: the network made non-finite numbers; try --amp no")
                 path = self.folder / f"{shard:05d}.npy"
+                path.with_suffix(".json").unlink(missing_ok=True)
                 if others := {i: self.instead[i] for i in entries if i in self.instead}:
                     write_text(path.with_suffix(".json"), json.dumps(others))
                 temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -17,6 +17,7 @@ import torch
 from .. import UserError
 from ..distributed import log, progress
 from ..seeding import generator, permutation
+from ..weights.guards import TarMember
 from .batches import Batch, StepBatches
 from .cache import locked
 from .datasets import ImageSet, digest, file_stamp, folder_set
@@ -99,7 +100,7 @@ def _unpack(archive: Path, target: Path) -> None:
             _check_total(archive, sum(entry.file_size for entry in z.infolist()))
             z.extractall(target)
     else:
-        with tarfile.open(archive) as t:
+        with tarfile.open(archive, tarinfo=TarMember) as t:
             _check_total(archive, sum(member.size for member in t))
             t.extractall(target, filter="data")
 

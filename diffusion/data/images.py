@@ -1,6 +1,7 @@
 """One image file or one Pillow image -> RGB pixels of the size asked for."""
 
 import io
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
     """
     try:
         source = io.BytesIO(file) if isinstance(file, bytes) else file
+        if isinstance(file, Path) and file.exists() and not file.is_file():
+            raise BadImage("no regular file")  # from a pipe there may never come anything
         with Image.open(source, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
@@ -70,15 +73,24 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     return np.array(image.resize((size, size), Image.LANCZOS))
 
 
+def _to_grey(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    """8-bit grey by `scaled`, some rows at a time: in floating point all would be 8 times more."""
+    values = np.asarray(image)
+    out = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), 64):
+        band = slice(top, top + 64)
+        out[band] = scaled(values[band]).clip(0, 255).round()
+    return Image.fromarray(out)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
-        values = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        image = _to_grey(image, lambda band: band.astype(np.float64) / 257)
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        values = values * 255 if values.max(initial=0) <= 1 else values
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        most = max((np.nan_to_num(row).max(initial=0) for row in np.asarray(image)), default=0)
+        scale = 255 if most <= 1 else 1
+        image = _to_grey(image, lambda band: np.nan_to_num(band) * scale)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..data.datasets import folder_set, scan
-from ..data.images import BadImage, read_image
+from ..data.images import BadImage, formats, read_image
 from ..distributed import gather_object, rank, world_size
 from ..models.blank import blank
 from ..models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel
@@ -141,9 +141,11 @@ def prompts_of(folder: Path) -> dict[Path, str]:
 def read_parameters(file: Path) -> str | None:
     """The prompt in a PNG's `parameters` text (see viz.parameters_text), None without one."""
     try:
-        with Image.open(file) as image:
+        if not file.is_file():
+            return None
+        with Image.open(file, formats=formats()) as image:
             text = image.info.get("parameters")
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # Pillow raises nearly everything on damaged files
         return None  # an unreadable image; who reads it for its pixels says so
     if not isinstance(text, str):
         return None

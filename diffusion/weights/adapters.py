@@ -29,7 +29,7 @@ from ..models.lora import LowRank
 from . import rules
 from .checkpoint import atomic
 from .files import read_metadata, read_tensors
-from .guards import read_json
+from .guards import check_tensors, parse_json, read_json
 
 Parts = dict[str, dict[str, LowRank]]  # "unet" or "text_encoder" -> module name -> branch
 
@@ -79,8 +79,8 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
         try:
             alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down))
             alpha = float(alpha or len(down))
-        except (TypeError, ValueError, AttributeError, re.error) as error:
-            raise UserError(f"{path}: its settings of alpha are unusable: {error}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path}: its settings of alpha are unusable: {error!s:.200}") from None
         if not math.isfinite(alpha):
             raise UserError(f"{path}: its alpha of {name} is {alpha}")
         parts[part][name] = LowRank(down, up, alpha)
@@ -102,17 +102,20 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
         config = read_json(path / "adapter_config.json")
         kind = config.get("peft_type", "LORA")
         if kind != "LORA":
-            raise UserError(f"{path} is a peft folder of {kind}; supported: LORA")
+            raise UserError(f"{path} is a peft folder of {kind!s:.60}; supported: LORA")
         files = [path / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
         file = next((f for f in files if f.is_file()), files[0])
-        return read_tensors(file), dict.fromkeys(NAMES, config)
-    tensors = read_tensors(path)
-    try:
-        values = json.loads(read_metadata(path).get(METADATA, "{}"))
-        flat = {key.partition(".")[::2]: value for key, value in values.items()}
-    except (ValueError, AttributeError):
-        raise UserError(f"{path}: its {METADATA} is no JSON object") from None
+        return _tensors(file), dict.fromkeys(NAMES, config)
+    tensors = _tensors(path)
+    values = parse_json(read_metadata(path).get(METADATA, "{}"), f"{path}: its {METADATA}")
+    flat = {key.partition(".")[::2]: value for key, value in values.items()}
     return tensors, {part: {k: v for (p, k), v in flat.items() if p == part} for part in NAMES}
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
+    check_tensors(tensors, str(path))
+    return tensors
 
 
 def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
@@ -173,20 +176,25 @@ def _fit(path: Path, name: str, layer: nn.Module, down: Tensor, up: Tensor) -> l
         if value.shape[:2] != shape[:2] or squeezed != [s for s in shape[2:] if s > 1]:
             raise UserError(f"{path} is for another architecture: its {kind} of {name} is "
                             f"{tuple(value.shape)}, this network takes {tuple(shape)}")  # fmt: skip
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: its {kind} of {name} has non-finite numbers")
         fitted.append(value.float().reshape(shape))
     return fitted
 
 
 def _alpha(settings: dict, name: str, rank: int) -> float | None:
-    """As peft's LoraConfig has it; None where it says nothing."""
+    """As peft's LoraConfig has it; None where it says nothing. Raises ValueError for patterns that
+    are more than names: a file's regular expression could take forever."""
     if settings.get("use_dora"):
         raise UserError("this file is a DoRA; supported: plain LoRA")
     alpha = settings.get("lora_alpha")
     for pattern, own in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        plain = pattern.removeprefix("^").removeprefix(r"(.*\.)?").removesuffix("$")
+        plain = plain.replace(r"\.", ".")
+        if not re.fullmatch(r"[\w.-]+", plain):
+            raise ValueError(f"{pattern!r:.60} is a regular expression; supported: names of layers")
+        whole = re.match(r"\^\w", pattern)  # not only its end
+        if name == plain or (name.endswith(f".{plain}") and not whole):
             alpha = own
+            break
     return alpha and alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
 

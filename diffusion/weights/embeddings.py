@@ -16,6 +16,7 @@ from .. import UserError
 from . import rules
 from .adapters import save
 from .files import read_metadata, read_object, read_tensors
+from .guards import check_tensors
 
 
 def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
@@ -31,18 +32,23 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
     if isinstance(held, dict) and "string_to_param" in held:
         name, held = held.get("name") or name, held["string_to_param"]
         held = getattr(held, "_parameters", held)
-        found = {str(name): next(iter(held.values()), None)} if isinstance(held, dict) else {}
+        name = name if isinstance(name, str) else repr(name)[:60]
+        found = {name: next(iter(held.values()), None)} if isinstance(held, dict) else {}
     elif isinstance(held, dict) and "emb_params" in held:
         found = {name: held["emb_params"]}
     else:
         found = held if isinstance(held, dict) else {name: held}
-    if not found or not all(isinstance(v, Tensor) and v.ndim in (1, 2) for v in found.values()):
+    usable = all(isinstance(v, Tensor) and v.ndim in (1, 2) and v.numel() for v in found.values())
+    if not found or not usable:
         kind = rules.family(map(str, found))
         raise UserError(f"{path} is no textual inversion" + (f": it is {kind}" if kind else ""))
+    check_tensors(found, str(path))
+    if odd := [t for t in found if not isinstance(t, str) or not t.strip() or not t.isprintable()]:
+        raise UserError(f"{path} is no textual inversion: a token is {odd[0]!r:.60}")
     for token, vectors in found.items():
         if vectors.shape[-1] != width or token in ("clip_l", "clip_g"):
-            raise UserError(f"{path} is for another text encoder: {token!r} is {vectors.shape[-1]} "
-                            f"wide, this one's embedding is {width}")  # fmt: skip
+            raise UserError(f"{path} is for another text encoder: {token!r:.60} is "
+                            f"{vectors.shape[-1]} wide, this one's is {width}")  # fmt: skip
     return {token: v.detach().float().reshape(-1, width) for token, v in found.items()}
 
 

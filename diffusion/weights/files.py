@@ -120,9 +120,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def read_object(path: Path):
     """What torch.save was given: tensors in plain containers. Raises UserError otherwise."""
-    check_size(path)
     stubs = [(stub, name) for name, stub in STUBS.items()]
     try:
+        check_size(path)
         with torch.serialization.safe_globals(stubs):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -131,6 +131,8 @@ def read_object(path: Path):
                     raise
                 # written before torch 1.6: no zip file, so not to be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{path} holds more than weights, and is not opened: {reason}; use a "

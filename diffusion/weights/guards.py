@@ -5,8 +5,14 @@ that a small file may ask for much memory, and that numbers may be none.
 """
 
 import hashlib
+import io
 import json
 import os
+import pickle
+import pickletools
+import re
+import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,12 +22,33 @@ from torch import Tensor
 from .. import UserError
 
 MOST_HEADER = 32 << 20  # bytes; Stable Diffusion's is 0.2 MB
-MOST_TEXT = 64 << 20  # of a JSON or vocabulary file; the largest known has 4 MB
+MOST_TEXT = 64 << 20  # of a list of prompts
+MOST_JSON = (
+    8 << 20
+)  # of a JSON or vocabulary file, parsed 25 times more; the largest known has 4 MB
+MOST_PICKLE = 8 << 20  # names, shapes and settings; a training state of SDXL has 2 MB
+OLD_PICKLES = 5  # before torch 1.6: magic number, version, system, the object, its storages' keys
+# what checkpoints name, as torch.save writes it; the last rows are files.STUBS
+NEEDED = re.compile(
+    r"torch\._utils _rebuild_(tensor(_v[23])?|parameter(_with_state)?)"
+    r"|torch\.nn\.parameter Parameter|torch (Size|device)"
+    r"|torch(\.cuda)? \w+Storage|torch\.storage UntypedStorage"
+    r"|torch (bool|b?float\d+(_e\dm\d\w*)?|u?int\d+|complex\d+)"
+    r"|collections (OrderedDict|Counter)|(__builtin__|builtins) (set|complex)"
+    r"|(pytorch_)?lightning(\.pytorch)?\.callbacks\.\w+ (ModelCheckpoint|EarlyStopping)"
+    r"|torch\.nn\.modules\.container ParameterDict"
+)
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+DTYPES = FLOATS | {
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint8, torch.int8, torch.int16,
+    torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+}  # fmt: skip
 MARK = b"sha256:"
 
 
 def check_size(path: Path) -> None:
-    """Raises UserError if reading the file would take more memory than it has bytes."""
+    """Raises UserError if reading the file would take more memory than it has bytes, and
+    UnpicklingError for a pickle of other things than weights."""
     with open(path, "rb") as file:
         head = file.read(8)
         size = file.seek(0, os.SEEK_END)
@@ -34,11 +61,11 @@ def check_size(path: Path) -> None:
         raise UserError(f"{path} is damaged or incomplete: {error}") from None
     if packed:
         check_zip(path, size)
-    elif size and path.suffix != ".safetensors":
-        with open(path, "rb") as file:  # of before torch 1.6
-            for start in range(0, size, 1 << 20):
-                file.seek(start)
-                check_pickle(path, file.read((1 << 20) + 16))
+    elif size and path.suffix != ".safetensors":  # of before torch 1.6: pickles, then the numbers
+        with open(path, "rb") as file:
+            text = io.BytesIO(file.read(MOST_PICKLE))
+        for _ in range(OLD_PICKLES):
+            check_pickle(text)
 
 
 def check_zip(path: Path, size: int) -> None:
@@ -46,33 +73,51 @@ def check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as z:
             entries = z.infolist()
-            small = [e for e in entries if e.file_size < min(MOST_HEADER, size + 1)]
-            pickles = [z.read(e) for e in small if e.filename.endswith(".pkl")]
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            total = sum(entry.file_size for entry in entries)
+            # torch finds data.pkl by its name in small letters
+            pickles = [e for e in entries if e.filename.lower().endswith(".pkl")]
+            wrong = packed or total > size or any(e.file_size > MOST_PICKLE for e in pickles)
+            texts = [] if wrong else [z.read(e) for e in pickles]
     except Exception as error:  # a zip file can be damaged in many ways
         raise UserError(f"{path} is damaged or incomplete: {str(error)[:200]}") from None
-    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    total = sum(entry.file_size for entry in entries)
     if packed or total > size:
         raise UserError(f"{path} is not to be trusted: {size:,} bytes would become {total:,}, and "
                         "weight files are never compressed")  # fmt: skip
-    for text in pickles:
-        check_pickle(path, text)
+    if wrong:
+        raise UserError(f"{path} is not to be trusted: what it holds beside its tensors is more "
+                        f"than {MOST_PICKLE >> 20} MB")  # fmt: skip
+    for text in texts:
+        check_pickle(io.BytesIO(text))
 
 
-def check_pickle(path: Path, text: bytes) -> None:
-    """Of all that weights_only calls, a bytearray alone takes memory that no file has filled."""
-    if b"bytearray" in text:
-        raise UserError(f"{path} is not to be trusted: it asks for memory beside its tensors")
+def check_pickle(file: io.BytesIO) -> None:
+    """Reads one pickle without doing what it says. Raises UnpicklingError, as torch would, if it
+    asks for a name that tensors do not need: weights_only calls some that take any memory."""
+    try:
+        for opcode, value, _ in pickletools.genops(file):
+            if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                raise pickle.UnpicklingError(f"it asks for names by {opcode.name}")
+            if opcode.name == "GLOBAL" and not NEEDED.fullmatch(value):
+                raise pickle.UnpicklingError(f"it asks for {value.replace(' ', '.'):.100}")
+    except (ValueError, IndexError, struct.error) as error:
+        raise pickle.UnpicklingError(f"it is no pickle: {error!s:.100}") from None
 
 
 def check_tensors(tensors: dict[str, Tensor], where: str) -> None:
-    """Raises UserError for tensors that claim more than is stored, and for NaN and infinity."""
+    """Raises UserError for tensors that claim more than is stored, for kinds that no network has
+    (sparse, quantized, complex, without storage), and for NaN and infinity."""
     bad = []
     for name, value in tensors.items():
-        if not value.is_meta and value.numel():
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.is_nested or value.dtype not in DTYPES:
+            kind = value.dtype if plain else f"{value.layout} on {value.device.type}"
+            raise UserError(f"{where}: {name!r:.200} is {kind}; expected plain numbers, such as "
+                            "float32")  # fmt: skip
+        if value.numel():
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise UserError(f"{where} is not to be trusted: {name} claims {value.numel():,} "
-                                "values, more than the file holds")  # fmt: skip
+                raise UserError(f"{where} is not to be trusted: {name!r:.200} claims "
+                                f"{value.numel():,} values, more than the file holds")  # fmt: skip
             if value.is_floating_point() and not finite(value):
                 bad.append(name)
     if bad:
@@ -82,17 +127,29 @@ def check_tensors(tensors: dict[str, Tensor], where: str) -> None:
 
 def finite(value: Tensor) -> bool:
     """Without a copy: minimum and maximum are NaN where one value is."""
-    known = value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    known = value.dtype in FLOATS
     return bool(torch.stack(torch.aminmax(value if known else value.float())).isfinite().all())
 
 
-def read_text(path: Path) -> str:
+class TarMember(tarfile.TarInfo):
+    """Refuses headers that hold more than a name: they are read into memory before any check."""
+
+    @classmethod
+    def frombuf(cls, *args, **kwargs):
+        found = super().frombuf(*args, **kwargs)
+        plain = found.isreg() or found.isdir() or found.issym() or found.islnk()
+        if not plain and found.size > 1 << 16:
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
     """Raises UserError if it is missing, of absurd size or not UTF-8."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(MOST_TEXT + 1) if path.is_file() else None
-        if raw is None or len(raw) > MOST_TEXT:
-            raise UserError(f"{path} is no text file of at most {MOST_TEXT >> 20} MB")
+            raw = file.read(most + 1) if path.is_file() else None
+        if raw is None or len(raw) > most:
+            raise UserError(f"{path} is no text file of at most {most >> 20} MB")
         return raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -104,11 +161,15 @@ def read_json(path: Path) -> dict:
     """Raises UserError if it is missing or no JSON object."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path, MOST_JSON), str(path))
 
 
 def parse_json(text: str, where: str) -> dict:
-    """Raises UserError for what is no JSON object, as for one too deep to be read."""
+    """Raises UserError for what is no JSON object, as for one too large or too deep to be read."""
+    if len(text) > MOST_JSON:
+        raise UserError(
+            f"{where} has {len(text):,} characters; at most {MOST_JSON >> 20} MB are read"
+        )
     try:
         values = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:

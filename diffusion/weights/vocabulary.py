@@ -10,7 +10,7 @@ from .. import UserError
 from ..models import tokenizer as tokenizers
 from ..models.tokenizer import Tokenizer
 from .checkpoint import write_text
-from .guards import MOST_TEXT, read_json, read_text
+from .guards import MOST_JSON, read_json, read_text
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt"
 
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                "context_length": int(length) if length < 10**6 else 77}  # fmt: skip
     try:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            merges = read_text(folder / "merges.txt")
+            merges = read_text(folder / "merges.txt", MOST_JSON)
             added = folder / "added_tokens.json"
             return Tokenizer(read_json(folder / "vocab.json"), merges, **options,
                              added=read_json(added) if added.exists() else None)  # fmt: skip
@@ -46,9 +46,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _read_vocabulary(path: Path) -> str:
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        return file.read(MOST_TEXT)
+    if path.suffix != ".gz":
+        return read_text(path, MOST_JSON)
+    with gzip.open(path) as file:
+        raw = file.read(MOST_JSON + 1)
+    if len(raw) > MOST_JSON:
+        raise UserError(f"{path} holds more than {MOST_JSON >> 20} MB: no vocabulary")
+    return raw.decode("utf-8")
 
 
 def find_vocabulary(path: Path) -> Tokenizer:

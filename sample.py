@@ -104,7 +104,8 @@ def prompts_of(text: str) -> list[str]:
     try:
         lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt {text}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--prompt {text}: {text[1:]} cannot be read: {reason}") from None
     if not any(lines):
         raise UserError(f"--prompt {text}: the file holds no prompt")
     return [line for line in lines if line.strip()]

@@ -256,7 +256,7 @@ def open_base(
     named = {"sd_path": sd_path, "vae": vae, "clip_skip": clip_skip, "height": height,
              "width": width, "vae_tiling": tiling or None, "config": config}  # fmt: skip
     if given := [f"--{name}" for name, value in named.items() if value is not None]:
-        raise UserError(f"{path} is a pixel model: {', '.join(given)} have no meaning for it")
+        raise UserError(f"{path} is a pixel model: {', '.join(given)}: nothing of that is in it")
     return Pipeline.load(path, weights, device)
 
 

@@ -112,7 +112,7 @@ class Config:
     fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
     fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
     fid_num_images: int = opt(10_000, "output", "samples of an FID measurement", free=True)
-    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception; the distance is named after the file", free=True)
+    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception, a program that is run; the distance is named after the file", free=True)
     validation_prompts: str | None = opt(None, "output", "file with a prompt per line for sample grids (default: captions of the data)", free=True)
     guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
     # fmt: on
@@ -218,6 +218,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(
+                    f"{unknown[0]!r} stands alone: options are --name value (--help lists all)"
+                )
             names = [s for a in self._actions for s in a.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
             guess = f"; did you mean {close[0]}?" if close else " (--help lists all)"

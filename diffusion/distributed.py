@@ -5,29 +5,27 @@ rank 0 of a world of 1.
 """
 
 import contextlib
-import json
 import os
 import sys
-import threading
 import time
-import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from . import UserError
+from . import UserError, ranks
 from .memory import keep_freed_memory
 
-TIMEOUT = 3600.0  # seconds: rank 0 may build a cache or write pictures while the others wait
-_watch: "Watch | None" = None
+TIMEOUT = 3600.0  # seconds
+_watch: ranks.Watch | None = None
 
 
-def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
+def setup(device: str = "auto", timeout: float | None = None) -> torch.device:
     """Join the process group if torchrun started us; return this process's device.
 
-    timeout: seconds that ranks wait for one; then `Watch` names it, and all end.
+    timeout: seconds that ranks wait for one that does nothing; then `ranks.Watch` names it, and
+    all end. None: TIMEOUT, and nothing that a restart would continue.
     """
     global _watch
     if device == "auto":
@@ -48,39 +46,28 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     if launched and not dist.is_initialized():
         # gloo beside nccl: small host-side questions must not wait for the device
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        patience = timedelta(seconds=1.5 * timeout + 10)
-        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-        dist.init_process_group(backend, store=own_store(store, rank, size, timeout), rank=rank,
-                                world_size=size, timeout=patience)  # fmt: skip
+        seconds = TIMEOUT if timeout is None else timeout
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        except RuntimeError as error:
+            raise UserError(f"rank {os.environ['RANK']} could not reach rank 0 at "
+                            f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} within "
+                            f"{seconds:.0f} s: {str(error).splitlines()[0]}") from None  # fmt: skip
+        name = ranks.own_name(store, rank, size, seconds)
+        # `Watch` knows better than a time-out of collectives whether a rank works or hangs
+        dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
+                                world_size=size, timeout=timedelta(days=7))  # fmt: skip
         if world_size() > 1:
-            _watch = Watch(timeout)
+            # a connection of its own: the process group's may be waiting for an answer
+            own = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                timeout=timedelta(seconds=max(5.0, seconds / 4)), wait_for_workers=False,
+            )  # fmt: skip
+            own = dist.PrefixStore(name, own)
+            _watch = ranks.Watch(own, rank, size, seconds, resumes=timeout is not None)
     if device == "cpu":
         keep_freed_memory()
     return torch.device(device)
-
-
-def own_store(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """The part of the store that belongs to this start of the group.
-
-    torchrun keeps its store when it restarts the ranks: where one listens would be read as its
-    predecessor left it. Rank 0 thinks of a name, and tells it each rank that has come since.
-    """
-    if rank > 0:
-        name = store.get(f"name/{rank}/{store.add(f'came/{rank}', 1)}").decode()
-        store.set(f"{name}/{rank}", "knows")
-        return dist.PrefixStore(name, store)
-    name, missing, end = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + timeout
-    while missing:
-        for other in tuple(missing):
-            if times := store.add(f"came/{other}", 0):
-                store.set(f"name/{other}/{times}", name)
-            if store.check([f"{name}/{other}"]):
-                missing.remove(other)
-        if time.monotonic() > end:
-            raise UserError(f"rank {min(missing)} has not come within {timeout:.0f} s "
-                            f"({len(missing)} of {size} ranks are missing)")  # fmt: skip
-        time.sleep(0.02)
-    return dist.PrefixStore(name, store)
 
 
 def cleanup() -> None:
@@ -113,14 +100,27 @@ def log(message: str = "") -> None:
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on rank 0; where it is not seen on a terminal, a line every ten seconds."""
+    """A tqdm bar on rank 0; where it is not seen on a terminal, a line every ten seconds.
+
+    On every rank it tells that work goes on, which others may wait for.
+    """
     from tqdm import tqdm
+
+    class Bar(tqdm):
+        def __iter__(self):
+            for x in super().__iter__():
+                going()
+                yield x
+
+        def update(self, n=1):
+            going()
+            return super().update(n)
 
     seen = sys.stderr.isatty()
     options = (
         dict(disable=not is_main(), mininterval=0.2 if seen else 10, dynamic_ncols=seen) | options
     )
-    return tqdm(iterable, **options)
+    return Bar(iterable, **options)
 
 
 def barrier() -> None:
@@ -152,7 +152,13 @@ def agreed(value: int) -> bool:
 def asks(step: int) -> bool:
     """Whether ranks ask each other after this step if one is to stop: the question takes longer the
     more there are, so that many ask less often."""
-    return step % max(1, world_size() // 16) == 0
+    return step % max(1, world_size() // 64) == 0
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm has started this command again, after a fault."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any_rank(any(os.environ.get(name, "0") != "0" for name in counts))
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
@@ -188,6 +194,12 @@ def at(place: str | None = None) -> None:
         _watch.place = _watch.place if place is None else place
 
 
+def going() -> None:
+    """This rank works, for however long it passes no place."""
+    if _watch is not None:
+        _watch.since = time.monotonic()
+
+
 def lost(error: RuntimeError) -> str | None:
     """What to tell if the error is that ranks could not talk to each other; else None."""
     text = str(error)
@@ -196,85 +208,6 @@ def lost(error: RuntimeError) -> str | None:
     if world_size() == 1 or not any(sign in text for sign in signs):
         return None
     return f"rank {rank()} lost the others ({text.splitlines()[0][-160:]})"
-
-
-class Watch(threading.Thread):
-    """Names the rank that all others wait for, and ends this one, which torchrun then notices.
-
-    Collectives wait in silence, and a time-out of theirs does not know whom it waited for. So each
-    rank tells in the store that it lives, and how many places it has passed; whoever has stood
-    still for `timeout` seconds looks who has passed the fewest, or does not live.
-    """
-
-    def __init__(self, timeout: float):
-        super().__init__(daemon=True)
-        self.timeout, self.every = timeout, min(5.0, timeout / 8)
-        self.places, self.place, self.since = 0, "start", time.monotonic()
-        self.seen: dict[int, tuple[list, float]] = {}  # rank -> what it told, when that was new
-        self.stopped = threading.Event()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.key = f"alive/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart}/"
-        # a connection of its own: the process group's may be waiting for an answer
-        self.store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=max(5.0, timeout / 4)), wait_for_workers=False,
-        )  # fmt: skip
-        self.spoken = time.monotonic()
-        threading.Thread(target=self.talk, daemon=True).start()
-        self.start()
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.join(2 * self.every)
-
-    def run(self) -> None:
-        while not self.stopped.wait(self.every):
-            now = time.monotonic()
-            if (waited := now - self.since) <= self.timeout:
-                continue
-            if now - self.spoken > self.timeout / 2:
-                self.end(f"has waited {waited:.0f} s at {self.place}, and cannot reach the others: "
-                         f"{os.environ['MASTER_ADDR']} does not answer")  # fmt: skip
-            if (told := self.verdict(waited)) is not None:
-                self.end(told)
-
-    def talk(self) -> None:
-        """In a thread of its own: where a network is cut, the store's calls do not come back."""
-        beat = 0
-        while not self.stopped.wait(self.every):
-            beat += 1
-            with contextlib.suppress(RuntimeError):
-                self.store.set(f"{self.key}{rank()}", json.dumps([beat, self.places, self.place]))
-                if time.monotonic() - self.since > self.timeout / 2:
-                    self.look()
-                self.spoken = time.monotonic()
-
-    def look(self) -> None:
-        for other in range(world_size()):
-            key, now = f"{self.key}{other}", time.monotonic()
-            told = json.loads(self.store.get(key)) if self.store.check([key]) else [0, 0, "start"]
-            if other not in self.seen or self.seen[other][0] != told:
-                self.seen[other] = told, now
-
-    def verdict(self, waited: float) -> str | None:
-        """Whom all wait for; None where another rank will tell."""
-        now, told = time.monotonic(), {r: t for r, (t, _) in self.seen.items()}
-        silent = [r for r, (_, when) in self.seen.items() if now - when > self.timeout / 3]
-        fewest = min(t[1] for t in told.values())
-        missing = silent or [r for r, t in told.items() if t[1] == fewest]
-        if rank() != min(r for r in told if r not in missing or len(missing) == len(told)):
-            # one voice is enough, but nobody stays behind if it fails
-            return None if waited < 1.25 * self.timeout else "ended with the others"
-        names = ", ".join(f"rank {r} (last at {told[r][2]})" for r in missing[:8])
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-        how = "gives no sign of life" if silent else "does not go on"
-        return f"has waited {waited:.0f} s at {self.place}: {names}{more} {how}"
-
-    def end(self, told: str) -> None:
-        print(f"error: rank {rank()} {told}; the run ends, and goes on from its last checkpoint "
-              "when started again (--rank_timeout says how long ranks wait)",
-              file=sys.stderr, flush=True)  # fmt: skip
-        os._exit(1)
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -68,8 +68,11 @@ class Pipeline:
 
     @classmethod
     def load(cls, path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"):
-        """From a model.pt or .safetensors file. Raises UserError for any other file."""
+        """From a model.pt or .safetensors file of --mode pixel. Raises UserError for others."""
         tensors, config, metadata = load_weights(Path(path), weights)
+        if config.mode != "pixel":
+            raise UserError(f"{path} is of --mode {config.mode}: open it with open_pipeline of "
+                            "diffusion/assemble.py")  # fmt: skip
         try:
             with blank():  # what a file claims costs nothing until it fits
                 model = build_model(config, len(metadata["classes"]))

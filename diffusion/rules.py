@@ -19,7 +19,7 @@ RULES = (
     ("it must be in [0, 1]", lambda v: 0 <= v <= 1, "condition_dropout"),
     ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images"),
     ("it must be at least 3", lambda v: v >= 3, "text_length"),
-    ("it must be at most 1,000,000", lambda v: v <= 1_000_000, "time_steps"),
+    ("it must be at most 1,000,000", lambda v: v <= 1_000_000, "time_steps rank_timeout"),
     ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
     ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0, "dim_mults"),
 )  # fmt: skip

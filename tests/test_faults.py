@@ -203,12 +203,58 @@ def test_a_flipped_bit_in_shared_weights_is_noticed(model, tmp_path):
     data, rng = (model.parent / "ema.safetensors").read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(data[:8], "little")
     file = tmp_path / "ema.safetensors"
-    for where in rng.sample(range(header, len(data)), 20):
+    for where in rng.sample(range(header, len(data)), 20) + rng.sample(range(8, header), 100):
         bad = bytearray(data)
         bad[where] ^= 1 << rng.randrange(8)
         file.write_bytes(bad)
         with pytest.raises(UserError, match="damaged|NaN"):
             checkpoint.load_weights(file)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_passing_fault_is_no_damage(three, monkeypatch, error):
+    """Else the run would go on from an older checkpoint, over a good one."""
+    real = torch.load
+
+    def load(path, **options):
+        if Path(path).name == "step_00000060.pt":
+            raise error
+        return real(path, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError, match="step_00000060.pt could not be read"):
+        resumed(three)
+    monkeypatch.setattr(torch, "load", real)
+    assert resumed(three)[0] == 60
+
+
+def test_overwrite_is_done_once(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """torchrun and Slurm repeat the command after a fault, with its --overwrite."""
+    options = tiny | dict(overwrite=True, num_samples=0)
+    train(Config(**options | dict(train_steps=4)))
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            train(Config(**options | dict(train_steps=8)))
+    assert [line["step"] for line in run_lines(tmp_path / "run")] == [2, 4, 6, 8]
+    train(Config(**options | dict(train_steps=2)))
+    assert [line["step"] for line in run_lines(tmp_path / "run")] == [2]
+
+
+def test_what_a_killed_writer_has_left_is_removed(tiny, tmp_path):  # noqa: F811
+    train(Config(**tiny | dict(train_steps=4, num_samples=0)))
+    left = [tmp_path / "run" / ".model.pt.tmp", tmp_path / "run" / "checkpoints" / ".step_9.pt.tmp"]
+    for file in left:
+        file.write_bytes(b"half")
+    train(Config(**tiny | dict(train_steps=6, num_samples=0)))
+    assert not any(file.exists() for file in left)
 
 
 def test_all_checkpoints_damaged(three):
@@ -280,8 +326,9 @@ def test_a_disk_that_fills_up(tiny, tmp_path, share):  # noqa: F811
     used = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file() and f.name != "model.pt")
     with mounted(tmp_path / "disk", f"{int(used * share)}") as disk:
         folder = disk / "run"
-        with pytest.raises(UserError, match="(?i)no space|writ.*is kept"):
-            train(Config(**options | dict(save_folder=str(folder))))
+        for _ in range(2):  # and when it is started again without more space
+            with pytest.raises(UserError, match="(?i)no space left.*is kept"):
+                train(Config(**options | dict(save_folder=str(folder))))
         assert not list(folder.rglob(".*.tmp"))
         state = checkpoint.newest(folder, print)
         assert state is not None and 4 <= state["step"] < 16

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, environment, script
 from test_training import flags, run_lines, same_runs, tiny, wait_for_step  # noqa: F401
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore
 
-from diffusion import UserError, distributed
+from diffusion import UserError, distributed, ranks
 from diffusion.config import Config
 from diffusion.data.batches import open_batches
 from diffusion.seeding import permutation
@@ -100,13 +101,13 @@ def test_each_start_of_a_group_has_a_store_of_its_own():
 
     def start() -> list:
         with ThreadPoolExecutor(size) as pool:
-            ranks = [pool.submit(distributed.own_store, store, r, size, 20.0) for r in (2, 1, 0)]
-            return [rank.result() for rank in ranks]
+            came = [pool.submit(ranks.own_name, store, r, size, 20.0) for r in (2, 1, 0)]
+            return [PrefixStore(rank.result(), store) for rank in came]
 
     first = start()
     first[0].set("address", "old")
     with ThreadPoolExecutor(1) as pool:  # rank 1 comes, and dies before the others come
-        pool.submit(distributed.own_store, Stop(store), 1, size, 20.0).exception(10)
+        pool.submit(ranks.own_name, Stop(store), 1, size, 20.0).exception(10)
     second = start()
     assert not second[0].check(["address"])
     second[0].set("address", "new")
@@ -120,16 +121,18 @@ class Stop:
     def __init__(self, store):
         self.add = store.add
 
-    def get(self, key):
+    def wait(self, *_):
         raise KeyboardInterrupt
 
 
 def test_a_rank_that_does_not_come_is_named():
     store = HashStore()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(distributed.own_store, store, 1, 3, 5.0)
+        pool.submit(ranks.own_name, store, 1, 3, 5.0)
         with pytest.raises(UserError, match=r"rank 2 has not come within 1 s \(1 of 3 ranks"):
-            distributed.own_store(store, 0, 3, 1.0)
+            ranks.own_name(store, 0, 3, 1.0)
+    with pytest.raises(UserError, match="rank 0 has not come within 1 s"):
+        ranks.own_name(HashStore(), 1, 2, 1.0)
 
 
 @pytest.mark.slow
@@ -192,8 +195,8 @@ def test_the_order_of_the_data_over_changing_world_sizes(tiny, tmp_path, patched
     """1, 2, 4 and 1 ranks, one of them killed: each epoch is a permutation, nothing twice."""
     seen = tmp_path / "seen.jsonl"
     options = tiny | dict(num_samples=0, save_and_sample_every=4)
-    for ranks, steps in ((1, 10), (2, 20), (4, 28), (1, 44)):
-        done = launched(patched, options | dict(train_steps=steps), tmp_path, ranks, SEEN=str(seen))
+    for n, steps in ((1, 10), (2, 20), (4, 28), (1, 44)):
+        done = launched(patched, options | dict(train_steps=steps), tmp_path, n, SEEN=str(seen))
         assert done.returncode == 0, done.stderr
         if steps > 10:
             assert re.search(r"from step \d+; \d ranks saved it, \d go on", done.stdout), (
@@ -228,15 +231,23 @@ def test_machines_that_do_not_share_the_folder_are_told(two, tmp_path, patched):
 
 def test_who_is_waited_for():
     """The verdict by itself: who has passed the fewest places, or gives no sign of life."""
-    watch = distributed.Watch.__new__(distributed.Watch)
+    watch = ranks.Watch.__new__(ranks.Watch)
     watch.timeout, watch.place, now = 10.0, "step 7, forward and backward", time.monotonic()
-    told = lambda places, where, age=0.0: ([1, places, where], now - age)  # noqa: E731
+    watch.rank = 0
+
+    def told(places, where, age=0.0, idle=11.0):
+        return [1, places, where, idle], now - age
+
     watch.seen = {
         0: told(50, "step 7"),
         1: told(49, "step 7, reading the batch"),
         2: told(50, "step 7"),
     }
     assert "rank 1 (last at step 7, reading the batch) does not go on" in watch.verdict(11)
+    watch.seen[1] = told(49, "step 7, reading the batch", idle=2.0)
+    assert watch.verdict(11) is None and watch.verdict(1000) is None  # it works
+    watch.seen[1] = told(49, "step 7, reading the batch", age=9, idle=2.0)
+    assert "rank 1 (last at step 7, reading the batch) gives no sign of life" in watch.verdict(11)
     watch.seen = {0: told(50, "step 7"), 1: told(50, "step 7", age=9), 2: told(50, "step 7")}
     assert "rank 1 (last at step 7) gives no sign of life" in watch.verdict(11)
     watch.seen = {0: told(49, "start"), 1: told(50, "step 7"), 2: told(50, "step 7")}
@@ -246,10 +257,37 @@ def test_who_is_waited_for():
     assert "rank 0 (last at step 7), rank 1" in watch.verdict(11)
 
 
+LONG_WORK = """
+import os, sys, time
+from diffusion import distributed as dist
+dist.setup("cpu", 3.0)
+if dist.rank() == int(os.environ["WORKER"]):
+    for _ in dist.progress(range(40), disable=False):
+        time.sleep(0.2)
+dist.barrier()
+for _ in dist.progress(range(25), disable=False):  # and now both, without a word to each other
+    time.sleep(0.2)
+dist.barrier()
+print("done")
+dist.cleanup()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_rank_that_works_for_long_is_waited_for(tmp_path, worker):
+    """For more than twice as long as a rank may hang."""
+    (tmp_path / "work.py").write_text(LONG_WORK)
+    done = warm.script(
+        str(tmp_path / "work.py"), cwd=tmp_path, ranks=2, env={"WORKER": str(worker)}
+    )
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+
+
 def test_small_worlds_ask_at_each_step(monkeypatch):
     assert all(distributed.asks(step) for step in range(9))
     monkeypatch.setattr(distributed, "world_size", lambda: 512)
-    assert [step for step in range(1, 97) if distributed.asks(step)] == [32, 64, 96]
+    assert [step for step in range(1, 97) if distributed.asks(step)] == list(range(8, 97, 8))
 
 
 # --- two machines --------------------------------------------------------------------------------------

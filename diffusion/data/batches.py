@@ -18,7 +18,7 @@ from ..config import Config
 from ..distributed import log
 from ..seeding import generator, permutation
 from .cache import cached
-from .datasets import ImageSet, held_out, open_data
+from .datasets import HELD_OUT_FROM, ImageSet, held_out, open_data
 from .images import BadImage
 
 
@@ -117,7 +117,8 @@ class Batches(StepBatches):
         return len(self.train)
 
     def describe(self) -> str:
-        return (f"{len(self.train):,} images to train on, {len(self.held_out)} held out"
+        few = "" if len(self.held_out) else f" (from {HELD_OUT_FROM} images on there are some)"
+        return (f"{len(self.train):,} images to train on, {len(self.held_out)} held out{few}"
                 + (f", {len(self.classes)} classes" if self.classes else ""))  # fmt: skip
 
     def order_key(self) -> str:

@@ -5,6 +5,8 @@
 per value of the image, z drawn from q (arXiv:2112.10752, section 3.1 and appendix G).
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -54,6 +56,9 @@ class Autoencoding(Task):
 
     def build(self) -> nn.Module:
         return KLAutoencoder(vae_config(self.config)).to(memory_format=torch.channels_last)
+
+    def result(self, folder: Path) -> str:
+        return f"{folder / 'model.pt'}; python train.py --mode latent --vae {folder} --data ..."
 
     def told(self, model: nn.Module) -> dict:
         """With the scaling factor that brings the latents' deviation to 1."""

@@ -19,7 +19,8 @@ def told(config: Config, micro: int, step: Callable[[], int]) -> Iterator[None]:
     micro: samples of a micro-batch. step: where the run is.
     """
     folder = Path(config.save_folder)
-    kept = f"what {folder} holds is kept, and the same command goes on from its last checkpoint"
+    same = "the same command without --overwrite" if config.overwrite else "the same command"
+    kept = f"what {folder} holds is kept, and {same} goes on from its last checkpoint"
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -49,8 +50,9 @@ def less_memory(config: Config, micro: int) -> str:
     if config.amp == "no":
         ways.append("--amp auto halves the activations")
     if micro > 1:
-        ways.append(f"--grad_accum {2 * config.grad_accum} halves the micro-batch and changes "
-                    "nothing else")  # fmt: skip
+        times = next(n for n in range(2, micro + 1) if micro % n == 0)
+        ways.append(f"--grad_accum {times * config.grad_accum} makes micro-batches of "
+                    f"{micro // times} and changes nothing else")  # fmt: skip
     if not config.checkpointing:
         ways.append("--checkpointing recomputes activations, a third slower")
     if not ways:

@@ -104,6 +104,8 @@ class RunLog:
             )  # fmt: skip
         from torch.utils.tensorboard import SummaryWriter
 
+        for left in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
+            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
         checkpoint.write_text(folder / "config.json", config.to_json())
         self.path = folder / "metrics.jsonl"
         kept = [line for line in checkpoint.read_lines(self.path) if line["step"] <= step]

@@ -62,7 +62,8 @@ class Task:
             checkpoint.save_weights(path, model.state_dict(), self.config, step=step, **told)
 
     def result(self, folder: Path) -> str:
-        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}"
+        prompt = ' --prompt "..."' if self.config.condition == "text" else ""
+        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}{prompt}"
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor], theirs: Config) -> None:

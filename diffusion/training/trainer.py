@@ -10,7 +10,7 @@ import contextlib
 import math
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,17 @@ def train(config: Config, given: set[str] | None = None) -> None:
     """
     config = based_on(config, given)
     device = dist.setup(config.device, config.rank_timeout)
-    dtype = amp_dtype(config.amp, device)
     share = rank_share(config)
+    if config.overwrite and dist.restarted():
+        dist.log("started again: the run that was begun goes on, --overwrite has been done")
+        config = replace(config, overwrite=False)
+    with faults.told(config, share.micro, lambda: 0):
+        run(config, device, share)
+
+
+def run(config: Config, device: torch.device, share: Share) -> None:
+    """`train`, on this rank."""
+    dtype = amp_dtype(config.amp, device)
     folder = Path(config.save_folder)
     lock = claim(folder)  # noqa: F841 - held until the end of the run
 
@@ -104,7 +113,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
     # nothing is wrong: from here on files are written
     if config.overwrite:
         clear(folder)
-    run = RunLog(folder, config, step)
+    logs = RunLog(folder, config, step)
     announce(config, model, data, device, dtype, share, total)
 
     def save(improved: bool) -> None:
@@ -117,7 +126,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
         told = task.told(ema.model)
         task.write(folder, ema.model, step, told, improved)
         write_metadata(folder, config, data, step, best)
-        run.sync()
+        logs.sync()
         checkpoint.save(folder, {
             "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
             "ranks": share.ranks, "config": asdict(config), **told,
@@ -129,11 +138,11 @@ def train(config: Config, given: set[str] | None = None) -> None:
 
     def measure_fid() -> None:
         """Where it is due, and not done before the run was stopped and continued."""
-        if fid is None or not fid.due(step, total) or dist.any_rank(run.has(step, fid.name)):
+        if fid is None or not fid.due(step, total) or dist.any_rank(logs.has(step, fid.name)):
             return
         values = fid.measure(task.pipeline(ema.model), share.micro, lambda: stop.requested)
         if values is not None:
-            run.metrics(step, values)
+            logs.metrics(step, values)
             dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} "
                      f"({values['fid_seconds']:.0f} s)")  # fmt: skip
         clock.skip(step)
@@ -141,7 +150,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
     with faults.told(config, share.micro, lambda: step), contextlib.ExitStack() as closing:
         stop = StopSignal()
         closing.callback(stop.restore)  # however the run ends
-        closing.callback(run.close)
+        closing.callback(logs.close)
         bar = closing.enter_context(dist.progress(total=total, initial=step, unit="step"))
         clock = Clock(step)
         measure_fid()
@@ -196,7 +205,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
                 values["img_per_s"] = clock.rate(step) * config.batch_size
                 if milestone and len(data.held_out):
                     values["heldout_loss"] = task.heldout_loss(ema.model, share.micro)
-                run.metrics(step, values)
+                logs.metrics(step, values)
                 told = f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s"
                 bar.set_postfix_str(told, refresh=False)
             if milestone:
@@ -209,7 +218,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
                 if config.num_samples:
                     sheet = task.sheet(ema.model, share.micro)
                     if sheet is not None:
-                        run.picture(step, sheet)
+                        logs.picture(step, sheet)
                 save(improved)
                 clock.skip(step)
 

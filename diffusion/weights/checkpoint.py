@@ -10,6 +10,8 @@ of its bytes, or of its tensors' bytes, which is compared when it is read.
 """
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -34,7 +36,19 @@ from .guards import (
 )
 
 FORMAT = "diffusion-checkpoint-1"
+# a disk, a network or a permission that may be back in a minute: no damage
+PASSING = (errno.EIO, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT,
+           errno.EMFILE, errno.ENFILE, errno.ENODEV)  # fmt: skip
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
+
+
+class Unreadable(UserError):
+    """A file that may be whole, but cannot be read now."""
+
+
+def passing(error: Exception) -> bool:
+    return (getattr(error, "errno", None) in PASSING or isinstance(error, MemoryError)
+            or "allocate memory" in str(error))  # fmt: skip
 
 
 def atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -49,10 +63,13 @@ def atomic(path: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
         os.replace(temporary, path)
     except BaseException as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
         with contextlib.suppress(OSError):
+            if shutil.disk_usage(path.parent).free < 1 << 20:  # torch does not tell
+                reason = f"no space left on the device ({reason})"
             temporary.unlink()
-        if isinstance(error, RuntimeError | SafetensorError):  # what they say of a full disk
-            raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+        if isinstance(error, RuntimeError | SafetensorError):
+            raise OSError(f"{path} could not be written: {reason}") from None
         raise
     with contextlib.suppress(OSError):  # the rename itself; not every system syncs folders
         folder = os.open(path.parent, os.O_RDONLY)
@@ -94,7 +111,9 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     atomic(folder / "model.pt", lambda p: _link(path, p))
     files = step_files(folder)
     newest = files.index(path)  # what lies beyond it could not be read when the run was continued
-    for old in [*files[:newest], *files[newest + keep_last :]]:
+    for old in files[:newest]:
+        old.replace(old.with_suffix(".damaged"))
+    for old in files[newest + keep_last :]:
         old.unlink(missing_ok=True)
     return path
 
@@ -111,8 +130,14 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], config: Config, *
     """A safetensors file whose metadata tells everything needed to use the weights."""
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     text = {"format": FORMAT, "config": config.to_json(), "metadata": json.dumps(metadata)}
-    text["sha256"] = digest_tensors(weights)
+    text["sha256"] = _digest(weights, text)
     atomic(path, lambda p: save_file(weights, p, metadata=text))
+
+
+def _digest(weights: dict[str, torch.Tensor], text: dict[str, str]) -> str:
+    """Of the tensors and of what is told with them."""
+    whole = "\n".join([digest_tensors(weights), text["config"], text["metadata"]])
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def step_files(folder: Path) -> list[Path]:
@@ -125,6 +150,8 @@ def read(path: Path, mmap: bool = False) -> dict:
 
     mmap: read from disk only what is used, for as long as it is used.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it, such as {path / 'model.pt'}")
     if not path.is_file():
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip
@@ -142,6 +169,8 @@ def read(path: Path, mmap: bool = False) -> dict:
         ) from None
     except Exception as error:  # torch raises nearly everything on damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        if passing(error):
+            raise Unreadable(f"{path} could not be read: {reason}") from None
         raise UserError(f"{path} is damaged or incomplete ({reason}); use an older one from "
                         "checkpoints/") from None  # fmt: skip
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -159,16 +188,18 @@ def read(path: Path, mmap: bool = False) -> dict:
 def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     """The newest checkpoint of a run that can be read; None if the run has none.
 
-    Raises UserError if there are some and none can be read.
+    Raises UserError if there are some and none can be read, or one may be read later.
     """
     files = step_files(folder)
     if (folder / "model.pt").is_file():
         files.append(folder / "model.pt")
     for file in files:
         try:
-            state = read(file)
+            state = read(file, mmap=True)
             for part in ("model", "ema"):
                 check_tensors(state[part], f"{file}, {part}")
+        except Unreadable:
+            raise  # else the run would go on from an older one, over this one
         except UserError as error:
             warn(f"warning: {error}")
             continue
@@ -219,7 +250,9 @@ def _read_shared(path: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     if told.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: its metadata has no "
                         f"format {FORMAT!r}")  # fmt: skip
-    if told.get("sha256", digest := digest_tensors(weights)) != digest:
-        raise UserError(f"{path} is damaged: its tensors have not the digest that was written with "
-                        "them")  # fmt: skip
-    return weights, *(parse_json(told.get(k), f"{path}, {k}") for k in ("config", "metadata"))
+    texts = {k: told.get(k, "") for k in ("config", "metadata")}
+    # of the tensors alone in files of earlier versions
+    known = (_digest(weights, texts), digest_tensors(weights))
+    if told.get("sha256", known[0]) not in known or told.keys() - {"format", "sha256", *texts}:
+        raise UserError(f"{path} is damaged: it has not the digest that was written with it")
+    return weights, *(parse_json(text, f"{path}, {k}") for k, text in texts.items())

@@ -22,6 +22,9 @@ def load_vae(path: str) -> AutoencoderKL:
             folder / "config.json"
         ):
             return load_part(folder, "vae")[0]
+    if not root.exists():
+        raise UserError(f"--vae {path} does not exist; give a run of --mode vae (train.py --preset "
+                        "sd_tiny_vae makes results/vae) or a diffusers folder")  # fmt: skip
     file = root
     if root.is_dir():
         file = (

@@ -546,3 +546,19 @@ def test_presets_are_whole():
     made = config_from_args({"sd_path": "x"}, "anime_sd15")
     assert (made.learning_rate, made.batch_size, made.train_steps) == (1e-4, 128, 50_000)
     assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "fp16", 3, 512)
+
+
+def test_damaged_latents_are_not_trained_on(tmp_path, monkeypatch):
+    """Large ones are not looked through when they are opened, but when they are read."""
+    make = lambda: Shards(tmp_path, 4, (2,), lambda i: torch.ones(len(i), 2), 2, "latents")  # noqa: E731
+    assert make()[np.arange(4)].tolist() == [[1, 1]] * 4
+    data = np.ones((4, 2), np.float16)
+    data[2, 1] = np.nan
+    np.save(tmp_path / "00000.npy", data)
+    monkeypatch.setattr(encoded, "SCANNED", 4)
+    large = make()
+    assert np.isfinite(large[np.array([0, 3])]).all()
+    with pytest.raises(UserError, match="00000.npy is damaged: .*delete it"):
+        large[np.array([3, 2])]
+    monkeypatch.undo()
+    assert np.isfinite(make()[np.arange(4)]).all()  # made again

@@ -272,8 +272,8 @@ def open_data(data: str, data_class: str = "all", default_caption: str = "") -> 
     if data in hub.NAMED:
         return only_class(hub.named_set(data, data_class, default_caption), data_class)
     raise UserError(
-        f"--data {data!r} is neither a folder (also not in data/) nor a known set; those are toy, "
-        f"{', '.join(hub.NAMED)}, hf:owner/name"
+        f"--data {data!r} is neither a folder nor a known set: no folder of this name is here or "
+        f"in data/, and the sets are toy, {', '.join(hub.NAMED)}, hf:owner/name"
     )
 
 

@@ -8,6 +8,7 @@ the work. The index of an entry is its image's or its caption's.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from .cache import TRANSFORM
 from .datasets import digest
 
 SHARD = 1024
+SCANNED = 1 << 29  # values: up to a gigabyte is looked through when it is opened
 VERSION = "1"  # raise on any change of what is stored
 
 
@@ -65,10 +67,14 @@ class Shards:
             self.instead |= self._others(shard)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """(n, *shape) float16."""
+        """(n, *shape) float16. Raises UserError for damaged entries."""
         out = np.empty((len(indices), *self.shape), np.float16)
         for row, i in enumerate(indices):
             out[row] = self.arrays[i // SHARD][i % SHARD]
+        if not np.isfinite(out).all():
+            bad = next(i for row, i in enumerate(indices) if not np.isfinite(out[row]).all())
+            raise UserError(f"{self.folder / f'{bad // SHARD:05d}.npy'} is damaged: it holds NaN "
+                            "or infinity; delete it, and it is made again")  # fmt: skip
         return out
 
     def _range(self, shard: int) -> range:
@@ -81,6 +87,8 @@ class Shards:
             array = np.load(self.folder / f"{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
             if array.shape != (len(self._range(shard)), *self.shape) or array.dtype != np.float16:
                 return None
+            if self.count * math.prod(self.shape) > SCANNED:
+                return array  # `__getitem__` looks at what it reads
             bits = (entry.view(np.uint16) & 0x7FFF for entry in array)  # from 0x7C00 on: inf, NaN
             return array if all(int(b.max(initial=0)) < 0x7C00 for b in bits) else None
         except Exception:  # a damaged header can be wrong in many ways

@@ -120,7 +120,8 @@ def _read(file: Path) -> tuple[Tensor, Tensor] | None:
             mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
     except Exception:  # a zip file can be damaged in many ways
         return None
-    return (mean, cov) if cov.shape == (len(mean), len(mean)) else None
+    whole = all(v.is_floating_point() and v.isfinite().all() for v in (mean, cov))
+    return (mean, cov) if whole and mean.dim() == 1 and cov.shape == 2 * mean.shape else None
 
 
 def _write(path: Path, mean: Tensor, cov: Tensor) -> None:

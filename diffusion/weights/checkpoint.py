@@ -156,6 +156,10 @@ def read(path: Path, mmap: bool = False) -> dict:
         raise UserError(f"{path} does not exist; train first (python train.py), or give the path "
                         "of a model.pt or ema.safetensors")  # fmt: skip
     try:
+        with open(path, "rb") as file:
+            cut = file.read(2) == b"PK" and not zipfile.is_zipfile(path)
+        if cut:
+            raise ValueError("the end of the file is missing")
         check_size(path)
         check_seal(path)
         mmap = mmap and zipfile.is_zipfile(path)

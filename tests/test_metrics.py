@@ -472,6 +472,9 @@ def test_fid_during_training(fid, tmp_path, capsys):
     train(Config(**fid | dict(save_folder=str(tmp_path / "third"))))
     assert "reference features" not in capsys.readouterr().out
     assert values_of(tmp_path / "third") == first
+    np.savez(file, mean=np.full(len(a[0]), np.nan), cov=np.zeros((len(a[0]), len(a[0]))))
+    train(Config(**fid | dict(save_folder=str(tmp_path / "fourth"))))
+    assert values_of(tmp_path / "fourth") == first
 
 
 def test_fid_leaves_the_run_as_it_is(fid, tmp_path):

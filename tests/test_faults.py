@@ -48,7 +48,7 @@ def last_step(folder: Path) -> int:
 def kill(options: dict, output: Path, kind: str, rng: random.Random) -> bool:
     """One fault at a random moment; False if the run was done before it."""
     folder, cache_dir = Path(options["save_folder"]), Path(options["cache_dir"])
-    most = {"checkpoint": 24, "cache": 118, "latents": 30, "sampling": 8}
+    most = {"checkpoint": 24, "cache": 118, "latents": 14, "sampling": 8}
     if kind in most:
         if kind in ("cache", "latents"):
             shutil.rmtree(cache_dir, ignore_errors=True)
@@ -142,7 +142,7 @@ def test_latent_runs_killed_while_they_encode_and_train(tiny, quick_path, vae): 
     options = tiny | dict(
         mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
         text_layers=1, text_length=64, layers_per_block=1, unet_dim=16, dropout=0.0, log_every=1,
-        heads=4, train_steps=12, cache_dir=str(quick_path / "cache"), save_folder=str(quick_path / "whole"),
+        heads=4, train_steps=24, cache_dir=str(quick_path / "cache"), save_folder=str(quick_path / "whole"),
     )  # fmt: skip
     assert ended(started(options, quick_path / "whole.log")) == 0
     order = ["latents", "step", "latents", "checkpoint", "sampling", "SIGTERM"]

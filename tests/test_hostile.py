@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import zipfile
 from collections import Counter, OrderedDict
@@ -38,7 +39,7 @@ from diffusion.weights.files import read_tensors
 from diffusion.weights.guards import check_tensors
 
 CPU = torch.device("cpu")
-FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 15))  # more of them: more time, more found
+FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 4))  # more of them: more time, more found
 
 
 def copied(name: str):
@@ -352,6 +353,13 @@ def test_hostile_files(reader, tmp_path, monkeypatch):
         read = {name for name, told in passed.items() if told is None}
         assert "*" in free or read <= free, read - free
     assert len(passed) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS, ids=lambda r: r.name)
+def test_fuzzed_for_longer(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "FUZZ", max(FUZZ, 20))
+    test_fuzzed_files(reader, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda r: r.name)

@@ -1,7 +1,8 @@
 """One image file or one Pillow image -> RGB pixels of the size asked for."""
 
+import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,10 +30,40 @@ class BadImage(Exception):
 
 
 def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
-    """(size, size, 3) uint8; size None: as large as it is.
+    """Read an image as (size, size, 3) uint8; size None: as large as it is.
 
     Raises BadImage with the reason if the file cannot be decoded.
     """
+    with _opened(file) as image:
+        return to_pixels(image, size)
+
+
+def read_mask(file: Path | bytes) -> np.ndarray:
+    """Read an inpainting mask as (H, W) uint8 at its own size: 255 repaint, 0 keep.
+
+    White is what to repaint; what is transparent is to keep, whatever its colour. Colour profiles
+    do not matter here. Raises BadImage if the file cannot be decoded, or if it has transparency
+    and nothing visible in it is white: the strokes were painted in another colour, or erased.
+    """
+    with _opened(file) as image:
+        image = to_8_bit(ImageOps.exif_transpose(image))
+        if not image.has_transparency_data:
+            return np.array(image.convert("L"))
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+        white = np.asarray(image.convert("L")).astype(np.uint16)
+        mask = ((white * alpha + 127) // 255).astype(np.uint8)
+        if mask.max(initial=0) < 128:
+            raise BadImage(
+                "a mask with transparency in which nothing visible is white, so that nothing would "
+                "be repainted; paint white what to repaint (transparent and black are to keep)"
+            )
+        return mask
+
+
+@contextlib.contextmanager
+def _opened(file: Path | bytes) -> Iterator[Image.Image]:
+    """Open an image; whatever goes wrong while it is open becomes a BadImage with a reason."""
     try:
         source = io.BytesIO(file) if isinstance(file, bytes) else file
         if isinstance(file, Path) and file.exists() and not file.is_file():
@@ -40,7 +71,7 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
         with Image.open(source, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
-            return to_pixels(image, size)
+            yield image
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -83,14 +114,20 @@ def _to_grey(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> 
     return Image.fromarray(out)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and float greys to 8 bits; other modes come back as they are."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
-        image = _to_grey(image, lambda band: band.astype(np.float64) / 257)
-    elif image.mode == "F":
+        return _to_grey(image, lambda band: band.astype(np.float64) / 257)
+    if image.mode == "F":
         most = max((np.nan_to_num(row).max(initial=0) for row in np.asarray(image)), default=0)
         scale = 255 if most <= 1 else 1
-        image = _to_grey(image, lambda band: np.nan_to_num(band) * scale)
+        return _to_grey(image, lambda band: np.nan_to_num(band) * scale)
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
+    image = to_8_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

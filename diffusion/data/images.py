@@ -2,12 +2,16 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..distributed import log
+from . import colour, depth
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
 
@@ -46,7 +50,7 @@ def read_mask(file: Path | bytes) -> np.ndarray:
     and nothing visible in it is white: the strokes were painted in another colour, or erased.
     """
     with _opened(file) as image:
-        image = to_8_bit(ImageOps.exif_transpose(image))
+        image = depth.to_8_bit(ImageOps.exif_transpose(image))
         if not image.has_transparency_data:
             return np.array(image.convert("L"))
         image = image.convert("RGBA")
@@ -71,15 +75,19 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
         with Image.open(source, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
-            yield image
+            colour.prepare(image)
+            yield depth.prepare(image, source)
     except BadImage:
         raise
     except Image.DecompressionBombError:
         raise BadImage(f"its header declares more than {MAX_PIXELS:,} pixels") from None
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
+    except UnidentifiedImageError:
+        reason = depth.describe_tiff(source) or "not an image that Pillow can read"
+        raise BadImage(reason) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
-        reason = "not an image that Pillow can read" if "identify" in str(error) else str(error)
+        reason = str(error)
         raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
 
 
@@ -104,32 +112,41 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     return np.array(image.resize((size, size), Image.LANCZOS))
 
 
-def _to_grey(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
-    """8-bit grey by `scaled`, some rows at a time: in floating point all would be 8 times more."""
-    values = np.asarray(image)
-    out = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), 64):
-        band = slice(top, top + 64)
-        out[band] = scaled(values[band]).clip(0, 255).round()
-    return Image.fromarray(out)
-
-
-def to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and float greys to 8 bits; other modes come back as they are."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
-        return _to_grey(image, lambda band: band.astype(np.float64) / 257)
-    if image.mode == "F":
-        most = max((np.nan_to_num(row).max(initial=0) for row in np.asarray(image)), default=0)
-        scale = 255 if most <= 1 else 1
-        return _to_grey(image, lambda band: np.nan_to_num(band) * scale)
-    return image
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
-    image = to_8_bit(image)
+    """8-bit RGB in sRGB: samples scaled, colour profiles applied, alpha over white."""
+    try:
+        image = colour.to_srgb(image)
+    except colour.BadProfile as error:
+        _note(f"{error}; it is read as sRGB")
+        image = colour.to_srgb(image, ignore=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+# --- what is to be said of images that are used all the same ------------------------------------
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+_logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[list[str]]:
+    """Collect what this thread's reading finds wrong with usable images; else it is logged once."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
+def _note(text: str) -> None:
+    found = _collected.get()
+    if found is not None:
+        found.append(text)
+    elif text not in _logged:
+        _logged.add(text)
+        log(f"warning: an image: {text}")

@@ -64,7 +64,9 @@ def _prepare_tiff(image: Image.Image) -> None:
         return
     certain = kind == 1 and bits <= 16
     low, high = (
-        next((float(np.min(tags[tag])) for tag in names[: 1 if certain else 2] if tag in tags), None)
+        next(
+            (float(np.min(tags[tag])) for tag in names[: 1 if certain else 2] if tag in tags), None
+        )
         for names in (LOWEST, HIGHEST)
     )
     if kind == 1:

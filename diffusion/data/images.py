@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,9 @@ from ..distributed import log
 from . import colour, depth
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
+
+# Most levels of 255 by which a picture may differ from one colour; 12 bits in 16 take up no more
+ONE_COLOUR = 16
 
 # What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
 SUFFIXES = {
@@ -38,8 +41,11 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
 
     Raises BadImage with the reason if the file cannot be decoded.
     """
-    with _opened(file) as image:
-        return to_pixels(image, size)
+    with notes() as found, _opened(file) as image:
+        pixels = to_pixels(image, size)
+    for text in found:
+        _note(text, "an image" if isinstance(file, bytes) else repr(str(file)))
+    return pixels
 
 
 def read_mask(file: Path | bytes) -> np.ndarray:
@@ -126,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# --- what is to be said of images that are used all the same ------------------------------------
+# --- what is to be said of images that are used all the same -------------------------------------
 
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 _logged: set[str] = set()
@@ -134,7 +140,7 @@ _logged: set[str] = set()
 
 @contextlib.contextmanager
 def notes() -> Iterator[list[str]]:
-    """Collect what this thread's reading finds wrong with usable images; else it is logged once."""
+    """Collect what this thread finds odd about usable images; elsewhere it is logged once a kind."""
     found: list[str] = []
     token = _collected.set(found)
     try:
@@ -143,10 +149,45 @@ def notes() -> Iterator[list[str]]:
         _collected.reset(token)
 
 
-def _note(text: str) -> None:
+def _note(text: str, name: str = "an image") -> None:
     found = _collected.get()
     if found is not None:
         found.append(text)
     elif text not in _logged:
         _logged.add(text)
-        log(f"warning: an image: {text}")
+        log(f"warning: {name}: {text}")
+
+
+def read_noting(read: Callable[[], np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    """Read a training image: its pixels (size, size, 3), and what is odd about it.
+
+    Odd is a colour profile that cannot be used, or pixels that are all (nearly) one colour.
+    """
+    with notes() as found:
+        pixels = read()
+    sparse = pixels[::8, ::8]  # nearly every image is told by these
+    if _spread(sparse) <= ONE_COLOUR and _spread(pixels) <= ONE_COLOUR:
+        mean = pixels.mean((0, 1)).round().astype(int).tolist()
+        found.append(f"all of it is (nearly) one colour, {tuple(mean)}")
+    return pixels, found
+
+
+class OddLog:
+    """Logs what `read_noting` finds where images are read again and again: each line once."""
+
+    def __init__(self, most: int = 20):
+        self.lines: set[str] = set()
+        self.most = most
+
+    def __call__(self, name: str, found: list[str]) -> None:
+        for line in (f"warning: {name}: {text}" for text in found):
+            if line not in self.lines and len(self.lines) < self.most:
+                self.lines.add(line)
+                log(line)
+                if len(self.lines) == self.most:
+                    log("warning: further images like these are not named")
+
+
+def _spread(pixels: np.ndarray) -> int:
+    """The largest difference within one of the channels."""
+    return int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())

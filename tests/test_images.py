@@ -235,7 +235,7 @@ INKS = {(0, 0, 0): (100, 0, 0), (1, 0, 0): (60, -20, -30), (0, 1, 0): (55, 40, 0
 
 def cmyk_profile():
     """Ink's corners -> Lab, linear between; black is black."""
-    table = bytes()
+    table = b""
     for i in range(16):
         c, m, y, k = (i >> 3) & 1, (i >> 2) & 1, (i >> 1) & 1, i & 1
         lightness, a, b = (0, 0, 0) if k else INKS[c, m, y]

@@ -100,7 +100,7 @@ def _jpeg2000(image: Image.Image) -> None:
 
 
 def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
-    """Convert to 8 bits in sRGB; with transparency to LA or RGBA, else as `convert("RGB")` takes it.
+    """Convert to 8 bits per channel in sRGB, of any mode that Pillow converts to RGB; alpha stays.
 
     ignore: as if the file said nothing of its colours. Raises BadProfile, or ValueError as
     `depth.to_8_bit` does.
@@ -151,7 +151,7 @@ def _profile(image: Image.Image) -> bytes | None:
 
 @lru_cache
 def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -> bytes:
-    """An ICC profile of 8 numbers, x and y of white, red, green and blue, and a power law.
+    """Build an ICC profile of 8 numbers, x and y of white, red, green and blue, and a power law.
 
     gamma None: sRGB's curve. grey: the curve only. Raises BadProfile for impossible primaries.
     """
@@ -172,8 +172,11 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
         return struct.pack(f">{len(values)}i", *(round(65536 * float(v)) for v in values))
 
     # a parametric curve: Y = X^g, or sRGB's (aX + b)^g above d, cX below
-    curve = (b"para\0\0\0\0\0\0\0\0" + fixed([gamma]) if gamma is not None else
-             b"para\0\0\0\0\0\3\0\0" + fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045]))  # fmt: skip
+    if gamma is not None:
+        curve = b"para\0\0\0\0\0\0\0\0" + fixed([gamma])
+    else:
+        srgb = [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045]
+        curve = b"para\0\0\0\0\0\3\0\0" + fixed(srgb)
     tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(D50)}
     if grey:
         tags[b"kTRC"] = curve

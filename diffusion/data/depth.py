@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 PHOTOMETRIC, BITS, PLANAR, SAMPLE_FORMAT = 262, 258, 284, 339  # TIFF tags
 LOWEST, HIGHEST = (340, 280), (341, 281)  # S(igned) ones first
@@ -42,50 +42,50 @@ def prepare(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
 def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
     bits, kind = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
-    photometric = tags.get(PHOTOMETRIC, 0)
-    raw = image.tile[0][0] == "raw"
-    if photometric == 6 and raw and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
-        raise ValueError("an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; convert "
-                         "it to RGB")  # fmt: skip
-    if raw and tags.get(PLANAR) == 2 and bits == 16 and image.mode != "I;16":
-        order = "L" if tags.prefix == b"II" else "B"
+    white_is_zero, uncompressed = tags.get(PHOTOMETRIC, 0) == 0, image.tile[0][0] == "raw"
+    if not uncompressed:  # libtiff gives the machine's byte order, Pillow expects the file's
+        _read_as(image, lambda raw: NATIVE.get(raw, raw))
+    elif tags.get(PLANAR) == 2 and bits == 16:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"a TIFF of 16-bit {image.mode} planes, which Pillow misreads; store "
                              "it interleaved")  # fmt: skip
-        image.tile = [_with_args(tile, (f"{tile[3][0]};16{order}", *tile[3][1:]))
-                      for tile in image.tile]  # fmt: skip
-    if not raw:  # libtiff gives the machine's byte order
-        image.tile = [_with_args(tile, (NATIVE.get(tile[3][0], tile[3][0]), *tile[3][1:]))
-                      for tile in image.tile]  # fmt: skip
-    if not _is_deep(image):
-        if kind == 2:
-            raise ValueError(f"a TIFF of {bits}-bit signed integers, which Pillow misreads; "
-                             "convert it to 8 or 16 bit unsigned")  # fmt: skip
-        return
-    certain = kind == 1 and bits <= 16
-    low, high = (
-        next(
-            (float(np.min(tags[tag])) for tag in names[: 1 if certain else 2] if tag in tags), None
-        )
-        for names in (LOWEST, HIGHEST)
+        order = "L" if tags.prefix == b"II" else "B"
+        _read_as(image, lambda raw: f"{raw};16{order}")
+    elif image.mode == "YCbCr" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
+        raise ValueError("an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; convert "
+                         "it to RGB")  # fmt: skip
+    if _is_deep(image):
+        declared = _declared_range(tags, bits, kind)
+        low, high = declared or (0.0, 1.0)
+        image.info["sample_range"] = (high, low) if white_is_zero else (low, high)
+        image.info["sample_declared"] = declared is not None
+        image.info["sample_unsigned"] = kind == 1
+    elif kind == 2:
+        raise ValueError(f"a TIFF of {bits}-bit signed integers, which Pillow misreads; convert "
+                         "it to 8 or 16 bit unsigned")  # fmt: skip
+
+
+def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
+    """(low, high) of grey samples; None for floats of undeclared range."""
+    has_type_range = kind == 1 and bits <= 16
+
+    def declared(names: tuple[int, int]) -> float | None:
+        # MinSampleValue and MaxSampleValue are statistics, better than nothing
+        known = names[:1] if has_type_range else names
+        return next((float(np.min(tags[name])) for name in known if name in tags), None)
+
+    low, high = declared(LOWEST), declared(HIGHEST)
+    low = 0.0 if low is None and kind == 1 else low
+    if low is not None and high is not None and -np.inf < low < high < np.inf:
+        return low, high
+    if has_type_range:
+        return 0.0, float((1 << bits) - 1)
+    if kind == 3:
+        return None
+    raise ValueError(
+        f"a TIFF of {bits}-bit {SAMPLES.get(kind, 'sample')}s that declares no range (tags "
+        "SMinSampleValue and SMaxSampleValue); convert it to 8 or 16 bit unsigned"
     )
-    if kind == 1:
-        low = 0.0 if low is None else low
-    if low is None or high is None or not np.isfinite([low, high]).all() or low >= high:
-        if certain:
-            low, high = 0.0, float((1 << bits) - 1)
-        elif kind == 3:
-            low, high = 0.0, 1.0
-            image.info["sample_check"] = True
-        else:
-            raise ValueError(
-                f"a TIFF of {bits}-bit {SAMPLES.get(kind, '')}s that declares no range (tags "
-                "SMinSampleValue and SMaxSampleValue); convert it to 8 or 16 bit unsigned"
-            )
-    if photometric == 0:  # WhiteIsZero
-        low, high = high, low
-    image.info["sample_range"] = (low, high)
-    image.info["sample_unsigned"] = kind == 1
 
 
 def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
@@ -100,7 +100,7 @@ def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image
         source.seek(0)
         source = io.BytesIO(source.read())
     with Image.open(source, formats=("PNG",)) as again:
-        again.tile = [_with_args(tile, "RGB;16L") for tile in again.tile]
+        _read_as(again, lambda raw: "RGB;16L")
         low = np.asarray(again)
     del image.info["transparency"]
     image = image.copy()
@@ -110,8 +110,14 @@ def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image
     return image
 
 
-def _with_args(tile: tuple, args) -> tuple:
-    return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
+def _read_as(image: Image.Image, change: Callable[[str], str]) -> None:
+    """Have Pillow take a file's bytes for another raw mode; it names one per tile."""
+    tiles = []
+    for codec, extents, offset, args in image.tile:
+        args = change(args) if isinstance(args, str) else (change(args[0]), *args[1:])
+        tiles.append((codec, extents, offset, args))
+    tile_type = getattr(ImageFile, "_Tile", None)  # since Pillow 11
+    image.tile = [tile_type(*tile) for tile in tiles] if tile_type else tiles
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -137,7 +143,7 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
     is_float = image.mode == "F"
     low, high = image.info.get("sample_range", (0.0, 1.0 if is_float else 65535.0))
     if is_float:
-        _check_floats(values, "sample_range" in image.info and "sample_check" not in image.info)
+        _check_floats(values, declared=image.info.get("sample_declared", False))
 
     def scaled(band: np.ndarray) -> np.ndarray:
         fraction = ((band.astype(np.float64) - low) / (high - low)).clip(0, 1)

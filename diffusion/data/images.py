@@ -140,7 +140,7 @@ _logged: set[str] = set()
 
 @contextlib.contextmanager
 def notes() -> Iterator[list[str]]:
-    """Collect what this thread finds odd about usable images; elsewhere it is logged once a kind."""
+    """Collect what this thread finds odd about usable images; outside of it that is logged once."""
     found: list[str] = []
     token = _collected.set(found)
     try:

@@ -105,17 +105,20 @@ def formats() -> tuple[str, ...]:
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
-    """Turn by EXIF, make RGB, cut the central square, resize (LANCZOS): (size, size, 3) uint8.
+    """Turn by EXIF, cut the central square, make RGB, resize (LANCZOS): (size, size, 3) uint8.
 
     size None: neither cut nor resized, (H, W, 3).
     """
-    image = to_rgb(ImageOps.exif_transpose(image))
+    image = ImageOps.exif_transpose(image)
+    if size is None or image.mode == "F":  # the whole of a float image is asked for its range
+        image = to_rgb(image)
     if size is None:
         return np.array(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.array(image.resize((size, size), Image.LANCZOS))
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return np.array(to_rgb(image).resize((size, size), Image.LANCZOS))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -129,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # --- what is to be said of images that are used all the same -------------------------------------

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from PIL import Image, ImageCms, features
 from diffusion.data import cache
 from diffusion.data.batches import Pixels
 from diffusion.data.datasets import folder_set
-from diffusion.data.images import BadImage, read_image, read_mask
+from diffusion.data.images import BadImage, formats, read_image, read_mask
 
 # --- files, written by hand ----------------------------------------------------------------------
 
@@ -363,6 +364,29 @@ def test_adobe_rgb_of_a_camera(interop, colour_space, expected, turned):
     near(read_image(tagged, None), GREEN, 2)
 
 
+def test_a_plug_in_without_exif(monkeypatch):
+    """pillow_heif says None where there is none."""
+    open_image = Image.open
+
+    def opened(*args, **options):
+        image = open_image(*args, **options)
+        image.info["exif"] = None
+        return image
+
+    monkeypatch.setattr(Image, "open", opened)
+    near(read_image(saved(Image.new("RGB", (4, 4), GREEN), "TIFF", icc_profile=P3), 4), P3_GREEN)
+
+
+def test_a_heic_photograph():
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    formats.cache_clear()
+    image = Image.new("RGB", (64, 64), GREEN)
+    for profile, expected in ((P3, P3_GREEN), (None, GREEN)):
+        data = saved(image, "HEIF", quality=-1, icc_profile=profile)
+        near(read_image(data, None), expected, 2)
+
+
 def test_threads_share_a_profile():
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     data = [saved(Image.fromarray(np.roll(pixels, i)), "PNG", icc_profile=P3) for i in range(4)]
@@ -491,6 +515,14 @@ def test_the_transparent_grey_of_a_png(data, clear):
     expected = read_image(opaque, None)
     expected[0, list(clear) if isinstance(clear, tuple) else clear] = 255
     assert np.array_equal(read_image(data, None), expected)
+
+
+def test_deep_images_of_one_column_take_no_time():
+    """Bands of so many rows would be as many as there are rows."""
+    column = np.zeros((2_000_000, 1), np.uint16)
+    began = time.process_time()
+    read_image(saved(Image.fromarray(column), "TIFF"), 1)
+    assert time.process_time() - began < 2
 
 
 def test_the_transparent_colour_of_a_deep_png_is_one_of_16_bits(tmp_path):

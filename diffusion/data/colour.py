@@ -6,6 +6,7 @@ that there is one way: relative colorimetric with black point compensation, by L
 Under a profile that moves no colour by more than SAME levels the pixels stay what they are.
 """
 
+import contextlib
 import io
 import struct
 from functools import lru_cache
@@ -59,10 +60,11 @@ def prepare(image: Image.Image) -> None:
             {"PNG": _png, "AVIF": _avif, "JPEG2000": _jpeg2000}[image.format](image)
         finally:
             image.fp.seek(position)
-    elif b"R03\0" in image.info.get("exif", b"") and "icc_profile" not in image.info:
-        exif = image.getexif()
-        interop, colour_space = exif.get_ifd(0xA005).get(1), exif.get_ifd(0x8769).get(0xA001)
-        image.info["adobe_rgb"] = interop == "R03" and colour_space != 1
+    elif b"R03\0" in (image.info.get("exif") or b"") and "icc_profile" not in image.info:
+        with contextlib.suppress(Exception):  # Pillow raises nearly everything on damaged EXIF
+            exif = image.getexif()
+            interop, colour_space = exif.get_ifd(0xA005).get(1), exif.get_ifd(0x8769).get(0xA001)
+            image.info["adobe_rgb"] = interop == "R03" and colour_space != 1
     transfer = image.info.get("cicp", (1, 1))[1]
     if transfer in HDR:
         raise ValueError(f"an HDR image ({HDR[transfer]}); convert it to sRGB")
@@ -162,9 +164,10 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     white, primaries = xyz[:, 0], xyz[:, 1:]
     if abs(np.linalg.det(primaries)) < 1e-6:
         raise BadProfile("its cHRM is impossible")
-    cones = (BRADFORD @ D50) / (BRADFORD @ white)
-    adapt = np.linalg.solve(BRADFORD, cones[:, None] * BRADFORD)  # from this white to D50
-    columns = adapt @ (primaries * np.linalg.solve(primaries, white))
+    with np.errstate(all="ignore"):
+        cones = (BRADFORD @ D50) / (BRADFORD @ white)
+        adapt = np.linalg.solve(BRADFORD, cones[:, None] * BRADFORD)  # from this white to D50
+        columns = adapt @ (primaries * np.linalg.solve(primaries, white))
     if not (abs(columns) < 100).all():
         raise BadProfile("its cHRM is impossible")
 
@@ -193,7 +196,7 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     return head.ljust(128, b"\0") + table + data
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _space(profile: bytes) -> str:
     return _open(profile).profile.xcolor_space.strip().upper()
 
@@ -205,7 +208,7 @@ def _open(profile: bytes) -> ImageCms.ImageCmsProfile:
         raise BadProfile(f"its colour profile cannot be read ({error})") from None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str, flags: int = FLAGS):
     """What ImageCms.applyTransform takes, to be shared by threads; None where nothing changes."""
     out = "RGBA" if mode == "RGBA" else "RGB"
@@ -224,7 +227,7 @@ def _transform(profile: bytes, mode: str, flags: int = FLAGS):
     return None if abs(after - lattice).max() <= SAME else transform
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _grey_curve(profile: bytes) -> np.ndarray | None:
     """(65536,) uint8: sRGB's grey of each 65535th; None where nothing changes.
 

@@ -12,7 +12,7 @@ colour of a PNG of other than 8 bits.
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,9 @@ def prepare(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
 def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
     bits, kind = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
-    white_is_zero, uncompressed = tags.get(PHOTOMETRIC, 0) == 0, image.tile[0][0] == "raw"
-    if not uncompressed:  # libtiff gives the machine's byte order, Pillow expects the file's
+    white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
+    if any(tile[0] != "raw" for tile in image.tile):
+        # libtiff gives the machine's byte order, Pillow expects the file's
         _read_as(image, lambda raw: NATIVE.get(raw, raw))
     elif tags.get(PLANAR) == 2 and bits == 16:
         if image.mode not in ("RGB", "RGBA"):
@@ -90,7 +91,7 @@ def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
 
 def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
     """Bring tRNS, which is in the file's depth, to that of the pixels."""
-    key, raw = image.info["transparency"], image.tile[0][3]
+    key, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
     if raw in ("L;2", "L;4"):
         image.info["transparency"] = key * (85 if raw == "L;2" else 17)
     if raw != "RGB;16B":
@@ -104,9 +105,12 @@ def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image
         low = np.asarray(again)
     del image.info["transparency"]
     image = image.copy()
-    high, key = np.asarray(image), np.array(key)
-    same = (high == key >> 8) & (low == key & 255)
-    image.putalpha(Image.fromarray(np.where(same.all(-1), 0, 255).astype(np.uint8)))
+    high, key = np.asarray(image), np.array(key, ">u2").view(np.uint8).reshape(3, 2)
+    alpha = np.empty(high.shape[:2], np.uint8)
+    for band in _bands(*alpha.shape):
+        same = (high[band] == key[:, 0]) & (low[band] == key[:, 1])
+        alpha[band] = np.where(same.all(-1), 0, 255)
+    image.putalpha(Image.fromarray(alpha))
     return image
 
 
@@ -158,12 +162,17 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
 
 
 def _in_bands(values: np.ndarray, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
-    """8-bit grey by `scaled`, some rows at a time: in floating point all would be 8 times more."""
+    """8-bit grey by `scaled`, in bands: in floating point all at once would be 8 times more."""
     out = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), 64):
-        band = slice(top, top + 64)
+    for band in _bands(*values.shape):
         out[band] = scaled(values[band]).round()
     return Image.fromarray(out)
+
+
+def _bands(height: int, width: int) -> Iterator[slice]:
+    """Rows of about a quarter of a million pixels."""
+    rows = max(1, (1 << 18) // max(1, width))
+    return (slice(top, top + rows) for top in range(0, height, rows))
 
 
 def _check_floats(values: np.ndarray, declared: bool) -> None:

@@ -350,6 +350,31 @@ def test_a_profile_in_jpeg_2000():
     near(read_image(changed, None), P3_GREEN)
 
 
+def test_a_profile_in_gif():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, *GREEN])
+    data = saved(image, "GIF")
+    at = 13 + 3 * 2 ** ((data[10] & 7) + 1)  # after the palette
+    pieces = b"".join(
+        bytes([len(P3[i : i + 255])]) + P3[i : i + 255] for i in range(0, len(P3), 255)
+    )
+    near(read_image(data, None), GREEN)
+    tagged = data[:at] + b"\x21\xff\x0bICCRGBG1012" + pieces + b"\0" + data[at:]
+    near(read_image(tagged, None), P3_GREEN)
+
+
+@pytest.mark.parametrize("embedded, expected", [(True, P3_GREEN), (False, GREEN)])
+def test_a_profile_in_bmp(embedded, expected):
+    pixels = bytes([*reversed(GREEN), 0])  # a row is filled up to four bytes
+    head = struct.pack("<IiiHHIIiiII", 124, 1, 1, 1, 24, 0, 4, 0, 0, 0, 0) + bytes(16)
+    head += b"DEBM" if embedded else b"BGRs"
+    head = (head + bytes(48) + struct.pack("<IIII", 4, 124 + len(pixels), len(P3), 0)).ljust(
+        124, b"\0"
+    )
+    data = b"BM" + struct.pack("<IHHI", 138 + len(pixels) + len(P3), 0, 0, 138) + head + pixels + P3
+    near(read_image(data, None), expected)
+
+
 @pytest.mark.parametrize("interop, colour_space, expected", [
     ("R03", 65535, (0, 181, 42)), ("R98", 1, GREEN), ("R03", 1, GREEN), ("THM", 65535, GREEN),
 ])  # fmt: skip
@@ -519,7 +544,7 @@ def test_the_transparent_grey_of_a_png(data, clear):
 
 def test_deep_images_of_one_column_take_no_time():
     """Bands of so many rows would be as many as there are rows."""
-    column = np.zeros((2_000_000, 1), np.uint16)
+    column = np.zeros((8_000_000, 1), np.uint16)
     began = time.process_time()
     read_image(saved(Image.fromarray(column), "TIFF"), 1)
     assert time.process_time() - began < 2

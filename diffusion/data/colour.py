@@ -23,6 +23,7 @@ SPACES = {  # a profile's, and the modes in which Pillow has such pixels
     "CMYK": ("CMYK",),
     "LAB": ("LAB",),
 }
+MAX_PROFILE = 1 << 22  # bytes
 D65, D50 = (0.3127, 0.3290), (0.9642, 1.0, 0.8249)  # xy; XYZ of the profile connection space
 SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of red, green and blue
 ADOBE, ADOBE_GAMMA = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06), 563 / 256
@@ -54,10 +55,11 @@ def prepare(image: Image.Image) -> None:
 
     Raises ValueError for HDR, whose values mean nothing in sRGB.
     """
-    if image.format in ("PNG", "AVIF", "JPEG2000"):
+    look = {"PNG": _png, "AVIF": _avif, "JPEG2000": _jpeg2000, "GIF": _gif, "BMP": _bmp}
+    if image.format in look:
         position = image.fp.tell()
         try:
-            {"PNG": _png, "AVIF": _avif, "JPEG2000": _jpeg2000}[image.format](image)
+            look[image.format](image)
         finally:
             image.fp.seek(position)
     elif b"R03\0" in (image.info.get("exif") or b"") and "icc_profile" not in image.info:
@@ -94,11 +96,33 @@ def _avif(image: Image.Image) -> None:
 
 def _jpeg2000(image: Image.Image) -> None:
     image.fp.seek(0)
-    head = image.fp.read(1 << 22).partition(b"jp2c")[0]
+    head = image.fp.read(MAX_PROFILE).partition(b"jp2c")[0]
     at = head.find(b"colr\x02")
     if at >= 4 and "icc_profile" not in image.info:
         (length,) = struct.unpack(">I", head[at - 4 : at])
         image.info["icc_profile"] = head[at + 7 : at - 4 + length]
+
+
+def _gif(image: Image.Image) -> None:
+    image.fp.seek(0)
+    head = image.fp.read(1 << 20)
+    at = head.find(b"\x21\xff\x0bICCRGBG1012")  # an application's block, then pieces with lengths
+    if at < 0:
+        return
+    at, profile = at + 14, b""
+    while at < len(head) and head[at]:
+        profile += head[at + 1 : at + 1 + head[at]]
+        at += 1 + head[at]
+    image.info["icc_profile"] = profile
+
+
+def _bmp(image: Image.Image) -> None:
+    image.fp.seek(0)
+    head = image.fp.read(138)
+    if len(head) == 138 and head[14:18] == b"\x7c\0\0\0" and head[70:74] == b"DEBM":  # V5, embedded
+        start, size = struct.unpack("<II", head[126:134])
+        image.fp.seek(14 + start)
+        image.info["icc_profile"] = image.fp.read(min(size, MAX_PROFILE))
 
 
 def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:

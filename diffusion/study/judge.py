@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.images import read_image
 from ..distributed import log
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features, open_features
@@ -122,8 +123,4 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
 
 
 def read_images(folder: Path) -> np.ndarray:
-    from PIL import Image
-
-    return np.stack(
-        [np.asarray(Image.open(f).convert("RGB")) for f in sorted(folder.glob("*.png"))]
-    )
+    return np.stack([read_image(f, None) for f in sorted(folder.glob("*.png"))])

@@ -185,6 +185,7 @@ def main() -> None:
     args = parse()
 
     from diffusion import distributed as dist
+    from diffusion.adapters import warn_unused
     from diffusion.assemble import open_pipeline
     from diffusion.evaluation.viz import grid, save_png, to_uint8
 
@@ -198,6 +199,8 @@ def main() -> None:
         embeddings=args.embedding, merged=not args.lora_interpolate,
     )  # fmt: skip
     pipeline.compiled = args.compile
+    guided = args.guidance_scale != 1  # else the negative prompt is not read
+    warn_unused(pipeline, [*args.prompt, *([args.negative_prompt] if guided else [])])
     folder = Path(args.save_folder)
     start = read_start(pipeline, args.init_image, args.mask)
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None

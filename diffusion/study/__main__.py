@@ -98,7 +98,7 @@ def open_base(s: Settings, device):
     for path in filter(None, (s.load_path, s.sd_path)):
         if not Path(path).exists():
             raise UserError(f"the base {path} does not exist")
-    pipeline = open_pipeline(s.load_path, s.sd_path, "ema", device, config=s.sd_config, **size)
+    pipeline = open_pipeline(s.load_path, s.sd_path, None, device, config=s.sd_config, **size)
     if not pipeline.reads_prompts:
         raise UserError(f"the base {s.load_path} reads no text: a style study needs a model of "
                         "--mode latent --condition text")  # fmt: skip

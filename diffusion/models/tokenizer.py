@@ -53,6 +53,11 @@ def normalise(text: str) -> str:
     return text.replace("Σ", "σ").lower()  # str.lower alone turns a final one into ς
 
 
+def plain(name: str) -> str:
+    """The name of an embedding as it stands in normalised text."""
+    return normalise(name).strip(" ")
+
+
 def words(text: str) -> Iterator[str]:
     """The words of normalised text. What lower-casing made a special token's name is cut as one."""
     for match in WORD.finditer("".join(map(shape, text))):
@@ -111,7 +116,7 @@ class Tokenizer:
         self.merged = [vocab[a + b] for a, b in self.merges]
         self.special = either({BOS, EOS, pad})
         self.cache: dict[str, list[int]] = {}
-        self.embeddings: dict[str, list[int]] = {}  # normalised name -> ids, of `add_embedding`
+        self.embeddings: dict[str, list[int]] = {}  # name -> ids, of `add_embedding`
         self.set_added(added)
 
     def __len__(self) -> int:
@@ -241,30 +246,32 @@ class Tokenizer:
         ValueError, and adds nothing, if there are no vectors, or a name exists already or is none
         that a prompt can hold, such as a blank one.
         """
-        new = [normalise(name).strip(" ") for name in names]
-        ids = [*range(len(self), len(self) + vectors)]
-        if vectors < 1 or not new:
-            raise ValueError(f"names are {new}, vectors is {vectors}; give 1 or more of each")
-        if known := [name for name in new if name in self.embeddings]:
-            raise ValueError(f"an embedding {known[0]!r} exists already; choose another name")
-        if odd := [name for name in new if not self.can_hold(name)]:
+        names = list(names)
+        if vectors < 1 or not names:
+            raise ValueError(f"names are {names}, vectors is {vectors}; give 1 or more of each")
+        if odd := [name for name in names if not self.can_hold(name)]:
             raise ValueError(f"{odd[0]!r} cannot be typed in a prompt; choose another name")
-        self.embeddings |= dict.fromkeys(new, ids)
+        known = set(map(plain, self.embeddings))
+        if old := [name for name in names if plain(name) in known]:
+            raise ValueError(f"an embedding {old[0]!r} exists already; choose another name")
+        ids = [*range(len(self), len(self) + vectors)]
+        self.embeddings |= dict.fromkeys(names, ids)
         self.set_added(self.added)
         return ids
 
     def can_hold(self, name: str) -> bool:
         """Tell whether a prompt can name an embedding so: not blank, and no special token in it."""
-        plain = isinstance(name, str) and not LONE.search(name) and normalise(name).strip(" ")
-        return bool(plain) and not self.special.search(name) and not self.special.search(plain)
+        usable = isinstance(name, str) and not LONE.search(name) and plain(name) != ""
+        return usable and not self.special.search(name)
 
     def set_added(self, added: dict[str, int]) -> None:
         expansions = {normalise(name): ids for name, ids in families(added).items()}
         if len(expansions) < len(added) or any(not name.strip() for name in added):
             raise ValueError(f"added tokens {list(added)}: a name is blank, or two are the same in "
                              "lower case; rename them")  # fmt: skip
-        self.added, self.expansions = added, expansions | self.embeddings
-        self.names = either(self.expansions, self.embeddings)
+        embeddings = {plain(name): ids for name, ids in self.embeddings.items()}
+        self.added, self.expansions = added, expansions | embeddings
+        self.names = either(self.expansions, embeddings)
         self.tokens = {i: token for token, i in (self.vocab | added).items()}
         for name, ids in self.embeddings.items():
             self.tokens |= {i: self.tokens.get(i, name) for i in ids}

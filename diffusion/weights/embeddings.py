@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import UserError
-from ..models.tokenizer import normalise
+from ..models.tokenizer import plain
 from . import rules
 from .adapters import save
 from .files import read_metadata, read_object, read_tensors
@@ -55,17 +55,17 @@ def read_embeddings(
         for kind, name in names.items():
             ranks = ("file",) if kind == "file" else ("file", "inside")
             taken = [other for other, theirs, _ in others for rank in ranks
-                     if normalise(theirs.get(rank, "")) == normalise(name)]  # fmt: skip
+                     if plain(theirs.get(rank, "")) == plain(name)]  # fmt: skip
             if taken:
                 rivals.append((name, taken[0]))
             else:
-                good.setdefault(normalise(name), name)
+                good.setdefault(plain(name), name)
         if not good:
-            known = ", ".join(repr(name) for name, _ in rivals)
+            known = ", ".join(dict.fromkeys(repr(name) for name, _ in rivals))
             raise UserError(f"{rivals[0][1]} and {path}: {known} exists already: give a file once, "
                             "and rename one of two files of the same name")  # fmt: skip
         for name, other in rivals:
-            if normalise(name) not in good:
+            if plain(name) not in good:
                 warn(
                     f"{path}: {name!r} is also a name of {other}; use {next(iter(good.values()))!r}"
                 )
@@ -89,8 +89,10 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
     usable = all(isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2
                  for v in found.values())  # fmt: skip
     if not found or not usable:
-        kind = rules.family(map(str, found))
-        raise UserError(f"{path} is no textual inversion" + (f": it is {kind}" if kind else ""))
+        kind = rules.family(map(str, found)) if "emb_params" not in found else None
+        keys = ", ".join(f"{key!s:.40}" for key in list(found)[:3])
+        what = f"it is {kind}" if kind else f"it holds {keys or 'no vectors'}"
+        raise UserError(f"{path} is no textual inversion: {what}")
     check_tensors(found, str(path))
     if odd := [t for t in found if not isinstance(t, str) or not t.strip() or not t.isprintable()]:
         raise UserError(f"{path} is no textual inversion: a token is {odd[0]!r:.60}")
@@ -108,8 +110,9 @@ def _tokens(held, name: str) -> dict:
     """{token: vectors} of what a file holds, unchecked. name: of a token that has none inside."""
     if not isinstance(held, dict):
         return {name: held}
-    if "emb_params" in held and len(held) == 1:
-        return {name: held["emb_params"]}
+    if "emb_params" in held:
+        others = {key: value for key, value in held.items() if isinstance(value, Tensor)}
+        return {name: held["emb_params"]} if len(others) == 1 else dict.fromkeys(held)
     if "string_to_param" not in held:
         return held
     if isinstance(held.get("name"), str) and held["name"]:

@@ -162,13 +162,17 @@ def _scheduler_config(path: str | Path, config: str | Path | None) -> dict | Non
 def find_prediction(path: str | Path, config: str | Path | None = None) -> Prediction:
     """What a model predicts, by its folder, or by a file, its metadata and the .yaml beside it.
 
-    A single file's own statements come before those of config, the folder of its sizes. Raises
-    UserError for files that cannot be read.
+    A single file's own statements come before those of config, the folder of its sizes, where
+    epsilon states nothing: it may be any folder of Stable Diffusion 1.5. Raises UserError for files
+    that cannot be read.
     """
-    path, told = Path(path), _scheduler_config(path, config)
-    stated = [] if told is None else [(told.get("prediction_type", "epsilon"),
-                                       "scheduler_config.json")]  # fmt: skip
-    zero_snr = bool(told and told.get("rescale_betas_zero_snr", False))
+    path, scheduler = Path(path), _scheduler_config(path, config)
+    stated = []
+    if scheduler is not None:
+        value = scheduler.get("prediction_type", "epsilon")
+        if path.is_dir() or value != "epsilon":
+            stated = [(value, "scheduler_config.json")]
+    zero_snr = bool(scheduler and scheduler.get("rescale_betas_zero_snr", False))
     if path.is_file():
         names, metadata = inspect(path)
         beside = [path.with_suffix(ending) for ending in (".yaml", ".yml")]

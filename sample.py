@@ -195,7 +195,7 @@ def main() -> None:
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
     if args.weights == "ema" and args.load_path is None and args.sd_path is not None:
-        check_averaged(args.sd_path)
+        check_averaged(args.sd_path, "--weights")
     pipeline = open_pipeline(
         args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
         vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,

@@ -64,7 +64,7 @@ def own_settings(config: Config, given: set[str]) -> dict:
     if config.sd_path is None:
         return {}
     if config.sd_weights == "ema" and config.load_path is None:
-        check_averaged(config.sd_path)
+        check_averaged(config.sd_path, "--sd_weights")
     kind = find_prediction(config.sd_path, config.sd_config).type
     own = {"objective": OBJECTIVES.get(kind, "eps")}
     if config.image_size == DEFAULTS["image_size"]:

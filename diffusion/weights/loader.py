@@ -206,16 +206,16 @@ def _inspect(path: Path, mtime: int, size: int) -> tuple[set[str], dict[str, str
     return read_names(path), read_metadata(path)
 
 
-def check_averaged(path: str | Path) -> None:
-    """Raises UserError unless a single file has averaged weights beside the plain ones."""
+def check_averaged(path: str | Path, option: str) -> None:
+    """Raises UserError, which names the option that asks for them, unless a single file has
+    averaged weights beside the plain ones."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"averaged weights are asked for, but the folder {path} holds one U-Net "
-                        "only: leave that out, or give a .ckpt or .safetensors file with "
-                        "model_ema.*")  # fmt: skip
+        raise UserError(f"{option} ema: the folder {path} holds one U-Net only; leave {option} out, "
+                        "or give a .ckpt or .safetensors file with model_ema.*")  # fmt: skip
     if path.is_file() and not _averaged(inspect(path)[0]):
-        raise UserError(f"averaged weights are asked for, but {path} holds none, or not all of "
-                        "them (model_ema.*): leave that out")  # fmt: skip
+        raise UserError(f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
+                        f"of them; leave {option} out")  # fmt: skip
 
 
 def read_image_size(path: str | Path, config: str | Path | None = None) -> int:

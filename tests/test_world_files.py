@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
+from warm import script
 
 from diffusion import UserError
 from diffusion.assemble import open_pipeline
 from diffusion.models import lora
 from diffusion.weights import adapters, checkpoint, loader
-from warm import script
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
 peft = pytest.importorskip("peft", reason="needs peft (tests/requirements.txt)")
@@ -86,19 +86,26 @@ def write(path, content, metadata=None):
     return path
 
 
+@pytest.fixture(scope="module")
+def their_text(sd):
+    """What diffusers makes of the vectors under a token of its own: prompt -> embedding."""
+    pipeline = theirs(sd)
+    pipeline.load_textual_inversion({"<oracle>": VECTORS}, token="<oracle>")
+    pipeline.load_textual_inversion({"<half>": VECTORS.half()}, token="<half>")
+    return lambda prompt: pipeline.encode_prompt(prompt, CPU, 1, False)[0]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_embedding_answers_to_its_files_name_and_to_the_name_inside(sd, tmp_path, capsys, name):
-    """As diffusers draws with these vectors under a token of its own."""
+def test_an_embedding_answers_to_its_files_name_and_to_the_name_inside(sd, their_text, tmp_path, capsys, name):  # fmt: skip
+    """What the U-Net attends to is what diffusers makes of these vectors, for either name."""
     content, metadata, inside = LAYOUTS[name]
     file = write(tmp_path / name, content, metadata)
-    pipeline = theirs(sd)
-    vectors = next(iter(LAYOUTS["learned_embeds.bin"][0].values()))
-    vectors = vectors.half().float() if name == "plain.pt" else vectors
-    pipeline.load_textual_inversion({"<oracle>": vectors}, token="<oracle>")
-    expected = draw_theirs(pipeline, "a <oracle>, red")
+    ours = open_pipeline(None, str(sd), None, CPU, amp="no", embeddings=[file])
+    expected = their_text(f"a {'<half>' if name == 'plain.pt' else '<oracle>'}, red")
     for word in (file.stem, inside, file.stem.upper()):
-        found = draw_ours(sd, f"a {word}, red", embeddings=[file])
+        found = ours.text([f"a {word}, red"])
         assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"{word}: {m}")
+    assert (ours.text(["a b, red"]) - expected).abs().max() > 0.1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert f"{file.stem!r}" in line and f"{inside!r}" in line and "3 vectors" in line
 
@@ -265,10 +272,12 @@ def test_adapters_of_the_averaged_weights(both, sd, captioned, tmp_path):
 
 V = 'model:\n  target: ldm.LatentDiffusion\n  params:\n    parameterization: "v"\n'
 MARKED = {
-    # what states it: (ending, extra tensors, metadata, text of a .yaml, its ending)
+    # what states it: (the file's ending, extra tensors, metadata, the text of a .yaml)
     "v_pred": (".safetensors", {"v_pred": torch.tensor([])}, {}, None),
     "v_pred of a .ckpt": (".ckpt", {"v_pred": torch.ones(1)}, {}, None),
     "modelspec": (".safetensors", {}, {"modelspec.prediction_type": "v"}, None),
+    "ComfyUI's metadata": (".safetensors", {}, {"modelspec.predict_key": "v"}, None),
+    "kohya's metadata": (".safetensors", {}, {"ss_v_parameterization": "True"}, None),
     "a.yaml": (".ckpt", {}, {}, V),
     "a.yml": (".safetensors", {}, {}, V.replace('"', "")),
 }  # fmt: skip
@@ -321,9 +330,13 @@ def test_what_is_assumed_is_said_and_objective_overrides_it(sd, tensors, v_folde
         tensors, tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": "epsilon"}
     )
     assert_close(draw_ours(tmp_path / "a.safetensors", config=str(v_folder)), plain, rtol=1e-4, atol=1e-4)  # fmt: skip
-    save_file(tensors, tmp_path / "b.safetensors", metadata={"modelspec.prediction_type": "flow"})
-    with pytest.raises(UserError, match="'flow'.*modelspec.prediction_type"):
-        draw_ours(tmp_path / "b.safetensors", config=str(sd))
+    for extra, metadata, named in (
+        ({}, {"modelspec.prediction_type": "flow"}, "'flow'.*modelspec.prediction_type"),
+        ({"edm_vpred.sigma_max": torch.ones(1)}, {}, "edm_vpred.sigma_max"),
+    ):
+        save_file(tensors | extra, tmp_path / "b.safetensors", metadata=metadata)
+        with pytest.raises(UserError, match=named):
+            draw_ours(tmp_path / "b.safetensors", config=str(sd))
 
 
 def test_a_file_of_zero_terminal_snr(sd, tensors, tmp_path):
@@ -446,7 +459,7 @@ def test_initialisations_that_leave_the_base(sd, tmp_path, init):
 
 @pytest.fixture(scope="module")
 def written(sd, tmp_path_factory):
-    """(a LoRA of both networks as kohya writes it, what it draws)."""
+    """(a LoRA of both networks as kohya writes it, what it draws, its file)."""
     pipeline, parts = open_pipeline(None, str(sd), None, CPU, amp="no"), {}
     for part, network in (("unet", pipeline.model), ("text_encoder", pipeline.text.model)):
         torch.manual_seed(7)
@@ -456,7 +469,13 @@ def written(sd, tmp_path_factory):
         parts[part] = lora.state(network)
     file = tmp_path_factory.mktemp("lora") / "a.safetensors"
     adapters.write_kohya(file, parts)
-    return load_file(file), draw_ours(sd, loras=[(file, 1.0)])
+    return load_file(file), draw_ours(sd, loras=[(file, 1.0)]), file
+
+
+@pytest.fixture(scope="module")
+def networks(sd):
+    pipeline = open_pipeline(None, str(sd), None, CPU, amp="no")
+    return {"unet": pipeline.model, "text_encoder": pipeline.text.model}
 
 
 @pytest.mark.parametrize("setting", [
@@ -480,9 +499,10 @@ def test_settings_of_no_plain_lora(sd, written, tmp_path, setting):
     "text_encoders.clip_l.transformer.", "cond_stage_model.transformer.",
     "base_model.model.text_encoder.",
 ])  # fmt: skip
-def test_prefixes_of_the_text_encoder(sd, written, tmp_path, prefix, short):
-    """With and without text_model; each draws what the U-Net's and text encoder's branches draw."""
-    tensors, expected = written
+def test_prefixes_of_the_text_encoder(networks, written, tmp_path, prefix, short):
+    """With and without text_model."""
+    tensors, expected = written[0], adapters.read_lora(written[2], networks)
+    assert len(expected["text_encoder"]) == 12
     renamed = {}
     for name, value in tensors.items():
         if name.startswith("lora_te_"):
@@ -494,7 +514,11 @@ def test_prefixes_of_the_text_encoder(sd, written, tmp_path, prefix, short):
         renamed[name] = value
     assert len(renamed) == len(tensors)
     save_file(renamed, tmp_path / "a.safetensors")
-    assert_close(draw_ours(sd, loras=[(tmp_path / "a.safetensors", 1.0)]), expected, rtol=0, atol=0)
+    found = adapters.read_lora(tmp_path / "a.safetensors", networks)
+    assert [sorted(found[part]) for part in found] == [sorted(expected[part]) for part in found]
+    for part, branches in expected.items():
+        for name, low in branches.items():
+            assert_close(found[part][name], low, rtol=0, atol=0)
 
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -514,7 +538,7 @@ LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     ({"lora_unet_nothing.alpha": 1}, "nothing.alpha"),
     ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_mid.weight": 3}, "Tucker"),
 ])  # fmt: skip
-def test_half_a_file_is_not_applied(sd, written, tmp_path, extra, named):
+def test_half_a_file_is_not_applied(networks, written, tmp_path, extra, named):
     added = {}
     for name, shape in extra.items():
         if shape == "pair":
@@ -523,9 +547,8 @@ def test_half_a_file_is_not_applied(sd, written, tmp_path, extra, named):
         else:
             added[name] = torch.ones(shape)
     save_file(written[0] | added, tmp_path / "a.safetensors")
-    done_with = [(tmp_path / "a.safetensors", 1.0)]
     with pytest.raises(UserError, match=named) as caught:
-        draw_ours(sd, loras=done_with)
+        adapters.read_lora(tmp_path / "a.safetensors", networks)
     assert "a.safetensors" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -537,12 +560,10 @@ def test_what_is_harmless_is_left_out(sd, written, tmp_path):
     assert_close(draw_ours(sd, loras=[(tmp_path / "a.safetensors", 1.0)]), written[1], rtol=0, atol=0)  # fmt: skip
 
 
-def test_a_text_encoders_part_for_a_model_without_one(sd, written, tmp_path):
-    save_file(written[0], tmp_path / "a.safetensors")
-    pipeline = open_pipeline(None, str(sd), None, CPU, amp="no")
+def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp_path):
     with pytest.raises(UserError, match="no text encoder.*lora_te_"):
-        adapters.read_lora(tmp_path / "a.safetensors", {"unet": pipeline.model})
-    alone = ("--sd_path", sd, *SAMPLE, "--lora_interpolate", tmp_path / "a.safetensors")
+        adapters.read_lora(written[2], {"unet": networks["unet"]})
+    alone = ("--sd_path", sd, *SAMPLE, "--lora_interpolate", written[2])
     broken = tmp_path / "b.safetensors"
     save_file(written[0] | {"lora_unet_x.diff": torch.ones(1)}, broken)
     done = script("sample.py", *alone, broken, cwd=tmp_path)

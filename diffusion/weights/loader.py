@@ -44,7 +44,10 @@ OBJECTIVES = {theirs: ours for ours, theirs in PREDICTIONS.items()}
 SYNONYMS = {"v-prediction": "v_prediction", "velocity": "v_prediction", "noise": "epsilon"}
 # tensors that say by their presence that a file predicts v, and that its last step is pure noise
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
-MODEL_SPEC = "modelspec.prediction_type"  # metadata of a .safetensors file: epsilon or v
+EDM_MARK = "edm_vpred.sigma_max"
+# metadata of a .safetensors file: epsilon or v, as sd-scripts and as ComfyUI call it
+MODEL_SPECS = ("modelspec.prediction_type", "modelspec.predict_key")
+V_PARAMETERIZATION = "ss_v_parameterization"  # of kohya's metadata: True or False
 # of a .yaml beside a file, in CompVis' and A1111's words
 YAML_PREDICTION = re.compile(r"""^[ \t]*parameterization[ \t]*:[ \t]*["']?([\w-]+)""", re.M)
 YAML_ZERO_SNR = re.compile(
@@ -178,10 +181,14 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
         beside = [path.with_suffix(ending) for ending in (".yaml", ".yml")]
         beside = [file for file in beside if file.is_file()]
         own = []
+        if EDM_MARK in names:
+            own.append(("v of an EDM schedule", f"its key {EDM_MARK}"))
         if V_MARK in names:
             own.append(("v", f"its key {V_MARK}"))
-        if MODEL_SPEC in metadata:
-            own.append((metadata[MODEL_SPEC], f"its metadata {MODEL_SPEC}"))
+        own += [(metadata[k], f"its metadata {k}") for k in MODEL_SPECS if k in metadata]
+        if V_PARAMETERIZATION in metadata:
+            value = "v" if metadata[V_PARAMETERIZATION].lower() == "true" else "eps"
+            own.append((value, f"its metadata {V_PARAMETERIZATION}"))
         for file in beside:
             text = read_text(file, MOST_JSON)
             own += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
@@ -211,8 +218,8 @@ def check_averaged(path: str | Path, option: str) -> None:
     averaged weights beside the plain ones."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{option} ema: the folder {path} holds one U-Net only; leave {option} out, "
-                        "or give a .ckpt or .safetensors file with model_ema.*")  # fmt: skip
+        raise UserError(f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
+                        "out, or give a .ckpt or .safetensors file with model_ema.*")  # fmt: skip
     if path.is_file() and not _averaged(inspect(path)[0]):
         raise UserError(f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
                         f"of them; leave {option} out")  # fmt: skip
@@ -358,4 +365,4 @@ def save_sd_file(sd: StableDiffusion, path: Path) -> None:
         tensors[ZERO_SNR_MARK] = torch.tensor([])
     spec = "v" if kind == "v_prediction" else kind
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt", MODEL_SPEC: spec}))
+    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt", MODEL_SPECS[0]: spec}))

@@ -534,6 +534,8 @@ LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     ({"base_model.model.conv_out.bias": 4}, "conv_out.bias"),
     ({f"{LAYER}.bias": 4}, "attn1_to_q.bias"),
     ({"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "pair"}, "twice"),
+    ({f"{LAYER}.lora_A.weight": (3, 32)}, f"down of {LAYER} twice"),
+    ({"text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1": "pair"}, "Stable Diffusion XL"),
     ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 64)}, "down of .*proj_in alone"),
     ({"lora_unet_nothing.alpha": 1}, "nothing.alpha"),
     ({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_mid.weight": 3}, "Tucker"),

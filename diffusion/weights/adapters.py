@@ -78,6 +78,7 @@ OTHERS = {
     "a LoHa": ("hada_w",), "a LoKr": ("lokr_w",), "a DoRA": ("dora_scale", "lora_magnitude"),
     "a LoRA with a Tucker core": ("lora_mid",), "an OFT": ("oft_",),
 }  # fmt: skip
+SECOND_TEXT = ("lora_te2_", "text_encoder_2.", "clip_g.")  # Stable Diffusion XL's other one
 USELESS = ("position_ids",)  # a buffer that no network reads
 
 
@@ -193,7 +194,11 @@ def _sort(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
         plain = plain.replace(".to_out.lora.", ".to_out.0.lora.")
         if found := WEIGHT.fullmatch(plain):
             kind = DOWN_OR_UP[found["a"] or found["b"]]
-            pairs.setdefault(found["layer"], {})[kind] = value
+            pair = pairs.setdefault(found["layer"], {})
+            if kind in pair:
+                raise UserError(f"{path} holds the {kind} of {found['layer']} twice, also as "
+                                f"{name}: give a file of one LoRA")  # fmt: skip
+            pair[kind] = value
         elif plain.endswith(".alpha") and value.numel() == 1:
             alphas[plain.removesuffix(".alpha").removesuffix(".lora")] = float(value)
         elif name.split(".")[-1] not in USELESS:
@@ -268,7 +273,7 @@ def _refused(path: Path, parts: Parts, pairs: Mapping, left: list[str]) -> str:
                 "supported: pairs of down and up")  # fmt: skip
     every = len(pairs) + count - len(strange)
     reason = ""
-    if any("lora_te2_" in name for name in left):
+    if any(mark in name for name in left for mark in SECOND_TEXT):
         reason = " (Stable Diffusion XL's)"
     elif "text_encoder" not in parts and any("text" in n or "_te" in n for n in left):
         reason = " (it has no text encoder of Stable Diffusion)"

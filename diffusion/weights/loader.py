@@ -343,8 +343,8 @@ def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
 def save_sd_file(sd: StableDiffusion, path: Path) -> None:
     """An original single file; its sizes and vocabulary are not in it.
 
-    What it predicts is in its metadata, and v in the key v_pred as well, which A1111, ComfyUI and
-    diffusers read; so is a zero terminal SNR, in ztsnr.
+    What it predicts is in its metadata, and v in the key v_pred as well, which A1111 and ComfyUI
+    read; so is a zero terminal SNR, in ztsnr.
     """
     tables: dict[str, Callable[[dict], rules.Table]] = {
         "unet": rules.unet_table, "vae": rules.vae_table, "text_encoder": lambda config: []

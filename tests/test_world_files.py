@@ -570,3 +570,25 @@ def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp
     save_file(written[0] | {"lora_unet_x.diff": torch.ones(1)}, broken)
     done = script("sample.py", *alone, broken, cwd=tmp_path)
     assert done.returncode == 1 and "lora_unet_x.diff" in done.stderr
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def test_the_study_hands_on_what_a_file_holds(both, sd, captioned, tmp_path):
+    """--sd_weights and --objective reach the base, train.py and sample.py; a study of before the
+    options is the same one."""
+    from diffusion.study import folder, runner
+    from diffusion.study.__main__ import parse
+
+    shared = ["--data", str(captioned.parent), "--sd_path", str(both / "a.ckpt"), "--sd_config", str(sd)]  # fmt: skip
+    plain = parse(shared)[0]
+    other = parse([*shared, "--sd_weights", "ema", "--objective", "v"])[0]
+    assert runner.base_arguments(plain, "config") == [f"--sd_path={both / 'a.ckpt'}", f"--config={sd}"]  # fmt: skip
+    assert runner.base_arguments(other, "config")[2:] == ["--weights=ema", "--objective=v"]
+    assert runner.base_arguments(other, "sd_config")[2:] == ["--sd_weights=ema", "--objective=v"]
+    known = folder.describe(plain)["settings"]
+    assert "sd_weights" not in known and "objective" not in known
+    assert folder.describe(other)["settings"].keys() - known == {"sd_weights", "objective"}
+    with pytest.raises(UserError, match="--objective"):
+        parse(["--data", str(captioned), "--load_path", "x", "--objective", "v"])

@@ -23,7 +23,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--load_path", metavar="FILE", help="a model.pt, or an ema.safetensors (default: results/model.pt)")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
+    add("--weights", choices=("ema", "raw"), help="averaged weights, or the last step's (default: ema; raw of other programs' files, whose model_ema.* is often stale)")
     add("--num_images", type=int, metavar="N", help="how many (default: one for each prompt, 16 without)")
     add("--batch_size", type=int, default=16, metavar="N", help="images drawn at a time")
     add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
@@ -43,6 +43,7 @@ def parse(args: list[str] | None = None):
     add = parser.add_argument_group("latent models").add_argument
     add("--sd_path", metavar="PATH", help="Stable Diffusion 1.x: a diffusers folder, or a .safetensors or .ckpt file")
     add("--config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes than 1.5's")
+    add("--objective", choices=("eps", "v", "x0"), help="what the model of --sd_path predicts (default: as it states, else eps)")
     add("--vae", metavar="PATH", help="another VAE than the one the model was trained with")
     add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given again; @FILE: a prompt per line")
     add("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
@@ -185,19 +186,25 @@ def main() -> None:
     args = parse()
 
     from diffusion import distributed as dist
+    from diffusion.adapters import warn_unused
     from diffusion.assemble import open_pipeline
     from diffusion.evaluation.viz import grid, save_png, to_uint8
+    from diffusion.weights.loader import check_averaged
 
     device = dist.setup(args.device)
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
+    if args.weights == "ema" and args.load_path is None and args.sd_path is not None:
+        check_averaged(args.sd_path, "--weights")
     pipeline = open_pipeline(
         args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
         vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,
         tiling=args.vae_tiling, loras=[*args.lora, *args.lora_interpolate],
-        embeddings=args.embedding, merged=not args.lora_interpolate,
+        embeddings=args.embedding, merged=not args.lora_interpolate, objective=args.objective,
     )  # fmt: skip
     pipeline.compiled = args.compile
+    guided = args.guidance_scale != 1  # else the negative prompt is not read
+    warn_unused(pipeline, [*args.prompt, *([args.negative_prompt] if guided else [])])
     folder = Path(args.save_folder)
     start = read_start(pipeline, args.init_image, args.mask)
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None

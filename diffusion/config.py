@@ -34,6 +34,7 @@ class Config:
     load_path: str | None = opt(None, "run", "start from these weights, at step 0")
     sd_path: str | None = opt(None, "run", "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", free=True)
     sd_config: str | None = opt(None, "run", "folder with the configs and tokenizer of a single file of other sizes", free=True)
+    sd_weights: str = opt("raw", "run", "of a single file with both: its plain weights, or its averaged ones (model_ema.*), which merged files carry stale", ("raw", "ema"), free=True)
     vae: str | None = opt(None, "run", "VAE of a latent model trained from scratch: a run of --mode vae, or a diffusers VAE folder", free=True)
     seed: int = opt(0, "run", "of everything random")
     device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)

@@ -41,7 +41,8 @@ USES = (
      "text_encoder text_dim text_layers text_length"),
     ("--sd_path", lambda c: c.sd_path is not None, "clip_skip"),
     ("--sd_path FILE: a folder has its own", lambda c: c.sd_path and not Path(c.sd_path).is_dir(),
-     "sd_config"),
+     "sd_config sd_weights"),
+    ("a start from --sd_path itself", lambda c: c.load_path is None, "sd_weights"),
     ("--adapter or --instance_prompt", lambda c: c.adapts,
      "rank alpha targets lora_dropout train_text_encoder token init_word vectors class_prompt "
      "class_images class_data prior_weight"),

@@ -27,6 +27,8 @@ def parse(args: list[str] | None = None):
     add("--load_path", metavar="FILE", help="the base: a model.pt or .safetensors of ours that reads captions")
     add("--sd_path", metavar="PATH", help="the base: Stable Diffusion 1.x, a folder or a single file")
     add("--sd_config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes")
+    add("--sd_weights", default="raw", choices=("raw", "ema"), help="of a single file with both: its plain weights, or its averaged ones (model_ema.*)")
+    add("--objective", choices=("eps", "v", "x0"), help="what a single file predicts that does not state it (default: eps)")
     add("--data", metavar="STYLES", help="folder with a folder of images per style")
     add("--styles", metavar="NAME,...", help="those to learn (default: all); the others are known to the base and serve the classifier")
     add("--experiments", type=int_list, default=tuple(EXPERIMENTS), metavar="N,...", help=f"{told} (default: all)")
@@ -63,6 +65,10 @@ def parse(args: list[str] | None = None):
     folder, name, new = (values.pop(k) for k in ("save_folder", "name", "new"))
     if (values["load_path"] is None) == (values["sd_path"] is None):
         raise UserError("the study needs a base: give either --sd_path or --load_path")
+    if values["sd_path"] is None:
+        own = {"--sd_weights": values["sd_weights"] != "raw", "--objective": values["objective"]}
+        if given := [option for option, on in own.items() if on]:
+            raise UserError(f"{given[0]} says what --sd_path holds: it does nothing here")
     if values["data"] is None:
         raise UserError("--data STYLES is missing: a folder with a folder of images per style")
     values["styles"] = tuple(filter(None, (values["styles"] or "").split(",")))
@@ -91,6 +97,7 @@ def choose_styles(s: Settings) -> Settings:
 def open_base(s: Settings, device):
     """(pipeline, Base). Raises UserError for a base that reads no text or cannot be drawn from."""
     from ..assemble import open_pipeline
+    from ..weights.loader import check_averaged
     from .runner import Base
 
     size = {} if s.image_size is None else {"height": s.image_size, "width": s.image_size}
@@ -98,7 +105,11 @@ def open_base(s: Settings, device):
     for path in filter(None, (s.load_path, s.sd_path)):
         if not Path(path).exists():
             raise UserError(f"the base {path} does not exist")
-    pipeline = open_pipeline(s.load_path, s.sd_path, "ema", device, config=s.sd_config, **size)
+    if s.sd_weights == "ema":
+        check_averaged(s.sd_path, "--sd_weights")
+    weights = s.sd_weights if foreign else None
+    pipeline = open_pipeline(s.load_path, s.sd_path, weights, device, config=s.sd_config,
+                             objective=s.objective, **size)  # fmt: skip
     if not pipeline.reads_prompts:
         raise UserError(f"the base {s.load_path} reads no text: a style study needs a model of "
                         "--mode latent --condition text")  # fmt: skip

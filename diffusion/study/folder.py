@@ -14,7 +14,11 @@ def describe(s: Settings) -> dict:
     """What makes a study the same one, as JSON gives it back."""
     base = Path(s.load_path or s.sd_path)
     mark = stamp(base) if base.is_dir() else file_stamp(base)
-    told = {"settings": dataclasses.asdict(s), "base": f"{base.resolve()} {mark}",
+    settings = dataclasses.asdict(s)
+    for name, usual in (("sd_weights", "raw"), ("objective", None)):  # studies of before have none
+        if settings[name] == usual:
+            del settings[name]
+    told = {"settings": settings, "base": f"{base.resolve()} {mark}",
             "data": {f.name: stamp(f) for f in style_folders(s.data)}}  # fmt: skip
     return json.loads(json.dumps(told))
 

@@ -38,6 +38,8 @@ class Settings:
     load_path: str | None = None
     sd_path: str | None = None
     sd_config: str | None = None
+    sd_weights: str = "raw"
+    objective: str | None = None
     styles: tuple[str, ...] = ()
     experiments: tuple[int, ...] = (1, 2, 3, 4)
     budget: str = "small"

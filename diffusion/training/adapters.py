@@ -32,6 +32,7 @@ from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..seeding import seed_of
 from ..weights import adapters, embeddings, owned
 from ..weights.checkpoint import load_weights
+from ..weights.loader import OBJECTIVES, find_prediction
 from .latents import ENCODE_BATCH, LatentDiffusion
 from .tasks import Diffusion, Task, start_from
 
@@ -115,7 +116,9 @@ class Adapted(Task):
             return super().restore(model, kept, checkpoint)
         if checkpoint["base"] != self.base:
             raise UserError(f"the model that the run in {self.config.save_folder} began with has "
-                            "changed since; start anew with --overwrite")  # fmt: skip
+                            "changed since; bring it back (--sd_weights ema, if it is a file with "
+                            "model_ema.* and the run is of an earlier version, which took these), "
+                            "or start from scratch with --overwrite")  # fmt: skip
         assert kept.keys() == set(self.trained)
         model.load_state_dict(kept, strict=False)
 
@@ -141,6 +144,10 @@ class Adapted(Task):
         if c.adapter == "none":
             return super().result(folder)
         base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
+        if c.load_path is None:
+            stated = find_prediction(c.sd_path, c.sd_config).type
+            base += " --weights ema" if c.sd_weights == "ema" else ""
+            base += "" if OBJECTIVES[stated] == c.objective else f" --objective {c.objective}"
         option = "--lora" if c.adapter == "lora" else "--embedding"
         file = folder / "adapter.safetensors"
         return f"{file}; python sample.py {base} {option} {file}"

@@ -4,11 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from .. import UserError
-from ..assemble import OBJECTIVES
 from ..config import Config
 from ..rules import USES
 from ..weights.checkpoint import load_weights
-from ..weights.loader import read_image_size, read_scheduler
+from ..weights.loader import OBJECTIVES, check_averaged, find_prediction, read_image_size
 
 # what a base model's own configuration decides; the second row unless it is given
 DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
@@ -64,7 +63,9 @@ def own_settings(config: Config, given: set[str]) -> dict:
     """What a Stable Diffusion model predicts and the size it was trained for, unless given."""
     if config.sd_path is None:
         return {}
-    kind = read_scheduler(config.sd_path, config.sd_config)["prediction_type"]
+    if config.sd_weights == "ema" and config.load_path is None:
+        check_averaged(config.sd_path, "--sd_weights")
+    kind = find_prediction(config.sd_path, config.sd_config).type
     own = {"objective": OBJECTIVES.get(kind, "eps")}
     if config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)

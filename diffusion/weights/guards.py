@@ -15,6 +15,7 @@ import re
 import struct
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -219,6 +220,29 @@ def read_prompt_lines(path: Path) -> list[str]:
     if encoding != "UTF-8":
         log(f"{path}: not UTF-8; read as {encoding}")
     return [line for line in text.split("\n") if line.strip()]
+
+
+def prompts_of(options: Sequence[str]) -> list[str]:
+    """Read prompts as --prompt takes them: a text, @FILE for a prompt a line, @@TEXT for @TEXT.
+
+    Raises UserError for a file that cannot be read or holds no prompt.
+    """
+    found = []
+    for text in options:
+        if not text.startswith("@"):
+            found.append(text)
+        elif text.startswith("@@"):
+            found.append(text[1:])
+        else:
+            try:
+                lines = read_prompt_lines(Path(text[1:]))
+            except UserError as error:
+                raise UserError(f"--prompt {text}: {error}; a prompt that itself begins with @ is "
+                                f"written @{text}") from None  # fmt: skip
+            if not lines:
+                raise UserError(f"--prompt {text}: the file holds no prompt")
+            found += lines
+    return found
 
 
 def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:

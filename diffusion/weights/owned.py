@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 MARKER = ".diffusion"
-SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG that is written
+SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG and WebP that is written
+SOFTWARE_TAG = 0x0131  # its number in EXIF, where WebP has it
 RUN_KEYS = {"mode", "save_folder", "data", "train_steps", "batch_size", "seed"}
 STUDY_KEYS = {"settings", "base", "data"}
 MAX_CONFIG = 1 << 20  # bytes; a run's has 3 kB
@@ -40,9 +41,11 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_our_picture(file: Path) -> bool:
-    """Whether a PNG was written by this program, by its `Software` text."""
+    """Whether a PNG or WebP was written by this program, by its `Software` text."""
     try:
-        with Image.open(file, formats=("PNG",)) as image:
+        with Image.open(file, formats=("PNG", "WEBP")) as image:
+            if image.format == "WEBP":
+                return image.getexif().get(SOFTWARE_TAG) == SOFTWARE
             return image.info.get("Software") == SOFTWARE
     except Exception:  # Pillow raises nearly everything on damaged files
         return False

@@ -290,6 +290,8 @@ def main() -> None:
     )  # fmt: skip
     pipeline.compiled = args.compile
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
+    if pipeline.reads_prompts and prompted is None and args.guidance_scale != 1:
+        raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")
     start = read_start(pipeline, args.init_image, args.mask, args.height, args.width)
     same = {
         "seed": args.seed, "guidance_scale": args.guidance_scale, "amp": args.amp,

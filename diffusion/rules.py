@@ -81,12 +81,10 @@ USES = (
      "class_images class_data prior_weight"),
 )  # fmt: skip
 
-GUIDED = "a --guidance_scale other than 1, which is no guidance"
+GUIDED = "a --guidance_scale other than 1, no guidance,"
 USES_OF = {
     "sample": (
         ("--prompt", lambda a: a.prompt, "embedding"),
-        ("what it guides to: give a class label (--class_label) or a --prompt",
-         lambda a: a.prompt or a.class_label is not None, "guidance_scale"),
         ("--prompt", lambda a: a.prompt, "negative_prompt"),
         (GUIDED, lambda a: a.guidance_scale != 1,
          "negative_prompt guidance_rescale sequential_guidance"),
@@ -94,11 +92,11 @@ USES_OF = {
         ("--lora_interpolate", lambda a: a.lora_interpolate, "points"),
     ),
     "visualize": (
-        ("a model: give --load_path", lambda a: a.load_path is not None,
+        ("--load_path, a model,", lambda a: a.load_path is not None,
          "weights sd_path vae guidance_scale class_label prompt amp"),
     ),
     "metrics": (
-        ("a model in place of the folder FAKE", lambda a: not Path(a.fake).is_dir(),
+        ("a model, in place of the folder FAKE,", lambda a: not Path(a.fake).is_dir(),
          "num_images samplers seeds guidance_scale sd_path vae weights amp save_folder overwrite"),
     ),
     "study": (
@@ -126,7 +124,9 @@ def check_bounds(values: Mapping[str, object], script: str = "") -> None:
                 raise UserError(f"{name} is {value}; {message}")
 
 
-def check_used(options, defaults: Mapping[str, object], rows) -> None:
+def check_used(
+    options, defaults: Mapping[str, object], rows, message: str = "nothing without {}"
+) -> None:
     """Check that options do something: those of `defaults` that are not at these.
 
     options: a configuration, or a script's arguments. Raises UserError for those without use.
@@ -134,10 +134,11 @@ def check_used(options, defaults: Mapping[str, object], rows) -> None:
     for needed, holds, names in rows:
         useless = [n for n in names.split() if n in defaults and getattr(options, n) != defaults[n]]
         if useless and not holds(options):
-            raise UserError(f"{', '.join(f'--{n}' for n in useless)}: nothing without {needed}")
+            names = ", ".join(f"--{n}" for n in useless)
+            raise UserError(f"{names}: {message.format(needed)}")
 
 
 def check_options(options, defaults: Mapping[str, object], script: str) -> None:
     """Check a script's arguments by all rows. Raises UserError."""
-    check_used(options, defaults, USES_OF[script])
+    check_used(options, defaults, USES_OF[script], "nothing by itself: give {} as well")
     check_bounds(vars(options), script)

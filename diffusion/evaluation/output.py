@@ -173,15 +173,24 @@ def _lock(held: contextlib.ExitStack, descriptor: int, wait: bool = True) -> boo
 # --- a folder of named files ----------------------------------------------------------------------
 
 
-def output_folder(path: Path, overwrite: bool) -> Path:
-    """The folder to write to: `path`, or path_2, path_3, ... where that holds files.
+@contextlib.contextmanager
+def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+    """The folder to write to, created: `path`, or path_2, path_3, ... where that holds files.
 
-    overwrite: `path` itself, if all that it holds is ours.
+    No other process gets it meanwhile. overwrite: `path` itself, if all that it holds is ours.
+    Raises UserError if it cannot be written.
     """
     for folder in names(path):
-        if not folder.exists():
-            return folder
-        files = folder.iterdir() if folder.is_dir() else [folder]
-        there = [f for f in files if not f.name.startswith(".")]
-        if not there or overwrite and folder.is_dir() and all(map(is_ours, there)):
-            return folder
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                free = _lock(held, os.open(folder, os.O_RDONLY), wait=False)
+                there = [f for f in folder.iterdir() if not f.name.startswith(".")]
+            except (FileExistsError, NotADirectoryError):
+                continue  # a file
+            except OSError as error:
+                raise UserError(f"--save_folder: {folder} cannot be written: "
+                                f"{error.strerror or error}") from None  # fmt: skip
+            if free and (not there or overwrite and all(map(is_ours, there))):
+                yield folder
+                return

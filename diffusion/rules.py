@@ -43,7 +43,8 @@ RULES = (
     ("it must be at most 16,384", lambda v: v <= 16_384, "height width"),
     ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
     ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0,
-     "dim_mults ranks"),
+     "dim_mults"),
+    ("each must be above 0", lambda v: v and min(v) > 0, "ranks"),
 )  # fmt: skip
 
 RULES_OF = {
@@ -101,7 +102,6 @@ USES_OF = {
     ),
     "study": (
         ("--sd_path", lambda a: a.sd_path is not None, "sd_config"),
-        ("experiment 2", lambda a: 2 in a.experiments, "ranks"),
         ("experiment 3", lambda a: 3 in a.experiments,
          "class_prompt init_word vectors ti_learning_rate dreambooth_learning_rate"),
         ("experiment 4", lambda a: 4 in a.experiments, "points mix_images"),

@@ -192,7 +192,7 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool = False)
 
     Those that are there stay, and these get a number, unless overwrite is set and they are ours.
     """
-    text = json.dumps({"software": SOFTWARE} | result, indent=2)
+    text = json.dumps(result, indent=2)
     file = write_free(folder / "quality.json", lambda p: write_text(p, text), overwrite)
     rows, lines = result["rows"], []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
@@ -242,7 +242,7 @@ def main() -> None:
             warn_of_few(len(a), args.num_images)
         rows, meaning = quality_table(args, pipeline, a, features, extra)
         if dist.is_main():
-            result = {"checkpoint": str(fake), "weights": args.weights, "real": str(real),
+            result = {"software": SOFTWARE, "checkpoint": str(fake), "weights": args.weights, "real": str(real),
                       "size": size, "features": features.about, "num_real": len(a),
                       "num_fake": args.num_images, "seeds": list(args.seeds),
                       "definitions": meaning, "rows": rows}  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..distributed import log
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features, open_features
+from ..evaluation.output import is_ours, numbered
 from ..evaluation.text_image import CLIP_SCORE, ClipScore, measure, open_clip
 from ..pipeline import Pipeline
 from ..seeding import permutation
@@ -122,8 +123,8 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
 
 
 def read_images(folder: Path) -> np.ndarray:
+    """Read the pictures that sample.py has written to a folder, (N, H, W, 3) uint8, in order."""
     from PIL import Image
 
-    return np.stack(
-        [np.asarray(Image.open(f).convert("RGB")) for f in sorted(folder.glob("*.png"))]
-    )
+    files = [file for _, file in sorted(numbered(folder).items()) if is_ours(file)]
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])

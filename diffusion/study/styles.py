@@ -114,7 +114,8 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     texts = read_captions(folder, files, "") or [""] * len(files)
     captions = [with_name(text, name) for text in texts]
     prompts = read_prompts(folder / PROMPTS, name)
-    prompts = prompts or list(dict.fromkeys(captions[i] for i in held_out))
+    # a prompt is a line of the file that sample.py reads
+    prompts = prompts or list(dict.fromkeys(" ".join(captions[i].split()) for i in held_out))
     return Style(name, slug, files, captions, prompts, train, held_out, pixels)
 
 

@@ -28,6 +28,13 @@ def is_ours(file: Path) -> bool:
         return False
 
 
+def create(folder: Path) -> None:
+    """Create a folder for pictures, marked as ours unless somebody's files are in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if next(folder.iterdir(), None) is None:
+        owned.mark(folder)
+
+
 def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) -> bool:
     """Write a file whole or not at all; False, and nothing written, if the name is taken.
 
@@ -119,7 +126,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     Raises UserError if the folder cannot be written, or with overwrite, if another one writes.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        create(folder)
         with contextlib.ExitStack() as held:
             _lock(held, os.open(folder, os.O_RDONLY))
             there, busy = numbered(folder), _ranges(folder)
@@ -183,7 +190,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     for folder in names(path):
         with contextlib.ExitStack() as held:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                create(folder)
                 free = _lock(held, os.open(folder, os.O_RDONLY), wait=False)
                 there = [f for f in folder.iterdir() if not f.name.startswith(".")]
             except (FileExistsError, NotADirectoryError):

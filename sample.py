@@ -70,6 +70,10 @@ def parse(args: list[str] | None = None):
         args.num_images = len(args.prompt or ()) or (4 if args.lora_interpolate else 16)
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if args.prompt else 1.0
+    for path, weight in (*args.lora, *args.lora_interpolate):
+        if not abs(weight) <= MOST_LORA:
+            raise UserError(f"--lora {path}: the weight is {weight}; it must be finite, from "
+                            f"-{MOST_LORA} to {MOST_LORA}")  # fmt: skip
     check_options(args, parser.defaults | {"guidance_scale": 1.0}, "sample")
     return args
 
@@ -78,13 +82,9 @@ def weighted(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT; without one the weight is 1."""
     path, mark, weight = text.rpartition(":")
     try:
-        known = (path, float(weight)) if mark and path else (text, 1.0)
+        return (path, float(weight)) if mark and path else (text, 1.0)
     except ValueError:
         return text, 1.0
-    if not abs(known[1]) <= MOST_LORA:
-        raise UserError(f"--lora {text}: the weight is {known[1]}; it must be finite, from "
-                        f"-{MOST_LORA} to {MOST_LORA}")  # fmt: skip
-    return known
 
 
 # --- from an image -------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def sample_all(args, pipeline, settings, folder: Path) -> None:
     from PIL import Image
 
     from diffusion import distributed as dist
-    from diffusion.evaluation.output import reserve, write_free
+    from diffusion.evaluation.output import drop_others, reserve, write_free
     from diffusion.evaluation.viz import grid, to_uint8, write_png
 
     count, place = args.num_images, folder / "images"
@@ -263,6 +263,7 @@ def sample_all(args, pipeline, settings, folder: Path) -> None:
         if dist.is_main():
             if args.overwrite and (dropped := numbers.drop_older()):
                 dist.log(f"{dropped} other pictures of earlier calls are deleted")
+                drop_others(folder / "grid.png")
             shown = [np.asarray(Image.open(numbers.file(i))) for i in range(min(count, 100))]
             sheet = grid(np.stack(shown))
             path = write_free(

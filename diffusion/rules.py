@@ -94,11 +94,11 @@ USES_OF = {
     ),
     "visualize": (
         ("--load_path, a model,", lambda a: a.load_path is not None,
-         "weights sd_path vae guidance_scale class_label prompt amp"),
+         "weights sd_path vae guidance_scale class_label prompt"),
     ),
     "metrics": (
         ("a model, in place of the folder FAKE,", lambda a: not Path(a.fake).is_dir(),
-         "num_images samplers seeds guidance_scale sd_path vae weights amp save_folder overwrite"),
+         "num_images samplers seeds guidance_scale sd_path vae weights save_folder overwrite"),
     ),
     "study": (
         ("--sd_path", lambda a: a.sd_path is not None, "sd_config"),

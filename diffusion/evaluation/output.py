@@ -74,6 +74,13 @@ def write_free(path: Path, write: Callable[[Path], None], overwrite: bool = Fals
     return next(name for name in names(path) if write_new(name, write, replace=overwrite))
 
 
+def drop_others(path: Path) -> None:
+    """Delete grid_2.png, grid_3.png, ..., for path grid.png, that are ours."""
+    for file in path.parent.glob(f"{path.stem}_*{path.suffix}"):
+        if file.stem[len(path.stem) + 1 :].isdigit() and is_ours(file):
+            file.unlink()
+
+
 # --- a folder of numbered pictures ----------------------------------------------------------------
 
 

@@ -531,9 +531,7 @@ def test_the_text_says_what_ran(model, tmp_path, call, args, expected):
     assert found["Objective"] == "v" and found["Precision"] == "float32"
     # the settings that it names give the picture again
     pipeline = Pipeline.load(model, found["Weights"])
-    sampler = next(s for s in SAMPLERS if found["Sampler"] in {
-        "DDIM": "ddim", "DPM++ 2M SDE": "dpmpp_2m_sde"} and {
-        "DDIM": "ddim", "DPM++ 2M SDE": "dpmpp_2m_sde"}[found["Sampler"]] == s)  # fmt: skip
+    sampler = {"DDIM": "ddim", "DPM++ 2M SDE": "dpmpp_2m_sde"}[found["Sampler"]]
     labels = pipeline.labels(found.get("Class"), [int(found["Image"])])
     again = pipeline.sample(
         [int(found["Image"])], seed=int(found["Seed"]), sampler=sampler, steps=int(found["Steps"]),

@@ -200,7 +200,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
                 create(folder)
                 free = _lock(held, os.open(folder, os.O_RDONLY), wait=False)
                 there = [f for f in folder.iterdir() if not f.name.startswith(".")]
-            except (FileExistsError, NotADirectoryError):
+            except FileExistsError:
                 continue  # a file
             except OSError as error:
                 raise UserError(f"--save_folder: {folder} cannot be written: "

@@ -145,7 +145,7 @@ def read_start(
 
 
 def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """(height, width) in the aspect of an image, with about as many pixels as the model's own.
+    """Choose (height, width) in the aspect of an image, with about as many pixels as the model's own.
 
     One that is given stays; sides are multiples of the VAE's factor.
     """
@@ -166,7 +166,7 @@ def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[i
 
 
 def parameters(args, pipeline, options: dict, row: int, index: int, image) -> str:
-    """How a picture came about, as other programs read it.
+    """Describe how a picture came about, as other programs read it.
 
     options: those of `Pipeline.sample` that it was sampled with, in which it is row `row`.
     """
@@ -186,7 +186,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
         "CFG scale": options["guidance_scale"], "Seed": options["seed"], "Image": index,
         "Size": f"{image.shape[1]}x{image.shape[0]}",
         "Model": name(args.load_path or args.sd_path or "results/model.pt"),
-        "Weights": args.weights, "VAE": name(vae), "Clip skip": pipeline.clip_skip,
+        "Weights": args.weights if args.load_path or not args.sd_path else None, "VAE": name(vae), "Clip skip": pipeline.clip_skip,
         "Class": None if labels is None else pipeline.classes[labels[row]],
         "Denoising strength": table.strength if "init" in options else None,
         "Init image": args.init_image and Path(args.init_image).name,

@@ -56,7 +56,7 @@ class Folder:
         self.path, self.replace, self.names = path, replace, []
 
     def write(self, name: str, write) -> None:
-        """write(path) makes the file."""
+        """Write a file of the folder by write(path)."""
         from diffusion.evaluation.output import write_new
 
         if not write_new(self.path / name, write, self.replace):
@@ -123,7 +123,7 @@ def draw_model(folder: Folder, pipeline, data, args, options):
 
 
 def draw_all(folder: Folder, pipeline, data, table, args, options) -> None:
-    """All that is asked for; last of it the page."""
+    """Write all that is asked for; last of it the page."""
     from diffusion import distributed as dist
     from diffusion.evaluation import views
 

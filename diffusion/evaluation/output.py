@@ -61,7 +61,7 @@ def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) 
 
 
 def names(path: Path) -> Iterator[Path]:
-    """grid.png, grid_2.png, grid_3.png, ..."""
+    """Yield grid.png, grid_2.png, grid_3.png, ..."""
     yield path
     n = 2
     while True:
@@ -70,7 +70,7 @@ def names(path: Path) -> Iterator[Path]:
 
 
 def write_free(path: Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
-    """Write a file under the first free name; the path. overwrite: ours of that name goes."""
+    """Write a file under the first free name, and return it. overwrite: ours of that name goes."""
     return next(name for name in names(path) if write_new(name, write, replace=overwrite))
 
 
@@ -98,7 +98,7 @@ class Numbers:
     replace: bool
 
     def file(self, i: int) -> Path:
-        """The file of the i-th picture of this call."""
+        """Name the file of the i-th picture of this call."""
         return self.folder / f"{self.first + i:06d}.png"
 
     def save(self, i: int, write: Callable[[Path], None]) -> Path:
@@ -119,7 +119,7 @@ class Numbers:
 
 
 def numbered(folder: Path) -> dict[int, Path]:
-    """The pictures of a folder that have a number for a name."""
+    """Find the pictures of a folder that have a number for a name."""
     files = folder.iterdir() if folder.is_dir() else ()
     return {int(f.stem): f for f in sorted(files) if f.stem.isascii() and f.stem.isdigit()}
 
@@ -189,7 +189,7 @@ def _lock(held: contextlib.ExitStack, descriptor: int, wait: bool = True) -> boo
 
 @contextlib.contextmanager
 def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """The folder to write to, created: `path`, or path_2, path_3, ... where that holds files.
+    """Create the folder to write to: `path`, or path_2, path_3, ... where that holds files.
 
     No other process gets it meanwhile. overwrite: `path` itself, if all that it holds is ours.
     Raises UserError if it cannot be written.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 
 from . import UserError
 from .presets import PRESET_OF_DATA, PRESETS
-from .rules import RULES
+from .rules import SAMPLERS, check_bounds
 
 
 def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: bool = False):
@@ -108,7 +108,7 @@ class Config:
     log_every: int = opt(10, "output", "steps between lines of metrics.jsonl", free=True)
     keep_last: int = opt(3, "output", "checkpoints kept", free=True)
     num_samples: int = opt(64, "output", "images in a sample grid; 0: none", free=True)
-    sampler: str = opt("ddim", "output", "for sample grids", ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"), free=True)
+    sampler: str = opt("ddim", "output", "for sample grids", SAMPLERS, free=True)
     sample_steps: int = opt(50, "output", "network evaluations per sample, at most time_steps", free=True)
     fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
     fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
@@ -124,11 +124,7 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        for told, holds, names in RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise UserError(f"{name} is {value}; {told}")
+        check_bounds(vars(self))
         if self.mode != "latent" and self.condition == "text":
             raise UserError(
                 "condition text needs --mode latent: the pixel network reads no captions"
@@ -228,6 +224,11 @@ class Parser(argparse.ArgumentParser):
             guess = f"; did you mean {close[0]}?" if close else " (--help lists all)"
             self.error(f"unknown option {unknown[0]}{guess}")
         return values
+
+    @property
+    def defaults(self) -> dict:
+        """{option: what it is where it is not given}."""
+        return {action.dest: action.default for action in self._actions}
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")

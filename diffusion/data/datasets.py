@@ -15,6 +15,7 @@ import numpy as np
 
 from .. import UserError
 from ..distributed import log
+from ..weights.guards import decode_text
 from . import toy
 from .images import SUFFIXES, read_image
 
@@ -204,17 +205,19 @@ def read_captions(base: Path, files: list[Path], default: str) -> list[str] | No
     return captions
 
 
-def _caption(side: Path, problems: list) -> str:
+def _caption(side: Path, problems: list) -> str | None:
     with open(side, "rb") as file:
         raw = file.read(MOST_CAPTION + 1)
     if len(raw) > MOST_CAPTION:
         problems.append((str(side), f"more than {MOST_CAPTION:,} bytes; cut off there"))
-        raw = raw[:MOST_CAPTION].decode("utf-8-sig", errors="ignore").encode()
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        problems.append((str(side), "not UTF-8; read as Latin-1"))
-        return raw.decode("latin-1")
+        text, encoding = decode_text(raw[:MOST_CAPTION], cut=len(raw) > MOST_CAPTION)
+    except ValueError as error:
+        problems.append((str(side), f"{error}; not read"))
+        return None
+    if encoding != "UTF-8":
+        problems.append((str(side), f"not UTF-8; read as {encoding}"))
+    return text
 
 
 def _metadata(base: Path) -> dict[Path, str]:

@@ -8,6 +8,7 @@ The CLIP is a folder that the user names, as transformers writes it: config.json
 tokenizer, preprocessor_config.json.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,20 +140,41 @@ def prompts_of(folder: Path) -> dict[Path, str]:
 
 
 def read_parameters(file: Path) -> str | None:
-    """The prompt in a PNG's `parameters` text (see viz.parameters_text), None without one."""
+    """Read the prompt in a PNG's `parameters` text (viz.parameters_text), None without one."""
+    lines = _parameters(file).split("\n")
+    # the settings are the last such line: a prompt may have one that looks like them
+    last = max(
+        (i for i, line in enumerate(lines) if line.startswith("Steps: ")), default=len(lines)
+    )
+    end = next((i for i, line in enumerate(lines[:last])
+                if line.startswith("Negative prompt: ")), last)  # fmt: skip
+    return "\n".join(lines[:end]) if end and lines != [""] else None
+
+
+def count_calls(files: Sequence[Path]) -> int:
+    """Count the calls of sample.py that pictures are of, by their `parameters`.
+
+    Pictures of one call have the same settings and another index each.
+    """
+    found: dict[str, list[str]] = {}
+    for file in files:
+        settings = _parameters(file).rsplit("\n", 1)[-1]
+        if index := re.search(r", Image: (\d+)", settings):
+            same = re.sub(r', (Image: \d+|Class: ("[^"]*"|[^,]*))', "", settings)
+            found.setdefault(same, []).append(index[1])
+    return sum(max(map(indices.count, {*indices})) for indices in found.values())
+
+
+def _parameters(file: Path) -> str:
+    """The `parameters` text of a picture; empty without one."""
     try:
         if not file.is_file():
-            return None
+            return ""
         with Image.open(file, formats=formats()) as image:
             text = image.info.get("parameters")
     except Exception:  # Pillow raises nearly everything on damaged files
-        return None  # an unreadable image; who reads it for its pixels says so
-    if not isinstance(text, str):
-        return None
-    lines = text.split("\n")
-    end = next((i for i, line in enumerate(lines)
-                if line.startswith(("Negative prompt: ", "Steps: "))), len(lines))  # fmt: skip
-    return "\n".join(lines[:end]) if end else None
+        return ""  # an unreadable image; who reads it for its pixels says so
+    return text if isinstance(text, str) else ""
 
 
 # --- LPIPS ---------------------------------------------------------------------------------------

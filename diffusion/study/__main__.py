@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import UserError
 from ..config import Parser, int_list, run_script
+from ..rules import SAMPLERS, check_options
 from .plan import BUDGETS, EXPERIMENTS, Settings, with_budget
 
 
@@ -47,31 +48,29 @@ def parse(args: list[str] | None = None):
     add("--new", action="store_true", help="begin anew, even if there is an unfinished study of these settings")
 
     add = parser.add_argument_group("instead of the budget's numbers").add_argument
-    add("--steps", type=int, default=0, metavar="N", help="of a training; the ablation adds half and twice of it")
-    add("--batch_size", type=int, default=0, metavar="N", help="samples per step")
-    add("--ranks", type=int_list, default=(), metavar="N,N,N", help="of the ablation; the middle one is used elsewhere")
-    add("--targets", default="", metavar="TEXT", help="layers of LoRA, as for train.py (small: all, full: attention)")
-    add("--learning_rate", type=float, default=0.0, metavar="X", help="of LoRA; the ablation adds a third and three times of it")
-    add("--ti_learning_rate", type=float, default=0.0, metavar="X", help="of Textual Inversion")
-    add("--dreambooth_learning_rate", type=float, default=0.0, metavar="X", help="of DreamBooth")
-    add("--vectors", type=int, default=0, metavar="N", help="of a Textual Inversion token")
-    add("--num_images", type=int, default=0, metavar="N", help="drawn for each cell")
-    add("--mix_images", type=int, default=0, metavar="N", help="drawn for each point of the interpolation")
+    add("--steps", type=int, metavar="N", help="of a training; the ablation adds half and twice of it")
+    add("--batch_size", type=int, metavar="N", help="samples per step")
+    add("--ranks", type=int_list, metavar="N,N,N", help="of the ablation; the middle one is used elsewhere")
+    add("--targets", metavar="TEXT", help="layers of LoRA, as for train.py (small: all, full: attention)")
+    add("--learning_rate", type=float, metavar="X", help="of LoRA; the ablation adds a third and three times of it")
+    add("--ti_learning_rate", type=float, metavar="X", help="of Textual Inversion")
+    add("--dreambooth_learning_rate", type=float, metavar="X", help="of DreamBooth")
+    add("--vectors", type=int, metavar="N", help="of a Textual Inversion token")
+    add("--num_images", type=int, metavar="N", help="sampled for each cell")
+    add("--mix_images", type=int, metavar="N", help="sampled for each point of the interpolation")
     add("--points", type=int, default=5, metavar="N", help="of the interpolation")
-    add("--sampler", default="dpmpp_2m", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
-    add("--sample_steps", type=int, default=0, metavar="N", help="network evaluations per image")
+    add("--sampler", default="dpmpp_2m", metavar="NAME", help="|".join(SAMPLERS))
+    add("--sample_steps", type=int, metavar="N", help="network evaluations per image")
     # fmt: on
-    values = vars(parser.parse_args(args))
-    folder, name, new = (values.pop(k) for k in ("save_folder", "name", "new"))
-    if (values["load_path"] is None) == (values["sd_path"] is None):
+    given = parser.parse_args(args)
+    check_options(given, parser.defaults, "study")
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    folder, name, new = (values.pop(k, None) for k in ("save_folder", "name", "new"))
+    if (given.load_path is None) == (given.sd_path is None):
         raise UserError("the study needs a base: give either --sd_path or --load_path")
-    if values["sd_path"] is None:
-        own = {"--sd_weights": values["sd_weights"] != "raw", "--objective": values["objective"]}
-        if given := [option for option, on in own.items() if on]:
-            raise UserError(f"{given[0]} says what --sd_path holds: it does nothing here")
-    if values["data"] is None:
+    if given.data is None:
         raise UserError("--data STYLES is missing: a folder with a folder of images per style")
-    values["styles"] = tuple(filter(None, (values["styles"] or "").split(",")))
+    values["styles"] = tuple(filter(None, (given.styles or "").split(",")))
     values["experiments"] = tuple(dict.fromkeys(values["experiments"]))
     return with_budget(Settings(**values)), Path(folder), name, new
 

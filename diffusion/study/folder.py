@@ -5,6 +5,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+from ..evaluation.output import names
 from ..weights.checkpoint import write_text
 from .plan import Settings
 from .styles import file_stamp, slugs_of, stamp, style_folders
@@ -36,11 +37,13 @@ def find(root: Path, about: dict) -> Path | None:
 
 def create(root: Path, name: str, about: dict) -> Path:
     stem = f"{datetime.now():%Y-%m-%d_%H%M%S}_{slugs_of([name])[name]}"
-    folder, n = root / stem, 1
-    while folder.exists():
-        n += 1
-        folder = root / f"{stem}_{n}"
-    folder.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in names(root / stem):
+        try:
+            folder.mkdir()  # never one that is there, of a study begun in the same second
+            break
+        except FileExistsError:
+            continue
     write_text(folder / "config.json", json.dumps(about, indent=2))
     return folder
 

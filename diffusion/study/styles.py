@@ -16,6 +16,7 @@ from .. import UserError
 from ..data.datasets import digest, file_stamp, read_captions, report, scan
 from ..data.images import BadImage, read_image
 from ..weights.checkpoint import write_text
+from ..weights.guards import read_prompt_lines
 
 HELD_OUT, HELD_OUT_MOST, LEAST = 0.2, 500, 4
 PROMPTS = Path("prompts") / "validation_prompt.txt"
@@ -113,7 +114,8 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     texts = read_captions(folder, files, "") or [""] * len(files)
     captions = [with_name(text, name) for text in texts]
     prompts = read_prompts(folder / PROMPTS, name)
-    prompts = prompts or list(dict.fromkeys(captions[i] for i in held_out))
+    # a prompt is a line of the file that sample.py reads
+    prompts = prompts or list(dict.fromkeys(" ".join(captions[i].split()) for i in held_out))
     return Style(name, slug, files, captions, prompts, train, held_out, pixels)
 
 
@@ -121,11 +123,7 @@ def read_prompts(file: Path, name: str) -> list[str]:
     """A prompt a line, with the style's name; empty where there is no file."""
     if not file.is_file():
         return []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}; expected UTF-8 text") from None
-    found = [with_name(" ".join(line.split()), name) for line in lines if line.strip()]
+    found = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
     if not found:
         raise UserError(f"{file} holds no prompt; write one a line, or delete it")
     return found

@@ -277,7 +277,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
             indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
         )  # fmt: skip
-        for i, image in zip(indices, to_uint8(images)):
+        for i, image in zip(indices, to_uint8(images, indices)):
             save_png(image, image_of(folder, i), {CLASS_PROMPT: c.class_prompt})
     dist.barrier()
     return folder

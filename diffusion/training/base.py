@@ -3,9 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, rules
 from ..config import Config
-from ..rules import USES
 from ..weights.checkpoint import load_weights
 from ..weights.loader import OBJECTIVES, check_averaged, find_prediction, read_image_size
 
@@ -74,10 +73,7 @@ def own_settings(config: Config, given: set[str]) -> dict:
 
 def check_used(config: Config, given: set[str]) -> Config:
     """Raises UserError for options that were given and would do nothing."""
-    for told, holds, names in USES:
-        useless = [n for n in names.split() if n in given and getattr(config, n) != DEFAULTS[n]]
-        if useless and not holds(config):
-            raise UserError(f"{', '.join(f'--{n}' for n in useless)}: nothing without {told}")
+    rules.check_used(config, {name: DEFAULTS[name] for name in given & set(DEFAULTS)}, rules.USES)
     return config
 
 

@@ -22,7 +22,7 @@ from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
-from ..weights.guards import read_text
+from ..weights.guards import read_prompt_lines
 from .steps import draw
 from .tasks import Diffusion
 
@@ -195,7 +195,7 @@ class LatentDiffusion(Diffusion):
 
 
 def read_prompts(path: Path) -> list[str]:
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = read_prompt_lines(path)
     if not lines:
         raise UserError(f"--validation_prompts {path} holds no prompt")
     return lines

@@ -156,12 +156,14 @@ class TarMember(tarfile.TarInfo):
 
 def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
     """Raises UserError if it is missing, no regular file, or of absurd size."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
     try:
         with open(path, "rb") as file:
-            raw = file.read(most + 1) if path.is_file() else None
+            raw = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if raw is None or len(raw) > most:
+    if len(raw) > most:
         raise UserError(f"{path} is no text file of at most {most >> 20} MB")
     return raw
 

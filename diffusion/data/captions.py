@@ -9,23 +9,22 @@ image are such a list. Anything else is an error: nothing is turned into text th
 """
 
 import csv
-import io
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from .. import UserError
 from ..config import Config
 from ..distributed import log
-from ..weights.guards import decode_text, read_text_file
+from ..weights.guards import decode_text, open_text
 from .folders import SUFFIXES, TEXTS, Scan, inside, listed, report, walk
 
 MOST_CAPTION, MOST_LINE = 1 << 16, 1 << 20  # bytes of a text, characters of a table's line
-MOST_TABLE = 1 << 30  # bytes
 CAPTION_COLUMNS = ("text", "caption", "prompt")  # the first of these that there is
 NAME_COLUMNS = ("file_name", "filename", "image", "image_path", "file_path", "path")
 
@@ -227,41 +226,54 @@ def read_rows(table: Path) -> Iterator[tuple[int, dict]]:
     """(line, row) of a metadata table. Raises UserError that names the line that is damaged."""
     if table.suffix.lower() == ".parquet":
         return _parquet_rows(table)
-    text, encoding = read_text_file(table, MOST_TABLE)
+    return (_csv_rows if table.suffix.lower() == ".csv" else _json_rows)(table)
+
+
+def _lines(table: Path, newline: str | None) -> Iterator[str]:
+    """Of a table that may be larger than the memory. Raises ValueError for what is no text."""
+    file, encoding = open_text(table, newline)
     if encoding != "UTF-8":
         log(f"{table}: not UTF-8; read as {encoding}")
-    return (_csv_rows if table.suffix.lower() == ".csv" else _json_rows)(table, text)
-
-
-def _json_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            if len(line) > MOST_LINE:
+    with file:
+        while line := file.readline(MOST_LINE):
+            if len(line) == MOST_LINE:
                 raise ValueError(f"more than {MOST_LINE:,} characters")
-            row = json.loads(line)
+            yield line
+
+
+def _json_rows(table: Path) -> Iterator[tuple[int, dict]]:
+    number, lines = 0, _lines(table, None)
+    while True:
+        number += 1
+        try:
+            line = next(lines, None)
+            row = json.loads(line) if line and line.strip() else None
+        except UserError:  # of the file
+            raise
         except (ValueError, RecursionError) as error:
             raise UserError(f"{table}, line {number}: {error!s:.200}; expected a JSON object with "
                             "file_name and text") from None  # fmt: skip
+        if line is None:
+            return
+        if not line.strip():
+            continue
         if not isinstance(row, dict):
             raise UserError(f"{table}, line {number}: {shortened(row)} is no JSON object with "
                             "file_name and text")  # fmt: skip
         yield number, row
 
 
-def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
+def _csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
     """Fields are separated by commas, or by what stands in a header without any."""
-    header = text.split("\n", 1)[0]
-    between = next((c for c in ",;\t" if c in header), ",")
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
-    number, names = 1, None
+    lines, number, names = _lines(table, ""), 1, None
     try:
+        header = next(lines, "")
+        between = next((c for c in ",;\t" if c in header), ",")
+        rows = csv.reader(chain([header], lines), delimiter=between, strict=True)
         for row in rows:
             if not row:
-                number = rows.line_num + 1
-                continue
-            if names is None:
+                pass
+            elif names is None:
                 names = [name.strip() for name in row]
                 if len(set(names)) < len(names):
                     raise UserError(f"{table}: its header names a column twice: {shortened(row)}")
@@ -272,8 +284,10 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
             else:
                 yield number, {n: value or None for n, value in zip(names, row)}
             number = rows.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{table}, line {number}: {error}") from None
+    except UserError:
+        raise
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{table}, line {number}: {error!s:.200}") from None
 
 
 def _parquet_rows(table: Path) -> Iterator[tuple[int, dict]]:

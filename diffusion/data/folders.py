@@ -9,6 +9,7 @@ Both say what they have left out.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,7 +33,11 @@ FOREIGN = {
     "lost+found": "pieces of lost files",
 }
 OURS = "written by this program"
-RUN_PICTURES = ("samples", "images", "viz", "metrics")  # folders of pictures in a run's folder
+# in a run's folder: those of pictures, without any, and the suffixes of its files
+RUN_PICTURES = ("samples", "images", "viz", "metrics")
+RUN_OTHERS = ("checkpoints", "tensorboard")
+RUN_SUFFIXES = (".pt", ".safetensors", ".json", ".jsonl")
+SAMPLE = re.compile(r"step_\d{8}\.png")
 SHEETS = ("grid", "interpolation")  # how the names of pictures of many begin
 TEXTS = (".txt", ".caption")  # captions, if they stand beside an image
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -60,6 +65,10 @@ def listed(counts: Iterable[tuple[str, int]], most: int = 20) -> str:
     return ", ".join([*parts[:most], *more])
 
 
+def images_of(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
 # --- the scan ------------------------------------------------------------------------------------
 
 
@@ -80,15 +89,12 @@ class Scan:
     outside: list[Path] = field(default_factory=list)
 
     def why_left_out(self) -> str:
-        """ "3 images are left out: ..."; empty where there are none."""
+        """ "left out: 3 images: ..."; empty where there are none."""
         if not self.left_out:
             return ""
         parts = [f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items()]
         more = [f"... and {len(parts) - 20} more places"] if len(parts) > 20 else []
-        count = self.left_out.total()
-        return f"{count:,} image{'s are' if count > 1 else ' is'} left out: " + ", ".join(
-            [*parts[:20], *more]
-        )
+        return f"left out: {images_of(self.left_out.total())}: {', '.join([*parts[:20], *more])}"
 
     def report(self) -> "Scan":
         problems = [(str(p), "not read; put a copy or a hard link there") for p in self.outside]
@@ -124,6 +130,8 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
         for path in (where / name for name in entries):
             if not inside(path, root):
                 found.outside.append(path)
+            elif is_run and where == root and path.name in RUN_OTHERS:
+                continue
             elif reason := why_not(path, places):
                 if count := count_images(path):
                     found.left_out[f"{path.relative_to(root)}/", reason] += count
@@ -137,6 +145,8 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
             elif suffix in TEXTS:
                 found.texts.append(path)
             elif suffix not in SUFFIXES:
+                if is_run and where == root and suffix in RUN_SUFFIXES:
+                    continue
                 found.others[suffix or path.name] += 1
             elif not inside(path, root):
                 found.outside.append(path)
@@ -169,6 +179,8 @@ def why_not(folder: Path, places: set = frozenset()) -> str | None:
 
 def is_ours(file: Path, in_run: bool) -> bool:
     """Whether this program wrote a picture; only asked of names and places that it writes to."""
+    if in_run and file.parent.name == "samples" and SAMPLE.fullmatch(file.name):
+        return True
     return (in_run or file.name.startswith(SHEETS)) and owned.is_our_picture(file)
 
 
@@ -216,21 +228,21 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
         raise UserError(f"--split {split}: no folder of {root} is this split; it holds {there}")
     if not points:
         classes = [way[0] if len(way) > 1 else None for way in ways]
-        return Part(root, files, classes, f"{len(files):,} images" + doubtful(ways))
+        return Part(root, files, classes, images_of(len(files)) + doubtful(ways))
     kept, classes, others = [], [], Counter()
     for file, way in zip(files, ways):
         names = points.get(way[:depth], [])
         folder = way[depth] if len(way) > depth + 1 else None  # where the split's name stands
-        if split == "all" or folder in names or (way[:depth] not in points and folder):
+        if split == "all" or folder in names or (way[:depth] not in points and way[depth:]):
             rest = way[:depth] + way[depth + 1 :] if folder in names else way
             kept.append(file)
             classes.append(rest[0] if len(rest) > 1 else None)
         else:
             others["/".join(way[: depth + 1]) + "/" if folder else "images beside them"] += 1
     if split == "all":
-        return Part(root, kept, classes, f"{len(kept):,} images of all splits")
+        return Part(root, kept, classes, f"{images_of(len(kept))} of all splits")
     chosen = ["/".join((*point, name)) for point, names in points.items() for name in names]
-    about = f"{split or 'train'} split {listed_folders(chosen)} ({len(kept):,} images)"
+    about = f"{split or 'train'} split {listed_folders(chosen)} ({images_of(len(kept))})"
     if others:
         about += f"; not used: {listed(sorted(others.items()))}"
     return Part(root / chosen[0] if depth == 0 else root, kept, classes, about)

@@ -188,8 +188,9 @@ def _file_name(row: dict, where: str, column: str | None) -> str | None:
     names = NAME_COLUMNS if column is None else (column,)
     key = next((name for name in names if name in row), None)
     if key is None:
-        raise UserError(f"{where}: no column {' or '.join(names)} for the image's file; there are "
-                        f"{shortened(', '.join(map(str, row)))}")  # fmt: skip
+        option = f"--image_column {column}: " if column else ""
+        raise UserError(f"{option}{where}: no column {' or '.join(names)} for the image's file; "
+                        f"there are {shortened(', '.join(map(str, row)))}")  # fmt: skip
     value = row[key]
     if value is None or (isinstance(value, str) and not value.strip()):
         return None

@@ -229,11 +229,16 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
     if not points:
         classes = [way[0] if len(way) > 1 else None for way in ways]
         return Part(root, files, classes, images_of(len(files)) + doubtful(ways))
+    whole = kind_of(split or "train") == "train"  # folders without splits are trained on
     kept, classes, others = [], [], Counter()
     for file, way in zip(files, ways):
         names = points.get(way[:depth], [])
         folder = way[depth] if len(way) > depth + 1 else None  # where the split's name stands
-        if split == "all" or folder in names or (way[:depth] not in points and way[depth:]):
+        if (
+            split == "all"
+            or folder in names
+            or (whole and way[:depth] not in points and way[depth:])
+        ):
             rest = way[:depth] + way[depth + 1 :] if folder in names else way
             kept.append(file)
             classes.append(rest[0] if len(rest) > 1 else None)

@@ -15,7 +15,7 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
 from diffusion.data.captions import Selection
-from diffusion.data.datasets import folder_set, open_configured
+from diffusion.data.datasets import configured, folder_set, open_data
 from diffusion.data.folders import scan
 from diffusion.study.styles import style_folders
 from diffusion.weights import owned
@@ -228,7 +228,7 @@ def test_splits_through_the_command(tmp_path):
     assert "6 images to train on" in out and "2 classes" in out and "Valid/ (1)" in out
     config = json.loads((tmp_path / "results" / "config.json").read_text())
     config = Config.from_dict(config | {"data": str(tmp_path / "data")})
-    assert np.bincount(open_configured(config).labels).tolist() == [3, 3]
+    assert np.bincount(open_data(*configured(config)).labels).tolist() == [3, 3]
     args = ("--data", "data", "--split", "nope", "--save_folder", "other")
     done = warm.script("train.py", *args, cwd=tmp_path)
     assert done.returncode == 1 and "--split nope" in done.stderr and "Valid/" in done.stderr

@@ -19,7 +19,7 @@ from ..distributed import log
 from ..seeding import generator, permutation
 from .cache import cached
 from .captions import Selection
-from .datasets import HELD_OUT_FROM, ImageSet, held_out, open_configured
+from .datasets import HELD_OUT_FROM, ImageSet, configured, held_out, open_data
 from .images import BadImage
 
 
@@ -190,7 +190,7 @@ def open_batches(config: Config):
                 "which in a stream must be of type ClassLabel"
             )
         return stream
-    images = open_configured(config)
+    images = open_data(*configured(config))
     if config.condition == "class" and not config.adapts:
         without = sum(label < 0 for label in images.labels)
         if images.classes and config.data.startswith("hf:"):  # nobody can move a row elsewhere

@@ -180,11 +180,11 @@ def open_data(
     )
 
 
-def open_configured(config: Config) -> ImageSet:
-    """What a configuration's --data names, without what its run writes."""
+def configured(config: Config) -> tuple:
+    """The arguments of `open_data`, of which a run leaves out what it writes itself."""
     c = config
     written = [Path(f) for f in (c.save_folder, c.cache_dir, c.class_data) if f is not None]
-    return open_data(c.data, c.data_class, c.default_caption, Selection.of(c), written)
+    return c.data, c.data_class, c.default_caption, Selection.of(c), written
 
 
 def only_class(images: ImageSet, data_class: str) -> ImageSet:

@@ -175,7 +175,7 @@ def test_csv_of_spreadsheets(tmp_path, codec, between, capsys):
     [
         ("metadata.csv", "file_name,text\n0.png,a cat, sitting\n", "line 2.*3 fields"),
         ("metadata.csv", 'file_name,text\n0.png,a\n1.png,"a cat\n', "line 3"),
-        ("metadata.csv", "name,text\n0.png,a\n", "line 2.*file_name.*name, text"),
+        ("metadata.jsonl", '{"name": "0.png", "text": "a"}', "line 1.*file_name.*name, text"),
         ("metadata.csv", "file_name,text,text\n0.png,a,b\n", "twice"),
         ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{"file', "line 2"),
         ("metadata.jsonl", "[1, 2]\n", r"line 1: \[1, 2\]"),
@@ -200,14 +200,21 @@ def test_columns_of_tables(tmp_path, capsys):
     assert "column caption (2)" in out and "prompt not used" in out
     chosen = texts(tmp_path, selection=Selection(caption_column="prompt"))
     assert list(chosen.values()) == [("p0",), ("p1",)]
-    for option in ("caption_column", "image_column"):
-        with pytest.raises(UserError, match=rf"--{option} nope.*"):
-            folder_set(tmp_path, selection=Selection(**{option: "nope"}))
+    with pytest.raises(UserError, match="--caption_column nope.*image, prompt, caption, n"):
+        folder_set(tmp_path, selection=Selection(caption_column="nope"))
+    with pytest.raises(UserError, match="column nope.*image, prompt, caption, n"):
+        folder_set(tmp_path, selection=Selection(image_column="nope"))
     with pytest.raises(UserError, match="line 1: the caption is 0"):
         folder_set(tmp_path, selection=Selection(caption_column="n"))
+    table(tmp_path, [{"nope": f"{i}.png", "image": i, "text": f"t{i}"} for i in range(2)])
+    chosen = texts(tmp_path, selection=Selection(image_column="nope"))
+    assert list(chosen.values()) == [("t0",), ("t1",)]
     table(tmp_path, [{"file_name": "0.png", "label": 3}])
     assert folder_set(tmp_path).texts is None
     assert "the columns are file_name, label" in capsys.readouterr().out
+    (tmp_path / "metadata.csv").write_text("id,text\n0,a\n")  # of something else
+    assert folder_set(tmp_path).texts is None
+    assert "metadata.csv has no column file_name" in capsys.readouterr().out
 
 
 def test_texts_beside_images(tmp_path, capsys):
@@ -261,7 +268,7 @@ def test_a_table_above_the_train_split(tmp_path, capsys):
     table(tmp_path, [{"file_name": name, "text": name} for name in rows])
     assert texts(tmp_path) == {f"cat/{i}.png": (f"train/cat/{i}.png",) for i in range(2)}
     out = capsys.readouterr().out
-    assert "1 of 3 rows" in out and "another split" in out
+    assert "3 rows" in out and "1 rows are of another split" in out and "warning" not in out
 
 
 # --- several captions in training ----------------------------------------------------------------

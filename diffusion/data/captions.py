@@ -25,7 +25,7 @@ from ..weights.guards import decode_text, open_text
 from .folders import SUFFIXES, TEXTS, Scan, inside, listed, report, walk
 
 MOST_CAPTION, MOST_LINE = 1 << 16, 1 << 20  # bytes of a text, characters of a table's line
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # the first of these that there is
+CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")  # the first of these that there is
 NAME_COLUMNS = ("file_name", "filename", "image", "image_path", "file_path", "path")
 
 
@@ -146,7 +146,8 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
     root, wanted = Path(os.path.abspath(found.root)), selection.caption_column
     images = {Path(os.path.abspath(file)): file for file in found.images}
     near = {(image.parent, image.stem.lower()): image.name for image in images}
-    used, captions, problems, rows = set(files), {}, [], 0
+    names = (selection.image_column,) if selection.image_column else NAME_COLUMNS
+    used, captions, problems, rows, elsewhere = set(files), {}, [], 0, 0
     seen, columns = Counter(), {}
     for table in found.tables:
         if not inside(table, found.root):
@@ -154,17 +155,24 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
             continue
         for line, row in read_rows(table):
             where = f"{table}, line {line}"
-            rows += 1
             columns |= dict.fromkeys(map(str, row))
-            name = _file_name(row, where, selection.image_column)
+            if table.suffix.lower() != ".jsonl" and not (set(names) & row.keys()):
+                log(f"warning: {table} has no column {' or '.join(names)} for the images' files "
+                    f"and is not used; its columns are {', '.join(map(str, row))}")  # fmt: skip
+                break  # a table of something else
+            rows += 1
+            name = _file_name(row, where, names)
             column = next((c for c in ((wanted,) if wanted else CAPTION_COLUMNS) if c in row), None)
             texts = () if column is None else texts_of(row[column], where)
             if name is None:
                 problems.append((where, "no file name"))
                 continue
             image = _join(table.parent, name, images)
-            if image not in used:
-                problems.append((f"{where}: {name}", _why(image, table.parent, name, root, near)))
+            if image is not None and image not in used:
+                elsewhere += 1
+                continue
+            if image is None:
+                problems.append((f"{where}: {name}", _why(table.parent, name, root, near)))
                 continue
             if column is not None:
                 seen[column] += 1
@@ -174,23 +182,22 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
             raise UserError(f"--{option} {name}: no metadata.* of {found.root} has this column"
                             + (f"; there are {', '.join(columns)}" if columns else ""))  # fmt: skip
     if rows:
-        names = listed((f"column {name}", n) for name, n in seen.items())
+        sources = listed((f"column {name}", n) for name, n in seen.items())
         ignored = [c for c in CAPTION_COLUMNS if c in columns and c not in seen]
         more = f"; {', '.join(ignored)} not used" if ignored and seen else ""
         more += "" if seen else f"; the columns are {', '.join(columns)}"
-        log(f"metadata: {rows:,} rows; captions from {names or 'no column'}{more}")
-    report("rows of metadata match no image in use", problems, rows)
+        more += f"; {elsewhere:,} rows are of another split or class" if elsewhere else ""
+        log(f"metadata: {rows:,} rows; captions from {sources or 'no column'}{more}")
+    report("rows of metadata match no image", problems, rows)
     return {image: tuple(dict.fromkeys(texts)) for image, texts in captions.items()}
 
 
-def _file_name(row: dict, where: str, column: str | None) -> str | None:
+def _file_name(row: dict, where: str, names: tuple[str, ...]) -> str | None:
     """The row's image; None where there is none. Raises UserError without a column for it."""
-    names = NAME_COLUMNS if column is None else (column,)
     key = next((name for name in names if name in row), None)
     if key is None:
-        option = f"--image_column {column}: " if column else ""
-        raise UserError(f"{option}{where}: no column {' or '.join(names)} for the image's file; "
-                        f"there are {shortened(', '.join(map(str, row)))}")  # fmt: skip
+        raise UserError(f"{where}: no column {' or '.join(names)} for the image's file; there are "
+                        f"{shortened(', '.join(map(str, row)))}")  # fmt: skip
     value = row[key]
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -208,10 +215,8 @@ def _join(folder: Path, name: str, images: dict[Path, Path]) -> Path | None:
     return None
 
 
-def _why(image: Path | None, folder: Path, name: str, root: Path, near: dict) -> str:
-    """Why a row has no image in use."""
-    if image is not None:
-        return "the image is of another split or class"
+def _why(folder: Path, name: str, root: Path, near: dict) -> str:
+    """Why a row matches no image."""
     path = Path(os.path.abspath(os.path.join(folder, name.replace("\\", "/"))))
     if not path.is_relative_to(root):
         return "lies outside the data folder"

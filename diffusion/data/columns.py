@@ -18,7 +18,6 @@ from .images import BadImage, read_image
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # where several hold images
 LABEL_COLUMNS = ("label", "labels", "class", "category")
-HUB_CAPTIONS = (*CAPTION_COLUMNS, "captions")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def open_hub(path: str, streaming: bool, selection: Selection | None = None,
         raise UserError(f"--image_column {image}: hf:{path} holds {features[image]} there; "
                         f"columns of images are {', '.join(images) or 'none'}")  # fmt: skip
     text = _column("caption_column", selection.caption_column, path, features)
-    text = text or next((n for n in HUB_CAPTIONS if n in features), None)
+    text = text or next((n for n in CAPTION_COLUMNS if n in features), None)
     labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     label = next((n for n in LABEL_COLUMNS if n in labels), (labels or [None])[0])
     classes, values = (features[label].names, None) if label else ([], None)

@@ -150,7 +150,7 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
                 found.others[suffix or path.name] += 1
             elif not inside(path, root):
                 found.outside.append(path)
-            elif suffix == ".png" and is_ours(path, run_pictures):
+            elif is_ours(path, run_pictures):
                 what = f"{where.relative_to(root)}/" if run_pictures else path.relative_to(root)
                 found.left_out[str(what), OURS] += 1
             else:

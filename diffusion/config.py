@@ -46,6 +46,9 @@ class Config:
 
     data: str = opt("toy", "data", "toy, a folder, a set's name (looked up under data/, then fetched) or hf:owner/name")
     data_class: str = opt("all", "data", "use one class folder only, such as cat")
+    split: str | None = opt(None, "data", "part of the data: a folder such as valid, a hub set's split, or all (default: train where there are splits)")
+    image_column: str | None = opt(None, "data", "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)")
+    caption_column: str | None = opt(None, "data", "column of a hub set's captions, or of those in metadata.* (default: text, caption or prompt)")
     image_size: int = opt(64, "data", "height and width")
     default_caption: str = opt("", "data", "caption of images that have none")
     flip: bool = opt(True, "data", "mirror half of the images, drawn anew at each step")

@@ -55,6 +55,8 @@ RULES_OF = {
 }  # fmt: skip
 
 USES = (
+    ("--data FOLDER or hf:owner/name: the toy has no choice", lambda c: c.data != "toy",
+     "split image_column caption_column"),
     ("--mode pixel", lambda c: c.mode == "pixel", "heads dropout"),
     ("--mode pixel or latent", lambda c: c.mode != "vae",
      "objective loss min_snr_gamma noise_offset schedule time_steps zero_snr condition_dropout "

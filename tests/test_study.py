@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
-from diffusion.data.datasets import scan
+from diffusion.data.folders import scan
 from diffusion.evaluation.distances import frechet_distance, moments
 from diffusion.evaluation.viz import save_png
 from diffusion.study import __main__ as program

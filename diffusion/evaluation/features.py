@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.datasets import report, scan
+from ..data.folders import report, scan
 from ..data.hub import download
 from ..data.images import BadImage, read_image
 from ..distributed import any_rank, gather_object, is_main, log, progress, rank, world_size

@@ -21,7 +21,8 @@ from .. import UserError
 from .. import distributed as dist
 from ..assemble import open_pipeline
 from ..config import Parser, int_list, run_script
-from ..data.datasets import folder_set, scan
+from ..data.captions import read_captions
+from ..data.folders import scan
 from ..pipeline import Pipeline, is_number
 from ..rules import check_options
 from ..weights.checkpoint import write_text
@@ -133,11 +134,11 @@ def captions_of(folder: Path, pipeline: Pipeline):
     """For a model that reads prompts: the real images' captions take turns. Else None."""
     if not pipeline.reads_prompts:
         return None
-    captions = folder_set(folder).captions
-    if captions is None:
+    texts = read_captions(folder, scan(folder))
+    if texts is None:
         raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
                         "each image")  # fmt: skip
-    return pipeline.prompted(captions)
+    return pipeline.prompted([own[0] for own in texts])
 
 
 def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None,

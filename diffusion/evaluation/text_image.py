@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.datasets import folder_set, scan
+from ..data.captions import read_captions
+from ..data.folders import scan
 from ..data.images import BadImage, formats, read_image
 from ..distributed import gather_object, rank, world_size
 from ..models.blank import blank
@@ -131,8 +132,8 @@ def prompts_of(folder: Path) -> dict[Path, str]:
     """The prompt of each image below a folder: name.txt or metadata.jsonl, or what sample.py wrote
     into the PNG. Raises UserError for images without one."""
     files = scan(folder)
-    captions = folder_set(folder).captions or [""] * len(files)
-    found = {file: caption or read_parameters(file) for file, caption in zip(files, captions)}
+    texts = read_captions(folder, files) or [("",)] * len(files)
+    found = {file: own[0] or read_parameters(file) for file, own in zip(files, texts)}
     if missing := [file for file, prompt in found.items() if prompt is None]:
         raise UserError(f"--clip needs each image's prompt, and {missing[0]} has none: neither "
                         "name.txt beside it nor `parameters` in a PNG")  # fmt: skip

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..data.datasets import digest, file_stamp, read_captions, report, scan
+from ..data.captions import read_captions
+from ..data.datasets import digest, file_stamp
+from ..data.folders import report, scan, why_not
 from ..data.images import BadImage, read_image
 from ..weights.checkpoint import write_text
 from ..weights.guards import read_prompt_lines
@@ -50,7 +52,7 @@ def style_folders(root: str) -> list[Path]:
     if not base.is_dir():
         raise UserError(f"--data {root} is no folder; give one with a folder of images per style")
     folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    found = [f for f in folders if scan(f)]
+    found = [f for f in folders if not why_not(f) and scan(f)]
     if not found:
         why = "its images belong into one folder per style" if scan(base) else "it has no images"
         raise UserError(f"--data {root} holds no styles: {why}")
@@ -111,8 +113,8 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     order = sorted(usable, key=lambda i: digest(files[i].relative_to(folder).as_posix()))
     count = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(usable))))
     held_out, train = np.sort(order[:count]), np.sort(order[count:])
-    texts = read_captions(folder, files, "") or [""] * len(files)
-    captions = [with_name(text, name) for text in texts]
+    texts = read_captions(folder, files) or [("",)] * len(files)
+    captions = [with_name(own[0], name) for own in texts]
     prompts = read_prompts(folder / PROMPTS, name)
     # a prompt is a line of the file that sample.py reads
     prompts = prompts or list(dict.fromkeys(" ".join(captions[i].split()) for i in held_out))

@@ -24,8 +24,9 @@ from .. import distributed as dist
 from ..adapters import parts_of
 from ..config import Config
 from ..data.batches import open_batches
-from ..data.datasets import ImageSet, digest, scan
+from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, weights_digest
+from ..data.folders import scan
 from ..evaluation.viz import save_png, to_uint8
 from ..models import lora
 from ..models.textual_inversion import extend, initial_rows, new_rows
@@ -175,7 +176,7 @@ class AdaptedLatents(Adapted, LatentDiffusion):
             use_classes(self.data, load_weights(Path(config.load_path))[2]["classes"])
         if self.captions is not None:  # for what else looks at them
             images = self.data.pixels.images
-            self.data.pixels.images = replace(images, captions=self.captions)
+            self.data.pixels.images = replace(images, texts=[(text,) for text in self.captions])
 
     def prepare(self) -> None:
         """What can be wrong is looked at before images are encoded; the token is added."""
@@ -201,10 +202,10 @@ class AdaptedLatents(Adapted, LatentDiffusion):
             return [(c.instance_prompt,)] * len(images)
         if c.adapter != "textual_inversion":
             return super().described(images)
-        if images.captions is None:
+        if images.texts is None:
             return [tuple(template.format(c.token) for template in TEMPLATES)] * len(images)
         put = lambda text: text if "{}" in text else f"{{}}, {text}".rstrip(", ")  # noqa: E731
-        return [(put(text).replace("{}", c.token),) for text in images.captions]
+        return [tuple(put(text).replace("{}", c.token) for text in own) for own in images.texts]
 
     # --- prior preservation
 
@@ -213,7 +214,9 @@ class AdaptedLatents(Adapted, LatentDiffusion):
         if c.class_prompt is None:
             return
         folder = class_images(self, model)
-        images = open_batches(replace(c, data=str(folder), data_class="all")).pixels
+        own = dict(data=str(folder), data_class="all", split="all", image_column=None,
+                   caption_column=None)  # fmt: skip
+        images = open_batches(replace(c, **own)).pixels
         told = [(c.class_prompt,)] * len(images)
         self.prior = EncodedBatches(images, c.batch_size, seed_of(c.seed, "class"), c.flip,
                                     self._latents(images), *self._text(told))  # fmt: skip

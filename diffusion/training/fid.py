@@ -60,7 +60,9 @@ class Fid:
         """The classes or captions of these samples: as frequent as among the training images."""
         chosen = [self.data.train[self.order[i % len(self.order)]] for i in indices]
         if self.config.condition == "class":
-            return {"labels": torch.tensor([int(self.data.labels[i]) for i in chosen])}
+            null = len(self.data.classes)
+            labels = [int(self.data.labels[i]) for i in chosen]
+            return {"labels": torch.tensor([null if i < 0 else i for i in labels])}
         if self.config.condition == "text":
             captions = self.data.pixels.images.captions
             return {"prompts": [captions[i] for i in chosen], "chunks": 1}  # as in training

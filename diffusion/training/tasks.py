@@ -124,6 +124,7 @@ class Diffusion(Task):
         """What the network is told: None, or labels of which the hidden ones are the null label."""
         if self.config.condition == "none":
             return None
+        hidden = hidden | (batch.labels < 0)  # images without a label
         return move(batch.labels.masked_fill(hidden, len(self.data.classes)), self.device)
 
     # --- every few hundred steps

@@ -15,8 +15,9 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be", "UTF-16"),
 )
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
+UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # in cp1252
 
 
 def check_size(path: Path) -> None:
@@ -157,12 +159,14 @@ class TarMember(tarfile.TarInfo):
 
 def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
     """Raises UserError if it is missing, no regular file, or of absurd size."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
     try:
         with open(path, "rb") as file:
-            raw = file.read(most + 1) if path.is_file() else None
+            raw = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if raw is None or len(raw) > most:
+    if len(raw) > most:
         raise UserError(f"{path} is no text file of at most {most >> 20} MB")
     return raw
 
@@ -252,8 +256,7 @@ def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
     for ends of lines stays. cut: the last character may be incomplete.
     Raises ValueError, which says what is wrong, for what is no text.
     """
-    marked = next((row for row in MARKS if raw.startswith(row[0])), None)
-    mark, codec, name = marked or (b"", *_guess(raw, cut))
+    mark, codec, name = _encoding(raw, [raw], cut)
     decoder = codecs.getincrementaldecoder(codec)()
     try:
         text = decoder.decode(raw[len(mark) :], final=not cut)
@@ -262,26 +265,60 @@ def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
     return text.replace("\r\n", "\n").replace("\r", "\n"), name
 
 
-def _guess(raw: bytes, cut: bool) -> tuple[str, str]:
-    """(codec, its name) of bytes without a mark. Raises ValueError for what is no text."""
-    pairs = len(raw) // 2
-    if 0 in raw and pairs:  # Latin letters, digits and blanks in UTF-16: every second byte is 0
-        first, second = (raw[i : 2 * pairs : 2].count(0) / pairs for i in (0, 1))
-        if min(first, second) < 0.05 and max(first, second) > 0.3:
-            return ("utf-16-le", "UTF-16") if second > first else ("utf-16-be", "UTF-16")
-    if 0 in raw:
+def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
+    """Open a text that may be larger than the memory: (file, the encoding's name).
+
+    It is read once to find the encoding. newline: as `open` takes it. Raises UserError as
+    `read_text_file` does.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
+    try:
+        file = open(path, "rb")
+        head = file.read(4)
+        file.seek(0)
+        mark, codec, name = _encoding(head, iter(lambda: file.read(1 << 20), b""), False)
+        file.seek(len(mark))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} {error}; save it as UTF-8") from None
+    return io.TextIOWrapper(file, encoding=codec, newline=newline), name
+
+
+def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, str, str]:
+    """(mark, codec, its name) of a text, in chunks of even length. Raises ValueError for none."""
+    if marked := next((row for row in MARKS if head.startswith(row[0])), None):
+        return marked
+    decoder, wrong, control, gaps = codecs.getincrementaldecoder("utf-8")(), None, False, False
+    pairs, zeros = 0, [0, 0]
+    for chunk in chunks:
+        pairs += len(chunk) // 2
+        if 0 in chunk:
+            zeros = [n + chunk[i : len(chunk) // 2 * 2 : 2].count(0) for i, n in enumerate(zeros)]
+        if wrong is None:
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                wrong = error.reason
+        control, gaps = control or CONTROL.search(chunk), gaps or UNDEFINED.search(chunk)
+    if wrong is None and not cut:
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            wrong = error.reason
+    # Latin letters, digits and blanks in UTF-16: every second byte is 0
+    if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
+        return b"", "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
+    if any(zeros):
         raise ValueError("is no text: it holds zero bytes")
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(raw, final=not cut)
-        return "utf-8", "UTF-8"
-    except UnicodeDecodeError as error:
-        if CONTROL.search(raw):
-            raise ValueError(f"is no text: {error.reason}") from None
-    try:
-        raw.decode("cp1252")
-        return "cp1252", "cp1252 (Windows, Western Europe)"
-    except UnicodeDecodeError:  # five bytes mean nothing there
-        return "latin-1", "Latin-1"
+    if wrong is None:
+        return b"", "utf-8", "UTF-8"
+    if control:
+        raise ValueError(f"is no text: {wrong}")
+    return b"", *(
+        ("latin-1", "Latin-1") if gaps else ("cp1252", "cp1252 (Windows, Western Europe)")
+    )
 
 
 # --- digests -------------------------------------------------------------------------------------

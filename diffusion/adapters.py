@@ -95,5 +95,7 @@ def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:
         names.setdefault(ids[0], []).append(name)
     for first, known in names.items():
         if first not in used:
-            log(f"warning: no prompt has {' or '.join(map(repr, known))}: this --embedding does "
-                "nothing")  # fmt: skip
+            log(
+                f"warning: no prompt has {' or '.join(map(repr, known))}: this --embedding does "
+                "nothing"
+            )

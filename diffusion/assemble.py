@@ -148,8 +148,13 @@ def open_parts(config: Config, device: torch.device) -> Parts:
     return parts
 
 
-def sd_parts(config: Config, device: torch.device, vae: str | None = None, unet: bool = True,
-             override: bool = False) -> Parts:  # fmt: skip
+def sd_parts(
+    config: Config,
+    device: torch.device,
+    vae: str | None = None,
+    unet: bool = True,
+    override: bool = False,
+) -> Parts:
     """Stable Diffusion's, VAE and text encoder in float32.
 
     vae: another one than its own. unet: whether its U-Net is used. override: whether the
@@ -188,8 +193,10 @@ def check_objective(config: Config, override: bool) -> str:
     path, own = Path(config.sd_path), config.objective
     found = find_prediction(path, config.sd_config)
     if found.type not in OBJECTIVES:
-        raise UserError(f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
-                        f"supported: {', '.join(OBJECTIVES)}")  # fmt: skip
+        raise UserError(
+            f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
+            f"supported: {', '.join(OBJECTIVES)}"
+        )
     stated = OBJECTIVES[found.type]
     if found.source is None:
         hint = "; give --objective v if the pictures are noise" if own == "eps" else ""
@@ -268,14 +275,17 @@ def open_base(
     """`open_pipeline` without adapters."""
     options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
     if load_path is None and sd_path is not None:
-        return load_stable_diffusion(sd_path, device, amp, config, weights or "raw", vae, clip_skip,
-                                     objective, options)  # fmt: skip
+        return load_stable_diffusion(
+            sd_path, device, amp, config, weights or "raw", vae, clip_skip, objective, options
+        )
     weights = weights or "ema"
     path = Path("results/model.pt" if load_path is None else load_path)
     trained = load_weights(path, weights)[1]
     if objective is not None:
-        raise UserError(f"--objective {objective}: {path} predicts what it was trained on, "
-                        f"{trained.objective}: leave that out")  # fmt: skip
+        raise UserError(
+            f"--objective {objective}: {path} predicts what it was trained on, "
+            f"{trained.objective}: leave that out"
+        )
     mode = trained.mode
     if mode == "latent":
         return load_latent(path, weights, device, sd_path=sd_path, sd_config=config, vae=vae,

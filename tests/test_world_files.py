@@ -96,7 +96,9 @@ def their_text(sd):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_embedding_answers_to_its_files_name_and_to_the_name_inside(sd, their_text, tmp_path, capsys, name):  # fmt: skip
+def test_an_embedding_answers_to_its_files_name_and_to_the_name_inside(
+    sd, their_text, tmp_path, capsys, name
+):
     """What the U-Net attends to is what diffusers makes of these vectors, for either name."""
     content, metadata, inside = LAYOUTS[name]
     file = write(tmp_path / name, content, metadata)
@@ -154,8 +156,15 @@ def test_sampling_prints_tokens_and_warns_of_unused_ones(sd, tmp_path):
     warned = [line for line in lines if "warning" in line]
     assert len(warned) == 1 and "'cat'" in warned[0] and "'<tom>'" in warned[0]
     # without guidance the negative prompt is not read
-    done = script("sample.py", *shared, "--negative_prompt", "EasyNegative", "--guidance_scale", 1,
-                  cwd=tmp_path)  # fmt: skip
+    done = script(
+        "sample.py",
+        *shared,
+        "--negative_prompt",
+        "EasyNegative",
+        "--guidance_scale",
+        1,
+        cwd=tmp_path,
+    )
     assert any("warning" in x and "'EasyNegative'" in x for x in done.stdout.splitlines())
 
 
@@ -185,8 +194,12 @@ def both(tensors, tmp_path_factory):
     ema = {
         "model_ema." + k.removeprefix("model.").replace(".", ""): v * 1.1 for k, v in unet.items()
     }
-    torch.save({"state_dict": tensors | ema | {"model_ema.decay": torch.tensor(0.9)}}, folder / "a.ckpt")  # fmt: skip
-    save_file({k: v * 1.1 if k in unet else v for k, v in tensors.items()}, folder / "ema.safetensors")  # fmt: skip
+    torch.save(
+        {"state_dict": tensors | ema | {"model_ema.decay": torch.tensor(0.9)}}, folder / "a.ckpt"
+    )
+    save_file(
+        {k: v * 1.1 if k in unet else v for k, v in tensors.items()}, folder / "ema.safetensors"
+    )
     save_file(tensors, folder / "plain.safetensors")
     return folder
 
@@ -201,8 +214,18 @@ def test_a_file_with_both_is_drawn_with_its_plain_weights(both, sd, tmp_path):
         ("only plain", "plain.safetensors"),
         ("only ema", "ema.safetensors"),
     ):
-        done = script("sample.py", *SAMPLE, "--sd_path", both / file, "--config", sd, *given,
-                      "--save_folder", tmp_path / name, cwd=tmp_path)  # fmt: skip
+        done = script(
+            "sample.py",
+            *SAMPLE,
+            "--sd_path",
+            both / file,
+            "--config",
+            sd,
+            *given,
+            "--save_folder",
+            tmp_path / name,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         pictures[name], printed[name] = picture(tmp_path / name), done.stdout
     assert np.array_equal(pictures["default"], pictures["only plain"])
@@ -213,7 +236,9 @@ def test_a_file_with_both_is_drawn_with_its_plain_weights(both, sd, tmp_path):
     assert "--weights ema" in printed["default"] and "--weights ema" not in printed["only plain"]
     for path in (both / "plain.safetensors", sd):
         config = () if path == sd else ("--config", sd)
-        done = script("sample.py", *SAMPLE, "--sd_path", path, *config, "--weights", "ema", cwd=tmp_path)  # fmt: skip
+        done = script(
+            "sample.py", *SAMPLE, "--sd_path", path, *config, "--weights", "ema", cwd=tmp_path
+        )
         assert done.returncode == 1 and str(path) in done.stderr and "model_ema" in done.stderr
     part = loader.read_tensors(both / "a.ckpt")
     part.pop(next(name for name in part if name.startswith("model_ema.diff")))
@@ -223,9 +248,26 @@ def test_a_file_with_both_is_drawn_with_its_plain_weights(both, sd, tmp_path):
 
 
 def train_on(sd, data, *given, cwd):
-    options = ("--data", data, "--image_size", 16, "--device", "cpu", "--amp", "no", "--batch_size",
-               2, "--train_steps", 1, "--num_samples", 0, "--learning_rate", 1e-12, "--cache_dir",
-               cwd / "cache")  # fmt: skip
+    options = (
+        "--data",
+        data,
+        "--image_size",
+        16,
+        "--device",
+        "cpu",
+        "--amp",
+        "no",
+        "--batch_size",
+        2,
+        "--train_steps",
+        1,
+        "--num_samples",
+        0,
+        "--learning_rate",
+        1e-12,
+        "--cache_dir",
+        cwd / "cache",
+    )
     return script("train.py", "--sd_path", sd, *options, *given, cwd=cwd)
 
 
@@ -242,13 +284,32 @@ def test_training_begins_with_the_plain_weights(both, sd, captioned, tmp_path):
     """--sd_weights ema chooses the others, is remembered, and refused where there are none."""
     before = loader.load_sd(both / "a.ckpt", sd).unet.state_dict()["conv_in.weight"]
     for name, scale, *given in (("raw", 1.0), ("ema", 1.1, "--sd_weights", "ema")):
-        done = train_on(both / "a.ckpt", captioned, "--sd_config", sd, "--save_folder", name, *given, cwd=tmp_path)  # fmt: skip
+        done = train_on(
+            both / "a.ckpt",
+            captioned,
+            "--sd_config",
+            sd,
+            "--save_folder",
+            name,
+            *given,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / name / "config.json").read_text())["sd_weights"] == name
         found = checkpoint.load_weights(tmp_path / name / "model.pt", "raw")[0]["conv_in.weight"]
         assert_close(found, before * scale, rtol=1e-5, atol=1e-6)
-    done = train_on(both / "plain.safetensors", captioned, "--sd_config", sd, "--sd_weights", "ema", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 1 and "plain.safetensors" in done.stderr and "model_ema" in done.stderr  # fmt: skip
+    done = train_on(
+        both / "plain.safetensors",
+        captioned,
+        "--sd_config",
+        sd,
+        "--sd_weights",
+        "ema",
+        cwd=tmp_path,
+    )
+    assert (
+        done.returncode == 1 and "plain.safetensors" in done.stderr and "model_ema" in done.stderr
+    )
     done = train_on(sd, captioned, "--sd_weights", "ema", cwd=tmp_path)
     assert done.returncode == 1 and "--sd_weights" in done.stderr
 
@@ -264,7 +325,9 @@ def test_adapters_of_the_averaged_weights(both, sd, captioned, tmp_path):
         torch.save(state, file)
     done = train_on(both / "a.ckpt", captioned, *given, "--train_steps", 2, cwd=tmp_path)
     assert done.returncode == 1 and "--sd_weights ema" in done.stderr
-    done = train_on(both / "a.ckpt", captioned, *given, "--train_steps", 2, "--sd_weights", "ema", cwd=tmp_path)  # fmt: skip
+    done = train_on(
+        both / "a.ckpt", captioned, *given, "--train_steps", 2, "--sd_weights", "ema", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -306,7 +369,9 @@ def marked_file(folder, tensors, kind):
 
 
 @pytest.mark.parametrize("kind", MARKED)
-def test_v_prediction_is_found_in_and_beside_single_files(sd, tensors, v_latents, tmp_path, kind, capsys):  # fmt: skip
+def test_v_prediction_is_found_in_and_beside_single_files(
+    sd, tensors, v_latents, tmp_path, kind, capsys
+):
     """As diffusers draws the same weights with a scheduler of v-prediction."""
     file = marked_file(tmp_path, tensors, kind)
     assert_close(draw_ours(file, config=str(sd)), v_latents, rtol=1e-4, atol=1e-4)
@@ -316,7 +381,9 @@ def test_v_prediction_is_found_in_and_beside_single_files(sd, tensors, v_latents
     assert "overrides v" in capsys.readouterr().out
 
 
-def test_what_is_assumed_is_said_and_objective_overrides_it(sd, tensors, v_folder, v_latents, tmp_path, capsys):  # fmt: skip
+def test_what_is_assumed_is_said_and_objective_overrides_it(
+    sd, tensors, v_folder, v_latents, tmp_path, capsys
+):
     save_file(tensors, tmp_path / "a.safetensors")
     plain = draw_ours(tmp_path / "a.safetensors", config=str(sd))
     assert_close(plain, draw_ours(sd), rtol=1e-4, atol=1e-4)
@@ -325,11 +392,15 @@ def test_what_is_assumed_is_said_and_objective_overrides_it(sd, tensors, v_folde
         found = draw_ours(path, objective="v", **given)
         assert_close(found, v_latents, rtol=1e-4, atol=1e-4)
     # the folder of --config says v; a statement of the file itself comes first
-    assert_close(draw_ours(tmp_path / "a.safetensors", config=str(v_folder)), v_latents, rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert_close(
+        draw_ours(tmp_path / "a.safetensors", config=str(v_folder)), v_latents, rtol=1e-4, atol=1e-4
+    )
     save_file(
         tensors, tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": "epsilon"}
     )
-    assert_close(draw_ours(tmp_path / "a.safetensors", config=str(v_folder)), plain, rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert_close(
+        draw_ours(tmp_path / "a.safetensors", config=str(v_folder)), plain, rtol=1e-4, atol=1e-4
+    )
     for extra, metadata, named in (
         ({}, {"modelspec.prediction_type": "flow"}, "'flow'.*modelspec.prediction_type"),
         ({"edm_vpred.sigma_max": torch.ones(1)}, {}, "edm_vpred.sigma_max"),
@@ -341,23 +412,37 @@ def test_what_is_assumed_is_said_and_objective_overrides_it(sd, tensors, v_folde
 
 def test_a_file_of_zero_terminal_snr(sd, tensors, tmp_path):
     """ztsnr beside v_pred: diffusers' rescaled betas, trailing timesteps."""
-    save_file(tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, tmp_path / "a.safetensors")  # fmt: skip
+    save_file(
+        tensors | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])},
+        tmp_path / "a.safetensors",
+    )
     pipeline = theirs(sd)
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-        pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True,
+        pipeline.scheduler.config,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-    )  # fmt: skip
+    )
     # 4 divides 1000: diffusers' step is 1000 // steps, its trailing timesteps are rounded
-    expected = pipeline(["a red fox"], latents=EPS, num_inference_steps=4, output_type="latent", guidance_scale=3.0)  # fmt: skip
+    expected = pipeline(
+        ["a red fox"], latents=EPS, num_inference_steps=4, output_type="latent", guidance_scale=3.0
+    )
     ours = open_pipeline(None, str(tmp_path / "a.safetensors"), None, CPU, amp="no", config=str(sd))
     found = our_latents(ours, "ddim", EPS, 4, prompts=["a red fox"], guidance_scale=3.0)
     assert_close(found, expected.images, rtol=1e-4, atol=1e-4)
     # a value for eps, which says nothing of x0 there, leaves the schedule as it was
-    assert_close(draw_ours(tmp_path / "a.safetensors", config=str(sd), objective="eps"), draw_ours(sd), rtol=1e-4, atol=1e-4)  # fmt: skip
+    assert_close(
+        draw_ours(tmp_path / "a.safetensors", config=str(sd), objective="eps"),
+        draw_ours(sd),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_objective_is_of_foreign_models_in_sampling(model, tmp_path):
-    done = script("sample.py", "--load_path", model, "--objective", "v", "--num_images", 1, cwd=tmp_path)  # fmt: skip
+    done = script(
+        "sample.py", "--load_path", model, "--objective", "v", "--num_images", 1, cwd=tmp_path
+    )
     assert done.returncode == 1 and "--objective" in done.stderr and str(model) in done.stderr
     done = script("sample.py", "--load_path", model, "--objective", "y", cwd=tmp_path)
     assert done.returncode == 2 and "--objective" in done.stderr
@@ -367,7 +452,9 @@ def test_training_and_export_know_what_a_file_predicts(sd, tensors, captioned, t
     """A v file is trained as v, and exported as one that diffusers and we draw alike."""
     marked_file(tmp_path, tensors, "v_pred")
     given = ("--sd_config", sd, "--save_folder", tmp_path / "run")
-    done = train_on(tmp_path / "a.safetensors", captioned, *given, "--objective", "eps", cwd=tmp_path)  # fmt: skip
+    done = train_on(
+        tmp_path / "a.safetensors", captioned, *given, "--objective", "eps", cwd=tmp_path
+    )
     assert done.returncode == 1 and "v_pred" in done.stderr and "--objective v" in done.stderr
     done = train_on(tmp_path / "a.safetensors", captioned, *given, cwd=tmp_path)
     assert done.returncode == 0 and "prediction type: v" in done.stdout, done.stderr
@@ -375,16 +462,34 @@ def test_training_and_export_know_what_a_file_predicts(sd, tensors, captioned, t
     (tmp_path / "plain").mkdir()
     save_file(tensors, tmp_path / "plain" / "a.safetensors")  # states nothing: --objective decides
     moved = tmp_path / "plain" / "a.safetensors"
-    done = train_on(moved, captioned, "--sd_config", sd, "--save_folder", "other", "--objective", "v", "--adapter", "lora", cwd=tmp_path)  # fmt: skip
+    done = train_on(
+        moved,
+        captioned,
+        "--sd_config",
+        sd,
+        "--save_folder",
+        "other",
+        "--objective",
+        "v",
+        "--adapter",
+        "lora",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and "--objective v --lora" in done.stdout, done.stderr
     for target in ("folder", "file.safetensors"):
         export(tmp_path / "run" / "model.pt", tmp_path / target, moved)
     expected = draw_theirs(theirs(tmp_path / "folder"))
-    for path, options in ((tmp_path / "folder", {}), (tmp_path / "file.safetensors", {"config": str(sd)})):  # fmt: skip
+    for path, options in (
+        (tmp_path / "folder", {}),
+        (tmp_path / "file.safetensors", {"config": str(sd)}),
+    ):
         assert_close(draw_ours(path, **options), expected, rtol=1e-4, atol=1e-4)
     again = diffusers.StableDiffusionPipeline.from_single_file(
-        str(tmp_path / "file.safetensors"), config=str(sd), local_files_only=True, safety_checker=None
-    )  # fmt: skip
+        str(tmp_path / "file.safetensors"),
+        config=str(sd),
+        local_files_only=True,
+        safety_checker=None,
+    )
     assert again.unet.conv_in.weight.shape == (32, 4, 3, 3)
 
 
@@ -436,10 +541,14 @@ def test_initialisations_that_change_the_base(sd, tmp_path, init):
     wrapped.save_pretrained(tmp_path / "raw")
     with pytest.raises(UserError, match=f"init_lora_weights is '{init}'.*path_initial_model"):
         draw_ours(sd, loras=[(tmp_path / "raw", 1.0)])
-    wrapped.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))  # fmt: skip
+    wrapped.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     found = draw_ours(sd, loras=[(tmp_path / "converted", 1.0)])
     assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    metadata = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 8, "init_lora_weights": init})}  # fmt: skip
+    metadata = {
+        "lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 8, "init_lora_weights": init})
+    }
     branches = load_file(tmp_path / "raw" / "adapter_model.safetensors")
     save_file(branches, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(UserError, match=f"x.safetensors: init_lora_weights is '{init}'"):
@@ -556,10 +665,14 @@ def test_half_a_file_is_not_applied(networks, written, tmp_path, extra, named):
 
 def test_what_is_harmless_is_left_out(sd, written, tmp_path):
     """A buffer that no network reads; an alpha of a layer without a branch."""
-    harmless = {"text_encoder.text_model.embeddings.position_ids": torch.arange(77)[None],
-                "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(2.0)}  # fmt: skip
+    harmless = {
+        "text_encoder.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(2.0),
+    }
     save_file(written[0] | harmless, tmp_path / "a.safetensors")
-    assert_close(draw_ours(sd, loras=[(tmp_path / "a.safetensors", 1.0)]), written[1], rtol=0, atol=0)  # fmt: skip
+    assert_close(
+        draw_ours(sd, loras=[(tmp_path / "a.safetensors", 1.0)]), written[1], rtol=0, atol=0
+    )
 
 
 def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp_path):
@@ -581,10 +694,20 @@ def test_the_study_hands_on_what_a_file_holds(both, sd, captioned, tmp_path):
     from diffusion.study import folder, runner
     from diffusion.study.__main__ import parse
 
-    shared = ["--data", str(captioned.parent), "--sd_path", str(both / "a.ckpt"), "--sd_config", str(sd)]  # fmt: skip
+    shared = [
+        "--data",
+        str(captioned.parent),
+        "--sd_path",
+        str(both / "a.ckpt"),
+        "--sd_config",
+        str(sd),
+    ]
     plain = parse(shared)[0]
     other = parse([*shared, "--sd_weights", "ema", "--objective", "v"])[0]
-    assert runner.base_arguments(plain, "config") == [f"--sd_path={both / 'a.ckpt'}", f"--config={sd}"]  # fmt: skip
+    assert runner.base_arguments(plain, "config") == [
+        f"--sd_path={both / 'a.ckpt'}",
+        f"--config={sd}",
+    ]
     assert runner.base_arguments(other, "config")[2:] == ["--weights=ema", "--objective=v"]
     assert runner.base_arguments(other, "sd_config")[2:] == ["--sd_weights=ema", "--objective=v"]
     known = folder.describe(plain)["settings"]

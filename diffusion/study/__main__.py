@@ -107,8 +107,9 @@ def open_base(s: Settings, device):
     if s.sd_weights == "ema":
         check_averaged(s.sd_path, "--sd_weights")
     weights = s.sd_weights if foreign else None
-    pipeline = open_pipeline(s.load_path, s.sd_path, weights, device, config=s.sd_config,
-                             objective=s.objective, **size)  # fmt: skip
+    pipeline = open_pipeline(
+        s.load_path, s.sd_path, weights, device, config=s.sd_config, objective=s.objective, **size
+    )
     if not pipeline.reads_prompts:
         raise UserError(f"the base {s.load_path} reads no text: a style study needs a model of "
                         "--mode latent --condition text")  # fmt: skip

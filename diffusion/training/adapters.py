@@ -116,10 +116,12 @@ class Adapted(Task):
         if self.config.adapter == "none":
             return super().restore(model, kept, checkpoint)
         if checkpoint["base"] != self.base:
-            raise UserError(f"the model that the run in {self.config.save_folder} began with has "
-                            "changed since; bring it back (--sd_weights ema, if it is a file with "
-                            "model_ema.* and the run is of an earlier version, which took these), "
-                            "or start from scratch with --overwrite")  # fmt: skip
+            raise UserError(
+                f"the model that the run in {self.config.save_folder} began with has "
+                "changed since; bring it back (--sd_weights ema, if it is a file with "
+                "model_ema.* and the run is of an earlier version, which took these), "
+                "or start from scratch with --overwrite"
+            )
         assert kept.keys() == set(self.trained)
         model.load_state_dict(kept, strict=False)
 

@@ -145,8 +145,10 @@ def check_settings(path: Path, settings: Mapping) -> None:
         )
     nothing = (None, False, {}, [], "")
     if odd := [k for k, v in settings.items() if k not in SETTLED and v not in nothing]:
-        raise UserError(f"{path}: its settings have {odd[0]} {settings[odd[0]]!r:.60}, which is no "
-                        "plain LoRA's; supported: plain LoRA")  # fmt: skip
+        raise UserError(
+            f"{path}: its settings have {odd[0]} {settings[odd[0]]!r:.60}, which is no "
+            "plain LoRA's; supported: plain LoRA"
+        )
 
 
 def _what(tensors: Mapping[str, Tensor]) -> str:
@@ -196,8 +198,10 @@ def _sort(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
             kind = DOWN_OR_UP[found["a"] or found["b"]]
             pair = pairs.setdefault(found["layer"], {})
             if kind in pair:
-                raise UserError(f"{path} holds the {kind} of {found['layer']} twice, also as "
-                                f"{name}: give a file of one LoRA")  # fmt: skip
+                raise UserError(
+                    f"{path} holds the {kind} of {found['layer']} twice, also as "
+                    f"{name}: give a file of one LoRA"
+                )
             pair[kind] = value
         elif plain.endswith(".alpha") and value.numel() == 1:
             alphas[plain.removesuffix(".alpha").removesuffix(".lora")] = float(value)
@@ -269,16 +273,20 @@ def _refused(path: Path, parts: Parts, pairs: Mapping, left: list[str]) -> str:
     names = f"{', '.join(f'{name:.100}' for name in left[:3])}{more}"
     strange = [name for name in left if name in pairs]
     if not strange:
-        return (f"{path} holds more than a plain LoRA: {count} tensors, such as {names}; "
-                "supported: pairs of down and up")  # fmt: skip
+        return (
+            f"{path} holds more than a plain LoRA: {count} tensors, such as {names}; "
+            "supported: pairs of down and up"
+        )
     every = len(pairs) + count - len(strange)
     reason = ""
     if any(mark in name for name in left for mark in SECOND_TEXT):
         reason = " (Stable Diffusion XL's)"
     elif "text_encoder" not in parts and any("text" in n or "_te" in n for n in left):
         reason = " (it has no text encoder of Stable Diffusion)"
-    return (f"{path} is for another architecture: {count} of its {every} layers are not in this "
-            f"model{reason}, such as {names}; half a LoRA is not applied")  # fmt: skip
+    return (
+        f"{path} is for another architecture: {count} of its {every} layers are not in this "
+        f"model{reason}, such as {names}; half a LoRA is not applied"
+    )
 
 
 # --- writing -------------------------------------------------------------------------------------

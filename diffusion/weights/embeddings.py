@@ -54,16 +54,22 @@ def read_embeddings(
         good, rivals = {}, []
         for kind, name in names.items():
             ranks = ("file",) if kind == "file" else ("file", "inside")
-            taken = [other for other, theirs, _ in others for rank in ranks
-                     if plain(theirs.get(rank, "")) == plain(name)]  # fmt: skip
+            taken = [
+                other
+                for other, theirs, _ in others
+                for rank in ranks
+                if plain(theirs.get(rank, "")) == plain(name)
+            ]
             if taken:
                 rivals.append((name, taken[0]))
             else:
                 good.setdefault(plain(name), name)
         if not good:
             known = ", ".join(dict.fromkeys(repr(name) for name, _ in rivals))
-            raise UserError(f"{rivals[0][1]} and {path}: {known} exists already: give a file once, "
-                            "and rename one of two files of the same name")  # fmt: skip
+            raise UserError(
+                f"{rivals[0][1]} and {path}: {known} exists already: give a file once, "
+                "and rename one of two files of the same name"
+            )
         for name, other in rivals:
             if plain(name) not in good:
                 warn(
@@ -86,8 +92,9 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
     else:
         raise UserError(f"{path} does not exist")
     found = _tokens(held, name or path.stem)
-    usable = all(isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2
-                 for v in found.values())  # fmt: skip
+    usable = all(
+        isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2 for v in found.values()
+    )
     if not found or not usable:
         kind = rules.family(map(str, found)) if "emb_params" not in found else None
         keys = ", ".join(f"{key!s:.40}" for key in list(found)[:3])
@@ -98,8 +105,10 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
         raise UserError(f"{path} is no textual inversion: a token is {odd[0]!r:.60}")
     for token, vectors in found.items():
         if token in ("clip_l", "clip_g", "t5xxl"):
-            raise UserError(f"{path} is for a model of several text encoders, such as Stable "
-                            f"Diffusion XL: it has {token!r}; expected one token")  # fmt: skip
+            raise UserError(
+                f"{path} is for a model of several text encoders, such as Stable "
+                f"Diffusion XL: it has {token!r}; expected one token"
+            )
         if vectors.shape[-1] != width:
             raise UserError(f"{path} is for another text encoder: {token!r:.60} is "
                             f"{vectors.shape[-1]} wide, this one's is {width}")  # fmt: skip

@@ -151,8 +151,11 @@ def read_scheduler(
     rescaled = scheduler.get("rescale_betas_zero_snr", False)
     if found.zero_snr and not rescaled and scheduler["prediction_type"] != "epsilon":
         # the schedulers of 2022 know no such schedule, and leading timesteps leave its end out
-        scheduler |= {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True,
-                      "timestep_spacing": "trailing"}  # fmt: skip
+        scheduler |= {
+            "_class_name": "DDIMScheduler",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        }
     return scheduler
 
 
@@ -218,11 +221,15 @@ def check_averaged(path: str | Path, option: str) -> None:
     averaged weights beside the plain ones."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
-                        "out, or give a .ckpt or .safetensors file with model_ema.*")  # fmt: skip
+        raise UserError(
+            f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
+            "out, or give a .ckpt or .safetensors file with model_ema.*"
+        )
     if path.is_file() and not _averaged(inspect(path)[0]):
-        raise UserError(f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
-                        f"of them; leave {option} out")  # fmt: skip
+        raise UserError(
+            f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
+            f"of them; leave {option} out"
+        )
 
 
 def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
@@ -263,8 +270,10 @@ def _load_file(
         raise UserError(f"{path} is {other}, not a Stable Diffusion 1.x model")
     if not any(name.startswith(rules.PREFIXES["unet"]) for name in tensors):
         if any(name.startswith("model_ema.") for name in tensors):
-            raise UserError(f"{path} holds averaged weights (model_ema.*) without the plain ones "
-                            f"({rules.PREFIXES['unet'][0]}*), which is not supported")  # fmt: skip
+            raise UserError(
+                f"{path} holds averaged weights (model_ema.*) without the plain ones "
+                f"({rules.PREFIXES['unet'][0]}*), which is not supported"
+            )
         known = ", ".join(sorted(tensors)[:3])
         raise UserError(f"{path} is no Stable Diffusion checkpoint: no tensor of it begins with "
                         f"{rules.PREFIXES['unet'][0]}; it has {known} ...")  # fmt: skip
@@ -273,9 +282,12 @@ def _load_file(
         tensors |= {name: tensors[other] for name, other in averaged.items()}
     note = ""
     if averaged:
-        note = (", averaged weights (model_ema.*)" if weights == "ema" else
-                "; model_ema.* is in the file and not used: sample.py --weights ema, "
-                "train.py --sd_weights ema")  # fmt: skip
+        note = (
+            ", averaged weights (model_ema.*)"
+            if weights == "ema"
+            else "; model_ema.* is in the file and not used: sample.py --weights ema, "
+            "train.py --sd_weights ema"
+        )
     parts, report = {}, []
     for part, (make_config, _) in PARTS.items():
         if part == "vae" and vae is not None:

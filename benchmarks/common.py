@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,9 +74,12 @@ def in_turn(
 
 
 def flops_of(call) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """Count the forward FLOPs of a call: the same number on every machine."""
+    from diffusion.training.summary import count_flops  # who imports this has set the path
+
+    with count_flops() as counter, torch.no_grad():
         call()
-    return counter.get_total_flops()
+    return counter.flops
 
 
 def peak_flops(device, dtype=torch.bfloat16) -> float:

@@ -30,6 +30,12 @@ def environment(ranks: int = 0) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch) -> None:
+    """Run each test in an empty folder, so that none finds what a user keeps in the checkout."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """A folder of 120 small PNG files in three class folders, with captions."""

@@ -1,5 +1,6 @@
 """LoRA, textual inversion and DreamBooth through the trainer, on tiny models."""
 
+import shutil
 import time
 
 import numpy as np
@@ -199,6 +200,23 @@ def test_dreambooth_preserves_the_class(scratch, options, tmp_path):
     same(after.model.text.state_dict(), base.model.text.state_dict())
 
 
+def test_class_images_of_another_prompt_are_refused(scratch, options, tmp_path, capsys):
+    """Images that were sampled for one class are not learnt as another's; one's own are used."""
+    folder = tmp_path / "class"
+    options |= on_scratch(scratch) | DREAMBOOTH | dict(class_data=str(folder), train_steps=1)
+    shutil.copytree(options["data"], folder)
+    own = len([p for p in folder.rglob("*.png")])
+    train(Config(**options | dict(class_images=own + 2)))
+    assert f"{own} images from elsewhere" in capsys.readouterr().out
+    before = {p: p.read_bytes() for p in folder.rglob("*.png")}
+    assert len(before) == own + 2
+    other = dict(class_prompt="a drawing of a cat", save_folder=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="a photo of a face.*a drawing of a cat.*--class_data"):
+        train(Config(**options | other))
+    assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
+    train(Config(**options | dict(class_images=own, save_folder=str(tmp_path / "again"))))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "inversion"])
 def test_dreambooth_on_stable_diffusion(sd_folder, options, tmp_path, kind):  # noqa: F811
     options |= on_sd(sd_folder) | DREAMBOOTH | {"full": {}, "lora": dict(adapter="lora", train_text_encoder=True),
@@ -385,6 +403,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (dict(token="<a>", rank=8), "--rank, --token: nothing without --adapter"),
         (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
         (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
+        (base | DREAMBOOTH | dict(class_data=f"{style}/../style"), "is --data itself"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=told) as caught:
             train(Config(**options | change))

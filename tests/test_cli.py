@@ -133,6 +133,20 @@ def test_dry_run_counts_right():
     assert kept > 7 * 2 * n * 8 * 4
 
 
+def test_dry_run_counts_the_same_with_every_kernel_of_attention():
+    """What torch chooses depends on the processor: FLOPs and bytes for backward must not."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from diffusion.training.summary import forward_cost
+
+    made = Config(unet_dim=8, dim_mults=(1,), heads=2, image_size=8)
+    costs = set()
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            costs.add(forward_cost(made, 0))
+    assert len(costs) == 1
+
+
 def test_the_readme_tells_the_truth():
     """Options and presets named in the README exist; the files of its table do too."""
     import re

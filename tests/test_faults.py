@@ -250,7 +250,10 @@ def test_overwrite_is_done_once(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 def test_what_a_killed_writer_has_left_is_removed(tiny, tmp_path):  # noqa: F811
     train(Config(**tiny | dict(train_steps=4, num_samples=0)))
-    left = [tmp_path / "run" / ".model.pt.tmp", tmp_path / "run" / "checkpoints" / ".step_9.pt.tmp"]
+    left = [
+        tmp_path / "run" / ".model.pt.tmp",
+        tmp_path / "run" / "checkpoints" / ".step_00000009.pt.tmp",
+    ]
     for file in left:
         file.write_bytes(b"half")
     train(Config(**tiny | dict(train_steps=6, num_samples=0)))

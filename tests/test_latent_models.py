@@ -203,10 +203,9 @@ def test_vaes_as_files(sd_folder, tmp_path):  # noqa: F811
     draw = lambda path, **given: open_pipeline(None, str(path), "ema", CPU, amp="no", **given).sample(  # noqa: E731
         [0], steps=2, prompts=["x"], amp="no")  # fmt: skip
     expected = draw(sd_folder)
-    assert torch.equal(
-        draw(tmp_path / "rest.safetensors", config=sd_folder, vae=str(tmp_path / files[0])),
-        expected,
-    )
+    found = draw(tmp_path / "rest.safetensors", config=sd_folder, vae=str(tmp_path / files[0]))
+    # weights lie elsewhere in memory, and on some processors sums are then in another order
+    assert_close(found, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="holds no vae; give --vae"):
         draw(tmp_path / "rest.safetensors", config=sd_folder)
 

@@ -403,12 +403,12 @@ def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
             "--samplers", "ddim:3", "--amp", "no", "--device", "cpu"]  # fmt: skip
     values, program = [], "diffusion.evaluation.metrics"
     for ranks in (0, 2):
-        done = warm.script(program, *args, "--save_folder", tmp_path, cwd=ROOT, ranks=ranks)
+        done = warm.script(program, *args, "--save_folder", tmp_path, cwd=tmp_path, ranks=ranks)
         assert done.returncode == 0, done.stderr
         values.append(json.loads(done.stdout.splitlines()[-1])["rows"][0]["pooled"])
     assert_close(values[0], values[1], rtol=1e-6, atol=0)
     # what the other rank has seen counts too
-    done = warm.script(program, real, mixed, "--fid_features", pooled, cwd=ROOT, ranks=2)
+    done = warm.script(program, real, mixed, "--fid_features", pooled, cwd=tmp_path, ranks=2)
     assert done.returncode != 0 and "images of 2 sizes" in done.stderr and "001.png" in done.stdout
 
 

@@ -232,8 +232,12 @@ def test_a_failing_child_is_told_with_its_last_words(tmp_path):
     with pytest.raises(
         UserError, match=r"(?s)train\.py ended with status 1.*neither a folder.*in: "
     ):
+        save_folder = f"--save_folder={tmp_path / 'run'}"
         run_child(
-            "train.py", ["--data=nowhere", "--device=cpu"], tmp_path / "logs.txt", lambda: None
+            "train.py",
+            ["--data=nowhere", "--device=cpu", save_folder],
+            tmp_path / "logs.txt",
+            lambda: None,
         )
     assert "nowhere" in (tmp_path / "logs.txt").read_text()
 

@@ -18,7 +18,9 @@ OBJECTIVES = ("eps", "x0", "v")
 
 def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """table[t] in like's dtype and on its device, shaped to broadcast over (B, C, H, W)."""
-    return table.to(t.device)[t].to(like).view(-1, *[1] * (like.dim() - 1))
+    # cast and moved in one call: MPS has no float64
+    values = table.to(device=t.device, dtype=like.dtype)[t]
+    return values.to(like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ..evaluation.viz import save_png, to_uint8
 from ..models import lora
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..seeding import seed_of
-from ..weights import adapters, embeddings
+from ..weights import adapters, embeddings, owned
 from ..weights.checkpoint import load_weights
 from .latents import ENCODE_BATCH, LatentDiffusion
 from .tasks import Diffusion, Task, start_from
@@ -41,6 +41,8 @@ TEMPLATES = (
     "a good photo of {}", "a cropped photo of {}", "a close-up photo of {}", "a bright photo of {}",
     "a dark photo of {}",
 )  # fmt: skip
+
+CLASS_PROMPT = "class_prompt"  # the text of a PNG that says what a class image was sampled for
 
 
 # --- the tasks -----------------------------------------------------------------------------------
@@ -245,7 +247,17 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--class_data {folder} cannot be written: {error}") from None
-    missing = max(0, c.class_images - len(scan(folder)))
+    present = scan(folder)
+    made_for = [owned.picture_text(file, CLASS_PROMPT) for file in present]
+    if others := {prompt for prompt in made_for if prompt not in (None, c.class_prompt)}:
+        raise UserError(
+            f"--class_data {folder} holds images that were sampled for the class prompt "
+            f"{min(others)!r}; this run's is {c.class_prompt!r}: give another --class_data"
+        )
+    if unknown := made_for.count(None):
+        dist.log(f"{folder}: {unknown} images from elsewhere are used for the class prompt "
+                 f"{c.class_prompt!r}")  # fmt: skip
+    missing = max(0, c.class_images - len(present))
     # nothing that is there is written over
     free = [i for i in range(2 * c.class_images) if not image_of(folder, i).exists()][:missing]
     dist.barrier()  # all ranks have counted
@@ -259,7 +271,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
             steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
         )  # fmt: skip
         for i, image in zip(indices, to_uint8(images)):
-            save_png(image, image_of(folder, i))
+            save_png(image, image_of(folder, i), {CLASS_PROMPT: c.class_prompt})
     dist.barrier()
     return folder
 

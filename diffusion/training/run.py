@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-import shutil
+import re
 import time
 from pathlib import Path
 
@@ -18,11 +18,18 @@ from .. import UserError
 from ..config import Config
 from ..distributed import barrier, is_main, log
 from ..seeding import seed_of
-from ..weights import checkpoint
+from ..weights import checkpoint, owned
 
+FOLDERS = ("checkpoints", "samples", "tensorboard")
 FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safetensors",
-         "best.safetensors", "tensorboard", "checkpoints", "samples", "adapter.safetensors",
-         "adapter_kohya.safetensors")  # fmt: skip
+         "best.safetensors", "adapter.safetensors", "adapter_kohya.safetensors")  # fmt: skip
+# what a run writes, relative to its folder; also half-written, by a process that was killed
+WRITTEN = re.compile(
+    r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt\.tmp)"
+    r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png\.tmp)"
+    r"|tensorboard/events\.out\.tfevents\..+"
+    rf"|(\.?)({'|'.join(map(re.escape, FILES))})(\.tmp)?"
+)
 
 
 def claim(folder: Path):
@@ -31,7 +38,7 @@ def claim(folder: Path):
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "a")  # what another program wrote there stays
     except OSError as error:
         raise UserError(f"--save_folder {folder} cannot be written: {error}") from None
     try:
@@ -48,13 +55,66 @@ def claim(folder: Path):
     return lock
 
 
+def written(folder: Path) -> list[Path]:
+    """List what lies where a run writes its files; config.json, the proof of a run, last."""
+    levels = [folder, *(folder / name for name in FOLDERS)]
+    found = [path for level in levels if level.is_dir() for path in level.iterdir()]
+    ours = [p for p in found if WRITTEN.fullmatch(p.relative_to(folder).as_posix())]
+    return sorted(ours, key=lambda path: (path.name == "config.json", path))
+
+
+def check_folder(folder: Path, is_run: bool) -> None:
+    """Raise UserError if the run would replace or delete what no run of this program wrote.
+
+    is_run: whether there is proof that the folder is a run's.
+    """
+    for name in FOLDERS:
+        path = folder / name
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; a run keeps its {name} in a folder of this name: "
+                            "move it, or choose another --save_folder")  # fmt: skip
+    found = written(folder)
+    if blocked := [path for path in found if path.is_dir()]:
+        raise UserError(f"{blocked[0]} is a folder; a run writes a file of this name: move it, or "
+                        "choose another --save_folder")  # fmt: skip
+    if found and not is_run:
+        names = [path.relative_to(folder).as_posix() for path in found]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"--save_folder {folder} holds {', '.join(names[:3])}{more}, which a run "
+                        "would replace, but no config.json of a run of this program: choose "
+                        "another --save_folder")  # fmt: skip
+
+
 def clear(folder: Path) -> None:
-    """Delete what a run writes, and nothing else."""
+    """Delete the files of the run found there, and nothing else; links to folders stay."""
     if is_main():
-        for name in FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in written(folder):
+            path.unlink()
+        for name in FOLDERS:
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                if not (folder / name).is_symlink():
+                    (folder / name).rmdir()
     barrier()
+
+
+def find_run(folder: Path) -> dict | None:
+    """Read the newest checkpoint of the run found there; None if it has none.
+
+    Raises UserError if a run has checkpoints and none can be read, and for folders in which a run
+    would replace somebody else's files.
+    """
+    is_run, state = owned.is_run(folder), None
+    try:
+        state = checkpoint.newest(folder, log)
+    except checkpoint.Unreadable:
+        raise
+    except UserError:
+        if is_run:
+            raise
+    check_folder(folder, is_run or state is not None)
+    return state
 
 
 def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
@@ -67,8 +127,12 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     if config.overwrite:
         if source is not None and folder.resolve() in source.parents:
             raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere")
+        if owned.is_run(folder):
+            check_folder(folder, is_run=True)
+        else:
+            find_run(folder)
         return config, None  # the old run goes when the new one is about to write
-    state = checkpoint.newest(folder, log)
+    state = find_run(folder)
     if state is None:
         if own:
             raise UserError(f"--load_path {config.load_path}: {folder} holds no checkpoint")
@@ -104,8 +168,9 @@ class RunLog:
             )  # fmt: skip
         from torch.utils.tensorboard import SummaryWriter
 
-        for left in [*folder.glob(".*.tmp"), *(folder / "checkpoints").glob(".*.tmp")]:
-            left.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        for left in written(folder):
+            if left.suffix == ".tmp":  # of a process that was killed while it wrote
+                left.unlink()
         checkpoint.write_text(folder / "config.json", config.to_json())
         self.path = folder / "metrics.jsonl"
         kept = [line for line in checkpoint.read_lines(self.path) if line["step"] <= step]

@@ -100,13 +100,13 @@ class Tally:
         self.sums[3] += ~ok
         self.sums[4] = (self.sums[4] + 1) * ~ok
         self.sums[5] = torch.maximum(self.sums[5], self.sums[4])
-        self.sums[6] = 0
+        self.sums[6:].zero_()  # `self.sums[6] = 0` would wait for a GPU
 
     def read(self) -> dict[str, float]:
         """The means over ranks and steps (NaN if every step was bad); the sums start again."""
         loss = float(dist.all_reduce_sum(self.sums[0].clone())) / dist.world_size()
         _, good, norm, skipped, _, worst, _ = self.sums.tolist()
-        self.sums[:2] = 0
-        self.sums[5] = 0
+        self.sums[:2].zero_()
+        self.sums[5:6].zero_()
         return {"loss": loss / good if good else math.nan, "grad_norm": norm,
                 "skipped": int(skipped), "worst_streak": int(worst)}  # fmt: skip

@@ -1,7 +1,12 @@
 """What `train.py --dry_run` prints: configuration, size, cost and data of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import UserError
@@ -63,6 +68,49 @@ def adapted(model: nn.Module, config: Config) -> None:
         extend(text, torch.zeros(config.vectors, text.config.hidden_size), text.config.vocab_size)
 
 
+class FusedAttention(torch.autograd.Function):
+    """Keep what a fused attention keeps for backward, without computing anything."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+class CostCounter(TorchFunctionMode):
+    """Count the forward FLOPs of what runs inside, the same on every machine.
+
+    Which kernel torch chooses for attention depends on the processor and on torch's version, and
+    so does whether FlopCounterMode knows it. Attention is therefore counted here, by its formula.
+    """
+
+    def __init__(self):
+        self.attention = 0
+        self.rest = FlopCounterMode(display=False)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs so far; one multiply-add is two."""
+        return self.attention + self.rest.get_total_flops()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
+        self.attention += 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        return FusedAttention.apply(q, k, v)
+
+
+@contextmanager
+def count_flops() -> Iterator[CostCounter]:
+    """Give a CostCounter that counts while the block runs. Attention's output is zeros."""
+    counter = CostCounter()
+    with counter.rest, counter:
+        yield counter
+
+
 def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
     """(parameters, trained ones, forward FLOPs, bytes kept for backward) of one image in float32.
 
@@ -79,13 +127,13 @@ def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with FlopCounterMode(display=False) as counter:
+        with count_flops() as counter:
             model.train()(*inputs)
     if config.adapts:
         adapted(model, config)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return parameters, trained, counter.get_total_flops(), sum(s.nbytes() for s in kept.values())
+    return parameters, trained, counter.flops, sum(s.nbytes() for s in kept.values())
 
 
 def describe(config: Config, given: set[str] | None = None) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -142,7 +143,9 @@ def _digest(weights: dict[str, torch.Tensor], text: dict[str, str]) -> str:
 
 def step_files(folder: Path) -> list[Path]:
     """A run's checkpoints, newest first."""
-    return sorted((folder / "checkpoints").glob("step_*.pt"), reverse=True)
+    found = (folder / "checkpoints").glob("step_*.pt")
+    numbered = [path for path in found if re.fullmatch(r"step_\d{8,}\.pt", path.name)]
+    return sorted(numbered, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
 
 
 def read(path: Path, mmap: bool = False) -> dict:

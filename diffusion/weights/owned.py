@@ -41,11 +41,17 @@ def is_ours(folder: Path) -> bool:
 
 def is_our_picture(file: Path) -> bool:
     """Whether a PNG was written by this program, by its `Software` text."""
+    return picture_text(file, "Software") == SOFTWARE
+
+
+def picture_text(file: Path, key: str) -> str | None:
+    """Read one of a PNG's texts; None where there is none, or no PNG."""
     try:
         with Image.open(file, formats=("PNG",)) as image:
-            return image.info.get("Software") == SOFTWARE
+            value = image.info.get(key)
     except Exception:  # Pillow raises nearly everything on damaged files
-        return False
+        return None
+    return value if isinstance(value, str) else None
 
 
 def _config_keys(folder: Path) -> set[str]:

@@ -237,6 +237,13 @@ def test_texts_beside_images(tmp_path, capsys):
     assert (found["a.png"], found["b.png"]) == (("table",), ("capitals",))
 
 
+def test_texts_that_cannot_be_read_are_named_where_there_is_nothing_else(tmp_path, capsys):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_bytes(b"\x89PNG\x00\x01\xff\xfe")
+    assert folder_set(tmp_path).texts is None
+    assert "0.txt': is no text" in capsys.readouterr().out
+
+
 def test_rows_that_match_no_image_are_counted_and_named(tmp_path, capsys):
     root = tmp_path / "data"
     pictures(root, "sub/0.png", "sub/1.png", "sub/2.png", "4.png", ".hidden/5.png")

@@ -4,7 +4,7 @@
     metadata.jsonl  metadata.csv  metadata.parquet            in any folder; names relative to it
 
 A table's caption goes before a text beside the image, and these in the order above. A value is a
-text, null (no caption), or a list of texts, of which each step draws one; several rows for one
+text, null (no caption), or a list of texts, of which each step samples one; several rows for one
 image are such a list. Anything else is an error: nothing is turned into text that was none.
 """
 
@@ -76,8 +76,8 @@ def read_captions(
     found: the scan of root, where there is one. Problems are reported in one warning each.
     """
     found = walk(root) if found is None else found
-    table, problems = read_tables(found, files, selection or Selection()), []
-    beside = {}
+    table = read_tables(found, files, selection or Selection())
+    beside, wrong, problems = {}, [], []
     for path in sorted(found.texts, key=lambda p: (p.suffix != p.suffix.lower(), os.fsencode(p))):
         beside.setdefault((path.parent, path.stem, path.suffix.lower()), path)
     captions, sources, some = [], Counter(), False
@@ -87,9 +87,9 @@ def read_captions(
             names = (file.stem, file.name)
             sides = [beside[key] for name in names for suffix in TEXTS
                      if (key := (file.parent, name, suffix)) in beside]  # fmt: skip
-            text = _read_side(sides[0], root, problems) if sides else None
+            text = _read_side(sides[0], root, wrong) if sides else None
             if len(sides) > 1:
-                problems.append((str(file), f"several texts; using {sides[0].name!r}"))
+                wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
             given = text is not None
             texts, source = texts_of(text, str(file)), "texts beside the images"
         some |= bool(texts) or given
@@ -100,14 +100,15 @@ def read_captions(
             problems.append((str(file), f"{kind}; using {default!r}"))
         captions.append(texts or (default,))
     if not some:
+        report("captions have problems", wrong, len(files))
         return [(default,)] * len(files) if default else None
     several = sum(len(texts) > 1 for texts in captions)
     log(
         f"captions: {sources.total():,} of {len(files):,} images have one, from "
         f"{listed(sources.items())}"
-        + (f"; {several:,} have several, of which each step draws one" if several else "")
+        + (f"; {several:,} have several: each step samples one" if several else "")
     )
-    report("captions have problems", problems, len(files))
+    report("captions have problems", wrong + problems, len(files))
     return captions
 
 

@@ -31,7 +31,7 @@ class ImageSet:
 
     read(i, size): (size, size, 3) uint8; raises BadImage.
     names: unique, stable between runs. labels: N class numbers, -1 where an image has none.
-    texts: N images' captions, of which a step draws one; None where the set has none at all.
+    texts: N images' captions, of which a step samples one; None where the set has none at all.
     stamp: changes whenever a file's content may have; part of the cache's key.
     """
 

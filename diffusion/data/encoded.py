@@ -198,8 +198,8 @@ class EncodedBatches(Batches):
         K = self.text_of.shape[1]
         if (self.counts == K).all():
             return torch.randint(K, (self.batch_size,), generator=g).numpy()
-        share = torch.rand(self.batch_size, generator=g, dtype=torch.float64).numpy()
-        return (share * self.counts[self.indices(step)]).astype(int)
+        fraction = torch.rand(self.batch_size, generator=g, dtype=torch.float64).numpy()
+        return (fraction * self.counts[self.indices(step)]).astype(int)
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         chosen = self.held_out[low:high]

@@ -128,13 +128,13 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
         seen.add(place)
         entries, subfolders[:] = sorted(d for d in subfolders if not d.startswith(".")), []
         for path in (where / name for name in entries):
-            if not inside(path, root):
-                found.outside.append(path)
-            elif is_run and where == root and path.name in RUN_OTHERS:
+            if is_run and where == root and path.name in RUN_OTHERS:
                 continue
-            elif reason := why_not(path, places):
+            if reason := why_not(path, places):
                 if count := count_images(path):
                     found.left_out[f"{path.relative_to(root)}/", reason] += count
+            elif not inside(path, root):
+                found.outside.append(path)
             else:
                 subfolders.append(path.name)
         run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
@@ -174,7 +174,9 @@ def why_not(folder: Path, places: set = frozenset()) -> str | None:
     """The reason why a folder of pictures is left out; None if it is not."""
     if reason := FOREIGN.get(folder.name.lower()):
         return reason
-    return OURS if place_of(folder) in places or owned.is_ours(folder) else None
+    if place_of(folder) in places:
+        return "where this run writes"
+    return OURS if owned.is_ours(folder) else None
 
 
 def is_ours(file: Path, in_run: bool) -> bool:
@@ -230,7 +232,7 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
         classes = [way[0] if len(way) > 1 else None for way in ways]
         return Part(root, files, classes, images_of(len(files)) + doubtful(ways))
     whole = kind_of(split or "train") == "train"  # folders without splits are trained on
-    kept, classes, others = [], [], Counter()
+    taken, classes, others = [], [], Counter()
     for file, way in zip(files, ways):
         names = points.get(way[:depth], [])
         folder = way[depth] if len(way) > depth + 1 else None  # where the split's name stands
@@ -240,17 +242,17 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
             or (whole and way[:depth] not in points and way[depth:])
         ):
             rest = way[:depth] + way[depth + 1 :] if folder in names else way
-            kept.append(file)
+            taken.append(file)
             classes.append(rest[0] if len(rest) > 1 else None)
         else:
             others["/".join(way[: depth + 1]) + "/" if folder else "images beside them"] += 1
     if split == "all":
-        return Part(root, kept, classes, f"{images_of(len(kept))} of all splits")
+        return Part(root, taken, classes, f"{images_of(len(taken))} of all splits")
     chosen = ["/".join((*point, name)) for point, names in points.items() for name in names]
-    about = f"{split or 'train'} split {listed_folders(chosen)} ({images_of(len(kept))})"
+    about = f"{split or 'train'} split {listed_folders(chosen)} ({images_of(len(taken))})"
     if others:
         about += f"; not used: {listed(sorted(others.items()))}"
-    return Part(root / chosen[0] if depth == 0 else root, kept, classes, about)
+    return Part(root / chosen[0] if depth == 0 else root, taken, classes, about)
 
 
 def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, list[str]]]:

@@ -270,11 +270,11 @@ class StreamBatches(StepBatches):
         g = generator(self.seed, "flip", step)
         flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
         g = generator(self.seed, "caption", step)
-        shares = torch.rand(self.batch_size, generator=g, dtype=torch.float64).tolist()[low:high]
+        fractions = torch.rand(self.batch_size, generator=g, dtype=torch.float64).tolist()[low:high]
         return self._batch([
             (pixels[:, ::-1] if flip and self.flip else pixels, label,
-             texts[int(share * len(texts)) :])
-            for (pixels, label, texts), flip, share in zip(rows, flips, shares)
+             texts[int(fraction * len(texts)) :])
+            for (pixels, label, texts), flip, fraction in zip(rows, flips, fractions)
         ])  # fmt: skip
 
     def held_out_batch(self, low: int, high: int) -> Batch:

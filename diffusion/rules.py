@@ -99,12 +99,16 @@ USES_OF = {
         ("--lora_interpolate", lambda a: a.lora_interpolate, "points"),
     ),
     "visualize": (
+        ("--load_path (they are parts of a model)", lambda a: a.load_path is not None,
+         "sd_path vae"),
         ("--load_path, a model,", lambda a: a.load_path is not None,
-         "weights sd_path vae guidance_scale class_label prompt"),
+         "weights guidance_scale class_label prompt"),
     ),
     "metrics": (
-        ("a model, in place of the folder FAKE,", lambda a: not Path(a.fake).is_dir(),
-         "num_images samplers seeds guidance_scale sd_path vae weights save_folder overwrite"),
+        ("a model in place of the folder FAKE (they are parts of a model)",
+         lambda a: not Path(a.fake).is_dir(), "sd_path vae"),
+        ("a model in place of the folder FAKE", lambda a: not Path(a.fake).is_dir(),
+         "num_images samplers seeds guidance_scale weights save_folder overwrite"),
     ),
     "study": (
         ("--sd_path", lambda a: a.sd_path is not None, "sd_config"),

@@ -22,6 +22,8 @@ def is_ours(file: Path) -> bool:
     if file.suffix in PICTURES:
         return owned.is_our_picture(file)
     try:
+        if not file.is_file():
+            return False
         with open(file, encoding="utf-8", errors="replace") as text:
             return owned.SOFTWARE in text.read(4096)
     except OSError:

@@ -19,7 +19,7 @@ from ..distributed import log
 from ..seeding import generator, permutation
 from .cache import cached
 from .datasets import HELD_OUT_FROM, ImageSet, held_out, open_data
-from .images import BadImage
+from .images import BadImage, OddLog, read_noting
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Pixels:
     def __init__(self, images: ImageSet, size: int, cache_dir: Path | None, workers: int = 2):
         self.size, self.workers = size, workers
         self.instead: dict[int, int] = {}  # bad image -> the one that stands in for it
+        self.odd = OddLog()
         self.memory = None
         if cache_dir is not None:
             self.memory, kept = cached(images, size, cache_dir, workers)
@@ -68,12 +69,13 @@ class Pixels:
         for i in range(index, index + len(self)):
             i = int(i % len(self))
             try:
-                pixels = self.images.read(i, self.size)
+                pixels, found = read_noting(lambda: self.images.read(i, self.size))
             except BadImage as error:
                 if i not in self.instead:
                     log(f"warning: {self.images.names[i]!r} is skipped: {error}")
                 self.instead.setdefault(i, -1)
                 continue
+            self.odd(repr(self.images.names[i]), found)
             if i != index:
                 self.instead[int(index)] = i
             return pixels

@@ -22,21 +22,26 @@ import numpy as np
 from .. import UserError
 from ..distributed import barrier, is_main, log, progress
 from .datasets import ImageSet, digest, report
-from .images import BadImage
+from .images import BadImage, read_noting
 
-TRANSFORM = "exif, rgb over white, central square, lanczos; 1"  # the number: raise on any change
+TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"  # the number: raise on any change
 
 MOST_REASON = 5000  # characters; a path has at most 4096
 
 
-def decode_all(images: ImageSet, size: int, workers: int) -> Iterator[np.ndarray | BadImage]:
-    """Each image, or why it cannot be used, in order; decoded in threads, few held at a time."""
+def decode_all(
+    images: ImageSet, size: int, workers: int
+) -> Iterator[tuple[np.ndarray | BadImage, list[str]]]:
+    """Each image, or why it cannot be used, and what is odd about it; in order.
 
-    def one(i: int) -> np.ndarray | BadImage:
+    Decoded in threads, few held at a time.
+    """
+
+    def one(i: int) -> tuple[np.ndarray | BadImage, list[str]]:
         try:
-            return images.read(i, size)
+            return read_noting(lambda: images.read(i, size))
         except BadImage as error:
-            return error
+            return error, []
 
     with ThreadPoolExecutor(max(1, workers)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's on large images: MAX_PIXELS decides
@@ -103,11 +108,13 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, a
     need, free = len(images) * size * size * 3, shutil.disk_usage(data.parent).free
     if need > free:
         raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    kept, problems, temporary = [], [], data.with_suffix(f".{os.getpid()}.u8.tmp")
+    kept, problems, odd = [], [], []
+    temporary = data.with_suffix(f".{os.getpid()}.u8.tmp")
     with open(temporary, "wb") as out:
         bar = progress(decode_all(images, size, workers), desc=f"decoding {images.name}",
                        total=len(images), unit="img", leave=False)  # fmt: skip
-        for i, pixels in enumerate(bar):
+        for i, (pixels, found) in enumerate(bar):
+            odd += [(images.names[i], text) for text in found]
             if isinstance(pixels, BadImage):
                 problems.append((images.names[i], " ".join(str(pixels).split())[:500]))
             else:
@@ -119,6 +126,7 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, a
         report("images cannot be used", problems, len(images))
         temporary.unlink()
         raise UserError(f"none of the {len(images)} images of {images.name} can be used")
+    report("images are used, but may not be what was meant", odd, len(images))
     os.replace(temporary, data)
     temporary = index.with_suffix(f".{os.getpid()}.json.tmp")
     temporary.write_text(json.dumps({"kept": kept, "skipped": problems}))

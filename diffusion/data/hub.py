@@ -21,7 +21,7 @@ from ..weights.guards import TarMember
 from .batches import Batch, StepBatches
 from .cache import locked
 from .datasets import ImageSet, digest, file_stamp, folder_set
-from .images import BadImage, read_image
+from .images import BadImage, OddLog, read_image, read_noting
 
 MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
 
@@ -221,6 +221,7 @@ class StreamBatches(StepBatches):
         self.seed, self.flip, self.default_caption = seed, flip, default_caption
         self.captioned = bool(self.text or default_caption)
         self.classes = self.data.features[self.label].names if self.label else []
+        self.odd = OddLog()
         self.length: int | None = None
         self.blocks: dict[int, list] = {}
         self.reader, self.next_block = None, -1
@@ -241,10 +242,11 @@ class StreamBatches(StepBatches):
 
     def _decode(self, row: dict):
         try:
-            pixels = _encoded(row[self.image], self.size)
+            pixels, found = read_noting(lambda: _encoded(row[self.image], self.size))
         except BadImage as error:
             log(f"warning: an image of hf:{self.path} is skipped: {error}")
             return None
+        self.odd(f"an image of hf:{self.path}", found)
         caption = " ".join(str(row[self.text] or "").split()) if self.text else ""
         return pixels, row[self.label] if self.label else -1, caption or self.default_caption
 

@@ -3,13 +3,20 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..distributed import log
+from . import colour, depth
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
+
+# Most levels of 255 by which a picture may differ from one colour; 12 bits in 16 take up no more
+ONE_COLOUR = 16
 
 # What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
 SUFFIXES = {
@@ -34,8 +41,11 @@ def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
 
     Raises BadImage with the reason if the file cannot be decoded.
     """
-    with _opened(file) as image:
-        return to_pixels(image, size)
+    with notes() as found, _opened(file) as image:
+        pixels = to_pixels(image, size)
+    for text in found:
+        _note(text, "an image" if isinstance(file, bytes) else repr(str(file)))
+    return pixels
 
 
 def read_mask(file: Path | bytes) -> np.ndarray:
@@ -46,7 +56,7 @@ def read_mask(file: Path | bytes) -> np.ndarray:
     and nothing visible in it is white: the strokes were painted in another colour, or erased.
     """
     with _opened(file) as image:
-        image = to_8_bit(ImageOps.exif_transpose(image))
+        image = depth.to_8_bit(ImageOps.exif_transpose(image))
         if not image.has_transparency_data:
             return np.array(image.convert("L"))
         image = image.convert("RGBA")
@@ -71,15 +81,19 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
         with Image.open(source, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
-            yield image
+            colour.prepare(image)
+            yield depth.prepare(image, source)
     except BadImage:
         raise
     except Image.DecompressionBombError:
         raise BadImage(f"its header declares more than {MAX_PIXELS:,} pixels") from None
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
+    except UnidentifiedImageError:
+        reason = depth.describe_tiff(source) or "not an image that Pillow can read"
+        raise BadImage(reason) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
-        reason = "not an image that Pillow can read" if "identify" in str(error) else str(error)
+        reason = str(error)
         raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
 
 
@@ -91,45 +105,92 @@ def formats() -> tuple[str, ...]:
 
 
 def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
-    """Turn by EXIF, make RGB, cut the central square, resize (LANCZOS): (size, size, 3) uint8.
+    """Turn by EXIF, cut the central square, make RGB, resize (LANCZOS): (size, size, 3) uint8.
 
     size None: neither cut nor resized, (H, W, 3).
     """
-    image = to_rgb(ImageOps.exif_transpose(image))
+    image = ImageOps.exif_transpose(image)
+    if size is None or image.mode == "F":  # the whole of a float image is asked for its range
+        image = to_rgb(image)
     if size is None:
         return np.array(image)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    return np.array(image.resize((size, size), Image.LANCZOS))
-
-
-def _to_grey(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
-    """8-bit grey by `scaled`, some rows at a time: in floating point all would be 8 times more."""
-    values = np.asarray(image)
-    out = np.empty(values.shape, np.uint8)
-    for top in range(0, len(values), 64):
-        band = slice(top, top + 64)
-        out[band] = scaled(values[band]).clip(0, 255).round()
-    return Image.fromarray(out)
-
-
-def to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and float greys to 8 bits; other modes come back as they are."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it
-        return _to_grey(image, lambda band: band.astype(np.float64) / 257)
-    if image.mode == "F":
-        most = max((np.nan_to_num(row).max(initial=0) for row in np.asarray(image)), default=0)
-        scale = 255 if most <= 1 else 1
-        return _to_grey(image, lambda band: np.nan_to_num(band) * scale)
-    return image
+    if image.size != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return np.array(to_rgb(image).resize((size, size), Image.LANCZOS))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: alpha over white, 16-bit and float grey scaled, CMYK converted."""
-    image = to_8_bit(image)
+    """8-bit RGB in sRGB: samples scaled, colour profiles applied, alpha over white."""
+    try:
+        image = colour.to_srgb(image)
+    except colour.BadProfile as error:
+        _note(f"{error}; it is read as sRGB")
+        image = colour.to_srgb(image, ignore=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# --- what is to be said of images that are used all the same -------------------------------------
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+_logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[list[str]]:
+    """Collect what this thread finds odd about usable images; outside of it that is logged once."""
+    found: list[str] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
+
+
+def _note(text: str, name: str = "an image") -> None:
+    found = _collected.get()
+    if found is not None:
+        found.append(text)
+    elif text not in _logged:
+        _logged.add(text)
+        log(f"warning: {name}: {text}")
+
+
+def read_noting(read: Callable[[], np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    """Read a training image: its pixels (size, size, 3), and what is odd about it.
+
+    Odd is a colour profile that cannot be used, or pixels that are all (nearly) one colour.
+    """
+    with notes() as found:
+        pixels = read()
+    sparse = pixels[::8, ::8]  # nearly every image is told by these
+    if _spread(sparse) <= ONE_COLOUR and _spread(pixels) <= ONE_COLOUR:
+        mean = pixels.mean((0, 1)).round().astype(int).tolist()
+        found.append(f"all of it is (nearly) one colour, {tuple(mean)}")
+    return pixels, found
+
+
+class OddLog:
+    """Logs what `read_noting` finds where images are read again and again: each line once."""
+
+    def __init__(self, most: int = 20):
+        self.lines: set[str] = set()
+        self.most = most
+
+    def __call__(self, name: str, found: list[str]) -> None:
+        for line in (f"warning: {name}: {text}" for text in found):
+            if line not in self.lines and len(self.lines) < self.most:
+                self.lines.add(line)
+                log(line)
+                if len(self.lines) == self.most:
+                    log("warning: further images like these are not named")
+
+
+def _spread(pixels: np.ndarray) -> int:
+    """The largest difference within one of the channels."""
+    return int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.images import read_image
 from ..distributed import log
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features, open_features
@@ -124,7 +125,5 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
 
 def read_images(folder: Path) -> np.ndarray:
     """Read the pictures that sample.py has written to a folder, (N, H, W, 3) uint8, in order."""
-    from PIL import Image
-
     files = [file for _, file in sorted(numbered(folder).items()) if is_ours(file)]
-    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    return np.stack([read_image(file, None) for file in files])

@@ -571,3 +571,23 @@ def test_prompts_are_read_back(tmp_path, prompt, negative):
     info.add_itxt("parameters", parameters_text(prompt, negative, {"Steps": 20, "Seed": 1}))
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
     assert read_parameters(tmp_path / "a.png") == prompt
+
+
+def test_measuring_several_calls_at_once_is_said(model, faces, tmp_path, call, monkeypatch, capsys):
+    from diffusion.evaluation import metrics
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3))
+
+    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
+    args = [faces, tmp_path / "images", "--size", 16, "--fid_features", tmp_path / "mean.pt", "--device", "cpu"]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for calls in (1, 2):
+        call("sample", *plain(model, tmp_path), "--num_images", 4, "--batch_size", 4)
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["metrics", *map(str, args)])
+        metrics.main()
+        said = capsys.readouterr().out
+        assert ("2 calls of sample.py" in said) == (calls == 2)
+        assert json.loads(said.strip().splitlines()[-1])["num_fake"] == 4 * calls

@@ -84,9 +84,9 @@ def warn_of_few(n: int, m: int) -> None:
                  "mostly bias, and comparable only at equal numbers")  # fmt: skip
 
 
-def warn_of_calls(folder: Path) -> None:
-    """Say so where a folder holds the pictures of several calls of sample.py."""
-    if dist.is_main() and (calls := count_calls(scan(folder))) > 1:
+def warn_of_calls(folder: Path, files: list[Path]) -> None:
+    """Say so where a folder's files are the pictures of several calls of sample.py."""
+    if dist.is_main() and (calls := count_calls(files)) > 1:
         dist.log(f"warning: {folder} holds the pictures of {calls} calls of sample.py, which are "
                  "all measured")  # fmt: skip
 
@@ -213,9 +213,10 @@ def main() -> None:
     fake, real = Path(args.fake), Path(args.real)
     extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
-        warn_of_calls(fake)
+        files = scan(fake)
+        warn_of_calls(fake, files)
         features = open_features(args.fid_features, device)
-        if any(f.suffix.lower() in (".jpg", ".jpeg") for f in scan(fake)):
+        if any(f.suffix.lower() in (".jpg", ".jpeg") for f in files):
             dist.log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
         a, sizes = folder_features(real, args.size, features)
         b, others = folder_features(fake, args.size, features)

@@ -273,6 +273,7 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     With no preset named, --sd_path brings fine_tune, unless an adapter is trained, and --data NAME
     its own (PRESET_OF_DATA); preset "none" prevents that.
     """
+    check_bounds(values, "train")
     if preset is None and values.get("sd_path") is not None:
         preset = "fine_tune" if values.get("adapter", "none") == "none" else "none"
     if preset is None:

@@ -32,11 +32,6 @@ RULES = (
     ("it must be in [0, 1]", lambda v: 0 <= v <= 1,
      "condition_dropout guidance_rescale eta"),
     ("it must be above 0 and at most 1", lambda v: 0 < v <= 1, "strength"),
-    (f"it must be finite, from 0 to {MOST_GUIDANCE}", lambda v: 0 <= v <= MOST_GUIDANCE,
-     "guidance_scale"),
-    ("it must be from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, "seed"),
-    ("give whole numbers from 0 to 2**63 - 1, such as 0,1,2",
-     lambda v: v and all(0 <= one < 2**63 for one in v), "seeds"),
     ("it must be at least 2", lambda v: v >= 2, "time_steps fid_num_images points"),
     ("it must be at least 3", lambda v: v >= 3, "text_length"),
     ("it must be at most 1,000,000", lambda v: v <= 1_000_000, "time_steps rank_timeout steps"),
@@ -47,10 +42,21 @@ RULES = (
     ("each must be above 0", lambda v: v and min(v) > 0, "ranks"),
 )  # fmt: skip
 
+# asked of what is typed only: models trained before there were these bounds are still read
+TYPED = (
+    (f"it must be finite, from 0 to {MOST_GUIDANCE}", lambda v: 0 <= v <= MOST_GUIDANCE,
+     "guidance_scale"),
+    ("it must be from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, "seed"),
+    ("give whole numbers from 0 to 2**63 - 1, such as 0,1,2",
+     lambda v: v and all(0 <= one < 2**63 for one in v), "seeds"),
+)  # fmt: skip
+
 RULES_OF = {
-    "visualize": (("it must be 1 to 16", lambda v: 1 <= v <= 16, "num_images"),),
-    "metrics": (("it must be at least 2", lambda v: v >= 2, "num_images"),),  # a covariance
-    "study": (("it must be at least 2", lambda v: v >= 2, "steps num_images"),
+    "train": TYPED,
+    "sample": TYPED,
+    "visualize": (*TYPED, ("it must be 1 to 16", lambda v: 1 <= v <= 16, "num_images")),
+    "metrics": (*TYPED, ("it must be at least 2", lambda v: v >= 2, "num_images")),  # a covariance
+    "study": (*TYPED, ("it must be at least 2", lambda v: v >= 2, "steps num_images"),
               ("it must be at most 101", lambda v: v <= 101, "points")),
 }  # fmt: skip
 
@@ -111,7 +117,7 @@ USES_OF = {
          "num_images samplers seeds guidance_scale weights save_folder overwrite"),
     ),
     "study": (
-        ("--sd_path", lambda a: a.sd_path is not None, "sd_config"),
+        ("--sd_path", lambda a: a.sd_path is not None, "sd_config sd_weights objective"),
         ("experiment 3", lambda a: 3 in a.experiments,
          "class_prompt init_word vectors ti_learning_rate dreambooth_learning_rate"),
         ("experiment 4", lambda a: 4 in a.experiments, "points mix_images"),

@@ -7,15 +7,12 @@ python sample.py --sd_path stable-diffusion-v1-5 --prompt "a red fox" --sampler 
 torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
 """
 
-import math
+import contextlib
 from pathlib import Path
 
 from diffusion import UserError
 from diffusion.config import Parser, run_script
-
-# what does nothing, and so is refused, without what
-NEEDS = (("negative_prompt", "prompt"), ("mask", "init_image"), ("strength", "init_image"),
-         ("points", "lora_interpolate"))  # fmt: skip
+from diffusion.rules import MOST_LORA, SAMPLERS, SPACINGS, check_options
 
 
 def parse(args: list[str] | None = None):
@@ -23,13 +20,13 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--load_path", metavar="FILE", help="a model.pt, or an ema.safetensors (default: results/model.pt)")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
+    add("--weights", choices=("ema", "raw"), help="averaged weights, or the last step's (default: ema; raw of other programs' files, whose model_ema.* is often stale)")
     add("--num_images", type=int, metavar="N", help="how many (default: one for each prompt, 16 without)")
-    add("--batch_size", type=int, default=16, metavar="N", help="images drawn at a time")
-    add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
+    add("--batch_size", type=int, default=16, metavar="N", help="images sampled at a time")
+    add("--sampler", default="ddim", metavar="NAME", help="|".join(SAMPLERS))
     add("--steps", type=int, metavar="N", help="network evaluations (default: 50, or all of a shorter schedule)")
     add("--eta", type=float, metavar="X", help="noise of ddim, 0 to 1 (default: the sampler's own)")
-    add("--spacing", metavar="NAME", help="leading|trailing|linspace|logsnr (default: the sampler's or the model's own)")
+    add("--spacing", metavar="NAME", help=f"{'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
     add("--guidance_scale", type=float, metavar="X", help="classifier-free guidance; 1: none (default: 7.5 with prompts, else 1)")
     add("--guidance_rescale", type=float, default=0.0, metavar="X", help="0 to 1: towards the unguided contrast")
     add("--class_label", metavar="NAME", help="a class by name or number; all: every class in turn (default: no label)")
@@ -38,16 +35,18 @@ def parse(args: list[str] | None = None):
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     add("--cuda_graph", default="auto", choices=("auto", "on", "off"), help="launch each step as a whole; auto: on GPUs")
     add("--compile", action="store_true", help="torch.compile the network: a minute to start, then faster")
-    add("--save_folder", default="results", metavar="FOLDER", help="for images/ and grid.png")
+    add("--save_folder", default="results", metavar="FOLDER", help="for images/ and grid.png; what is there stays, and numbers continue")
+    add("--overwrite", action="store_true", help="replace the pictures that this program wrote there")
 
     add = parser.add_argument_group("latent models").add_argument
     add("--sd_path", metavar="PATH", help="Stable Diffusion 1.x: a diffusers folder, or a .safetensors or .ckpt file")
     add("--config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes than 1.5's")
+    add("--objective", choices=("eps", "v", "x0"), help="what the model of --sd_path predicts (default: as it states, else eps)")
     add("--vae", metavar="PATH", help="another VAE than the one the model was trained with")
-    add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given again; @FILE: a prompt per line")
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself")
     add("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
-    add("--height", type=int, metavar="N", help="in pixels (default: the model's own)")
-    add("--width", type=int, metavar="N", help="in pixels (default: the model's own)")
+    add("--height", type=int, metavar="N", help="in pixels (default: the model's own, or by the aspect of init_image)")
+    add("--width", type=int, metavar="N", help="in pixels (default: the model's own, or by the aspect of init_image)")
     add("--clip_skip", type=int, metavar="N", help="text encoder layer from the end; 1: the last (default: the model's own)")
     add("--vae_tiling", action="store_true", help="decode in overlapping tiles: less memory for large images")
     add("--sequential_guidance", action="store_true", help="two network calls per step in half the memory")
@@ -56,32 +55,27 @@ def parse(args: list[str] | None = None):
     add("--lora", action="append", type=weighted, default=[], metavar="FILE[:X]", help="LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again")
     add("--embedding", action="append", default=[], metavar="FILE", help="textual inversion, whose token --prompt may use; may be given again")
     add("--lora_interpolate", nargs=2, type=weighted, default=[], metavar=("A", "B"), help="draw interpolation.png instead: from the one LoRA to the other")
-    add("--points", type=int, metavar="N", help="its columns (default: 5)")
+    add("--points", type=int, default=5, metavar="N", help="its columns")
 
     add = parser.add_argument_group("from an image").add_argument
-    add("--init_image", metavar="FILE", help="start from this image, noised")
-    add("--strength", type=float, metavar="X", help="share of the steps that is run on it, 0 to 1 (default: 0.8)")
-    add("--mask", metavar="FILE", help="image that is white where new content goes; the rest of init_image stays")
+    add("--init_image", metavar="FILE", help="start from this image, noised, in its aspect unless --height and --width are given")
+    add("--strength", type=float, default=0.8, metavar="X", help="fraction of the steps that is run on it, above 0 to 1; at 1 a mask's part starts from noise")
+    add("--mask", metavar="FILE", help="image of the same size, white where new content goes; black and transparent stay")
     # fmt: on
     args = parser.parse_args(args)
-    args.prompt = [line for text in args.prompt or [] for line in prompts_of(text)]
+    if args.prompt:
+        from diffusion.weights.guards import prompts_of
+
+        args.prompt = prompts_of(args.prompt)
     if args.num_images is None:
-        args.num_images = len(args.prompt) or (4 if args.lora_interpolate else 16)
+        args.num_images = len(args.prompt or ()) or (4 if args.lora_interpolate else 16)
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if args.prompt else 1.0
-    for name, needed in NEEDS:
-        if getattr(args, name) not in (None, "") and not getattr(args, needed):
-            raise UserError(f"--{name} does nothing by itself: give --{needed} as well")
-    if (args.guidance_rescale or args.sequential_guidance) and args.guidance_scale == 1:
-        raise UserError("--guidance_rescale and --sequential_guidance change how --guidance_scale "
-                        "works; it is 1, which is no guidance")  # fmt: skip
-    args.points = 5 if args.points is None else args.points
-    args.strength = 0.8 if args.strength is None else args.strength
-    for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"{name} is {getattr(args, name)}; it must be above 0")
-    if args.points < 2:
-        raise UserError(f"points is {args.points}; it must be at least 2")
+    for path, weight in (*args.lora, *args.lora_interpolate):
+        if not abs(weight) <= MOST_LORA:
+            raise UserError(f"--lora {path}: the weight is {weight}; it must be finite, from "
+                            f"-{MOST_LORA} to {MOST_LORA}")  # fmt: skip
+    check_options(args, parser.defaults | {"guidance_scale": 1.0}, "sample")
     return args
 
 
@@ -89,72 +83,123 @@ def weighted(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT; without one the weight is 1."""
     path, mark, weight = text.rpartition(":")
     try:
-        known = (path, float(weight)) if mark and path else (text, 1.0)
+        return (path, float(weight)) if mark and path else (text, 1.0)
     except ValueError:
         return text, 1.0
-    if not math.isfinite(known[1]):
-        raise UserError(f"--lora {text}: the weight is {known[1]}; it must be a number")
-    return known
 
 
-def prompts_of(text: str) -> list[str]:
-    """The prompt itself, or the lines of @FILE."""
-    if not text.startswith("@"):
-        return [text]
-    try:
-        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--prompt {text}: {text[1:]} cannot be read: {reason}") from None
-    if not any(lines):
-        raise UserError(f"--prompt {text}: the file holds no prompt")
-    return [line for line in lines if line.strip()]
+# --- from an image -------------------------------------------------------------------------------
 
 
-def read_start(pipeline, init_image: str | None, mask: str | None) -> dict:
-    """init (1, C, H, W) and mask (1, 1, H, W) as `Pipeline.frames` takes them; {} without."""
+def read_start(
+    pipeline, init_image: str | None, mask: str | None = None,
+    height: int | None = None, width: int | None = None,
+) -> dict:  # fmt: skip
+    """Read init (1, C, H, W) and mask (1, 1, H, W) as `Pipeline.frames` takes them; {} without.
+
+    A latent pipeline takes the image's aspect where height and width do not say otherwise.
+    Raises UserError for files that cannot be read, and for a mask of another size than the image.
+    """
     import numpy as np
     import torch
     from PIL import Image, ImageOps
 
-    from diffusion.data.images import BadImage, read_image
+    from diffusion.data.images import BadImage, read_image, read_mask
+    from diffusion.distributed import log
+    from diffusion.latent import LatentPipeline
 
     if init_image is None:
         return {}
-    h, w = pipeline.image_hw
 
-    def read(path: str) -> Image.Image:
+    def read(path: str, reader) -> Image.Image:
         try:
-            return ImageOps.fit(
-                Image.fromarray(read_image(Path(path), None)), (w, h), Image.LANCZOS
-            )
+            return Image.fromarray(reader(Path(path)))
         except BadImage as error:
             raise UserError(f"{path}: {error}") from None
 
-    pixels = torch.from_numpy(np.array(read(init_image))).permute(2, 0, 1)[None]
-    start = {"init": pipeline.encode(pixels.float() / 127.5 - 1)}
+    image = read(init_image, lambda path: read_image(path, None))
+    if isinstance(pipeline, LatentPipeline):
+        pipeline.set_size(*size_like(image, pipeline, height, width))
+    H, W = pipeline.image_hw
+    scale = max(W / image.width, H / image.height)
+    cut = round(image.width - W / scale), round(image.height - H / scale)
+    what = "" if cut == (0, 0) else f", without {cut[0]} columns and {cut[1]} rows at its edges"
+    log(f"{init_image}: {image.width}x{image.height} becomes {W}x{H}{what}")
+
+    def fitted(picture: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(ImageOps.fit(picture, (W, H), Image.LANCZOS)))
+
+    start = {"init": pipeline.encode(fitted(image).permute(2, 0, 1)[None].float() / 127.5 - 1)}
     if mask is not None:
-        white = torch.from_numpy(np.array(read(mask).convert("L"))).float()[None, None] / 255
+        strokes = read(mask, read_mask)
+        (w, h), (w_m, h_m) = image.size, strokes.size
+        if min(abs(w * h_m / h - w_m), abs(h * w_m / w - h_m)) > 1:  # beyond rounding
+            raise UserError(f"--mask {mask} has {w_m}x{h_m} pixels, and --init_image {init_image} "
+                            f"{w}x{h}: give a mask of the image's size, or of its aspect")  # fmt: skip
+        white = fitted(strokes.resize(image.size, Image.LANCZOS)).float()[None, None] / 255
         size = start["init"].shape[-2:]
         start["mask"] = (torch.nn.functional.interpolate(white, size, mode="area") > 0.5).float()
+        if not start["mask"].any():
+            raise UserError(f"--mask {mask} repaints nothing: it is white nowhere, or in spots too "
+                            "small for this model; paint white what to repaint")  # fmt: skip
     return start
 
 
-def parameters(args, pipeline, index: int, image) -> str:
-    """How image `index` came about, as other programs read it."""
+def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Choose (height, width) in the aspect of an image, with about as many pixels as the model's own.
+
+    One that is given stays; sides are multiples of the VAE's factor.
+    """
+    aspect, factor = image.width / image.height, pipeline.vae.factor
+    side = pipeline.config.image_size
+
+    def rounded(pixels: float) -> int:
+        return max(factor, round(pixels / factor) * factor)
+
+    if height is None and width is None:
+        return rounded(side / aspect**0.5), rounded(side * aspect**0.5)
+    if height is None:
+        height = rounded(width / aspect)
+    return height, rounded(height * aspect) if width is None else width
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def parameters(args, pipeline, options: dict, row: int, index: int, image) -> str:
+    """Describe how a picture came about, as other programs read it.
+
+    options: those of `Pipeline.sample` that it was sampled with, in which it is row `row`.
+    """
     from diffusion.evaluation.viz import SAMPLER_NAMES, parameters_text
 
-    prompt = args.prompt[index % len(args.prompt)] if args.prompt else None
+    table, labels = options["table"], options["labels"]
+    prompt, negative = (options.get(name, [None] * (row + 1))[row]
+                        for name in ("prompts", "negative_prompts"))  # fmt: skip
+    guided = options["guidance_scale"] != 1
+    vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)
+
+    def name(path: str | None) -> str | None:
+        return None if path is None else Path(path).stem
+
     settings = {
-        "Steps": len(pipeline.table(args.sampler, args.steps)),
-        "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.guidance_scale,
-        "Seed": args.seed, "Image": index, "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": Path(args.load_path or args.sd_path or "results/model.pt").stem,
-        "Clip skip": args.clip_skip, "Class": args.class_label,
-        "Denoising strength": args.strength if args.init_image else None,
-        "Lora": ", ".join(f"{Path(path).stem}:{weight:g}" for path, weight in args.lora) or None,
+        "Steps": table.steps, "Sampler": SAMPLER_NAMES.get(table.sampler, table.sampler),
+        "CFG scale": options["guidance_scale"], "Seed": options["seed"], "Image": index,
+        "Size": f"{image.shape[1]}x{image.shape[0]}",
+        "Model": name(args.load_path or args.sd_path or "results/model.pt"),
+        "Weights": args.weights, "VAE": name(vae), "Clip skip": pipeline.clip_skip,
+        "Class": None if labels is None else pipeline.classes[labels[row]],
+        "Denoising strength": table.strength if "init" in options else None,
+        "Init image": args.init_image and Path(args.init_image).name,
+        "Mask": args.mask and Path(args.mask).name,
+        "Spacing": table.spacing, "Eta": table.eta,
+        "Guidance rescale": (options["guidance_rescale"] or None) if guided else None,
+        "Lora": ", ".join(f"{name(path)}:{weight:g}" for path, weight in args.lora) or None,
+        "Embeddings": ", ".join(map(name, args.embedding)) or None,
+        "Objective": pipeline.config.objective, "Precision": pipeline.precision(options["amp"]),
+        "VAE tiling": "on" if args.vae_tiling else None,
     }  # fmt: skip
-    return parameters_text(prompt, args.negative_prompt if args.prompt else "", settings)
+    return parameters_text(prompt, negative if guided else "", settings)
 
 
 def interpolate(args, pipeline, settings, path: Path) -> None:
@@ -163,99 +208,130 @@ def interpolate(args, pipeline, settings, path: Path) -> None:
 
     from diffusion import distributed as dist
     from diffusion.adapters import set_weights
-    from diffusion.evaluation.viz import save_png, strip, to_uint8
+    from diffusion.evaluation.output import write_free
+    from diffusion.evaluation.viz import strip, to_uint8, write_png
 
     first, last = len(args.lora), len(args.lora) + 1
     (_, a), (_, b) = args.lora_interpolate
-    columns, shares = [], np.linspace(0, 1, args.points)
+    columns, fractions = [], np.linspace(0, 1, args.points)
     with dist.progress(total=args.num_images * args.points, unit="img") as bar:
-        for w in shares:
+        for w in fractions:
             set_weights(pipeline, {str(first): (1 - w) * a, str(last): w * b})
             column = []
             for low in range(0, args.num_images, args.batch_size):
                 indices = range(low, min(low + args.batch_size, args.num_images))
-                column.append(to_uint8(pipeline.sample(indices, **settings(indices))))
+                images = pipeline.sample(indices, **settings(indices))
+                column.append(to_uint8(images, indices))
                 bar.update(len(indices))
             columns.append(np.concatenate(column))
-    save_png(strip(np.stack(columns, 1), [f"{w:.2g}" for w in shares]), path)
+    picture = strip(np.stack(columns, 1), [f"{w:.2g}" for w in fractions])
+    path = write_free(path, lambda p: write_png(picture, p), args.overwrite)
     dist.log(f"{path}: from {args.lora_interpolate[0][0]} to {args.lora_interpolate[1][0]}")
+
+
+def sample_all(args, pipeline, settings, folder: Path) -> None:
+    """Write images/, on all ranks, and a grid of the first."""
+    import numpy as np
+    from PIL import Image
+
+    from diffusion import distributed as dist
+    from diffusion.evaluation.output import drop_others, reserve, write_free
+    from diffusion.evaluation.viz import grid, to_uint8, write_png
+
+    count, place = args.num_images, folder / "images"
+    with contextlib.ExitStack() as held:
+        numbers = None
+        if dist.is_main():
+            numbers = held.enter_context(reserve(place, count, args.overwrite))
+        numbers = dist.from_main(numbers)
+        if numbers.older and not args.overwrite:
+            dist.log(f"{place} holds {numbers.older} pictures from before: these are numbered from "
+                     f"{numbers.first}")  # fmt: skip
+
+        # whole batches go to the ranks in turn, so that an image's batch mates never change
+        starts = range(0, count, args.batch_size)[dist.rank() :: dist.world_size()]
+        with dist.progress(total=count, unit="img") as bar:
+            for low in starts:
+                indices = range(low, min(low + args.batch_size, count))
+                options = settings(indices)
+                images = to_uint8(pipeline.sample(indices, **options), indices)
+                for row, (i, image) in enumerate(zip(indices, images)):
+                    text = {"parameters": parameters(args, pipeline, options, row, i, image)}
+                    numbers.save(i, lambda path: write_png(image, path, text))
+                bar.update(min(len(indices) * dist.world_size(), count - bar.n))
+        dist.barrier()
+
+        if dist.is_main():
+            if args.overwrite and (dropped := numbers.drop_older()):
+                dist.log(f"{dropped} other pictures of earlier calls are deleted")
+                drop_others(folder / "grid.png")
+            shown = [np.asarray(Image.open(numbers.file(i))) for i in range(min(count, 100))]
+            sheet = grid(np.stack(shown))
+            path = write_free(
+                folder / "grid.png", lambda path: write_png(sheet, path), args.overwrite
+            )
+            last = numbers.file(count - 1).name
+            dist.log(f"{count} images in {place}, {numbers.file(0).name} to {last}, the first in "
+                     f"{path}")  # fmt: skip
 
 
 def main() -> None:
     args = parse()
 
     from diffusion import distributed as dist
+    from diffusion.adapters import warn_unused
     from diffusion.assemble import open_pipeline
-    from diffusion.evaluation.viz import grid, save_png, to_uint8
+    from diffusion.weights.loader import check_averaged
 
     device = dist.setup(args.device)
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
+    foreign = args.load_path is None and args.sd_path is not None
+    if args.weights == "ema" and foreign:
+        check_averaged(args.sd_path, "--weights")
+    if args.weights is None and not (foreign and Path(args.sd_path).is_dir()):
+        args.weights = "raw" if foreign else "ema"
     pipeline = open_pipeline(
         args.load_path, args.sd_path, args.weights, device, amp=args.amp, config=args.config,
         vae=args.vae, clip_skip=args.clip_skip, height=args.height, width=args.width,
         tiling=args.vae_tiling, loras=[*args.lora, *args.lora_interpolate],
-        embeddings=args.embedding, merged=not args.lora_interpolate,
+        embeddings=args.embedding, merged=not args.lora_interpolate, objective=args.objective,
     )  # fmt: skip
     pipeline.compiled = args.compile
-    folder = Path(args.save_folder)
-    start = read_start(pipeline, args.init_image, args.mask)
+    guided = args.guidance_scale != 1  # else the negative prompt is not read
+    warn_unused(pipeline, [*(args.prompt or ()), *([args.negative_prompt] if guided else [])])
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
+    if pipeline.reads_prompts and prompted is None and args.guidance_scale != 1:
+        raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")
+    start = read_start(pipeline, args.init_image, args.mask, args.height, args.width)
+    same = {
+        "seed": args.seed, "guidance_scale": args.guidance_scale, "amp": args.amp,
+        "guidance_rescale": args.guidance_rescale, "batched": not args.sequential_guidance,
+        "cuda_graph": args.cuda_graph == "on" or args.cuda_graph == "auto" and device.type == "cuda",
+    }  # fmt: skip
 
     def settings(indices) -> dict:
-        same = ("seed", "sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale", "amp")  # fmt: skip
-        chosen = {name: getattr(args, name) for name in same}
-        chosen["cuda_graph"] = (
-            args.cuda_graph == "on" or args.cuda_graph == "auto" and device.type == "cuda"
-        )
-        chosen["labels"] = pipeline.labels(args.class_label, indices)
-        if args.prompt:
+        chosen = same | {"labels": pipeline.labels(args.class_label, indices)}
+        if prompted is not None:
             chosen |= prompted(indices)
-        if args.sequential_guidance:
-            chosen["batched"] = False
-        if start:
-            n = len(indices)
-            chosen |= {k: v.expand(n, *v.shape[1:]) for k, v in start.items()}
-            chosen["strength"] = args.strength
-        return chosen
+        return chosen | {k: v.expand(len(indices), *v.shape[1:]) for k, v in start.items()}
 
-    try:
-        pipeline.frames([0], **settings([0]))  # builds the table: mistakes show before the work
+    try:  # mistakes show before the work
+        strength = args.strength if start else 1.0
+        same["table"] = pipeline.table(args.sampler, args.steps, args.spacing, args.eta, strength)
+        pipeline.frames([0], **settings([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    if args.lora_interpolate:
-        if dist.is_main():
+    folder = Path(args.save_folder)
+    try:
+        if not args.lora_interpolate:
+            sample_all(args, pipeline, settings, folder)
+        elif dist.is_main():
             interpolate(args, pipeline, settings, folder / "interpolation.png")
-        dist.barrier()
-        dist.cleanup()
-        return
-
-    # whole batches go to the ranks in turn, so that an image's batch mates never change
-    starts = range(0, args.num_images, args.batch_size)[dist.rank() :: dist.world_size()]
-    with dist.progress(total=args.num_images, unit="img") as bar:
-        for low in starts:
-            indices = range(low, min(low + args.batch_size, args.num_images))
-            images = to_uint8(pipeline.sample(indices, **settings(indices)))
-            for i, image in zip(indices, images):
-                path = folder / "images" / f"{i:06d}.png"
-                save_png(image, path, {"parameters": parameters(args, pipeline, i, image)})
-            bar.update(min(len(indices) * dist.world_size(), args.num_images - bar.n))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
     dist.barrier()
-
-    if dist.is_main():
-        older = sum(1 for _ in (folder / "images").glob("*.png")) - args.num_images
-        if older > 0:
-            dist.log(f"warning: {folder / 'images'} also holds {older} pictures from before")
-        import numpy as np
-        from PIL import Image
-
-        shown = [np.asarray(Image.open(folder / "images" / f"{i:06d}.png"))
-                 for i in range(min(args.num_images, 100))]  # fmt: skip
-        save_png(grid(np.stack(shown)), folder / "grid.png")
-        dist.log(
-            f"{args.num_images} images in {folder / 'images'}, the first in {folder / 'grid.png'}"
-        )
     dist.cleanup()
 
 

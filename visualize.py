@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusion import UserError
 from diffusion.config import Config, Parser, run_script
+from diffusion.rules import SAMPLERS, check_options
 
 
 def parse(args: list[str] | None = None):
@@ -21,20 +22,26 @@ def parse(args: list[str] | None = None):
     add("--vae", metavar="PATH", help="where the VAE is now that the model was trained with")
     add("--data", metavar="TEXT", help="images of the forward process: toy, a folder, a set's name (default: what the model was trained on)")
     add("--num_images", type=int, default=4, metavar="N", help="how many of each")
-    add("--sampler", default="ddim", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
+    add("--sampler", default="ddim", metavar="NAME", help="|".join(SAMPLERS))
     add("--steps", type=int, metavar="N", help="network evaluations (default: 50, or all of a shorter schedule)")
     add("--guidance_scale", type=float, default=1.0, metavar="X", help="classifier-free guidance; 1: none")
     add("--class_label", metavar="NAME", help="a class by name or number (default: every class in turn)")
-    add("--prompt", action="append", metavar="TEXT", help="of a model that reads prompts; may be given again (default: the data's captions)")
+    add("--prompt", action="append", metavar="TEXT", help="of a model that reads prompts; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself (default: the data's captions)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision; no: float32")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--save_folder", default="results", metavar="FOLDER", help="for viz/")
+    add("--save_folder", default="results", metavar="FOLDER", help="for viz/; where that holds pictures, for viz_2/ and so on")
+    add("--overwrite", action="store_true", help="replace the viz/ that this program wrote there")
     add("--html", action="store_true", help="also viz/index.html, a page to play with")
     # fmt: on
     args = parser.parse_args(args)
-    if not 1 <= args.num_images <= 16:
-        raise UserError(f"num_images is {args.num_images}; it must be 1 to 16")
+    if args.load_path is None and Path("results/model.pt").is_file():
+        args.load_path = "results/model.pt"
+    if args.prompt:
+        from diffusion.weights.guards import prompts_of
+
+        args.prompt = prompts_of(args.prompt)
+    check_options(args, parser.defaults, "visualize")
     return args
 
 
@@ -43,19 +50,30 @@ PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp
 
 
 class Folder:
-    """viz/, and what has been written to it."""
+    """viz/, and what has been written to it. replace: whether ours of an earlier call may go."""
 
-    def __init__(self, path: Path):
-        self.path, self.names = path, []
+    def __init__(self, path: Path, replace: bool):
+        self.path, self.replace, self.names = path, replace, []
 
-    def file(self, name: str) -> Path:
+    def write(self, name: str, write) -> None:
+        """Write a file of the folder by write(path)."""
+        from diffusion.evaluation.output import write_new
+
+        if not write_new(self.path / name, write, self.replace):
+            raise UserError(f"{self.path / name} has come into being meanwhile; nothing is written "
+                            "over: give another --save_folder")  # fmt: skip
         self.names.append(name)
-        return self.path / name
 
     def png(self, name: str, picture) -> None:
-        from diffusion.evaluation.viz import save_png
+        from diffusion.evaluation.viz import write_png
 
-        save_png(picture, self.file(f"{name}.png"))
+        self.write(f"{name}.png", lambda path: write_png(picture, path))
+
+    def drop_older(self) -> None:
+        """Delete what an earlier call has left and this one did not replace."""
+        for file in self.path.iterdir() if self.replace else ():
+            if file.name not in self.names and not file.name.startswith("."):
+                file.unlink()
 
     def process(self, name: str, process, T: int) -> None:
         """A picture at each share of the time, all of them in one strip, and the film."""
@@ -67,7 +85,8 @@ class Folder:
             self.png(f"{name}_t{p:02d}", grid(enlarge(process.x[i]), len(process.x[i])))
         order = at if process.x0 is None else at[::-1]  # as time goes
         self.png(name, views.labelled(process, order, process.x))
-        save_film(views.film(process), self.file(f"{name}.webp"))
+        film = views.film(process)
+        self.write(f"{name}.webp", lambda path: save_film(film, path))
 
 
 def draw_model(folder: Folder, pipeline, data, args, options):
@@ -91,16 +110,46 @@ def draw_model(folder: Folder, pipeline, data, args, options):
         a, b = data.images[:half], data.images[half : 2 * half]
 
         def plain(indices) -> dict:  # the pictures have classes and captions of their own
-            told = options(indices)
-            nothing = {k: None for k in ("labels", "prompts") if k in told} | {
-                "guidance_scale": 1.0
-            }
-            return told if args.class_label or args.prompt else told | nothing
+            given = options(indices)
+            if args.class_label is not None or args.prompt:
+                return given
+            nothing = {name: None for name in ("labels", "prompts") if name in given}
+            return given | nothing | {"guidance_scale": 1.0}
 
         rows = views.between_images(pipeline, a, b, args.seed, **shared, options=plain)
         heading = f"between two images, noised for half of the steps, {sampler}"
         folder.png("interpolate_images", strip(rows, ["image", *points, "image"], heading))
     return reverse
+
+
+def draw_all(folder: Folder, pipeline, data, table, args, options) -> None:
+    """Write all that is asked for; last of it the page."""
+    from diffusion import distributed as dist
+    from diffusion.evaluation import views
+
+    n, T = args.num_images, len(pipeline.schedule)
+    times = {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
+    forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)
+    folder.process("forward", forward, T)
+    folder.png("schedule", views.schedule_plot(pipeline.schedule, table, args.sampler))
+    folder.png("table", views.table_plot(table, args.sampler))
+    runs = {}
+    if args.load_path is not None:
+        chosen = (args.sampler, args.steps)
+        runs[chosen] = draw_model(folder, pipeline, data, args, options)
+        if (curves := views.curves(Path(args.load_path).parent / "metrics.jsonl")) is not None:
+            folder.png("curves", curves)
+    if args.html:
+        from diffusion.evaluation.page import write_page
+
+        for sampler, steps in PAGE_RUNS if args.load_path is not None else ():
+            key = (sampler, min(steps, T))
+            if key not in runs:
+                runs[key] = views.reverse(pipeline, range(n), *key, **options(range(n)))
+        shown = (pipeline, forward, data, list(runs.values()))
+        folder.write("index.html", lambda path: write_page(path, *shown))
+    folder.drop_older()
+    dist.log(f"{folder.path}: {', '.join(sorted(folder.names))}")
 
 
 def main() -> None:
@@ -110,24 +159,20 @@ def main() -> None:
     from diffusion import distributed as dist
     from diffusion.assemble import open_pipeline
     from diffusion.evaluation import views
+    from diffusion.evaluation.output import output_folder
     from diffusion.pipeline import Pipeline
     from diffusion.process.schedule import make_schedule
 
     device = dist.setup(args.device)
     path = args.load_path
-    if path is None and Path("results/model.pt").is_file():
-        path = "results/model.pt"
     if path is not None:
         pipeline = open_pipeline(path, args.sd_path, args.weights, device, vae=args.vae)
-    elif args.sd_path is not None or args.vae is not None:
-        raise UserError("--sd_path and --vae are parts of a model: give --load_path")
     else:
         dist.log("no results/model.pt: only the forward process and the schedules are shown")
         config = Config(data="toy")
         schedule = make_schedule(config.schedule, config.time_steps)
         pipeline = Pipeline(config, torch.nn.Identity(), schedule, device=device)
     n, T = args.num_images, len(pipeline.schedule)
-    folder = Folder(Path(args.save_folder) / "viz")
     args.steps = min(50, T) if args.steps is None else args.steps
 
     def options(indices) -> dict:
@@ -135,10 +180,15 @@ def main() -> None:
         same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
         if pipeline.reads_prompts:
             return same | prompted(indices)
-        choice = args.class_label or ("all" if pipeline.conditional else None)
-        return same | {"labels": pipeline.labels(choice, indices)}
+        if args.class_label is None:
+            return same | {"labels": pipeline.labels_in_turn(indices)}
+        return same | {"labels": pipeline.labels(args.class_label, indices)}
 
     data = views.pick_images(args.data, pipeline.config, 2 * n)
+    if args.prompt and not pipeline.reads_prompts:
+        raise UserError(f"--prompt: {path} reads no text")
+    if args.class_label is not None and pipeline.reads_prompts:
+        raise UserError(f"--class_label: {path} reads prompts, not classes: give --prompt")
     if pipeline.reads_prompts:
         prompted = pipeline.prompted(args.prompt or data.captions)
     try:  # mistakes show before the work
@@ -148,26 +198,11 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    times = {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
-    forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)
-    folder.process("forward", forward, T)
-    folder.png("schedule", views.schedule_plot(pipeline.schedule, table, args.sampler))
-    folder.png("table", views.table_plot(table, args.sampler))
-    runs = {}
-    if path is not None:
-        chosen = (args.sampler, args.steps)
-        runs[chosen] = draw_model(folder, pipeline, data, args, options)
-        if (curves := views.curves(Path(path).parent / "metrics.jsonl")) is not None:
-            folder.png("curves", curves)
-    if args.html:
-        from diffusion.evaluation.page import write_page
-
-        for sampler, steps in PAGE_RUNS if path is not None else ():
-            key = (sampler, min(steps, T))
-            if key not in runs:
-                runs[key] = views.reverse(pipeline, range(n), *key, **options(range(n)))
-        write_page(folder.file("index.html"), pipeline, forward, data, list(runs.values()))
-    dist.log(f"{folder.path}: {', '.join(sorted(folder.names))}")
+    viz = Path(args.save_folder) / "viz"
+    with output_folder(viz, args.overwrite) as chosen:
+        if chosen != viz:
+            dist.log(f"{viz} is left as it is; this goes to {chosen}")
+        draw_all(Folder(chosen, args.overwrite), pipeline, data, table, args, options)
 
 
 if __name__ == "__main__":

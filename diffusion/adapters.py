@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from . import UserError
+from .distributed import log
 from .latent import TextConditioned, TextEncoder
 from .models import lora
 from .models.clip import CLIPTextModel
@@ -14,7 +15,7 @@ from .models.textual_inversion import extend
 from .models.tokenizer import Tokenizer
 from .pipeline import Pipeline
 from .weights.adapters import read_lora
-from .weights.embeddings import read_embedding
+from .weights.embeddings import read_embeddings
 
 
 def networks(pipeline: Pipeline) -> dict[str, nn.Module]:
@@ -45,10 +46,8 @@ def adapt(pipeline: Pipeline, loras: Sequence[tuple[str | Path, float]] = (),
             lora.load(parts[part], branches, str(i), weight)
     if embeddings and "text_encoder" not in parts:
         raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
-    for path in embeddings:
-        text = parts["text_encoder"]
-        for token, vectors in read_embedding(path, text.config.hidden_size).items():
-            add_token(pipeline.text.tokenizer, text, token, vectors, str(path))
+    if embeddings:
+        add_embeddings(pipeline.text.tokenizer, parts["text_encoder"], embeddings)
     if merged:
         for network in parts.values():
             if next(network.parameters()).dtype == torch.float32:
@@ -63,14 +62,40 @@ def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
     pipeline.forget()
 
 
-def add_token(tokenizer: Tokenizer, text: CLIPTextModel, token: str, rows, where: str):
-    """A token whose vectors are `rows` (n, D); all new vectors of the encoder are returned.
+def add_embeddings(tokenizer: Tokenizer, text: CLIPTextModel, paths: Sequence[str | Path]) -> None:
+    """Put textual inversions into a vocabulary and its text encoder, and print their names.
 
-    Raises UserError if it exists.
+    Raises UserError for files that do not fit, and for names that no prompt can hold.
     """
-    first = len(tokenizer)
-    try:
-        tokenizer.add_tokens([token], len(rows))
-        return extend(text, rows, first)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    for found in read_embeddings(paths, text.config.hidden_size, lambda m: log(f"warning: {m}")):
+        names = [name for name in found.names if tokenizer.can_hold(name)]
+        if odd := [name for name in found.names if name not in names]:
+            message = f"{found.path}: {odd[0]!r} cannot be typed in a prompt"
+            if not names:
+                raise UserError(f"{message}: rename the file")
+            log(f"warning: {message}; use {names[0]!r}")
+        first, count = len(tokenizer), len(found.vectors)
+        try:
+            tokenizer.add_embedding(names, count)
+            extend(text, found.vectors, first)
+        except ValueError as error:
+            raise UserError(f"{found.path}: {error}") from None
+        known = " or ".join(map(repr, names))
+        log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
+
+
+def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """Print a warning for each embedding that none of these prompts names."""
+    tokenizer = getattr(getattr(pipeline, "text", None), "tokenizer", None)
+    if tokenizer is None or not tokenizer.embeddings:
+        return
+    used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
+    names: dict[int, list[str]] = {}  # the first id of each embedding -> its names
+    for name, ids in tokenizer.embeddings.items():
+        names.setdefault(ids[0], []).append(name)
+    for first, known in names.items():
+        if first not in used:
+            log(
+                f"warning: no prompt has {' or '.join(map(repr, known))}: this --embedding does "
+                "nothing"
+            )

@@ -36,11 +36,10 @@ from .process.schedule import (
 from .sizes import text_config, unet_config
 from .weights.checkpoint import load_weights
 from .weights.fitting import build, fit
-from .weights.loader import load_sd, read_scheduler
+from .weights.loader import OBJECTIVES, PREDICTIONS, find_prediction, load_sd, read_scheduler
 from .weights.vae import load_vae
 
 TILE = 64  # latent pixels of a tile's side
-OBJECTIVES = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def schedule_of(scheduler: dict) -> Schedule:
@@ -149,18 +148,25 @@ def open_parts(config: Config, device: torch.device) -> Parts:
     return parts
 
 
-def sd_parts(config: Config, device: torch.device, weights: str = "ema",
-             vae: str | None = None, unet: bool = True) -> Parts:  # fmt: skip
-    """Stable Diffusion's, VAE and text encoder in float32. vae: another one than its own."""
+def sd_parts(
+    config: Config,
+    device: torch.device,
+    vae: str | None = None,
+    unet: bool = True,
+    override: bool = False,
+) -> Parts:
+    """Stable Diffusion's, VAE and text encoder in float32.
+
+    vae: another one than its own. unet: whether its U-Net is used. override: whether the
+    configuration's objective may contradict what the model states.
+    """
     other = None if vae is None else load_vae(vae)
-    sd = load_sd(config.sd_path, config.sd_config, weights, other)
-    kind = sd.scheduler["prediction_type"]
-    if kind not in OBJECTIVES:
-        raise UserError(f"prediction_type {kind!r} of {config.sd_path} is not known; supported: "
-                        f"{', '.join(OBJECTIVES)}")  # fmt: skip
-    if OBJECTIVES[kind] != config.objective:
-        raise UserError(f"{config.sd_path} predicts {OBJECTIVES[kind]}: give --objective "
-                        f"{OBJECTIVES[kind]}")  # fmt: skip
+    sd = load_sd(config.sd_path, config.sd_config, config.sd_weights if unet else "raw", other)
+    if unet:
+        sd.report.append(check_objective(config, override))
+    else:
+        sd.report = [line for line in sd.report if not line.startswith("unet:")]
+    sd.scheduler = read_scheduler(config.sd_path, config.sd_config, PREDICTIONS[config.objective])
     layers = sd.text_encoder.config.num_hidden_layers
     if config.clip_skip > layers:
         raise UserError(f"clip_skip is {config.clip_skip}; this text encoder has layers 1 (the "
@@ -177,6 +183,29 @@ def sd_parts(config: Config, device: torch.device, weights: str = "ema",
     if config.adapter == "textual_inversion" or config.train_text_encoder:
         parts.text, parts.reader = TextIds(text.tokenizer), text.model
     return parts
+
+
+def check_objective(config: Config, override: bool) -> str:
+    """Why a Stable Diffusion model is taken to predict what the configuration says, for people.
+
+    Raises UserError if it states otherwise, unless override.
+    """
+    path, own = Path(config.sd_path), config.objective
+    found = find_prediction(path, config.sd_config)
+    if found.type not in OBJECTIVES:
+        raise UserError(
+            f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
+            f"supported: {', '.join(OBJECTIVES)}"
+        )
+    stated = OBJECTIVES[found.type]
+    if found.source is None:
+        hint = "; give --objective v if the pictures are noise" if own == "eps" else ""
+        return f"prediction type: {own}, which {path.name} does not state{hint}"
+    if stated == own:
+        return f"prediction type: {own} ({found.source})"
+    if not override:
+        raise UserError(f"{path} predicts {stated} ({found.source}): give --objective {stated}")
+    return f"warning: --objective {own} overrides {stated}, which {path} states ({found.source})"
 
 
 def check_channels(unet: SDUNet, vae: AutoencoderKL, where: str) -> None:
@@ -222,13 +251,15 @@ def load_latent(
 
 
 def open_pipeline(
-    load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
+    load_path: str | None, sd_path: str | None, weights: str | None, device: torch.device, *,
     loras: Sequence[tuple[str | Path, float]] = (), embeddings: Sequence[str | Path] = (),
     merged: bool = True, **options,
 ) -> Pipeline:  # fmt: skip
     """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
 
-    loras, embeddings, merged: adapters, see `adapt`. options: see `open_base`.
+    weights: "ema" or "raw"; None: averaged ones of a model that was trained here, and the plain
+    ones of Stable Diffusion. loras, embeddings, merged: adapters, see `adapt`. options: see
+    `open_base`.
     Raises UserError for options that the model has no use for.
     """
     pipeline = open_base(load_path, sd_path, weights, device, **options)
@@ -236,17 +267,26 @@ def open_pipeline(
 
 
 def open_base(
-    load_path: str | None, sd_path: str | None, weights: str, device: torch.device, *,
+    load_path: str | None, sd_path: str | None, weights: str | None, device: torch.device, *,
     amp: str = "auto", config: str | None = None, vae: str | None = None,
     clip_skip: int | None = None, height: int | None = None, width: int | None = None,
-    tiling: bool = False,
+    tiling: bool = False, objective: str | None = None,
 ) -> Pipeline:  # fmt: skip
     """`open_pipeline` without adapters."""
     options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
     if load_path is None and sd_path is not None:
-        return load_stable_diffusion(sd_path, device, amp, config, weights, vae, clip_skip, options)
+        return load_stable_diffusion(
+            sd_path, device, amp, config, weights or "raw", vae, clip_skip, objective, options
+        )
+    weights = weights or "ema"
     path = Path("results/model.pt" if load_path is None else load_path)
-    mode = load_weights(path, weights)[1].mode
+    trained = load_weights(path, weights)[1]
+    if objective is not None:
+        raise UserError(
+            f"--objective {objective}: {path} predicts what it was trained on, "
+            f"{trained.objective}: leave that out"
+        )
+    mode = trained.mode
     if mode == "latent":
         return load_latent(path, weights, device, sd_path=sd_path, sd_config=config, vae=vae,
                            clip_skip=clip_skip, **options)  # fmt: skip
@@ -260,16 +300,16 @@ def open_base(
     return Pipeline.load(path, weights, device)
 
 
-def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, options):
+def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, objective, options):
     """As it is, its weights in the precision of --amp."""
     if config is not None and Path(path).is_dir():
         raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(amp, device)
-    scheduler = read_scheduler(path, config)
+    stated = OBJECTIVES.get(find_prediction(path, config).type, "eps")
     settings = Config(mode="latent", condition="text", sd_path=str(path), sd_config=config,
-                      objective=OBJECTIVES.get(scheduler["prediction_type"], "eps"),
+                      sd_weights=weights, objective=stated if objective is None else objective,
                       clip_skip=1 if clip_skip is None else clip_skip)  # fmt: skip
-    parts = sd_parts(settings, device, weights, vae)
+    parts = sd_parts(settings, device, vae, override=objective is not None)
     size = parts.unet.config.sample_size or 64
     size = (size if isinstance(size, int) else max(size)) * parts.vae.factor
     parts.config = dataclasses.replace(settings, image_size=size)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 
 from . import UserError
 from .presets import PRESET_OF_DATA, PRESETS
-from .rules import RULES
+from .rules import SAMPLERS, check_bounds
 
 
 def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: bool = False):
@@ -34,6 +34,7 @@ class Config:
     load_path: str | None = opt(None, "run", "start from these weights, at step 0")
     sd_path: str | None = opt(None, "run", "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", free=True)
     sd_config: str | None = opt(None, "run", "folder with the configs and tokenizer of a single file of other sizes", free=True)
+    sd_weights: str = opt("raw", "run", "of a single file with both: its plain weights, or its averaged ones (model_ema.*), which merged files carry stale", ("raw", "ema"), free=True)
     vae: str | None = opt(None, "run", "VAE of a latent model trained from scratch: a run of --mode vae, or a diffusers VAE folder", free=True)
     seed: int = opt(0, "run", "of everything random")
     device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)
@@ -45,6 +46,9 @@ class Config:
 
     data: str = opt("toy", "data", "toy, a folder, a set's name (looked up under data/, then fetched) or hf:owner/name")
     data_class: str = opt("all", "data", "use one class folder only, such as cat")
+    split: str | None = opt(None, "data", "part of the data: a folder such as valid, a hub set's split, or all (default: train where there are splits)")
+    image_column: str | None = opt(None, "data", "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)")
+    caption_column: str | None = opt(None, "data", "column of a hub set's captions, or of those in metadata.* (default: text, caption or prompt)")
     image_size: int = opt(64, "data", "height and width")
     default_caption: str = opt("", "data", "caption of images that have none")
     flip: bool = opt(True, "data", "mirror half of the images, drawn anew at each step")
@@ -107,7 +111,7 @@ class Config:
     log_every: int = opt(10, "output", "steps between lines of metrics.jsonl", free=True)
     keep_last: int = opt(3, "output", "checkpoints kept", free=True)
     num_samples: int = opt(64, "output", "images in a sample grid; 0: none", free=True)
-    sampler: str = opt("ddim", "output", "for sample grids", ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"), free=True)
+    sampler: str = opt("ddim", "output", "for sample grids", SAMPLERS, free=True)
     sample_steps: int = opt(50, "output", "network evaluations per sample, at most time_steps", free=True)
     fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
     fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
@@ -123,11 +127,7 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        for told, holds, names in RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise UserError(f"{name} is {value}; {told}")
+        check_bounds(vars(self))
         if self.mode != "latent" and self.condition == "text":
             raise UserError(
                 "condition text needs --mode latent: the pixel network reads no captions"
@@ -228,6 +228,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown option {unknown[0]}{guess}")
         return values
 
+    @property
+    def defaults(self) -> dict:
+        """{option: what it is where it is not given}."""
+        return {action.dest: action.default for action in self._actions}
+
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
 
@@ -268,6 +273,7 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     With no preset named, --sd_path brings fine_tune, unless an adapter is trained, and --data NAME
     its own (PRESET_OF_DATA); preset "none" prevents that.
     """
+    check_bounds(values, "train")
     if preset is None and values.get("sd_path") is not None:
         preset = "fine_tune" if values.get("adapter", "none") == "none" else "none"
     if preset is None:

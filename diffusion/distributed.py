@@ -184,6 +184,16 @@ def gather_object(value) -> list | None:
     return out
 
 
+def from_main(value):
+    """Rank 0's value, of any small picklable kind, on every rank."""
+    if not dist.is_initialized():
+        return value
+    at()
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 # --- a rank that does not come --------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from .config import Parser, run_script
 from .models.clip import CLIPTextModel
 from .weights.checkpoint import load_weights
 from .weights.fitting import build, fit
-from .weights.loader import load_sd, save_sd_file, save_sd_folder
+from .weights.loader import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,7 +49,9 @@ def main() -> None:
                         "--sd_path): other programs have no place for it")  # fmt: skip
     if target.exists():
         raise UserError(f"{target} exists; give a new name")
-    sd = load_sd(args.sd_path or config.sd_path, config.sd_config)
+    base = args.sd_path or config.sd_path
+    sd = load_sd(base, config.sd_config)
+    sd.scheduler = read_scheduler(base, config.sd_config, PREDICTIONS[config.objective])
     sd.unet = fit(build("unet", metadata["networks"]["unet"], str(path)), tensors, str(path))
     if target.suffix != ".safetensors":
         cut(sd.text_encoder, config.clip_skip - 1)
@@ -61,6 +63,8 @@ def main() -> None:
         save_sd_file(sd, target)
     else:
         save_sd_folder(sd, target)
+    if config.objective != "eps":
+        print(f"it predicts {config.objective}, as is said in {target}")
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")
 
 

@@ -90,7 +90,11 @@ class LatentPipeline(Pipeline):
 
     def __post_init__(self):
         size = self.config.image_size
-        self.height, self.width = self.height or size, self.width or size
+        self.set_size(self.height or size, self.width or size)
+
+    def set_size(self, height: int, width: int) -> None:
+        """Choose the images' size in pixels. Raises UserError for what the VAE cannot make."""
+        self.height, self.width = height, width
         factor = self.vae.factor
         for name in ("height", "width"):
             if getattr(self, name) % factor or getattr(self, name) < factor:
@@ -101,6 +105,12 @@ class LatentPipeline(Pipeline):
     @property
     def image_hw(self) -> tuple[int, int]:
         return (self.height, self.width)
+
+    @property
+    def clip_skip(self) -> int | None:
+        reader = self.text if isinstance(self.text, TextEncoder) else self.model
+        skip = getattr(reader, "skip", 1)
+        return skip if skip > 1 else None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -41,6 +41,11 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
+def is_number(text: str) -> bool:
+    """Whether a text is a whole number in plain digits."""
+    return text.isascii() and text.isdigit()
+
+
 def build_model(config: Config, num_classes: int) -> UNet:
     return UNet(
         config.unet_dim, config.dim_mults, heads=config.heads, dropout=config.dropout,
@@ -104,20 +109,23 @@ class Pipeline:
         self, indices, *, seed: int = 0, sampler: str = "ddim", steps: int | None = None,
         eta: float | None = None, spacing: str | None = None, amp: str = "auto",
         eps: Tensor | None = None, init: Tensor | None = None, strength: float = 1.0,
-        mask: Tensor | None = None, cuda_graph: bool = False, **told,
+        mask: Tensor | None = None, cuda_graph: bool = False, table: Table | None = None, **told,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
         50, or all of a shorter schedule. eps: the noise to start from instead, (B, C, H, W).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
-        (arXiv:2108.01073); with a mask (B, 1, H, W) it stays where the mask is 0.
+        (arXiv:2108.01073); with a mask (B, 1, H, W) it stays where the mask is 0, and at
+        strength 1 nothing of it is in the noise that the rest starts from.
         cuda_graph: each step is one launch, captured at the first call with its settings; the
         network is then as it was at that call.
+        table: what is run, in place of sampler, steps, spacing, eta and strength.
         told: what the network is told, see `denoiser`.
         Raises ValueError for settings that do not go together.
         """
-        table = self.table(sampler, steps, spacing, eta, strength)
+        if table is None:
+            table = self.table(sampler, steps, spacing, eta, strength)
         noise = ImageNoise(seed, indices, self.shape)
         draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
         start = draw()  # also where another noise is given: the rows' noise is then the same
@@ -125,7 +133,8 @@ class Pipeline:
         inpaint = None
         if init is not None:
             alpha, sigma = table.levels[0].tolist()
-            x = alpha * init.to(self.device) + sigma * eps
+            if mask is None or table.strength < 1:
+                x = alpha * init.to(self.device) + sigma * eps
             if mask is not None:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
         denoise, inputs = self.denoiser(len(x), amp, **told)
@@ -171,21 +180,28 @@ class Pipeline:
         return self.decode(x)
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
-        """(B,) class labels of images `indices` by a class's name or number; "all": in turn.
+        """Find the class labels of images `indices`, (B,), by a class's name or number.
 
-        Raises UserError for an unknown class.
+        Names come first. Where a class has a number for a name, "9" is that name and no position.
+        "all", unless it is a name: the classes in turn. Raises UserError for an unknown class.
         """
         if choice is None:
             return None
         names = self.classes
+        if choice in names:
+            return torch.full((len(indices),), names.index(choice))
         if choice == "all" and names:
-            return torch.tensor([i % len(names) for i in indices])
-        number = names.index(choice) if choice in names else int(choice) if choice.isdigit() else -1
-        if not 0 <= number < len(names):
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-            raise UserError(f"class_label {choice!r} is unknown; the model's classes are "
-                            f"{known or 'none: it is unconditional'}")  # fmt: skip
-        return torch.full((len(indices),), number)
+            return self.labels_in_turn(indices)
+        numbered = not any(map(is_number, names))
+        if numbered and is_number(choice) and int(choice) < len(names):
+            return torch.full((len(indices),), int(choice))
+        known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
+        raise UserError(f"class_label {choice!r} is unknown; the model's classes are "
+                        f"{', '.join(known) or 'none: it is unconditional'}")  # fmt: skip
+
+    def labels_in_turn(self, indices) -> Tensor | None:
+        """Class labels of images `indices`, (B,), of which each class has as many; None without."""
+        return torch.tensor([i % len(self.classes) for i in indices]) if self.conditional else None
 
     def prompted(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
         """indices -> options of `frames`: the images take turns with these prompts.
@@ -199,6 +215,18 @@ class Pipeline:
     def image_hw(self) -> tuple[int, int]:
         """Height and width of the images."""
         return (self.config.image_size, self.config.image_size)
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Which layer of a text encoder is read, from the end; None where that is the last."""
+        return None
+
+    def precision(self, amp: str) -> str:
+        """Name the floating-point type that the network computes in."""
+        dtype = next(self.model.parameters()).dtype
+        if dtype == torch.float32:
+            dtype = amp_dtype(amp, self.device) or dtype
+        return str(dtype).removeprefix("torch.")
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to what is diffused: in pixel mode, themselves."""

@@ -321,8 +321,8 @@ def test_ckpt_nested_with_averaged_weights_and_without_text_model(folder, before
     assert len(averaged) > 100
     extra = {"betas": torch.ones(3), "model_ema.decay": torch.tensor(0.9)}
     torch.save({"state_dict": {"state_dict": old | averaged | extra}}, tmp_path / "a.ckpt")
-    raw = loader.load_sd(tmp_path / "a.ckpt", config=folder, weights="raw")
-    ema = loader.load_sd(tmp_path / "a.ckpt", config=folder)
+    raw = loader.load_sd(tmp_path / "a.ckpt", config=folder)
+    ema = loader.load_sd(tmp_path / "a.ckpt", config=folder, weights="ema")
     name = "conv_in.weight"
     assert torch.equal(raw.unet.state_dict()[name], before["unet"][name])
     assert torch.equal(ema.unet.state_dict()[name], before["unet"][name] + 1)

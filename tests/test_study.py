@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
-from diffusion.data.datasets import scan
+from diffusion.data.folders import scan
 from diffusion.evaluation.distances import frechet_distance, moments
 from diffusion.evaluation.viz import save_png
 from diffusion.study import __main__ as program
@@ -354,6 +354,20 @@ def study(faces, judge, styles, tmp_path):
         return Study(s, Base(16, 2.0), folder, styles, judge, read_metrics(folder), fake)
 
     return make
+
+
+def test_drawing_again_deletes_its_own_pictures_only(study):
+    one = study(Fake())
+    cell = one.cells[0]
+    before = one.draw(cell, lambda: None)
+    folder = one.folder / "inference" / cell.name
+    (folder / "notes.txt").write_text("mine")
+    Image.fromarray(toy.draw(0, 16)).save(folder / "images" / "000099.png")
+    left = folder / "images" / "000050.png"  # of a call that was stopped
+    save_png(toy.draw(1, 16), left)
+    after = one.draw(cell, lambda: None)
+    assert before.shape == after.shape and not left.exists()
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "images" / "000099.png").is_file()  # fmt: skip
 
 
 def test_a_stopped_study_continues_and_repeats_nothing(study):

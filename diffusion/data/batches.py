@@ -18,7 +18,8 @@ from ..config import Config
 from ..distributed import log
 from ..seeding import generator, permutation
 from .cache import cached
-from .datasets import HELD_OUT_FROM, ImageSet, held_out, open_data
+from .captions import Selection
+from .datasets import HELD_OUT_FROM, ImageSet, configured, held_out, open_data
 from .images import BadImage, OddLog, read_noting
 
 
@@ -184,14 +185,21 @@ def open_batches(config: Config):
             raise UserError("--data_class picks from a whole set: drop it, or --streaming")
         size, batch_size = config.image_size, config.batch_size
         stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip,
-                               config.default_caption)  # fmt: skip
+                               config.default_caption, Selection.of(config))  # fmt: skip
         if config.condition == "class" and not stream.classes:
-            raise UserError(f"--condition class: {config.data} has no column of class labels")
+            raise UserError(
+                f"--condition class: {config.data} has no column of class labels, "
+                "which in a stream must be of type ClassLabel"
+            )
         return stream
-    images = open_data(config.data, config.data_class, config.default_caption)
+    images = open_data(*configured(config))
     if config.condition == "class" and not config.adapts:
         without = sum(label < 0 for label in images.labels)
-        if without or not images.classes:
+        if images.classes and config.data.startswith("hf:"):  # nobody can move a row elsewhere
+            if without:
+                log(f"warning: {without} of {len(images)} images of {images.name} have no label; "
+                    "they are trained on without a class")  # fmt: skip
+        elif without or not images.classes:
             raise UserError(
                 f"--condition class needs a folder per class; {without or len(images)} of "
                 f"{len(images)} images of {images.name} are in none"

@@ -21,7 +21,8 @@ import numpy as np
 
 from .. import UserError
 from ..distributed import barrier, is_main, log, progress
-from .datasets import ImageSet, digest, report
+from .datasets import ImageSet, digest
+from .folders import report
 from .images import BadImage, read_noting
 
 TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"  # the number: raise on any change

@@ -174,8 +174,8 @@ def caption_embeddings(
 class EncodedBatches(Batches):
     """`Batches` of latents, and of what the network is told of each image's caption.
 
-    text: by caption, either ids (U, L) or embeddings. text_of: (N, K) each image's captions, of
-    which a step draws one; the first is a held-out image's.
+    text: by caption, either ids (U, L) or embeddings. text_of: (N, K) each image's captions, at
+    least one and then -1, of which a step draws one; the first is a held-out image's.
     """
 
     def __init__(
@@ -184,6 +184,7 @@ class EncodedBatches(Batches):
     ):  # fmt: skip
         super().__init__(pixels, batch_size, seed, flip)
         self.latents, self.text, self.text_of = latents, text, text_of
+        self.counts = None if text_of is None else (text_of >= 0).sum(1)
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen, flips, which = self.indices(step), self.flips(step), self.which(step)
@@ -194,7 +195,11 @@ class EncodedBatches(Batches):
         if self.text is None or self.text_of.shape[1] == 1:
             return np.zeros(self.batch_size, int)
         g = generator(self.seed, "caption", step)
-        return torch.randint(self.text_of.shape[1], (self.batch_size,), generator=g).numpy()
+        K = self.text_of.shape[1]
+        if (self.counts == K).all():
+            return torch.randint(K, (self.batch_size,), generator=g).numpy()
+        fraction = torch.rand(self.batch_size, generator=g, dtype=torch.float64).numpy()
+        return (fraction * self.counts[self.indices(step)]).astype(int)
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         chosen = self.held_out[low:high]
@@ -210,5 +215,6 @@ class EncodedBatches(Batches):
     def told(self, chosen: list[int], which: np.ndarray) -> Tensor | None:
         if self.text is None:
             return None
-        text = self.text[self.text_of[chosen, which]]
+        # a stand-in for a damaged image may have fewer captions than the image
+        text = self.text[self.text_of[chosen, which % self.counts[chosen]]]
         return text if isinstance(text, Tensor) else torch.from_numpy(text)

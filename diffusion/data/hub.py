@@ -1,6 +1,5 @@
 """Sets that are fetched: named archives, and the Hugging Face hub, downloaded or streamed."""
 
-import contextlib
 import os
 import shutil
 import tarfile
@@ -20,8 +19,10 @@ from ..seeding import generator, permutation
 from ..weights.guards import TarMember
 from .batches import Batch, StepBatches
 from .cache import locked
+from .captions import Selection
+from .columns import open_hub
 from .datasets import ImageSet, digest, file_stamp, folder_set
-from .images import BadImage, OddLog, read_image, read_noting
+from .images import BadImage, OddLog, read_noting
 
 MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
 
@@ -39,14 +40,17 @@ NAMED = {
 }
 
 
-def named_set(name: str, data_class: str, default_caption: str) -> ImageSet:
+def named_set(name: str, data_class: str, default_caption: str,
+              selection: Selection | None = None) -> ImageSet:  # fmt: skip
     """A set of the table above, fetched to data/NAME if it is not there."""
     source = NAMED[name]
     if isinstance(source, str):
-        return hub_set(source[3:], default_caption)
+        return hub_set(source[3:], default_caption, selection)
     root = Path("data") / name
     fetch(source.url, root)
-    return cifar_set(root) if is_cifar(root) else folder_set(root, data_class, default_caption)
+    if is_cifar(root):
+        return cifar_set(root, selection)
+    return folder_set(root, data_class, default_caption, selection)
 
 
 def fetch(url: str, target: Path) -> None:
@@ -119,8 +123,11 @@ def is_cifar(folder: Path) -> bool:
     return (folder / "data_batch_1.bin").is_file()
 
 
-def cifar_set(folder: Path) -> ImageSet:
+def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
     """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
+    if selection not in (None, Selection()):
+        raise UserError(f"{folder} holds CIFAR-10 in binary, whose training images are read: drop "
+                        "--split, --image_column and --caption_column")  # fmt: skip
     files = sorted(folder.glob("data_batch_*.bin"))
     for file in files:
         size = file.stat().st_size if file.is_file() else 0
@@ -146,7 +153,7 @@ def cifar_set(folder: Path) -> ImageSet:
     return ImageSet(
         name="cifar10", names=[f"cifar10/{i:05d}" for i in range(len(table))], read=read,
         labels=labels.astype(int).tolist(), classes=names,
-        captions=[f"a photo of a {names[i]}" for i in labels],
+        texts=[(f"a photo of a {names[i]}",) for i in labels],
         stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
     )  # fmt: skip
 
@@ -154,51 +161,22 @@ def cifar_set(folder: Path) -> ImageSet:
 # --- the hub ------------------------------------------------------------------------------------
 
 
-def _load(path: str, streaming: bool):
-    """The train split through the datasets library, images left encoded."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"--data hf:{path} needs the datasets library: pip install datasets"
-        ) from None
-    try:
-        with contextlib.redirect_stdout(None):
-            data = datasets.load_dataset(path, split="train", streaming=streaming)
-    except Exception as error:  # anything from the network to the repository's files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"hf:{path} could not be loaded: {reason}; check the name and the network (or set "
-            "HF_ENDPOINT to a mirror), or give --data a folder of images"
-        ) from None
-    features = data.features or {}
-    image = next((n for n, f in features.items() if isinstance(f, datasets.Image)), None)
-    if image is None:
-        raise UserError(f"hf:{path} has no image column; its columns are {', '.join(features)}")
-    text = next((n for n in ("text", "caption", "prompt") if n in features), None)
-    label = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    return data.cast_column(image, datasets.Image(decode=False)), image, text, label
-
-
-def _encoded(value: dict, size: int) -> np.ndarray:
-    return read_image(value["bytes"] if value["bytes"] is not None else Path(value["path"]), size)
-
-
-def hub_set(path: str, default_caption: str = "") -> ImageSet:
-    """The train split of a hub set (or a local folder of parquet files), downloaded."""
-    data, image, text, label = _load(path, streaming=False)
-    files = [f["filename"] for f in data.cache_files]
-    captions = [default_caption] * len(data) if default_caption else None
-    if text:
-        captions = [str(c or default_caption) for c in data[text]]
+def hub_set(path: str, default_caption: str = "", selection: Selection | None = None) -> ImageSet:
+    """A split of a hub set (or a local folder of parquet files), downloaded."""
+    hub = open_hub(path, False, selection, default_caption)
+    data, texts = hub.data, [(default_caption,)] * len(hub.data) if default_caption else None
+    if hub.text:
+        texts = [hub.captions(value, i) for i, value in enumerate(data[hub.text])]
+        if not default_caption and not any(own[0] for own in texts):
+            texts = None
     return ImageSet(
         name=f"hf:{path}",
         names=[f"{path}/{i:08d}" for i in range(len(data))],
-        read=lambda i, size: _encoded(data[i][image], size),
-        labels=list(data[label]) if label else [-1] * len(data),
-        classes=data.features[label].names if label else [],
-        captions=captions,
-        stamp=digest(*files, str(len(data))),
+        read=lambda i, size: hub.pixels(data[i], size),
+        labels=[hub.number(v) for v in data[hub.label]] if hub.label else [-1] * len(data),
+        classes=hub.classes,
+        texts=texts,
+        stamp=digest(*(f["filename"] for f in data.cache_files), str(len(data)), *hub.key),
     )
 
 
@@ -214,18 +192,19 @@ class StreamBatches(StepBatches):
     BLOCK, HELD_OUT = 1024, 128
 
     def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True,
-                 default_caption: str = ""):  # fmt: skip
+                 default_caption: str = "", selection: Selection | None = None):  # fmt: skip
         super().__init__()
-        self.data, self.image, self.text, self.label = _load(path, streaming=True)
+        self.hub = open_hub(path, True, selection, default_caption)
+        self.data, self.classes = self.hub.data, self.hub.classes
         self.path, self.size, self.batch_size = path, size, batch_size
-        self.seed, self.flip, self.default_caption = seed, flip, default_caption
-        self.captioned = bool(self.text or default_caption)
-        self.classes = self.data.features[self.label].names if self.label else []
+        self.seed, self.flip = seed, flip
+        self.captioned = bool(self.hub.text or default_caption)
         self.odd = OddLog()
         self.length: int | None = None
         self.blocks: dict[int, list] = {}
         self.reader, self.next_block = None, -1
-        first = [self._decode(row) for row in self.data.take(self.HELD_OUT)]
+        self.skipped: set[int] = set()
+        first = [self._decode(row, i) for i, row in enumerate(self.data.take(self.HELD_OUT))]
         if len(first) < self.HELD_OUT:
             raise UserError(f"hf:{path} streams only {len(first)} images: drop --streaming")
         self.first = [row for row in first if row is not None]
@@ -240,15 +219,20 @@ class StreamBatches(StepBatches):
     def order_key(self) -> str:
         return digest(self.path)
 
-    def _decode(self, row: dict):
+    def _decode(self, row: dict, number: int):
+        """(pixels, label, captions); None, and a warning, for a row without a usable image."""
+        hub = self.hub
         try:
-            pixels, found = read_noting(lambda: _encoded(row[self.image], self.size))
+            pixels, found = read_noting(lambda: hub.pixels(row, self.size))
         except BadImage as error:
-            log(f"warning: an image of hf:{self.path} is skipped: {error}")
+            if number not in self.skipped:
+                self.skipped.add(number)
+                log(f"warning: row {number} of hf:{self.path} is skipped: {error} "
+                    f"({len(self.skipped)} so far)")  # fmt: skip
             return None
-        self.odd(f"an image of hf:{self.path}", found)
-        caption = " ".join(str(row[self.text] or "").split()) if self.text else ""
-        return pixels, row[self.label] if self.label else -1, caption or self.default_caption
+        self.odd(f"row {number} of hf:{self.path}", found)
+        texts = hub.captions(row[hub.text] if hub.text else None, number)
+        return pixels, hub.number(row[hub.label]) if hub.label else -1, texts
 
     def _block(self, b: int) -> list[dict]:
         """Block b of the stream, up to BLOCK rows, images still encoded."""
@@ -266,7 +250,7 @@ class StreamBatches(StepBatches):
             self.blocks = {b: rows}
         return self.blocks[b]
 
-    def _sample(self, position: int) -> tuple[np.ndarray, int, str]:
+    def _sample(self, position: int) -> tuple[np.ndarray, int, tuple[str, ...]]:
         """The sample at a position of the endless sequence of epochs."""
         epoch, offset = divmod(position, self.length) if self.length else (0, position)
         b, place = divmod(offset, self.BLOCK)
@@ -275,7 +259,9 @@ class StreamBatches(StepBatches):
             return self._sample(position)
         first = int(permutation(len(block), self.seed, "order", epoch, b)[place])
         for i in range(first, first + len(block)):  # in place of a bad image, the next good one
-            if (row := self._decode(block[i % len(block)])) is not None:
+            i %= len(block)
+            number = self.HELD_OUT + b * self.BLOCK + i
+            if (row := self._decode(block[i], number)) is not None:
                 return row
         raise UserError(f"hf:{self.path}: no image of block {b} can be used")
 
@@ -283,14 +269,20 @@ class StreamBatches(StepBatches):
         rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]
         g = generator(self.seed, "flip", step)
         flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
-        return self._batch([(p[:, ::-1] if flip and self.flip else p, *told)
-                            for (p, *told), flip in zip(rows, flips)])  # fmt: skip
+        g = generator(self.seed, "caption", step)
+        fractions = torch.rand(self.batch_size, generator=g, dtype=torch.float64).tolist()[low:high]
+        return self._batch([
+            (pixels[:, ::-1] if flip and self.flip else pixels, label,
+             texts[int(fraction * len(texts)) :])
+            for (pixels, label, texts), flip, fraction in zip(rows, flips, fractions)
+        ])  # fmt: skip
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         return self._batch(self.first[low:high])
 
     def _batch(self, rows: list) -> Batch:
-        images, labels, captions = zip(*rows)
+        """Of (pixels, label, captions), the first of which counts."""
+        images, labels, texts = zip(*rows)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        told = list(captions) if self.captioned else None
-        return Batch(pixels, torch.tensor(labels), captions=told)
+        captions = [own[0] for own in texts] if self.captioned else None
+        return Batch(pixels, torch.tensor(labels), captions=captions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.datasets import report, scan
+from ..data.folders import report, scan
 from ..data.hub import download
 from ..data.images import BadImage, read_image
 from ..distributed import any_rank, gather_object, is_main, log, progress, rank, world_size
@@ -238,10 +238,9 @@ def sampled(
     """This rank's share of images 0 ... count-1: their numbers and (b, H, W, 3) uint8.
 
     told(indices): what the network is told of these images, as options of `Pipeline.frames`; by
-    default a class-conditional model's classes take turns.
+    default a class-conditional model's classes take turns. Raises NonFinite for what is no picture.
     """
-    in_turn = "all" if pipeline.conditional else None
-    told = told or (lambda indices: {"labels": pipeline.labels(in_turn, indices)})
+    told = told or (lambda indices: {"labels": pipeline.labels_in_turn(indices)})
     starts = range(0, count, batch)
     # every rank takes as many turns: those that have none left yield nothing
     for turn in range(0, len(starts), world_size()):
@@ -249,5 +248,5 @@ def sampled(
         low = starts[mine] if mine < len(starts) else count
         indices = range(low, min(low + batch, count))
         H, W = pipeline.image_hw
-        yield indices, (to_uint8(pipeline.sample(indices, **told(indices), **options))
+        yield indices, (to_uint8(pipeline.sample(indices, **told(indices), **options), indices)
                         if len(indices) else np.empty((0, H, W, 3), np.uint8))  # fmt: skip

@@ -21,9 +21,12 @@ from .. import UserError
 from .. import distributed as dist
 from ..assemble import open_pipeline
 from ..config import Parser, int_list, run_script
-from ..data.datasets import folder_set, scan
-from ..pipeline import Pipeline
+from ..data.captions import read_captions
+from ..data.folders import scan
+from ..pipeline import Pipeline, is_number
+from ..rules import check_options
 from ..weights.checkpoint import write_text
+from ..weights.owned import SOFTWARE
 from .distances import (
     DEFINITIONS,
     FEW,
@@ -41,9 +44,10 @@ from .features import (
     open_features,
     sampled,
 )
+from .output import write_free
 from .plot import Line, line_plot
-from .text_image import TextImage, measure_folder, open_text_image
-from .viz import save_png
+from .text_image import TextImage, count_calls, measure_folder, open_text_image
+from .viz import write_png
 
 
 def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
@@ -80,6 +84,13 @@ def warn_of_few(n: int, m: int) -> None:
                  "mostly bias, and comparable only at equal numbers")  # fmt: skip
 
 
+def warn_of_calls(folder: Path, files: list[Path]) -> None:
+    """Say so where a folder's files are the pictures of several calls of sample.py."""
+    if dist.is_main() and (calls := count_calls(files)) > 1:
+        dist.log(f"warning: {folder} holds the pictures of {calls} calls of sample.py, which are "
+                 "all measured")  # fmt: skip
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -103,20 +114,18 @@ def parse(args: list[str] | None = None):
     add("--weights", default="ema", choices=("ema", "raw"), help="averaged weights, or the last step's")
     add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision of sampling")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--save_folder", default="results", metavar="FOLDER", help="for metrics/quality.json and quality.png")
+    add("--save_folder", default="results", metavar="FOLDER", help="for metrics/quality.json and quality.png; where these are, for quality_2.json and so on")
+    add("--overwrite", action="store_true", help="replace the quality.json and quality.png that this program wrote there")
     # fmt: on
     args = parser.parse_args(args)
-    for name in ("num_images", "batch_size", "size"):
-        least = 2 if name == "num_images" else 1  # a covariance
-        if (value := getattr(args, name)) is not None and value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+    check_options(args, parser.defaults, "metrics")
     return args
 
 
 def parse_samplers(text: str) -> list[tuple[str, int]]:
     """ "ddim:10,ddpm:50" -> [("ddim", 10), ("ddpm", 50)]."""
     pairs = [part.partition(":") for part in text.split(",")]
-    if not all(name and steps.isdigit() for name, _, steps in pairs):
+    if not all(name and is_number(steps) for name, _, steps in pairs):
         raise UserError(f"--samplers {text!r}: give names with steps, such as ddim:50,dpmpp_2m:10")
     return [(name, int(steps)) for name, _, steps in pairs]
 
@@ -125,11 +134,11 @@ def captions_of(folder: Path, pipeline: Pipeline):
     """For a model that reads prompts: the real images' captions take turns. Else None."""
     if not pipeline.reads_prompts:
         return None
-    captions = folder_set(folder).captions
-    if captions is None:
+    texts = read_captions(folder, scan(folder))
+    if texts is None:
         raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
                         "each image")  # fmt: skip
-    return pipeline.prompted(captions)
+    return pipeline.prompted([own[0] for own in texts])
 
 
 def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None,
@@ -179,10 +188,13 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
     return rows, meaning
 
 
-def save_quality(folder: Path, result: dict, name: str) -> None:
-    """quality.json, and the distance against network evaluations as quality.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "quality.json", json.dumps(result, indent=2))
+def save_quality(folder: Path, result: dict, name: str, overwrite: bool = False) -> None:
+    """Write quality.json, and the distance against network evaluations as quality.png.
+
+    Those that are there stay, and these get a number, unless overwrite is set and they are ours.
+    """
+    text = json.dumps(result, indent=2)
+    file = write_free(folder / "quality.json", lambda p: write_text(p, text), overwrite)
     rows, lines = result["rows"], []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler)
@@ -190,7 +202,9 @@ def save_quality(folder: Path, result: dict, name: str) -> None:
     title = "FID" if name == "fid" else f"Frechet distance ({name})"
     plot = line_plot(lines, f"{title} against network evaluations", "evaluations",
                      f"{result['num_fake']} images", log_x=True, log_y=True)  # fmt: skip
-    save_png(plot, folder / "quality.png")
+    picture = file.with_suffix(".png")
+    picture = write_free(picture, lambda p: write_png(plot, p), overwrite)
+    dist.log(f"{file}, {picture}")
 
 
 def main() -> None:
@@ -199,10 +213,10 @@ def main() -> None:
     fake, real = Path(args.fake), Path(args.real)
     extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
-        if args.sd_path is not None or args.vae is not None:
-            raise UserError(f"--sd_path and --vae are parts of a model; {fake} is a folder")
+        files = scan(fake)
+        warn_of_calls(fake, files)
         features = open_features(args.fid_features, device)
-        if any(f.suffix.lower() in (".jpg", ".jpeg") for f in scan(fake)):
+        if any(f.suffix.lower() in (".jpg", ".jpeg") for f in files):
             dist.log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
         a, sizes = folder_features(real, args.size, features)
         b, others = folder_features(fake, args.size, features)
@@ -230,11 +244,11 @@ def main() -> None:
             warn_of_few(len(a), args.num_images)
         rows, meaning = quality_table(args, pipeline, a, features, extra)
         if dist.is_main():
-            result = {"checkpoint": str(fake), "weights": args.weights, "real": str(real),
+            result = {"software": SOFTWARE, "checkpoint": str(fake), "weights": args.weights, "real": str(real),
                       "size": size, "features": features.about, "num_real": len(a),
                       "num_fake": args.num_images, "seeds": list(args.seeds),
                       "definitions": meaning, "rows": rows}  # fmt: skip
-            save_quality(Path(args.save_folder) / "metrics", result, features.name)
+            save_quality(Path(args.save_folder) / "metrics", result, features.name, args.overwrite)
     if dist.is_main():
         print(json.dumps(result))
     dist.cleanup()

@@ -8,6 +8,7 @@ The CLIP is a folder that the user names, as transformers writes it: config.json
 tokenizer, preprocessor_config.json.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.datasets import folder_set, scan
+from ..data.captions import read_captions
+from ..data.folders import scan
 from ..data.images import BadImage, formats, read_image
 from ..distributed import gather_object, rank, world_size
 from ..models.blank import blank
@@ -130,8 +132,8 @@ def prompts_of(folder: Path) -> dict[Path, str]:
     """The prompt of each image below a folder: name.txt or metadata.jsonl, or what sample.py wrote
     into the PNG. Raises UserError for images without one."""
     files = scan(folder)
-    captions = folder_set(folder).captions or [""] * len(files)
-    found = {file: caption or read_parameters(file) for file, caption in zip(files, captions)}
+    texts = read_captions(folder, files) or [("",)] * len(files)
+    found = {file: own[0] or read_parameters(file) for file, own in zip(files, texts)}
     if missing := [file for file, prompt in found.items() if prompt is None]:
         raise UserError(f"--clip needs each image's prompt, and {missing[0]} has none: neither "
                         "name.txt beside it nor `parameters` in a PNG")  # fmt: skip
@@ -139,20 +141,41 @@ def prompts_of(folder: Path) -> dict[Path, str]:
 
 
 def read_parameters(file: Path) -> str | None:
-    """The prompt in a PNG's `parameters` text (see viz.parameters_text), None without one."""
+    """Read the prompt in a PNG's `parameters` text (viz.parameters_text), None without one."""
+    lines = _parameters(file).split("\n")
+    # the settings are the last such line: a prompt may have one that looks like them
+    last = max(
+        (i for i, line in enumerate(lines) if line.startswith("Steps: ")), default=len(lines)
+    )
+    end = next((i for i, line in enumerate(lines[:last])
+                if line.startswith("Negative prompt: ")), last)  # fmt: skip
+    return "\n".join(lines[:end]) if end and lines != [""] else None
+
+
+def count_calls(files: Sequence[Path]) -> int:
+    """Count the calls of sample.py that pictures are of, by their `parameters`.
+
+    Pictures of one call have the same settings and another index each.
+    """
+    found: dict[str, list[str]] = {}
+    for file in files:
+        settings = _parameters(file).rsplit("\n", 1)[-1]
+        if index := re.search(r", Image: (\d+)", settings):
+            same = re.sub(r', (Image: \d+|Class: ("[^"]*"|[^,]*))', "", settings)
+            found.setdefault(same, []).append(index[1])
+    return sum(max(map(indices.count, {*indices})) for indices in found.values())
+
+
+def _parameters(file: Path) -> str:
+    """The `parameters` text of a picture; empty without one."""
     try:
         if not file.is_file():
-            return None
+            return ""
         with Image.open(file, formats=formats()) as image:
             text = image.info.get("parameters")
     except Exception:  # Pillow raises nearly everything on damaged files
-        return None  # an unreadable image; who reads it for its pixels says so
-    if not isinstance(text, str):
-        return None
-    lines = text.split("\n")
-    end = next((i for i, line in enumerate(lines)
-                if line.startswith(("Negative prompt: ", "Steps: "))), len(lines))  # fmt: skip
-    return "\n".join(lines[:end]) if end else None
+        return ""  # an unreadable image; who reads it for its pixels says so
+    return text if isinstance(text, str) else ""
 
 
 # --- LPIPS ---------------------------------------------------------------------------------------

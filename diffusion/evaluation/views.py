@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import UserError
 from ..config import Config
-from ..data.datasets import open_data
+from ..data.datasets import configured, open_data
 from ..data.images import BadImage
 from ..distributed import log, progress
 from ..pipeline import Pipeline
@@ -69,7 +69,7 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
         raise UserError(f"the model was trained on a stream, {config.data}: say with --data which "
                         "images to show")  # fmt: skip
     try:
-        source = open_data(data or config.data, config.data_class if data is None else "all")
+        source = open_data(*configured(config)) if data is None else open_data(data)
     except UserError as error:
         hint = "; the model was trained on it, give another with --data" if data is None else ""
         raise UserError(f"{error}{hint}") from None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,33 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .. import UserError
+from ..weights.owned import SOFTWARE, SOFTWARE_TAG
 from .plot import INK, font
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+class NonFinite(UserError):
+    """Pictures with values that are NaN or infinite. rows: which of the batch."""
+
+    def __init__(self, rows: list[int], names: str):
+        super().__init__(
+            f"{names} would not be finite: the network's numbers have overflowed. Try a smaller "
+            "--guidance_scale or LoRA weight, or --amp no; a model of a diverged training "
+            "cannot be sampled"
+        )
+        self.rows = rows
+
+
+def to_uint8(x: Tensor, indices: Sequence[int] | None = None) -> np.ndarray:
+    """Make pixels, (B, H, W, 3) uint8, of images (B, 3, H, W) in [-1, 1].
+
+    indices: the images' numbers, for the message. Raises NonFinite where a value is none.
+    """
+    rows = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if rows:
+        bad = rows if indices is None else [int(indices[row]) for row in rows]
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise NonFinite(rows, f"{len(bad)} of {len(x)} pictures ({shown})")
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -33,11 +57,21 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.
 def save_png(
     image: Image.Image | np.ndarray, path: Path, text: dict[str, str] | None = None
 ) -> None:
-    """text: kept in the file's text chunks."""
+    """Write a PNG, whole or not at all. text: for the file's text chunks."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_png(image, temporary, text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_png(image, path: Path, text: dict[str, str] | None = None) -> None:
+    """Write the bytes of a PNG, with this program as its `Software`."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     info = PngInfo()
-    for key, value in (text or {}).items():
+    for key, value in {"Software": SOFTWARE, **(text or {})}.items():
         info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
     image.save(path, format="PNG", pnginfo=info)
 
@@ -54,8 +88,8 @@ def parameters_text(prompt: str | None, negative: str, settings: dict) -> str:
     """
     lines = [] if prompt is None else [prompt]
     lines += [f"Negative prompt: {negative}"] if negative else []
-    told = ", ".join(f"{k}: {quoted(v)}" for k, v in settings.items() if v is not None)
-    return "\n".join([*lines, told])
+    shown = ", ".join(f"{k}: {quoted(v)}" for k, v in settings.items() if v is not None)
+    return "\n".join([*lines, shown])
 
 
 def quoted(value) -> str:
@@ -94,9 +128,11 @@ def strip(rows: np.ndarray, labels: list[str], heading: str = "") -> Image.Image
 def save_film(frames: list[Image.Image], path: Path, ms: int = 80, last_ms: int = 1500) -> None:
     """An animated WebP, `ms` milliseconds a frame; the last one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[SOFTWARE_TAG] = SOFTWARE
     size = (max(f.width for f in frames), max(f.height for f in frames))
     frames = [ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f
               for f in frames]  # fmt: skip
     durations = [ms] * (len(frames) - 1) + [last_ms]
     frames[0].save(path, "WEBP", save_all=True, append_images=frames[1:], duration=durations,
-                   loop=0, quality=80, method=4)  # fmt: skip
+                   loop=0, quality=80, method=4, exif=exif)  # fmt: skip

@@ -11,7 +11,7 @@ tokenizer is built from the contents of its files, and `Tokenizer.files` gives t
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import groupby
@@ -53,6 +53,11 @@ def normalise(text: str) -> str:
     return text.replace("Σ", "σ").lower()  # str.lower alone turns a final one into ς
 
 
+def plain(name: str) -> str:
+    """The name of an embedding as it stands in normalised text."""
+    return normalise(name).strip(" ")
+
+
 def words(text: str) -> Iterator[str]:
     """The words of normalised text. What lower-casing made a special token's name is cut as one."""
     for match in WORD.finditer("".join(map(shape, text))):
@@ -60,10 +65,21 @@ def words(text: str) -> Iterator[str]:
         yield from (word[:2], word[2:-2], word[-2:]) if match[1] else (word,)
 
 
-def either(names: Iterable[str]) -> re.Pattern:
-    """Any of these names, the longest first; as a group, so that `split` has them at odd places."""
-    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+def either(names: Iterable[str], whole: Collection[str] = ()) -> re.Pattern:
+    """Any of these names, the longest first; as a group, so that `split` has them at odd places.
+
+    whole: those that are found as whole words only: no letter and no digit touches theirs.
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    patterns = [whole_word(name) if name in whole else re.escape(name) for name in longest_first]
+    return re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+
+def whole_word(name: str) -> str:
+    """The pattern of a name inside which no longer word begins or ends."""
+    before = r"(?<![^\W_])" if name[0].isalnum() else ""
+    after = r"(?![^\W_])" if name[-1].isalnum() else ""
+    return before + re.escape(name) + after
 
 
 def families(added: dict[str, int]) -> dict[str, list[int]]:
@@ -82,8 +98,9 @@ class Tokenizer:
     added: the contents of added_tokens.json, token -> id.
     pad: the token that fills rows: EOS in Stable Diffusion 1, "!" in 2. It becomes a special token,
         as in transformers: with "!", each "!" of a prompt is the padding's id.
-    `add_tokens` is all that changes a tokenizer. Raises ValueError unless the vocabulary has every
-    byte with and without </w>, BOS, EOS, pad, what merges need, and ids 0 ... len(self) - 1.
+    `add_tokens` and `add_embedding` are all that change a tokenizer. Raises ValueError unless the
+    vocabulary has every byte with and without </w>, BOS, EOS, pad, what merges need, and ids 0 ...
+    len(self) - 1.
     """
 
     def __init__(
@@ -99,11 +116,13 @@ class Tokenizer:
         self.merged = [vocab[a + b] for a, b in self.merges]
         self.special = either({BOS, EOS, pad})
         self.cache: dict[str, list[int]] = {}
+        self.embeddings: dict[str, list[int]] = {}  # name -> ids, of `add_embedding`
         self.set_added(added)
 
     def __len__(self) -> int:
         """The rows that the text encoder's embedding needs."""
-        return len(self.vocab) + len(self.added)
+        vectors = {i for ids in self.embeddings.values() for i in ids}
+        return len(self.vocab) + len(self.added) + len(vectors)
 
     def __call__(self, texts: str | Iterable[str], chunks: int | None = None) -> Tensor:
         """Prompts to int64 ids (B, L): BOS, up to L - 2 ids, EOS, padding. A str is B = 1.
@@ -153,7 +172,7 @@ class Tokenizer:
         for i in map(int, ids):
             if (token := self.tokens.get(i)) is None:
                 raise ValueError(f"id {i} is unknown; use 0 ... {len(self) - 1}")
-            if token in self.added:
+            if token in self.added or i >= len(self.vocab) + len(self.added):
                 out.append(token.encode() + b" ")
             elif token not in (BOS, EOS, self.pad):
                 out += [BYTE_OF.get(c, c.encode()) for c in token.replace(END_OF_WORD, " ")]
@@ -204,6 +223,8 @@ class Tokenizer:
         vector of another.
         """
         names = [names] if isinstance(names, str) else list(names)
+        if self.embeddings:
+            raise ValueError("this tokenizer has embeddings: add tokens before them")
         if vectors < 1 or not all(isinstance(name, str) for name in names):
             raise ValueError(f"names are {names}, vectors is {vectors}; give str and 1 or more")
         every = [f"{name}_{k}" if k else name for name in names for k in range(vectors)]
@@ -217,13 +238,43 @@ class Tokenizer:
         self.set_added(self.added | new)
         return list(new.values())
 
+    def add_embedding(self, names: Iterable[str], vectors: int) -> list[int]:
+        """Let each of `names` stand for the same new ids, one for each vector; returns the ids.
+
+        A name is found as a whole word of the normalised text, and comes before a word of the
+        vocabulary and an added token of that name. `files` leaves embeddings out. Raises
+        ValueError, and adds nothing, if there are no vectors, or a name exists already or is none
+        that a prompt can hold, such as a blank one.
+        """
+        names = list(names)
+        if vectors < 1 or not names:
+            raise ValueError(f"names are {names}, vectors is {vectors}; give 1 or more of each")
+        if odd := [name for name in names if not self.can_hold(name)]:
+            raise ValueError(f"{odd[0]!r} cannot be typed in a prompt; choose another name")
+        known = set(map(plain, self.embeddings))
+        if old := [name for name in names if plain(name) in known]:
+            raise ValueError(f"an embedding {old[0]!r} exists already; choose another name")
+        ids = [*range(len(self), len(self) + vectors)]
+        self.embeddings |= dict.fromkeys(names, ids)
+        self.set_added(self.added)
+        return ids
+
+    def can_hold(self, name: str) -> bool:
+        """Tell whether a prompt can name an embedding so: not blank, and no special token in it."""
+        usable = isinstance(name, str) and not LONE.search(name) and plain(name) != ""
+        return usable and not self.special.search(name)
+
     def set_added(self, added: dict[str, int]) -> None:
         expansions = {normalise(name): ids for name, ids in families(added).items()}
         if len(expansions) < len(added) or any(not name.strip() for name in added):
             raise ValueError(f"added tokens {list(added)}: a name is blank, or two are the same in "
                              "lower case; rename them")  # fmt: skip
-        self.added, self.expansions, self.names = added, expansions, either(expansions)
+        embeddings = {plain(name): ids for name, ids in self.embeddings.items()}
+        self.added, self.expansions = added, expansions | embeddings
+        self.names = either(self.expansions, embeddings)
         self.tokens = {i: token for token, i in (self.vocab | added).items()}
+        for name, ids in self.embeddings.items():
+            self.tokens |= {i: self.tokens.get(i, name) for i in ids}
 
     def files(self) -> dict[str, dict | str]:
         """The contents of a diffusers `tokenizer/` folder: dicts to write as JSON, and text."""

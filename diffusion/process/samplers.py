@@ -26,11 +26,20 @@ from .schedule import Schedule, timesteps
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """t: (N,); rows: (N, 4) k_x k_x0 k_prev k_eps; levels: (N+1, 2) alpha sigma. All float64."""
+    """t: (N,); rows: (N, 4) k_x k_x0 k_prev k_eps; levels: (N+1, 2) alpha sigma. All float64.
+
+    The rest is what it was made of, see `make_table`. steps: with a strength below 1, those of
+    which the last N are run.
+    """
 
     t: Tensor
     rows: Tensor
     levels: Tensor
+    sampler: str
+    steps: int
+    spacing: str
+    eta: float
+    strength: float
 
     def __len__(self) -> int:
         return len(self.t)
@@ -118,7 +127,8 @@ def make_table(
     levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])
     first = start_row(steps, strength)
     t, levels = t[first:], levels[first:]
-    return Table(t, kind.rows(levels, eta=eta), levels)
+    rows = kind.rows(levels, eta=eta)
+    return Table(t, rows, levels, sampler, steps, spacing, float(eta), float(strength))
 
 
 def start_row(steps: int, strength: float) -> int:
@@ -188,7 +198,7 @@ def step(
     c_x, c_out, k_x, k_x0, k_prev, k_eps = k
     x0 = c_x * x + c_out * denoise(x, t, *told).float()
     if clip:
-        x0 = x0.clamp(-1, 1)
+        x0 = x0.clamp(-1, 1) + 0 * x0  # infinity becomes NaN: a picture that is none must show
     return k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * noise, x0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .. import UserError
 from ..config import Parser, int_list, run_script
+from ..rules import SAMPLERS, check_options
 from .plan import BUDGETS, EXPERIMENTS, Settings, with_budget
 
 
@@ -27,6 +28,8 @@ def parse(args: list[str] | None = None):
     add("--load_path", metavar="FILE", help="the base: a model.pt or .safetensors of ours that reads captions")
     add("--sd_path", metavar="PATH", help="the base: Stable Diffusion 1.x, a folder or a single file")
     add("--sd_config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes")
+    add("--sd_weights", default="raw", choices=("raw", "ema"), help="of a single file with both: its plain weights, or its averaged ones (model_ema.*)")
+    add("--objective", choices=("eps", "v", "x0"), help="what a single file predicts that does not state it (default: eps)")
     add("--data", metavar="STYLES", help="folder with a folder of images per style")
     add("--styles", metavar="NAME,...", help="those to learn (default: all); the others are known to the base and serve the classifier")
     add("--experiments", type=int_list, default=tuple(EXPERIMENTS), metavar="N,...", help=f"{told} (default: all)")
@@ -45,27 +48,29 @@ def parse(args: list[str] | None = None):
     add("--new", action="store_true", help="begin anew, even if there is an unfinished study of these settings")
 
     add = parser.add_argument_group("instead of the budget's numbers").add_argument
-    add("--steps", type=int, default=0, metavar="N", help="of a training; the ablation adds half and twice of it")
-    add("--batch_size", type=int, default=0, metavar="N", help="samples per step")
-    add("--ranks", type=int_list, default=(), metavar="N,N,N", help="of the ablation; the middle one is used elsewhere")
-    add("--targets", default="", metavar="TEXT", help="layers of LoRA, as for train.py (small: all, full: attention)")
-    add("--learning_rate", type=float, default=0.0, metavar="X", help="of LoRA; the ablation adds a third and three times of it")
-    add("--ti_learning_rate", type=float, default=0.0, metavar="X", help="of Textual Inversion")
-    add("--dreambooth_learning_rate", type=float, default=0.0, metavar="X", help="of DreamBooth")
-    add("--vectors", type=int, default=0, metavar="N", help="of a Textual Inversion token")
-    add("--num_images", type=int, default=0, metavar="N", help="drawn for each cell")
-    add("--mix_images", type=int, default=0, metavar="N", help="drawn for each point of the interpolation")
+    add("--steps", type=int, metavar="N", help="of a training; the ablation adds half and twice of it")
+    add("--batch_size", type=int, metavar="N", help="samples per step")
+    add("--ranks", type=int_list, metavar="N,N,N", help="of the ablation; the middle one is used elsewhere")
+    add("--targets", metavar="TEXT", help="layers of LoRA, as for train.py (small: all, full: attention)")
+    add("--learning_rate", type=float, metavar="X", help="of LoRA; the ablation adds a third and three times of it")
+    add("--ti_learning_rate", type=float, metavar="X", help="of Textual Inversion")
+    add("--dreambooth_learning_rate", type=float, metavar="X", help="of DreamBooth")
+    add("--vectors", type=int, metavar="N", help="of a Textual Inversion token")
+    add("--num_images", type=int, metavar="N", help="sampled for each cell")
+    add("--mix_images", type=int, metavar="N", help="sampled for each point of the interpolation")
     add("--points", type=int, default=5, metavar="N", help="of the interpolation")
-    add("--sampler", default="dpmpp_2m", metavar="NAME", help="ddpm|ddpm_large|ddim|dpmpp_2m|dpmpp_2m_sde")
-    add("--sample_steps", type=int, default=0, metavar="N", help="network evaluations per image")
+    add("--sampler", default="dpmpp_2m", metavar="NAME", help="|".join(SAMPLERS))
+    add("--sample_steps", type=int, metavar="N", help="network evaluations per image")
     # fmt: on
-    values = vars(parser.parse_args(args))
-    folder, name, new = (values.pop(k) for k in ("save_folder", "name", "new"))
-    if (values["load_path"] is None) == (values["sd_path"] is None):
+    given = parser.parse_args(args)
+    check_options(given, parser.defaults, "study")
+    values = {name: value for name, value in vars(given).items() if value is not None}
+    folder, name, new = (values.pop(k, None) for k in ("save_folder", "name", "new"))
+    if (given.load_path is None) == (given.sd_path is None):
         raise UserError("the study needs a base: give either --sd_path or --load_path")
-    if values["data"] is None:
+    if given.data is None:
         raise UserError("--data STYLES is missing: a folder with a folder of images per style")
-    values["styles"] = tuple(filter(None, (values["styles"] or "").split(",")))
+    values["styles"] = tuple(filter(None, (given.styles or "").split(",")))
     values["experiments"] = tuple(dict.fromkeys(values["experiments"]))
     return with_budget(Settings(**values)), Path(folder), name, new
 
@@ -91,6 +96,7 @@ def choose_styles(s: Settings) -> Settings:
 def open_base(s: Settings, device):
     """(pipeline, Base). Raises UserError for a base that reads no text or cannot be drawn from."""
     from ..assemble import open_pipeline
+    from ..weights.loader import check_averaged
     from .runner import Base
 
     size = {} if s.image_size is None else {"height": s.image_size, "width": s.image_size}
@@ -98,7 +104,12 @@ def open_base(s: Settings, device):
     for path in filter(None, (s.load_path, s.sd_path)):
         if not Path(path).exists():
             raise UserError(f"the base {path} does not exist")
-    pipeline = open_pipeline(s.load_path, s.sd_path, "ema", device, config=s.sd_config, **size)
+    if s.sd_weights == "ema":
+        check_averaged(s.sd_path, "--sd_weights")
+    weights = s.sd_weights if foreign else None
+    pipeline = open_pipeline(
+        s.load_path, s.sd_path, weights, device, config=s.sd_config, objective=s.objective, **size
+    )
     if not pipeline.reads_prompts:
         raise UserError(f"the base {s.load_path} reads no text: a style study needs a model of "
                         "--mode latent --condition text")  # fmt: skip

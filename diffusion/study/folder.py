@@ -5,6 +5,7 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+from ..evaluation.output import names
 from ..weights.checkpoint import write_text
 from .plan import Settings
 from .styles import file_stamp, slugs_of, stamp, style_folders
@@ -14,7 +15,11 @@ def describe(s: Settings) -> dict:
     """What makes a study the same one, as JSON gives it back."""
     base = Path(s.load_path or s.sd_path)
     mark = stamp(base) if base.is_dir() else file_stamp(base)
-    told = {"settings": dataclasses.asdict(s), "base": f"{base.resolve()} {mark}",
+    settings = dataclasses.asdict(s)
+    for name, usual in (("sd_weights", "raw"), ("objective", None)):  # studies of before have none
+        if settings[name] == usual:
+            del settings[name]
+    told = {"settings": settings, "base": f"{base.resolve()} {mark}",
             "data": {f.name: stamp(f) for f in style_folders(s.data)}}  # fmt: skip
     return json.loads(json.dumps(told))
 
@@ -32,11 +37,13 @@ def find(root: Path, about: dict) -> Path | None:
 
 def create(root: Path, name: str, about: dict) -> Path:
     stem = f"{datetime.now():%Y-%m-%d_%H%M%S}_{slugs_of([name])[name]}"
-    folder, n = root / stem, 1
-    while folder.exists():
-        n += 1
-        folder = root / f"{stem}_{n}"
-    folder.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in names(root / stem):
+        try:
+            folder.mkdir()  # never one that is there, of a study begun in the same second
+            break
+        except FileExistsError:
+            continue
     write_text(folder / "config.json", json.dumps(about, indent=2))
     return folder
 

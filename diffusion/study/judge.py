@@ -11,6 +11,7 @@ from ..data.images import read_image
 from ..distributed import log
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features, open_features
+from ..evaluation.output import is_ours, numbered
 from ..evaluation.text_image import CLIP_SCORE, ClipScore, measure, open_clip
 from ..pipeline import Pipeline
 from ..seeding import permutation
@@ -123,4 +124,6 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
 
 
 def read_images(folder: Path) -> np.ndarray:
-    return np.stack([read_image(f, None) for f in sorted(folder.glob("*.png"))])
+    """Read the pictures that sample.py has written to a folder, (N, H, W, 3) uint8, in order."""
+    files = [file for _, file in sorted(numbered(folder).items()) if is_ours(file)]
+    return np.stack([read_image(file, None) for file in files])

@@ -10,9 +10,10 @@ that several experiments need is trained once.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from .. import UserError
+from ..rules import check_bounds
 
 EXPERIMENTS = {1: "a LoRA for each style", 2: "ablation", 3: "three methods",
                4: "interpolation of two styles"}  # fmt: skip
@@ -38,6 +39,8 @@ class Settings:
     load_path: str | None = None
     sd_path: str | None = None
     sd_config: str | None = None
+    sd_weights: str = "raw"
+    objective: str | None = None
     styles: tuple[str, ...] = ()
     experiments: tuple[int, ...] = (1, 2, 3, 4)
     budget: str = "small"
@@ -83,18 +86,7 @@ def with_budget(settings: Settings) -> Settings:
         raise UserError(f"experiment {unknown[0]} is unknown; choose of {known}")
     if not settings.experiments:
         raise UserError("--experiments names none; give some of 1,2,3,4")
-    least = {"steps": 2, "batch_size": 1, "num_images": 2, "mix_images": 1, "sample_steps": 1,
-             "points": 2, "vectors": 1}  # fmt: skip
-    for name, low in least.items():
-        if getattr(settings, name) < low:
-            raise UserError(f"{name} is {getattr(settings, name)}; it must be at least {low}")
-    if settings.points > 101:
-        raise UserError(f"points is {settings.points}; it must be at most 101")
-    if min(settings.ranks) < 1:
-        raise UserError(f"ranks are {settings.ranks}; each must be above 0")
-    rates = ("learning_rate", "ti_learning_rate", "dreambooth_learning_rate")
-    if any(getattr(settings, name) <= 0 for name in rates):
-        raise UserError(f"{', '.join(rates)} must be above 0")
+    check_bounds(asdict(settings), "study")
     return settings
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from .. import UserError
 from ..distributed import log, progress
+from ..evaluation.output import is_ours, numbered
 from ..evaluation.viz import grid, save_png, strip
 from ..training.run import claim
 from ..weights.checkpoint import read_lines, write_text
@@ -139,9 +140,11 @@ class Study:
     def draw(self, cell: Cell, tick) -> np.ndarray:
         """Runs sample.py: (N, H, W, 3) uint8."""
         target = self.folder / "inference" / cell.name
-        shutil.rmtree(target, ignore_errors=True)
         prompts = self.prompts(cell)
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
+        left = [*numbered(target / "images").values(), *target.glob("grid*.png")]
+        for file in filter(is_ours, left):  # of a call that was stopped, and nobody else's
+            file.unlink()
         write_text(target / "prompts.txt", "\n".join(prompts) + "\n")
         what = runner.drawn_with(self.settings, cell, self.files(cell))
         args = runner.sample_arguments(self.settings, self.base, what, target / "prompts.txt",

@@ -32,7 +32,10 @@ def base_arguments(s: Settings, config: str) -> list[str]:
     """config: what the script calls the folder of configs."""
     if s.load_path is not None:
         return [f"--load_path={s.load_path}"]
-    return [f"--sd_path={s.sd_path}", *([f"--{config}={s.sd_config}"] if s.sd_config else [])]
+    args = [f"--sd_path={s.sd_path}", *([f"--{config}={s.sd_config}"] if s.sd_config else [])]
+    weights = "sd_weights" if config == "sd_config" else "weights"
+    args += [f"--{weights}=ema"] if s.sd_weights == "ema" else []
+    return args + ([f"--objective={s.objective}"] if s.objective is not None else [])
 
 
 def token_of(slug: str) -> str:
@@ -51,7 +54,8 @@ def train_arguments(
             "--keep_last=1", f"--seed={s.seed}", f"--device={s.device}",
             f"--amp={s.amp}"]  # fmt: skip
     if s.sd_path is not None:
-        args += ["--condition=text", f"--objective={base.objective}"]
+        args += ["--condition=text"]
+        args += [f"--objective={base.objective}"] if s.objective is None else []
     if s.sd_path is not None or s.image_size is not None:
         args += [f"--image_size={base.image_size}"]
     if cell.kind == "lora":

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..data.datasets import digest, file_stamp, read_captions, report, scan
+from ..data.captions import read_captions
+from ..data.datasets import digest, file_stamp
+from ..data.folders import report, scan, why_not
 from ..data.images import BadImage, read_image
 from ..weights.checkpoint import write_text
+from ..weights.guards import read_prompt_lines
 
 HELD_OUT, HELD_OUT_MOST, LEAST = 0.2, 500, 4
 PROMPTS = Path("prompts") / "validation_prompt.txt"
@@ -49,7 +52,7 @@ def style_folders(root: str) -> list[Path]:
     if not base.is_dir():
         raise UserError(f"--data {root} is no folder; give one with a folder of images per style")
     folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    found = [f for f in folders if scan(f)]
+    found = [f for f in folders if not why_not(f) and scan(f)]
     if not found:
         why = "its images belong into one folder per style" if scan(base) else "it has no images"
         raise UserError(f"--data {root} holds no styles: {why}")
@@ -110,10 +113,11 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     order = sorted(usable, key=lambda i: digest(files[i].relative_to(folder).as_posix()))
     count = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(usable))))
     held_out, train = np.sort(order[:count]), np.sort(order[count:])
-    texts = read_captions(folder, files, "") or [""] * len(files)
-    captions = [with_name(text, name) for text in texts]
+    texts = read_captions(folder, files) or [("",)] * len(files)
+    captions = [with_name(own[0], name) for own in texts]
     prompts = read_prompts(folder / PROMPTS, name)
-    prompts = prompts or list(dict.fromkeys(captions[i] for i in held_out))
+    # a prompt is a line of the file that sample.py reads
+    prompts = prompts or list(dict.fromkeys(" ".join(captions[i].split()) for i in held_out))
     return Style(name, slug, files, captions, prompts, train, held_out, pixels)
 
 
@@ -121,11 +125,7 @@ def read_prompts(file: Path, name: str) -> list[str]:
     """A prompt a line, with the style's name; empty where there is no file."""
     if not file.is_file():
         return []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}; expected UTF-8 text") from None
-    found = [with_name(" ".join(line.split()), name) for line in lines if line.strip()]
+    found = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
     if not found:
         raise UserError(f"{file} holds no prompt; write one a line, or delete it")
     return found

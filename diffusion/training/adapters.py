@@ -24,14 +24,16 @@ from .. import distributed as dist
 from ..adapters import parts_of
 from ..config import Config
 from ..data.batches import open_batches
-from ..data.datasets import ImageSet, digest, scan
+from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, weights_digest
+from ..data.folders import scan
 from ..evaluation.viz import save_png, to_uint8
 from ..models import lora
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..seeding import seed_of
 from ..weights import adapters, embeddings, owned
 from ..weights.checkpoint import load_weights
+from ..weights.loader import OBJECTIVES, find_prediction
 from .latents import ENCODE_BATCH, LatentDiffusion
 from .tasks import Diffusion, Task, start_from
 
@@ -114,8 +116,12 @@ class Adapted(Task):
         if self.config.adapter == "none":
             return super().restore(model, kept, checkpoint)
         if checkpoint["base"] != self.base:
-            raise UserError(f"the model that the run in {self.config.save_folder} began with has "
-                            "changed since; start anew with --overwrite")  # fmt: skip
+            raise UserError(
+                f"the model that the run in {self.config.save_folder} began with has "
+                "changed since; bring it back (--sd_weights ema, if it is a file with "
+                "model_ema.* and the run is of an earlier version, which took these), "
+                "or start from scratch with --overwrite"
+            )
         assert kept.keys() == set(self.trained)
         model.load_state_dict(kept, strict=False)
 
@@ -141,6 +147,10 @@ class Adapted(Task):
         if c.adapter == "none":
             return super().result(folder)
         base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
+        if c.load_path is None:
+            stated = find_prediction(c.sd_path, c.sd_config).type
+            base += " --weights ema" if c.sd_weights == "ema" else ""
+            base += "" if OBJECTIVES[stated] == c.objective else f" --objective {c.objective}"
         option = "--lora" if c.adapter == "lora" else "--embedding"
         file = folder / "adapter.safetensors"
         return f"{file}; python sample.py {base} {option} {file}"
@@ -168,7 +178,7 @@ class AdaptedLatents(Adapted, LatentDiffusion):
             use_classes(self.data, load_weights(Path(config.load_path))[2]["classes"])
         if self.captions is not None:  # for what else looks at them
             images = self.data.pixels.images
-            self.data.pixels.images = replace(images, captions=self.captions)
+            self.data.pixels.images = replace(images, texts=[(text,) for text in self.captions])
 
     def prepare(self) -> None:
         """What can be wrong is looked at before images are encoded; the token is added."""
@@ -194,10 +204,10 @@ class AdaptedLatents(Adapted, LatentDiffusion):
             return [(c.instance_prompt,)] * len(images)
         if c.adapter != "textual_inversion":
             return super().described(images)
-        if images.captions is None:
+        if images.texts is None:
             return [tuple(template.format(c.token) for template in TEMPLATES)] * len(images)
         put = lambda text: text if "{}" in text else f"{{}}, {text}".rstrip(", ")  # noqa: E731
-        return [(put(text).replace("{}", c.token),) for text in images.captions]
+        return [tuple(put(text).replace("{}", c.token) for text in own) for own in images.texts]
 
     # --- prior preservation
 
@@ -206,7 +216,9 @@ class AdaptedLatents(Adapted, LatentDiffusion):
         if c.class_prompt is None:
             return
         folder = class_images(self, model)
-        images = open_batches(replace(c, data=str(folder), data_class="all")).pixels
+        own = dict(data=str(folder), data_class="all", split="all", image_column=None,
+                   caption_column=None)  # fmt: skip
+        images = open_batches(replace(c, **own)).pixels
         told = [(c.class_prompt,)] * len(images)
         self.prior = EncodedBatches(images, c.batch_size, seed_of(c.seed, "class"), c.flip,
                                     self._latents(images), *self._text(told))  # fmt: skip
@@ -270,7 +282,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
             indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
         )  # fmt: skip
-        for i, image in zip(indices, to_uint8(images)):
+        for i, image in zip(indices, to_uint8(images, indices)):
             save_png(image, image_of(folder, i), {CLASS_PROMPT: c.class_prompt})
     dist.barrier()
     return folder

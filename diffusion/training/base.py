@@ -3,12 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from .. import UserError
-from ..assemble import OBJECTIVES
+from .. import UserError, rules
 from ..config import Config
-from ..rules import USES
 from ..weights.checkpoint import load_weights
-from ..weights.loader import read_image_size, read_scheduler
+from ..weights.loader import OBJECTIVES, check_averaged, find_prediction, read_image_size
 
 # what a base model's own configuration decides; the second row unless it is given
 DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
@@ -64,7 +62,9 @@ def own_settings(config: Config, given: set[str]) -> dict:
     """What a Stable Diffusion model predicts and the size it was trained for, unless given."""
     if config.sd_path is None:
         return {}
-    kind = read_scheduler(config.sd_path, config.sd_config)["prediction_type"]
+    if config.sd_weights == "ema" and config.load_path is None:
+        check_averaged(config.sd_path, "--sd_weights")
+    kind = find_prediction(config.sd_path, config.sd_config).type
     own = {"objective": OBJECTIVES.get(kind, "eps")}
     if config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
@@ -73,10 +73,7 @@ def own_settings(config: Config, given: set[str]) -> dict:
 
 def check_used(config: Config, given: set[str]) -> Config:
     """Raises UserError for options that were given and would do nothing."""
-    for told, holds, names in USES:
-        useless = [n for n in names.split() if n in given and getattr(config, n) != DEFAULTS[n]]
-        if useless and not holds(config):
-            raise UserError(f"{', '.join(f'--{n}' for n in useless)}: nothing without {told}")
+    rules.check_used(config, {name: DEFAULTS[name] for name in given & set(DEFAULTS)}, rules.USES)
     return config
 
 

@@ -19,6 +19,7 @@ from ..data.cache import TRANSFORM
 from ..data.datasets import digest
 from ..evaluation.distances import FEW, Moments, frechet_distance
 from ..evaluation.features import open_features, sampled
+from ..evaluation.viz import NonFinite
 from ..pipeline import Pipeline
 from ..seeding import permutation
 from ..weights.checkpoint import atomic
@@ -59,7 +60,9 @@ class Fid:
         """The classes or captions of these samples: as frequent as among the training images."""
         chosen = [self.data.train[self.order[i % len(self.order)]] for i in indices]
         if self.config.condition == "class":
-            return {"labels": torch.tensor([int(self.data.labels[i]) for i in chosen])}
+            null = len(self.data.classes)
+            labels = [int(self.data.labels[i]) for i in chosen]
+            return {"labels": torch.tensor([null if i < 0 else i for i in labels])}
         if self.config.condition == "text":
             captions = self.data.pixels.images.captions
             return {"prompts": [captions[i] for i in chosen], "chunks": 1}  # as in training
@@ -71,22 +74,34 @@ class Fid:
         """{name: distance, how it was measured}; None if `stopped` says so on some rank."""
         count, micro = self.config.fid_num_images, min(64, micro)
         began, found = time.perf_counter(), Moments(len(self.reference[0]))
+
+        def result(value: float) -> dict:
+            return {self.name: value, "fid_num_images": count,
+                    "fid_seconds": time.perf_counter() - began}  # fmt: skip
+
         with dist.progress(total=count, desc=self.name, unit="img", leave=False) as bar:
             options = dict(sampler=SAMPLER, steps=self.steps, amp=self.config.amp)
             options["seed"] = self.config.seed
-            for _, images in sampled(pipeline, count, micro, self.told, **options):
-                if len(images):
-                    found.add(self.features(images))
+            pictures, bad = sampled(pipeline, count, micro, self.told, **options), False
+            for _ in range(0, count, micro * dist.world_size()):  # turns, as many on each rank
+                try:
+                    _, images = next(pictures)
+                    if len(images):
+                        found.add(self.features(images))
+                except NonFinite:
+                    bad = True
                 bar.update(min(micro * dist.world_size(), count - bar.n))
                 if dist.any_rank(stopped()):
                     return None
+                if dist.any_rank(bad):  # black pictures would count as pictures
+                    dist.log(f"warning: {self.name} is not measured: pictures are not finite")
+                    return result(math.nan)
         statistics = found.reduce()
-        finite = all(part.isfinite().all() for part in statistics)  # else the run tells by null
+        finite = all(part.isfinite().all() for part in statistics)  # else the run says so by null
         value = math.nan
         if finite and dist.is_main():
             value = frechet_distance(*self.reference, *statistics)
-        return {self.name: value, "fid_num_images": count,
-                "fid_seconds": time.perf_counter() - began}  # fmt: skip
+        return result(value)
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """(mean, covariance) of the training images' features, from the cache if they are there."""

@@ -22,10 +22,11 @@ from ..latent import LatentPipeline, TextIds
 from ..models.vae import sample
 from ..pipeline import amp_dtype
 from ..seeding import generator
-from ..weights.guards import read_text
+from ..weights.guards import read_prompt_lines
 from .steps import draw
 from .tasks import Diffusion
 
+MOST_CAPTIONS = 100  # of an image
 ENCODE_BATCH = 8  # images or captions that are encoded at a time
 
 
@@ -46,7 +47,8 @@ class LatentDiffusion(Diffusion):
         described = source.captioned if config.streaming else self.described(images)
         if config.condition == "text" and not described:
             raise UserError(f"--condition text: {config.data} has no captions; put name.txt beside "
-                            "each image, or give --default_caption")  # fmt: skip
+                            "each image, or a metadata.jsonl or .csv, name its column by "
+                            "--caption_column, or give --default_caption")  # fmt: skip
         prompts = config.validation_prompts
         prompts = None if prompts is None else read_prompts(Path(prompts))
         self.captions, self.data = None, source
@@ -64,7 +66,7 @@ class LatentDiffusion(Diffusion):
 
     def described(self, images: ImageSet) -> list[tuple[str, ...]] | None:
         """Each image's captions, of which every step draws one; None if there are none."""
-        return images.captions and [(caption,) for caption in images.captions]
+        return images.texts
 
     # --- what is computed once
 
@@ -90,10 +92,16 @@ class LatentDiffusion(Diffusion):
         """What is told of each different caption, the empty one last; each image's numbers."""
         if told is None:
             return None, None
+        if long := sum(len(captions) > MOST_CAPTIONS for captions in told):
+            log(f"warning: {long} images have more than {MOST_CAPTIONS} captions; the first "
+                "of them are used")  # fmt: skip
+            told = [captions[:MOST_CAPTIONS] for captions in told]
         self.warn_of_long([caption for captions in told for caption in captions])
         every = sorted({caption for captions in told for caption in captions} - {""}) + [""]
         number = {caption: i for i, caption in enumerate(every)}
-        text_of = np.array([[number[caption] for caption in captions] for captions in told])
+        text_of = np.full((len(told), max(map(len, told))), -1)
+        for row, captions in zip(text_of, told):
+            row[: len(captions)] = [number[caption] for caption in captions]
         if isinstance(self.parts.text, TextIds):
             text = self.parts.text(every)  # the encoder runs in the step
             self.empty = text[-1]
@@ -120,7 +128,7 @@ class LatentDiffusion(Diffusion):
         if self.config.condition != "text":
             return []
         if self.config.streaming:
-            shown = [caption for _, _, caption in self.data.first]
+            shown = [texts[0] for _, _, texts in self.data.first]
             self.warn_of_long(shown)
             return shown
         chosen = [*self.data.held_out, *self.data.train][: max(1, self.config.num_samples)]
@@ -195,7 +203,7 @@ class LatentDiffusion(Diffusion):
 
 
 def read_prompts(path: Path) -> list[str]:
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = read_prompt_lines(path)
     if not lines:
         raise UserError(f"--validation_prompts {path} holds no prompt")
     return lines

@@ -217,7 +217,8 @@ def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
     """metadata.json: how far the run is."""
     samples = step * config.batch_size
     epoch = samples / data.length if data.length else None
-    about = {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best}
+    about = {"step": step, "samples_seen": samples, "epoch": epoch, "best_loss": best,
+             "num_train_images": data.length, "num_held_out": len(data.held_out)}  # fmt: skip
     checkpoint.write_text(folder / "metadata.json", json.dumps(about, indent=2))
 
 

@@ -24,7 +24,7 @@ from .. import UserError
 from .. import distributed as dist
 from ..config import Config
 from ..data.batches import Batch, move, open_batches, to_unit
-from ..evaluation.viz import grid, to_uint8
+from ..evaluation.viz import NonFinite, grid, to_uint8
 from ..latent import TextConditioned
 from ..pipeline import Pipeline, amp_dtype, build_model
 from ..process.gaussian import training_loss
@@ -124,6 +124,7 @@ class Diffusion(Task):
         """What the network is told: None, or labels of which the hidden ones are the null label."""
         if self.config.condition == "none":
             return None
+        hidden = hidden | (batch.labels < 0)  # images without a label
         return move(batch.labels.masked_fill(hidden, len(self.data.classes)), self.device)
 
     # --- every few hundred steps
@@ -171,13 +172,23 @@ class Diffusion(Task):
             raise UserError(f"sample grids: {error}") from None
 
     def sheet(self, model: nn.Module, micro: int) -> Image.Image | None:
-        """config.num_samples images on rank 0, which all ranks draw; None elsewhere."""
+        """config.num_samples images on rank 0, which all ranks draw; None elsewhere.
+
+        Raises NonFinite on all ranks where a picture of one of them is none.
+        """
         size, decode = self.config.image_size, self.pipeline(model).decode
         images = [np.empty((0, size, size, 3), np.uint8)]
         every = np.arange(self.config.num_samples)
         mine = np.array_split(every, dist.world_size())[dist.rank()].tolist()
+        bad = None
         for low in range(0, len(mine), micro):
-            [(x, _)] = deque(self.frames(model, mine[low : low + micro]), maxlen=1)
-            images.append(to_uint8(decode(x)))
+            indices = mine[low : low + micro]
+            [(x, _)] = deque(self.frames(model, indices), maxlen=1)
+            try:
+                images.append(to_uint8(decode(x), indices))
+            except NonFinite as error:
+                bad = error
+        if dist.any_rank(bad is not None):  # all ranks, or the others would wait
+            raise bad or NonFinite([], "pictures of another rank")
         parts = dist.gather(torch.from_numpy(np.concatenate(images)))
         return grid(torch.cat(parts).numpy()) if parts is not None else None

@@ -19,6 +19,7 @@ from .. import UserError
 from .. import distributed as dist
 from ..config import Config
 from ..evaluation.features import name_of
+from ..evaluation.viz import NonFinite
 from ..pipeline import amp_dtype
 from ..seeding import seed_of
 from ..weights import checkpoint
@@ -216,7 +217,11 @@ def run(config: Config, device: torch.device, share: Share) -> None:
                 )
                 best = loss if improved else best
                 if config.num_samples:
-                    sheet = task.sheet(ema.model, share.micro)
+                    try:
+                        sheet = task.sheet(ema.model, share.micro)
+                    except NonFinite as error:  # training has its own count of bad steps
+                        sheet = None
+                        dist.log(f"warning: no sample grid at step {step}: {error}")
                     if sheet is not None:
                         logs.picture(step, sheet)
                 save(improved)

@@ -6,9 +6,11 @@
                  and before that .lora.down.weight, .lora_linear_layer.down.weight, and
                  .processor.to_q_lora.down.weight
     peft         a folder: adapter_config.json, adapter_model.safetensors; base_model.model....
+    others       the prefixes of DOTTED and FLAT, of the text encoder above all
 
-A branch's scale is alpha / rank; alpha stands in the file, in its metadata, in the folder's
-configuration, or nowhere, and then it is the rank. (kohya networks/lora.py, diffusers
+A file is applied as a whole or refused: what this network has no place for, and what is no plain
+LoRA, is named. A branch's scale is alpha / rank; alpha stands in the file, in its metadata, in the
+folder's configuration, or nowhere, and then it is the rank. (kohya networks/lora.py, diffusers
 loaders/lora_base.py.)
 """
 
@@ -34,24 +36,50 @@ from .guards import check_tensors, parse_json, read_json
 Parts = dict[str, dict[str, LowRank]]  # "unet" or "text_encoder" -> module name -> branch
 
 NAMES = {"unet": "U-Net", "text_encoder": "text encoder"}
-KOHYA = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
-# the first is written; an empty one is of files that hold the U-Net only
+# before names with `.` and with `_` for `.`; the first is written. An empty one is of files that
+# hold one network only; clip_l is what OneTrainer and ComfyUI call the text encoder.
 DOTTED = {
-    "unet": ("unet.", "base_model.model.", "base_model.model.unet.", "diffusion_model.", ""),
-    "text_encoder": ("text_encoder.", "base_model.model.", "base_model.model.text_encoder.", ""),
-}
+    "unet": ("unet.", "base_model.model.", "base_model.model.unet.", "diffusion_model.",
+             "model.diffusion_model.", "lora_unet.", ""),
+    "text_encoder": ("text_encoder.", "base_model.model.", "base_model.model.text_encoder.",
+                     "text_encoder_1.", "text_encoders.clip_l.",
+                     "text_encoders.clip_l.transformer.", "clip_l.", "clip_l.transformer.",
+                     "cond_stage_model.", "cond_stage_model.transformer.", "transformer.", "te.",
+                     "te1.", "lora_te.", "lora_te1.", ""),
+}  # fmt: skip
+FLAT = {
+    "unet": ("lora_unet_", "lycoris_", "lycoris_unet_"),
+    "text_encoder": ("lora_te_", "lora_te1_", "lora_prior_te_", "lora_clip_l_", "lycoris_",
+                     "lycoris_te_", "lycoris_te1_"),
+}  # fmt: skip
 WEIGHT = re.compile(
     r"(?P<layer>.+)\.(?:lora_(?P<a>down|up|A|B)|lora(?:_linear_layer)?\.(?P<b>down|up))"
     r"(?:\.[^.]+)?\.weight"
 )
 DOWN_OR_UP = {"A": "down", "B": "up", "down": "down", "up": "up"}
-METADATA = "lora_adapter_metadata"  # diffusers' JSON: unet.r, unet.lora_alpha ...
+# diffusers' JSON: unet.r, unet.lora_alpha ...; r, lora_alpha ... from a network's save_lora_adapter
+METADATA = "lora_adapter_metadata"
+# peft's initialisations that leave the network's own weights as they are; others, such as pissa and
+# olora, put the branches' start into the weights, which are then not the base's
+INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# settings of peft's LoraConfig that its branches, or tensors in the file, say all about
+SETTLED = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "trainable_token_indices",
+    "use_rslora",
+}  # fmt: skip
 # what these networks' files call layers that the attention processors of 2023 held
 OLD_TEXT = (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out.0", "out_proj"))
 OTHERS = {
     "a LoHa": ("hada_w",), "a LoKr": ("lokr_w",), "a DoRA": ("dora_scale", "lora_magnitude"),
     "a LoRA with a Tucker core": ("lora_mid",), "an OFT": ("oft_",),
 }  # fmt: skip
+SECOND_TEXT = ("lora_te2_", "text_encoder_2.", "clip_g.")  # Stable Diffusion XL's other one
+USELESS = ("position_ids",)  # a buffer that no network reads
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -60,32 +88,67 @@ OTHERS = {
 def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     """A LoRA's branches of these networks, "unet" and, if there is one, "text_encoder".
 
-    What the networks do not have is told and left out. Raises UserError if that is most of the
-    file, if shapes do not fit, and for files that hold no LoRA.
+    Raises UserError, which names it, for what the networks have no place for; if shapes do not
+    fit; and for files that hold no LoRA, or more than a plain one.
     """
     path = Path(path)
     tensors, settings = _open(path)
-    pairs, alphas, left = _sort(tensors)
+    pairs, alphas, left = _sort(path, tensors)
     if not pairs:
         raise UserError(f"{path} holds no LoRA: {_what(tensors)}")
+    for own in settings.values():
+        check_settings(path, own)
     known, parts = _known(networks), {part: {} for part in networks}
     layers = {part: lora.layers(network) for part, network in networks.items()}
+    left += [f"{layer}.alpha" for layer in alphas if layer not in known and layer not in pairs]
+    alphas = {known.get(layer): alpha for layer, alpha in alphas.items()}
     for layer, pair in pairs.items():
-        if layer not in known or pair.keys() != {"down", "up"}:
+        if layer not in known:
             left.append(layer)
             continue
+        if pair.keys() != {"down", "up"}:
+            raise UserError(f"{path} is incomplete: it holds the {min(pair)} of {layer} alone")
         part, name = known[layer]
+        if name in parts[part]:
+            raise UserError(f"{path} holds {name} of the {NAMES[part]} twice, once as {layer}")
         down, up = _fit(path, name, layers[part][name], **pair)
         try:
-            alpha = alphas.get(layer) or _alpha(settings.get(part, {}), name, len(down))
+            alpha = alphas.get((part, name)) or _alpha(settings.get(part, {}), name, len(down))
             alpha = float(alpha or len(down))
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: its settings of alpha are unusable: {error!s:.200}") from None
         if not math.isfinite(alpha):
             raise UserError(f"{path}: its alpha of {name} is {alpha}")
         parts[part][name] = LowRank(down, up, alpha)
-    _report(path, parts, sorted(left))
+    if left:
+        raise UserError(_refused(path, parts, pairs, sorted(left)))
+    found = {part: len(branches) for part, branches in parts.items() if branches}
+    ranks = sorted({len(low.down) for branches in parts.values() for low in branches.values()})
+    counts = " and ".join(f"{n} of the {NAMES[part]}" for part, n in found.items())
+    log(f"{path}: LoRA of rank {', '.join(map(str, ranks))} for {counts} layers")
     return parts
+
+
+def check_settings(path: Path, settings: Mapping) -> None:
+    """Refuse what peft's LoraConfig says of a LoRA that is no plain one beside the base's weights.
+
+    Raises UserError, which names the setting.
+    """
+    if settings.get("use_dora"):
+        raise UserError(f"{path} is a DoRA (use_dora); supported: plain LoRA")
+    init = settings.get("init_lora_weights")
+    if (init.lower() if isinstance(init, str) else init) not in INITS:
+        raise UserError(
+            f"{path}: init_lora_weights is {init!r:.60}, which changes the base's own weights, so "
+            "that on the base as it is the LoRA gives another result; save it again with peft's "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL)"
+        )
+    nothing = (None, False, {}, [], "")
+    if odd := [k for k, v in settings.items() if k not in SETTLED and v not in nothing]:
+        raise UserError(
+            f"{path}: its settings have {odd[0]} {settings[odd[0]]!r:.60}, which is no "
+            "plain LoRA's; supported: plain LoRA"
+        )
 
 
 def _what(tensors: Mapping[str, Tensor]) -> str:
@@ -108,8 +171,10 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
         return _tensors(file), dict.fromkeys(NAMES, config)
     tensors = _tensors(path)
     values = parse_json(read_metadata(path).get(METADATA, "{}"), f"{path}: its {METADATA}")
-    flat = {key.partition(".")[::2]: value for key, value in values.items()}
-    return tensors, {part: {k: v for (p, k), v in flat.items() if p == part} for part in NAMES}
+    plain = {key: value for key, value in values.items() if "." not in key}
+    flat = {key.partition(".")[::2]: value for key, value in values.items() if "." in key}
+    own = {part: {k: v for (p, k), v in flat.items() if p == part} for part in NAMES}
+    return tensors, {part: plain | found for part, found in own.items()}
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -118,23 +183,29 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
+def _sort(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict, dict, list]:
     """({layer: {"down": ..., "up": ...}}, {layer: alpha}, names of neither kind)."""
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas, left = {}, []
     for name, value in tensors.items():
         for kind, marks in OTHERS.items():
             if any(mark in name for mark in marks):
-                raise UserError(f"this file is {kind} ({name}); supported: plain LoRA")
+                raise UserError(f"{path} is {kind} ({name}); supported: plain LoRA")
         plain = re.sub(r"\.processor\.to_(\w+)_lora\.", r".to_\1.lora.", name)
         plain = re.sub(r"\.to_(q|k|v|out)_lora\.", r".to_\1.lora.", plain)
         plain = plain.replace(".to_out.lora.", ".to_out.0.lora.")
         if found := WEIGHT.fullmatch(plain):
             kind = DOWN_OR_UP[found["a"] or found["b"]]
-            pairs.setdefault(found["layer"], {})[kind] = value
-        elif name.endswith(".alpha") and value.numel() == 1:
-            alphas[name.removesuffix(".alpha")] = float(value)
-        else:
+            pair = pairs.setdefault(found["layer"], {})
+            if kind in pair:
+                raise UserError(
+                    f"{path} holds the {kind} of {found['layer']} twice, also as "
+                    f"{name}: give a file of one LoRA"
+                )
+            pair[kind] = value
+        elif plain.endswith(".alpha") and value.numel() == 1:
+            alphas[plain.removesuffix(".alpha").removesuffix(".lora")] = float(value)
+        elif name.split(".")[-1] not in USELESS:
             left.append(name)
     return pairs, alphas, left
 
@@ -156,7 +227,7 @@ def _known(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
                 ends = [(old, new) for old, new in OLD_TEXT if name.endswith(new)]
                 names |= {n.removesuffix(new) + old for n in names for old, new in ends}
             dotted = [prefix + n for prefix in DOTTED[part] for n in names]
-            flat = [prefix + n.replace(".", "_") for prefix in KOHYA[part] for n in names]
+            flat = [prefix + n.replace(".", "_") for prefix in FLAT[part] for n in names]
             for key in (*dotted, *flat):
                 known.setdefault(key, (part, name))
     return known
@@ -183,8 +254,6 @@ def _fit(path: Path, name: str, layer: nn.Module, down: Tensor, up: Tensor) -> l
 def _alpha(settings: dict, name: str, rank: int) -> float | None:
     """As peft's LoraConfig has it; None where it says nothing. Raises ValueError for patterns that
     are more than names: a file's regular expression could take forever."""
-    if settings.get("use_dora"):
-        raise UserError("this file is a DoRA; supported: plain LoRA")
     alpha = settings.get("lora_alpha")
     for pattern, own in (settings.get("alpha_pattern") or {}).items():
         plain = pattern.removeprefix("^").removeprefix(r"(.*\.)?").removesuffix("$")
@@ -198,19 +267,26 @@ def _alpha(settings: dict, name: str, rank: int) -> float | None:
     return alpha and alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
 
-def _report(path: Path, parts: Parts, left: list[str]) -> None:
-    found = {part: len(branches) for part, branches in parts.items() if branches}
-    count = sum(found.values())
-    strange = f"{len(left)} of its {count + len(left)} layers are not in this model"
-    told = " and ".join(f"{n} of the {NAMES[part]}" for part, n in found.items())
-    if len(left) >= count:
-        family = " (Stable Diffusion XL's)" if any("lora_te2_" in name for name in left) else ""
-        raise UserError(f"{path} is for another architecture: {strange}, such as {left[0]}{family}")
-    ranks = sorted({len(low.down) for branches in parts.values() for low in branches.values()})
-    log(f"{path}: LoRA of rank {', '.join(map(str, ranks))} for {told} layers")
-    if left:
-        more = " ..." if len(left) > 3 else ""
-        log(f"warning: {path}: {strange} and are left out: {', '.join(left[:3])}{more}")
+def _refused(path: Path, parts: Parts, pairs: Mapping, left: list[str]) -> str:
+    """The message for a file of which `left` has no place here."""
+    count, more = len(left), " ..." if len(left) > 3 else ""
+    names = f"{', '.join(f'{name:.100}' for name in left[:3])}{more}"
+    strange = [name for name in left if name in pairs]
+    if not strange:
+        return (
+            f"{path} holds more than a plain LoRA: {count} tensors, such as {names}; "
+            "supported: pairs of down and up"
+        )
+    every = len(pairs) + count - len(strange)
+    reason = ""
+    if any(mark in name for name in left for mark in SECOND_TEXT):
+        reason = " (Stable Diffusion XL's)"
+    elif "text_encoder" not in parts and any("text" in n or "_te" in n for n in left):
+        reason = " (it has no text encoder of Stable Diffusion)"
+    return (
+        f"{path} is for another architecture: {count} of its {every} layers are not in this "
+        f"model{reason}, such as {names}; half a LoRA is not applied"
+    )
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -241,7 +317,7 @@ def write_kohya(path: Path, parts: Parts, **about: str) -> None:
     tensors, lows = {}, []
     for part, branches in parts.items():
         for name, low in branches.items():
-            layer = KOHYA[part][0] + name.replace(".", "_")
+            layer = FLAT[part][0] + name.replace(".", "_")
             tensors[f"{layer}.lora_down.weight"] = low.down
             tensors[f"{layer}.lora_up.weight"] = low.up
             tensors[f"{layer}.alpha"] = torch.tensor(float(low.alpha))

@@ -80,14 +80,41 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_names(path: Path) -> set[str]:
+    """The names in a single file, whatever they stand for, without its numbers.
+
+    Raises UserError as `read_tensors` does.
+    """
+    if path.suffix != ".safetensors":
+        return _names(read_object(path))
+    check_size(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _broken(path, error) from None
+
+
+def _names(state, depth: int = 8) -> set[str]:
+    """The keys of a dictionary and of the dictionaries called state_dict in it."""
+    if not isinstance(state, dict) or not depth:  # a dictionary may hold itself
+        return set()
+    own = {key for key in state if isinstance(key, str)}
+    return own | _names(state.get("state_dict"), depth - 1)
+
+
+def _broken(path: Path, error: Exception) -> UserError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    return UserError(f"{path} is truncated or no safetensors file: {reason}")
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     check_size(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} is truncated or no safetensors file: {reason}") from None
+        raise _broken(path, error) from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

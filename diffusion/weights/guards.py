@@ -4,6 +4,7 @@ The libraries refuse code (weights_only) and overlapping tensors (safetensors). 
 that a small file may ask for much memory, and that numbers may be none.
 """
 
+import codecs
 import hashlib
 import io
 import json
@@ -14,12 +15,15 @@ import re
 import struct
 import tarfile
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from .. import UserError
+from ..distributed import log
 
 MOST_HEADER = 32 << 20  # bytes; Stable Diffusion's is 0.2 MB
 MOST_TEXT = 64 << 20  # of a list of prompts
@@ -44,6 +48,16 @@ DTYPES = FLOATS | {
     torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
 }  # fmt: skip
 MARK = b"sha256:"
+# the bytes at a text's start that say how it is encoded; UTF-32's begin like UTF-16's
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8", "UTF-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le", "UTF-32"),
+    (codecs.BOM_UTF32_BE, "utf-32-be", "UTF-32"),
+    (codecs.BOM_UTF16_LE, "utf-16-le", "UTF-16"),
+    (codecs.BOM_UTF16_BE, "utf-16-be", "UTF-16"),
+)
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
+UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # in cp1252
 
 
 def check_size(path: Path) -> None:
@@ -143,16 +157,24 @@ class TarMember(tarfile.TarInfo):
         return found
 
 
-def read_text(path: Path, most: int = MOST_TEXT) -> str:
-    """Raises UserError if it is missing, of absurd size or not UTF-8."""
+def read_bytes(path: Path, most: int = MOST_TEXT) -> bytes:
+    """Raises UserError if it is missing, no regular file, or of absurd size."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
     try:
         with open(path, "rb") as file:
-            raw = file.read(most + 1) if path.is_file() else None
-        if raw is None or len(raw) > most:
-            raise UserError(f"{path} is no text file of at most {most >> 20} MB")
-        return raw.decode("utf-8")
+            raw = file.read(most + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(raw) > most:
+        raise UserError(f"{path} is no text file of at most {most >> 20} MB")
+    return raw
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """Raises UserError if it is missing, of absurd size or not UTF-8, with or without its mark."""
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text: {error.reason}") from None
 
@@ -177,6 +199,126 @@ def parse_json(text: str, where: str) -> dict:
     if not isinstance(values, dict):
         raise UserError(f"{where} holds a {type(values).__name__}; expected an object")
     return values
+
+
+# --- texts that people write ---------------------------------------------------------------------
+
+
+def read_text_file(path: Path, most: int = MOST_TEXT) -> tuple[str, str]:
+    """Read a text in whatever encoding it has: (text, the encoding's name), lines end with \\n.
+
+    Raises UserError if the file is missing, of absurd size or no text.
+    """
+    try:
+        return decode_text(read_bytes(path, most))
+    except ValueError as error:
+        raise UserError(f"{path} {error}; save it as UTF-8") from None
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Read a prompt a line, without blank lines, and say so where the file was not UTF-8.
+
+    Raises UserError as `read_text_file` does.
+    """
+    text, encoding = read_text_file(path)
+    if encoding != "UTF-8":
+        log(f"{path}: not UTF-8; read as {encoding}")
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def prompts_of(options: Sequence[str]) -> list[str]:
+    """Read prompts as --prompt takes them: a text, @FILE for a prompt a line, @@TEXT for @TEXT.
+
+    Raises UserError for a file that cannot be read or holds no prompt.
+    """
+    found = []
+    for text in options:
+        if not text.startswith("@"):
+            found.append(text)
+        elif text.startswith("@@"):
+            found.append(text[1:])
+        else:
+            try:
+                lines = read_prompt_lines(Path(text[1:]))
+            except UserError as error:
+                raise UserError(f"--prompt {text}: {error}; a prompt that itself begins with @ is "
+                                f"written @{text}") from None  # fmt: skip
+            if not lines:
+                raise UserError(f"--prompt {text}: the file holds no prompt")
+            found += lines
+    return found
+
+
+def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
+    """Decode by the mark at the start, else as UTF-8, else as UTF-16 or Windows' cp1252.
+
+    (text, the encoding's name). Lines end with \\n, for \\r\\n and \\r too; what else Unicode takes
+    for ends of lines stays. cut: the last character may be incomplete.
+    Raises ValueError, which says what is wrong, for what is no text.
+    """
+    mark, codec, name = _encoding(raw, [raw], cut)
+    decoder = codecs.getincrementaldecoder(codec)()
+    try:
+        text = decoder.decode(raw[len(mark) :], final=not cut)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is no {name} text: {error.reason}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n"), name
+
+
+def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
+    """Open a text that may be larger than the memory: (file, the encoding's name).
+
+    It is read once to find the encoding. newline: as `open` takes it. Raises UserError as
+    `read_text_file` does.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
+    try:
+        file = open(path, "rb")
+        head = file.read(4)
+        file.seek(0)
+        mark, codec, name = _encoding(head, iter(lambda: file.read(1 << 20), b""), False)
+        file.seek(len(mark))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} {error}; save it as UTF-8") from None
+    return io.TextIOWrapper(file, encoding=codec, newline=newline), name
+
+
+def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, str, str]:
+    """(mark, codec, its name) of a text, in chunks of even length. Raises ValueError for none."""
+    if marked := next((row for row in MARKS if head.startswith(row[0])), None):
+        return marked
+    decoder, wrong, control, gaps = codecs.getincrementaldecoder("utf-8")(), None, False, False
+    pairs, zeros = 0, [0, 0]
+    for chunk in chunks:
+        pairs += len(chunk) // 2
+        if 0 in chunk:
+            zeros = [n + chunk[i : len(chunk) // 2 * 2 : 2].count(0) for i, n in enumerate(zeros)]
+        if wrong is None:
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                wrong = error.reason
+        control, gaps = control or CONTROL.search(chunk), gaps or UNDEFINED.search(chunk)
+    if wrong is None and not cut:
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            wrong = error.reason
+    # Latin letters, digits and blanks in UTF-16: every second byte is 0
+    if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
+        return b"", "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
+    if any(zeros):
+        raise ValueError("is no text: it holds zero bytes")
+    if wrong is None:
+        return b"", "utf-8", "UTF-8"
+    if control:
+        raise ValueError(f"is no text: {wrong}")
+    return b"", *(
+        ("latin-1", "Latin-1") if gaps else ("cp1252", "cp1252 (Windows, Western Europe)")
+    )
 
 
 # --- digests -------------------------------------------------------------------------------------

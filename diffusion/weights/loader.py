@@ -8,10 +8,13 @@ used and what was missing or left over.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -23,9 +26,9 @@ from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from . import rules
 from .checkpoint import atomic, write_text
-from .files import find_weights, read_tensors
+from .files import find_weights, read_metadata, read_names, read_tensors
 from .fitting import PARTS, fit_part
-from .guards import read_json
+from .guards import MOST_JSON, read_json, read_text
 from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
@@ -35,6 +38,34 @@ SCHEDULER = {
     "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
     "trained_betas": None, "prediction_type": "epsilon", "timestep_spacing": "leading",
 }  # fmt: skip
+# what scheduler_config.json calls what a model predicts, and what others call it
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+OBJECTIVES = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+SYNONYMS = {"v-prediction": "v_prediction", "velocity": "v_prediction", "noise": "epsilon"}
+# tensors that say by their presence that a file predicts v, and that its last step is pure noise
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+EDM_MARK = "edm_vpred.sigma_max"
+# metadata of a .safetensors file: epsilon or v, as sd-scripts and as ComfyUI call it
+MODEL_SPECS = ("modelspec.prediction_type", "modelspec.predict_key")
+V_PARAMETERIZATION = "ss_v_parameterization"  # of kohya's metadata: True or False
+# of a .yaml beside a file, in CompVis' and A1111's words
+YAML_PREDICTION = re.compile(r"""^[ \t]*parameterization[ \t]*:[ \t]*["']?([\w-]+)""", re.M)
+YAML_ZERO_SNR = re.compile(
+    r"^[ \t]*(?:rescale_betas_zero_snr|zero_terminal_snr|zero_snr|ztsnr)[ \t]*:[ \t]*true\b",
+    re.M | re.I,
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts, as scheduler_config.json calls it, and what states that.
+
+    source: None where nothing does, and epsilon is assumed. zero_snr: the last step is pure noise.
+    """
+
+    type: str
+    source: str | None
+    zero_snr: bool = False
 
 
 @dataclass(eq=False)
@@ -87,12 +118,13 @@ def inside(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
             for k, v in tensors.items() if k.startswith(prefix)}  # fmt: skip
 
 
-def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "ema",
+def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "raw",
             vae: AutoencoderKL | None = None):  # fmt: skip
     """A StableDiffusion from a folder or a single file.
 
     config: a folder with the configs and the tokenizer of a single file whose sizes are not
-    Stable Diffusion 1.5's. weights: "ema" takes averaged weights where a file has them.
+    Stable Diffusion 1.5's. weights: "ema" takes a file's averaged weights, model_ema.*, where it
+    has them (see `check_averaged`); merged files carry stale ones.
     vae: one to take in place of its own.
     Raises UserError for what is missing, damaged or of another architecture.
     """
@@ -105,11 +137,99 @@ def load_sd(path: str | Path, config: str | Path | None = None, weights: str = "
     return _load_file(path, None if config is None else Path(config), weights, vae)
 
 
-def read_scheduler(path: str | Path, config: str | Path | None = None) -> dict:
-    """The contents of scheduler_config.json, Stable Diffusion 1.5's where it says nothing."""
+def read_scheduler(
+    path: str | Path, config: str | Path | None = None, prediction: str | None = None
+) -> dict:
+    """The contents of scheduler_config.json, Stable Diffusion 1.5's where it says nothing.
+
+    prediction: what the model predicts if that is known, such as v_prediction; None: as
+    `find_prediction` says. Raises UserError for files that cannot be read.
+    """
+    found = find_prediction(path, config)
+    scheduler = SCHEDULER | (_scheduler_config(path, config) or {})
+    scheduler["prediction_type"] = found.type if prediction is None else prediction
+    rescaled = scheduler.get("rescale_betas_zero_snr", False)
+    if found.zero_snr and not rescaled and scheduler["prediction_type"] != "epsilon":
+        # the schedulers of 2022 know no such schedule, and leading timesteps leave its end out
+        scheduler |= {
+            "_class_name": "DDIMScheduler",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        }
+    return scheduler
+
+
+def _scheduler_config(path: str | Path, config: str | Path | None) -> dict | None:
     folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
     file = folder / "scheduler" / "scheduler_config.json" if folder else None
-    return SCHEDULER | (read_json(file) if file and file.exists() else {})
+    return read_json(file) if file and file.exists() else None
+
+
+def find_prediction(path: str | Path, config: str | Path | None = None) -> Prediction:
+    """What a model predicts, by its folder, or by a file, its metadata and the .yaml beside it.
+
+    A single file's own statements come before those of config, the folder of its sizes, where
+    epsilon states nothing: it may be any folder of Stable Diffusion 1.5. Raises UserError for files
+    that cannot be read.
+    """
+    path, scheduler = Path(path), _scheduler_config(path, config)
+    stated = []
+    if scheduler is not None:
+        value = scheduler.get("prediction_type", "epsilon")
+        if path.is_dir() or value != "epsilon":
+            stated = [(value, "scheduler_config.json")]
+    zero_snr = bool(scheduler and scheduler.get("rescale_betas_zero_snr", False))
+    if path.is_file():
+        names, metadata = inspect(path)
+        beside = [path.with_suffix(ending) for ending in (".yaml", ".yml")]
+        beside = [file for file in beside if file.is_file()]
+        own = []
+        if EDM_MARK in names:
+            own.append(("v of an EDM schedule", f"its key {EDM_MARK}"))
+        if V_MARK in names:
+            own.append(("v", f"its key {V_MARK}"))
+        own += [(metadata[k], f"its metadata {k}") for k in MODEL_SPECS if k in metadata]
+        if V_PARAMETERIZATION in metadata:
+            value = "v" if metadata[V_PARAMETERIZATION].lower() == "true" else "eps"
+            own.append((value, f"its metadata {V_PARAMETERIZATION}"))
+        for file in beside:
+            text = read_text(file, MOST_JSON)
+            own += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
+            zero_snr |= YAML_ZERO_SNR.search(text) is not None
+        zero_snr |= ZERO_SNR_MARK in names
+        zero_snr |= metadata.get("ss_zero_terminal_snr", "").lower() == "true"
+        stated = own + stated
+    if not stated:
+        return Prediction("epsilon", None, zero_snr)
+    value, source = str(stated[0][0]).lower(), stated[0][1]
+    return Prediction(PREDICTIONS.get(value, SYNONYMS.get(value, value)), source, zero_snr)
+
+
+def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
+    """A single file's names and metadata, without its numbers; read once while it is the same."""
+    stat = path.stat()
+    return _inspect(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=8)
+def _inspect(path: Path, mtime: int, size: int) -> tuple[set[str], dict[str, str]]:
+    return read_names(path), read_metadata(path)
+
+
+def check_averaged(path: str | Path, option: str) -> None:
+    """Raises UserError, which names the option that asks for them, unless a single file has
+    averaged weights beside the plain ones."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
+            "out, or give a .ckpt or .safetensors file with model_ema.*"
+        )
+    if path.is_file() and not _averaged(inspect(path)[0]):
+        raise UserError(
+            f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
+            f"of them; leave {option} out"
+        )
 
 
 def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
@@ -149,10 +269,25 @@ def _load_file(
     if other := rules.family(tensors):
         raise UserError(f"{path} is {other}, not a Stable Diffusion 1.x model")
     if not any(name.startswith(rules.PREFIXES["unet"]) for name in tensors):
+        if any(name.startswith("model_ema.") for name in tensors):
+            raise UserError(
+                f"{path} holds averaged weights (model_ema.*) without the plain ones "
+                f"({rules.PREFIXES['unet'][0]}*), which is not supported"
+            )
         known = ", ".join(sorted(tensors)[:3])
         raise UserError(f"{path} is no Stable Diffusion checkpoint: no tensor of it begins with "
                         f"{rules.PREFIXES['unet'][0]}; it has {known} ...")  # fmt: skip
-    averaged = weights == "ema" and _take_averaged(tensors)
+    averaged = _averaged(tensors)
+    if weights == "ema" and averaged:
+        tensors |= {name: tensors[other] for name, other in averaged.items()}
+    note = ""
+    if averaged:
+        note = (
+            ", averaged weights (model_ema.*)"
+            if weights == "ema"
+            else "; model_ema.* is in the file and not used: sample.py --weights ema, "
+            "train.py --sd_weights ema"
+        )
     parts, report = {}, []
     for part, (make_config, _) in PARTS.items():
         if part == "vae" and vae is not None:
@@ -168,26 +303,24 @@ def _load_file(
         if part == "text_encoder":
             own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
         parts[part], used = fit_part(part, config, own, f"{path}, {part}")
-        note = ", averaged weights" if part == "unet" and averaged else ""
-        report.append(f"{part}: {path.name}, {used}{note}")
+        report.append(f"{part}: {path.name}, {used}{note if part == 'unet' else ''}")
     used = tuple(prefix for prefixes in rules.PREFIXES.values() for prefix in prefixes)
-    over = [k for k in tensors if not k.startswith((*used, "model_ema."))]
+    marks = (V_MARK, ZERO_SNR_MARK)
+    over = [k for k in tensors if not k.startswith((*used, "model_ema.")) and k not in marks]
     report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
     tokenizer = load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path)
     return StableDiffusion(**parts, tokenizer=tokenizer, scheduler=read_scheduler(path, folder),
                            report=report)  # fmt: skip
 
 
-def _take_averaged(tensors: dict[str, Tensor]) -> bool:
-    """Replace the U-Net's weights by model_ema.*, whose names have lost their dots."""
-    prefix, found = rules.PREFIXES["unet"][0], False
-    if sum(name.startswith("model_ema.") for name in tensors) <= 100:
-        return False
-    for name in [n for n in tensors if n.startswith(prefix)]:
-        averaged = "model_ema." + name.removeprefix("model.").replace(".", "")
-        if averaged in tensors:
-            tensors[name], found = tensors[averaged], True
-    return found
+def _averaged(names) -> dict[str, str]:
+    """{name of a tensor of the U-Net: that of its average}; {} unless all have one.
+
+    CompVis' model_ema.* are the names without their dots.
+    """
+    plain = [name for name in names if name.startswith(rules.PREFIXES["unet"])]
+    found = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in plain}
+    return found if all(averaged in names for averaged in found.values()) else {}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -220,7 +353,11 @@ def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
 
 
 def save_sd_file(sd: StableDiffusion, path: Path) -> None:
-    """An original single file; its sizes and vocabulary are not in it."""
+    """An original single file; its sizes and vocabulary are not in it.
+
+    What it predicts is in its metadata, and v in the key v_pred as well, which A1111 and ComfyUI
+    read; so is a zero terminal SNR, in ztsnr.
+    """
     tables: dict[str, Callable[[dict], rules.Table]] = {
         "unet": rules.unet_table, "vae": rules.vae_table, "text_encoder": lambda config: []
     }  # fmt: skip
@@ -233,5 +370,11 @@ def save_sd_file(sd: StableDiffusion, path: Path) -> None:
             if part == "vae" and ".mid.attn_1." in theirs and value.ndim == 2:
                 value = value[:, :, None, None]  # a 1x1 convolution there
             tensors[rules.PREFIXES[part][0] + theirs] = value.detach().cpu().contiguous()
+    kind = sd.scheduler["prediction_type"]
+    if kind == "v_prediction":
+        tensors[V_MARK] = torch.tensor([])
+    if sd.scheduler.get("rescale_betas_zero_snr", False):
+        tensors[ZERO_SNR_MARK] = torch.tensor([])
+    spec = "v" if kind == "v_prediction" else kind
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt", MODEL_SPECS[0]: spec}))

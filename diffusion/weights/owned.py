@@ -1,27 +1,30 @@
 """Tell what this program has written from what is somebody else's.
 
 A folder is ours if it holds the config.json of a run or of a study, or the small file MARKER,
-which whatever writes pictures puts beside them. A picture is ours if its `Software` text says so.
+which whatever writes pictures puts beside it: .images.diffusion beside images/, so that nothing
+but pictures is in there. A picture is ours if its `Software` text says so.
 Nothing is deleted or replaced without such proof, and a scan for images to train on leaves these
 folders and pictures out.
 """
 
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
 
 MARKER = ".diffusion"
-SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG that is written
+SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG and WebP that is written
+SOFTWARE_TAG = 0x0131  # its number in EXIF, where WebP has it
 RUN_KEYS = {"mode", "save_folder", "data", "train_steps", "batch_size", "seed"}
 STUDY_KEYS = {"settings", "base", "data"}
 MAX_CONFIG = 1 << 20  # bytes; a run's has 3 kB
 
 
 def mark(folder: Path) -> None:
-    """Create a folder for output, and put the proof that it is ours into it."""
+    """Create a folder for output, and put the proof that it is ours beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / MARKER
+    marker = _marker(folder)
     if not marker.exists():
         marker.write_text("Written by the diffusion codebase; not training data.\n")
 
@@ -33,25 +36,33 @@ def is_run(folder: Path) -> bool:
 
 def is_ours(folder: Path) -> bool:
     """Whether the folder is one that this program wrote: a run's, a study's, or of pictures."""
-    if (folder / MARKER).is_file():
+    if (folder / MARKER).is_file() or _marker(folder).is_file():
         return True
     keys = _config_keys(folder)
     return keys >= RUN_KEYS or keys == STUDY_KEYS
 
 
 def is_our_picture(file: Path) -> bool:
-    """Whether a PNG was written by this program, by its `Software` text."""
+    """Whether a PNG or WebP was written by this program, by its `Software` text."""
     return picture_text(file, "Software") == SOFTWARE
 
 
 def picture_text(file: Path, key: str) -> str | None:
-    """Read one of a PNG's texts; None where there is none, or no PNG."""
+    """Read one of a PNG's texts, of a WebP only `Software`; None where there is none."""
     try:
-        with Image.open(file, formats=("PNG",)) as image:
-            value = image.info.get(key)
+        with Image.open(file, formats=("PNG", "WEBP")) as image:
+            texts = image.info
+            if image.format == "WEBP":
+                texts = {"Software": image.getexif().get(SOFTWARE_TAG)}
+            value = texts.get(key)
     except Exception:  # Pillow raises nearly everything on damaged files
         return None
     return value if isinstance(value, str) else None
+
+
+def _marker(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))  # "." has no name
+    return folder.parent / f".{folder.name}{MARKER}"
 
 
 def _config_keys(folder: Path) -> set[str]:

@@ -1,0 +1,321 @@
+"""Which files below a folder are a data set: the scan, and the splits that folders stand for.
+
+A scan leaves out what this program has written, what file managers put beside pictures, hidden
+entries and links that lead elsewhere. `choose_split` picks train/ where a folder holds splits:
+
+    train/cat/0.png  test/cat/1.png        or, the other way round,        cat/train/  cat/test/
+
+Both say what they have left out.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import UserError
+from ..distributed import log
+from ..weights import owned
+from .images import SUFFIXES
+
+# folders that file systems and file managers make, in small letters; hidden ones are never read
+FOREIGN = {
+    "@eadir": "thumbnails of a file manager",  # Synology
+    "__macosx": "a Mac's notes in an archive",
+    "#recycle": "deleted files",  # Synology
+    "@recycle": "deleted files",  # QNAP
+    "$recycle.bin": "deleted files",  # Windows
+    "#snapshot": "old versions of files",  # Synology
+    "@recently-snapshot": "old versions of files",  # QNAP
+    "system volume information": "files of Windows",
+    "lost+found": "pieces of lost files",
+}
+OURS = "written by this program"
+# in a run's folder: those of pictures, without any, and the suffixes of its files
+RUN_PICTURES = ("samples", "images", "viz", "metrics")
+RUN_OTHERS = ("checkpoints", "tensorboard")
+RUN_SUFFIXES = (".pt", ".safetensors", ".json", ".jsonl")
+SAMPLE = re.compile(r"step_\d{8}\.png")
+SHEETS = ("grid", "interpolation")  # how the names of pictures of many begin
+TEXTS = (".txt", ".caption")  # captions, if they stand beside an image
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SPLITS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+def report(what: str, problems: list[tuple[str, str]], total: int, most: int = 20) -> None:
+    """One warning that counts and names what was wrong. Names may hold anything: shown by repr."""
+    if not problems:
+        return
+    lines = [f"  {name!r}: {reason}" for name, reason in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  ... and {len(problems) - most} more")
+    log("\n".join([f"warning: {len(problems)} of {total} {what}:", *lines]))
+
+
+def listed(counts: Iterable[tuple[str, int]], most: int = 20) -> str:
+    """ "cat (3), dog (2), ... and 7 more"."""
+    parts = [f"{name} ({n:,})" for name, n in counts]
+    more = [f"... and {len(parts) - most} more"] if len(parts) > most else []
+    return ", ".join([*parts[:most], *more])
+
+
+def images_of(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+# --- the scan ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scan:
+    """What lies below root: images, sorted; texts and tables, which may describe them.
+
+    left_out: {(what, why): images} by folder, or by picture. others: {suffix: files}.
+    outside: links that lead out of the folder.
+    """
+
+    root: Path
+    images: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
+    outside: list[Path] = field(default_factory=list)
+
+    def why_left_out(self) -> str:
+        """ "left out: 3 images: ..."; empty where there are none."""
+        if not self.left_out:
+            return ""
+        parts = [f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items()]
+        more = [f"... and {len(parts) - 20} more places"] if len(parts) > 20 else []
+        return f"left out: {images_of(self.left_out.total())}: {', '.join([*parts[:20], *more])}"
+
+    def report(self) -> "Scan":
+        problems = [(str(p), "not read; put a copy or a hard link there") for p in self.outside]
+        total = len(self.images) + len(self.outside)
+        report("entries are links that lead out of the folder", problems, total)
+        if self.left_out:
+            log(f"{self.root}: {self.why_left_out()}")
+        return self
+
+
+def scan(root: Path, written: Iterable[Path] = ()) -> list[Path]:
+    """Image files below root at any depth, sorted, and says what was left out. See `walk`."""
+    return walk(root, written).report().images
+
+
+def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
+    """Find what lies below root at any depth; link loops are cut.
+
+    written: folders that a run writes to, left out as those which show it themselves; root itself
+    is read whatever it is.
+    """
+    found, seen = Scan(root), set()
+    places = {place for folder in written if (place := place_of(folder)) is not None}
+    # what a run writes into a folder of images that is its own folder, too
+    is_run = owned.is_run(root) or place_of(root) in places
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        where = Path(folder)
+        if (place := place_of(where)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        entries, subfolders[:] = sorted(d for d in subfolders if not d.startswith(".")), []
+        for path in (where / name for name in entries):
+            if is_run and where == root and path.name in RUN_OTHERS:
+                continue
+            if reason := why_not(path, places):
+                if count := count_images(path):
+                    found.left_out[f"{path.relative_to(root)}/", reason] += count
+            elif not inside(path, root):
+                found.outside.append(path)
+            else:
+                subfolders.append(path.name)
+        run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
+        for path in (where / name for name in files if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if path.name.lower() in TABLES:
+                found.tables.append(path)
+            elif suffix in TEXTS:
+                found.texts.append(path)
+            elif suffix not in SUFFIXES:
+                if is_run and where == root and suffix in RUN_SUFFIXES:
+                    continue
+                found.others[suffix or path.name] += 1
+            elif not inside(path, root):
+                found.outside.append(path)
+            elif is_ours(path, run_pictures):
+                what = f"{where.relative_to(root)}/" if run_pictures else path.relative_to(root)
+                found.left_out[str(what), OURS] += 1
+            else:
+                found.images.append(path)
+    found.images.sort(key=os.fsencode)
+    found.texts.sort(key=os.fsencode)
+    found.tables.sort(key=os.fsencode)
+    return found
+
+
+def place_of(path: Path) -> tuple[int, int] | None:
+    """What is the same for all names of a file or folder; None where there is none."""
+    try:
+        where = os.stat(path)
+    except OSError:
+        return None
+    return where.st_dev, where.st_ino
+
+
+def why_not(folder: Path, places: set = frozenset()) -> str | None:
+    """The reason why a folder of pictures is left out; None if it is not."""
+    if reason := FOREIGN.get(folder.name.lower()):
+        return reason
+    if place_of(folder) in places:
+        return "where this run writes"
+    return OURS if owned.is_ours(folder) else None
+
+
+def is_ours(file: Path, in_run: bool) -> bool:
+    """Whether this program wrote a picture; only asked of names and places that it writes to."""
+    if in_run and file.parent.name == "samples" and SAMPLE.fullmatch(file.name):
+        return True
+    return (in_run or file.name.startswith(SHEETS)) and owned.is_our_picture(file)
+
+
+def count_images(folder: Path) -> int:
+    files = (name for _, _, names in os.walk(folder) for name in names)
+    return sum(Path(n).suffix.lower() in SUFFIXES and not n.startswith(".") for n in files)
+
+
+def inside(path: Path, root: Path) -> bool:
+    """Whether what is read there lies below root: a set from elsewhere may link to anything."""
+    if not path.is_symlink():
+        return True  # its folder has been asked
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """The images of one split, or all. base: what their names are relative to.
+
+    classes: of each image the first folder on its way that is no split; None where there is none.
+    about: what was taken for what.
+    """
+
+    base: Path
+    files: list[Path]
+    classes: list[str | None]
+    about: str
+
+
+def choose_split(root: Path, files: list[Path], split: str | None = None) -> Part:
+    """Take the train split where there are splits, or the one that is named; "all" takes all.
+
+    Splits are known by their names (SPLITS), in capitals or not. train/ is taken for one if another
+    split stands beside it, or nothing but images; else it is a class. Raises UserError if there
+    are splits without the one in question.
+    """
+    ways = [file.relative_to(root).parts for file in files]
+    depth, points = find_splits(ways, split)
+    if split not in (None, "all") and not points:
+        tops = Counter(way[0] for way in ways if len(way) > 1)
+        there = listed((f"{name}/", n) for name, n in sorted(tops.items())) or "no folders"
+        raise UserError(f"--split {split}: no folder of {root} is this split; it holds {there}")
+    if not points:
+        classes = [way[0] if len(way) > 1 else None for way in ways]
+        return Part(root, files, classes, images_of(len(files)) + doubtful(ways))
+    whole = kind_of(split or "train") == "train"  # folders without splits are trained on
+    taken, classes, others = [], [], Counter()
+    for file, way in zip(files, ways):
+        names = points.get(way[:depth], [])
+        folder = way[depth] if len(way) > depth + 1 else None  # where the split's name stands
+        if (
+            split == "all"
+            or folder in names
+            or (whole and way[:depth] not in points and way[depth:])
+        ):
+            rest = way[:depth] + way[depth + 1 :] if folder in names else way
+            taken.append(file)
+            classes.append(rest[0] if len(rest) > 1 else None)
+        else:
+            others["/".join(way[: depth + 1]) + "/" if folder else "images beside them"] += 1
+    if split == "all":
+        return Part(root, taken, classes, f"{images_of(len(taken))} of all splits")
+    chosen = ["/".join((*point, name)) for point, names in points.items() for name in names]
+    about = f"{split or 'train'} split {listed_folders(chosen)} ({images_of(len(taken))})"
+    if others:
+        about += f"; not used: {listed(sorted(others.items()))}"
+    return Part(root / chosen[0] if depth == 0 else root, taken, classes, about)
+
+
+def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, list[str]]]:
+    """(depth, {folder at this depth: its subfolders that are the wanted split}); {} without.
+
+    The folders are tuples of names. Those nearest to the root count.
+    """
+    below: dict[tuple, set[str]] = {}
+    for way in ways:
+        for i in range(len(way) - 1):
+            below.setdefault(way[:i], set()).add(way[i])
+    for depth in sorted({len(folder) for folder in below}):
+        level = {folder: names for folder, names in below.items() if len(folder) == depth}
+        if not any(is_split(folder, names, split) for folder, names in level.items()):
+            continue
+        points = {folder: wanted(names, split) for folder, names in level.items()
+                  if any(kind_of(n) for n in names) or wanted(names, split)}  # fmt: skip
+        for folder, names in points.items():
+            if len(names) > 1 and split != "all":
+                several = listed_folders(["/".join((*folder, name)) for name in names])
+                raise UserError(f"several folders are the {split or 'train'} split: {several}; "
+                                "name one with --split")  # fmt: skip
+        return depth, points
+    return 0, {}
+
+
+def is_split(folder: tuple, names: set[str], split: str | None) -> bool:
+    """Whether these subfolders are splits of a folder."""
+    kinds = {kind_of(name) for name in names}
+    if split not in (None, "all"):
+        return bool(wanted(names, split))
+    if folder == () and None not in kinds:  # nothing but splits, and perhaps images
+        if split is None and "train" not in kinds:
+            raise UserError(f"there is no train split, only {listed_folders(sorted(names))}: "
+                            f"--split {min(names)} uses it, --split all all there is")  # fmt: skip
+        return True
+    return "train" in kinds and bool(kinds & {"val", "test"})
+
+
+def wanted(names: set[str], split: str | None) -> list[str]:
+    """Those of a folder's subfolders that are the split: of this very name, or of this kind."""
+    if split == "all":
+        return sorted(name for name in names if kind_of(name))
+    if split in names:
+        return [split]
+    split = split or "train"
+    kind = kind_of(split) or split.lower()
+    return sorted(name for name in names if kind in (kind_of(name), name.lower()))
+
+
+def kind_of(name: str) -> str | None:
+    """train, val or test; None for what is no split."""
+    return SPLITS.get(name.lower())
+
+
+def doubtful(ways: list[tuple]) -> str:
+    """What to say where a class has a split's name."""
+    names = sorted({way[0] for way in ways if len(way) > 1 and kind_of(way[0])})
+    if not names:
+        return ""
+    return (f"; {listed_folders(names)} taken for a class, as other folders stand beside it "
+            f"(--split {names[0]} uses it alone)")  # fmt: skip
+
+
+def listed_folders(names: list[str], most: int = 5) -> str:
+    return ", ".join(f"{name}/" for name in names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,479 @@
+"""Captions and labels from outside: encodings, tables, several captions an image, columns."""
+
+import codecs
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import warm
+from PIL import Image
+from test_latent import latent, vae  # noqa: F401
+from test_training import tiny  # noqa: F401
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data import cache, hub, toy
+from diffusion.data.captions import Selection
+from diffusion.data.datasets import folder_set, open_data
+from diffusion.training.latents import LatentDiffusion, read_prompts
+from diffusion.weights.guards import decode_text, read_text_file
+
+# --- the reader of texts -------------------------------------------------------------------------
+
+TEXT = "a café at night\n“déjà vu”, 3 €\n東京 tower\n"
+WESTERN = "a café at night\n“déjà vu”, 3 €\n"
+
+
+@pytest.mark.parametrize(
+    "mark, codec",
+    [
+        (b"", "utf-8"),
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+        (b"", "utf-16-le"),
+        (b"", "utf-16-be"),
+        (b"", "cp1252"),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_texts_of_all_encodings_are_the_same_text(tmp_path, mark, codec, newline):
+    text = WESTERN if codec == "cp1252" else TEXT
+    file = tmp_path / "a.txt"
+    file.write_bytes(mark + text.replace("\n", newline).encode(codec))
+    found, encoding = read_text_file(file)
+    assert found == text
+    assert encoding.lower().startswith(codec.removesuffix("-le").removesuffix("-be"))
+    assert read_prompts(file) == text.split("\n")[:-1]
+
+
+def test_only_newlines_end_lines(tmp_path):
+    lines = ["a\u2028b", "c\x0bd", "e\x0cf", "g\x85h", "i\x1cj"]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    assert read_prompts(tmp_path / "a.txt") == lines
+
+
+def test_what_is_no_text(tmp_path):
+    for raw in (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xd8", b"a cat\x00 sits", b"\xff\x01\x02"):
+        (tmp_path / "a.txt").write_bytes(raw)
+        with pytest.raises(UserError, match="a.txt is no text"):
+            read_prompts(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="b.txt"):
+        read_text_file(tmp_path / "b.txt")
+
+
+def test_a_text_that_is_cut_ends_before_the_character():
+    assert decode_text("né".encode()[:-1], cut=True) == ("n", "UTF-8")
+    assert decode_text(codecs.BOM_UTF16_LE + "né".encode("utf-16-le")[:-1], cut=True)[0] == "n"
+
+
+# --- captions of folders -------------------------------------------------------------------------
+
+
+def pictures(root, *names) -> None:
+    for i, name in enumerate(names):
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 90)).save(file)
+
+
+def texts(root, **options) -> dict:
+    """{name: captions} of a folder."""
+    images = folder_set(root, **options)
+    return dict(zip(images.names, images.texts or [None] * len(images)))
+
+
+def table(root, rows, name="metadata.jsonl") -> None:
+    (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+NOT_CAPTIONS = [7, 0, 1.5, True, False, {"a": "b"}, [["a"]], ["a", 1], [{"a": "b"}]]
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (None, ("default",)),
+        (float("nan"), ("default",)),
+        ("", ("default",)),
+        ("  \n", ("default",)),
+        ([], ("default",)),
+        ([None, ""], ("default",)),
+        ("a\n cat", ("a cat",)),
+        ("None", ("None",)),
+        (["a cat", "a dog", None, "a cat"], ("a cat", "a dog")),
+        (["alone"], ("alone",)),
+    ],
+    ids=str,
+)
+def test_what_a_caption_may_be(tmp_path, value, expected):
+    pictures(tmp_path, "0.png", "1.png")
+    table(tmp_path, [{"file_name": "0.png", "text": value}, {"file_name": "1.png", "text": "one"}])
+    assert texts(tmp_path, default_caption="default") == {"0.png": expected, "1.png": ("one",)}
+
+
+@pytest.mark.parametrize("value", NOT_CAPTIONS, ids=str)
+def test_what_a_caption_may_not_be(tmp_path, value):
+    """An error with the file, its line and the value: never its str()."""
+    pictures(tmp_path, "0.png", "1.png")
+    table(tmp_path, [{"file_name": "0.png", "text": "a"}, {"file_name": "1.png", "text": value}])
+    with pytest.raises(UserError) as caught:
+        folder_set(tmp_path)
+    wrong = value if not isinstance(value, list) or isinstance(value[0], list) else value[-1]
+    for part in ("metadata.jsonl", "line 2", repr(wrong)):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_rows_are_several_captions(tmp_path):
+    pictures(tmp_path, "0.png", "sub/1.png")
+    rows = [("0.png", "a"), ("sub/1.png", "b"), ("0.png", ["c", "a"]), ("0.png", None)]
+    table(tmp_path, [{"file_name": name, "text": text} for name, text in rows])
+    table(tmp_path / "sub", [{"file_name": "1.png", "text": "of the subfolder"}])
+    assert texts(tmp_path) == {"0.png": ("a", "c"), "sub/1.png": ("b", "of the subfolder")}
+
+
+def test_tables_are_read_as_the_datasets_library_reads_them(tmp_path):
+    """The same captions in .jsonl, .csv and .parquet, against Hugging Face's ImageFolder."""
+    library = pytest.importorskip("datasets")
+    names = [f"{i}.png" for i in range(4)]
+    captions = ["plain", 'with, comma and "quotes"', "two\nlines é", "東京"]
+    for kind in ("jsonl", "csv", "parquet"):
+        root = tmp_path / kind
+        pictures(root, *names)
+        file = root / f"metadata.{kind}"
+        made = library.Dataset.from_dict({"file_name": names, "text": captions})
+        {"jsonl": made.to_json, "csv": made.to_csv, "parquet": made.to_parquet}[kind](file)
+        theirs = library.load_dataset(
+            "imagefolder", data_dir=str(root), split="train", cache_dir=str(tmp_path / "hf")
+        )
+        theirs = theirs.cast_column("image", library.Image(decode=False))
+        expected = {row["image"]["path"].split("/")[-1]: row["text"] for row in theirs}
+        assert set(expected) == set(names)
+        assert texts(root) == {n: (" ".join(t.split()),) for n, t in expected.items()}
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("between", [",", ";", "\t"])
+def test_csv_of_spreadsheets(tmp_path, codec, between, capsys):
+    pictures(tmp_path, "0.png", "1.png", "2.png")
+    rows = [["file_name", "caption"], ["0.png", "café, noir"], ["1.png", ""], ["2.png", "2"]]
+    with open(tmp_path / "metadata.csv", "w", encoding=codec, newline="") as file:
+        csv.writer(file, delimiter=between).writerows(rows)
+    assert texts(tmp_path, default_caption="-") == {
+        "0.png": ("café, noir",), "1.png": ("-",), "2.png": ("2",)}  # fmt: skip
+    assert ("metadata.csv: not UTF-8" in capsys.readouterr().out) == (codec != "utf-8-sig")
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("metadata.csv", "file_name,text\n0.png,a cat, sitting\n", "line 2.*3 fields"),
+        ("metadata.csv", 'file_name,text\n0.png,a\n1.png,"a cat\n', "line 3"),
+        ("metadata.jsonl", '{"name": "0.png", "text": "a"}', "line 1.*file_name.*name, text"),
+        ("metadata.csv", "file_name,text,text\n0.png,a,b\n", "twice"),
+        ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{"file', "line 2"),
+        ("metadata.jsonl", "[1, 2]\n", r"line 1: \[1, 2\]"),
+        ("metadata.jsonl", '{"file_name": 3, "text": "a"}\n', "line 1: file_name is 3"),
+        ("metadata.parquet", "no parquet", "metadata.parquet cannot be read"),
+    ],
+)
+def test_damaged_tables_are_named(tmp_path, name, content, match):
+    pictures(tmp_path, "0.png", "1.png")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match) as caught:
+        folder_set(tmp_path)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_columns_of_tables(tmp_path, capsys):
+    pictures(tmp_path, "0.png", "1.png")
+    rows = [{"image": f"{i}.png", "prompt": f"p{i}", "caption": f"c{i}", "n": i} for i in range(2)]
+    table(tmp_path, rows)
+    assert list(texts(tmp_path).values()) == [("c0",), ("c1",)]
+    out = capsys.readouterr().out
+    assert "column caption (2)" in out and "prompt not used" in out
+    chosen = texts(tmp_path, selection=Selection(caption_column="prompt"))
+    assert list(chosen.values()) == [("p0",), ("p1",)]
+    with pytest.raises(UserError, match="--caption_column nope.*image, prompt, caption, n"):
+        folder_set(tmp_path, selection=Selection(caption_column="nope"))
+    with pytest.raises(UserError, match="column nope.*image, prompt, caption, n"):
+        folder_set(tmp_path, selection=Selection(image_column="nope"))
+    with pytest.raises(UserError, match="line 1: the caption is 0"):
+        folder_set(tmp_path, selection=Selection(caption_column="n"))
+    table(tmp_path, [{"nope": f"{i}.png", "image": i, "text": f"t{i}"} for i in range(2)])
+    chosen = texts(tmp_path, selection=Selection(image_column="nope"))
+    assert list(chosen.values()) == [("t0",), ("t1",)]
+    table(tmp_path, [{"file_name": "0.png", "label": 3}])
+    assert folder_set(tmp_path).texts is None
+    assert "the columns are file_name, label" in capsys.readouterr().out
+    (tmp_path / "metadata.csv").write_text("id,text\n0,a\n")  # of something else
+    assert folder_set(tmp_path).texts is None
+    assert "metadata.csv has no column file_name" in capsys.readouterr().out
+
+
+def test_texts_beside_images(tmp_path, capsys):
+    names = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png")
+    pictures(tmp_path, *names)
+    for name, text in (
+        ("a.txt", "first"), ("a.caption", "second"), ("b.TXT", "capitals"), ("c.caption", "caption"),
+        ("d.png.txt", "whole name"), ("e.Caption", "both"), ("orphan.txt", "alone"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    (tmp_path / "f.txt").write_bytes("größer".encode("utf-16"))
+    found = texts(tmp_path)
+    assert [own[0] for own in found.values()] == [
+        "first", "capitals", "caption", "whole name", "both", "größer"]  # fmt: skip
+    out = capsys.readouterr().out
+    assert "several texts; using 'a.txt'" in out and "read as UTF-16" in out
+    assert ".txt (1)" in out and "stand beside no image" in out
+    table(tmp_path, [{"file_name": "a.png", "text": "table"}, {"file_name": "b.png", "text": None}])
+    found = texts(tmp_path)
+    assert (found["a.png"], found["b.png"]) == (("table",), ("capitals",))
+
+
+def test_texts_that_cannot_be_read_are_named_where_there_is_nothing_else(tmp_path, capsys):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_bytes(b"\x89PNG\x00\x01\xff\xfe")
+    assert folder_set(tmp_path).texts is None
+    assert "0.txt': is no text" in capsys.readouterr().out
+
+
+def test_rows_that_match_no_image_are_counted_and_named(tmp_path, capsys):
+    root = tmp_path / "data"
+    pictures(root, "sub/0.png", "sub/1.png", "sub/2.png", "4.png", ".hidden/5.png")
+    (root / "3.psd").write_text("")
+    pictures(tmp_path, "outside.png")
+    names = {
+        "sub\\0.png": None, "./sub/1.png": None, str(root / "sub" / "2.png"): None,  # these match
+        "sub/2.jpg": "'2.png'", "../outside.png": "outside the data folder", "SUB/0.png": "no such",
+        "3.psd": ".psd", ".hidden/5.png": "left out", "nowhere.png": "no such file",
+    }  # fmt: skip
+    table(
+        root, [{"file_name": name, "text": f"of {name}"} for name in names] + [{"file_name": None}]
+    )
+    found = texts(root)
+    assert found == {"4.png": ("",)} | {
+        name: (f"of {row}",) for name, row in zip(("sub/0.png", "sub/1.png", "sub/2.png"), names)
+    }
+    out = capsys.readouterr().out
+    assert "7 of 10 rows" in out and "no file name" in out
+    for number, (name, reason) in enumerate(names.items(), 1):
+        lines = [line for line in out.split("\n") if f"line {number}:" in line]
+        assert len(lines) == (reason is not None), name
+        assert reason is None or reason in lines[0]
+
+
+def test_a_table_above_the_train_split(tmp_path, capsys):
+    pictures(tmp_path, "train/cat/0.png", "train/cat/1.png", "test/cat/2.png")
+    rows = [f"{s}/cat/{i}.png" for i, s in enumerate(("train", "train", "test"))]
+    table(tmp_path, [{"file_name": name, "text": name} for name in rows])
+    assert texts(tmp_path) == {f"cat/{i}.png": (f"train/cat/{i}.png",) for i in range(2)}
+    out = capsys.readouterr().out
+    assert "3 rows" in out and "1 rows are of another split" in out and "warning" not in out
+
+
+# --- several captions in training ----------------------------------------------------------------
+
+
+def test_each_step_draws_one_caption(latent, faces, tmp_path):  # noqa: F811
+    """Uniformly among an image's own, the same for a step however it is cut; held-out: the first."""
+    files = sorted(faces.rglob("*.png"))
+    for i, file in enumerate(files):
+        target = tmp_path / "data" / f"{i:03d}.png"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    captions = [[f"{i} {k}" for k in range(1 + i % 3)] for i in range(len(files))]
+    rows = [{"file_name": f"{i:03d}.png", "text": own} for i, own in enumerate(captions)]
+    table(tmp_path / "data", rows)
+    options = latent | dict(data=str(tmp_path / "data"), batch_size=32)
+    task = LatentDiffusion(Config(**options), torch.device("cpu"))
+    data = task.data
+    every = {tuple(task.parts.text([text])[0].tolist()): text for own in captions for text in own}
+    found = {}
+    for step in range(60):
+        ids = [tuple(row) for row in data(step, 0, 32).text.tolist()]
+        for image, text in zip(data.indices(step), ids):
+            found.setdefault(int(image), []).append(every[text])
+    for image, drawn in found.items():
+        assert set(drawn) == set(captions[image]), image
+    threes = [int(text.split()[1]) for i, own in found.items() if i % 3 == 2 for text in own]
+    counts = np.bincount(threes, minlength=3)
+    assert (abs(counts / len(threes) - 1 / 3) < 4 * (2 / 9 / len(threes)) ** 0.5).all(), counts
+    whole = data(7, 0, 32).text
+    again = LatentDiffusion(Config(**options), torch.device("cpu")).data
+    assert torch.equal(torch.cat([again(7, 0, 20).text, again(7, 20, 32).text]), whole)
+    held = data.held_out_batch(0, len(data.held_out)).text
+    assert [every[tuple(row)] for row in held.tolist()] == [captions[i][0] for i in data.held_out]
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    found = pytest.importorskip("datasets")
+    cache = found.config.HF_DATASETS_CACHE
+    found.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_cache")
+    yield found
+    found.config.HF_DATASETS_CACHE = cache
+
+
+def picture(i: int) -> dict:
+    file = io.BytesIO()
+    Image.fromarray(toy.draw(i, 16)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def repository(library, folder, splits=("train",), **columns) -> str:
+    """A folder of parquet files, as a hub repository has them. columns: (values, feature)."""
+    folder.mkdir()
+    features = library.Features({name: feature for name, (_, feature) in columns.items()})
+    made = library.Dataset.from_dict({n: v for n, (v, _) in columns.items()}, features=features)
+    for split in splits:
+        made.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return f"hf:{folder}"
+
+
+def stream(data: str, monkeypatch, held_out=2, **options):
+    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", held_out)
+    return hub.StreamBatches(data[3:], 16, 4, 0, flip=False, **options)
+
+
+def test_null_rows_of_a_hub_set(library, tmp_path, monkeypatch, capsys):
+    n, null = 12, {1, 5}
+    data = repository(
+        library, tmp_path / "set",
+        image=([None if i in null else picture(i) for i in range(n)], library.Image()),
+        text=([None if i % 4 == 0 else f"t{i}" for i in range(n)], library.Value("string")),
+        label=([None if i % 4 == 0 else i % 2 for i in range(n)], library.ClassLabel(names=["a", "b"])),
+    )  # fmt: skip
+    images = open_data(data, default_caption="none")
+    assert images.labels == [-1 if i % 4 == 0 else i % 2 for i in range(n)]
+    assert images.texts == [("none",) if i % 4 == 0 else (f"t{i}",) for i in range(n)]
+    _, usable = cache.cached(images, 16, tmp_path / "cache")
+    assert usable == [i for i in range(n) if i not in null]
+    assert "2 of 12 images cannot be used" in capsys.readouterr().out
+    batches = stream(data, monkeypatch, default_caption="none")
+    seen = [c for step in range(6) for c in batches(step, 0, 4).captions]
+    assert set(seen) == {"none"} | {f"t{i}" for i in range(2, n) if i % 4 and i not in null}
+    assert "row 5" in capsys.readouterr().out
+    done = warm.script(
+        "train.py", "--data", data, "--condition", "class", "--image_size", "16", "--unet_dim", "8",
+        "--dim_mults", "1,2", "--heads", "2", "--batch_size", "4", "--train_steps", "2", "--device",
+        "cpu", "--num_samples", "0", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 of 12 images" in done.stdout and "have no label" in done.stdout
+
+
+def test_captions_of_a_hub_set_may_be_lists(library, tmp_path, monkeypatch):
+    lists = [[f"{i} {k}" for k in range(i % 3)] or None for i in range(12)]
+    lists[11] = [None, "x", ""]
+    data = repository(
+        library, tmp_path / "set",
+        image=([picture(i) for i in range(12)], library.Image()),
+        captions=(lists, library.Sequence(library.Value("string"))),
+    )  # fmt: skip
+    expected = [tuple(own or [""]) for own in lists[:11]] + [("x",)]
+    assert open_data(data).texts == expected
+    batches = stream(data, monkeypatch)
+    found = {c for step in range(40) for c in batches(step, 0, 4).captions}
+    assert found == {text for own in expected[2:] for text in own}
+    again = stream(data, monkeypatch)
+    again.length = 10
+    assert again(23, 2, 4).captions == batches(23, 0, 4).captions[2:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_captions_of_a_hub_set_that_are_none(library, tmp_path, monkeypatch, streaming):
+    data = repository(
+        library, tmp_path / "set",
+        image=([picture(i) for i in range(3)], library.Image()),
+        text=([7, 8, 9], library.Value("int64")),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"row 0, column text: .* 7"):
+        stream(data, monkeypatch) if streaming else open_data(data)
+
+
+def test_columns_of_images(library, tmp_path):
+    pictures = [[picture(i + k) for i in range(3)] for k in (0, 10, 20)]
+    kinds = dict(zip(("mask", "image", "other"), ((p, library.Image()) for p in pictures)))
+    data = repository(library, tmp_path / "both", **kinds)
+
+    def shows(images, k):
+        return np.array_equal(images.read(0, 16), toy.draw(k, 16))
+
+    assert shows(open_data(data), 10)
+    other = open_data(data, selection=Selection(image_column="mask"))
+    assert shows(other, 0) and other.stamp != open_data(data).stamp
+    with pytest.raises(UserError, match="--image_column nope.*mask, image, other"):
+        open_data(data, selection=Selection(image_column="nope"))
+    with pytest.raises(UserError, match="--caption_column nope.*mask, image, other"):
+        open_data(data, selection=Selection(caption_column="nope"))
+    unnamed = {"left": kinds["mask"], "right": kinds["other"]}
+    data = repository(library, tmp_path / "unnamed", **unnamed)
+    with pytest.raises(UserError, match="left, right.*--image_column"):
+        open_data(data)
+    words = repository(library, tmp_path / "words", image=kinds["image"],
+                       text=(list("abc"), library.Value("string")),
+                       title=(list("def"), library.Value("string")))  # fmt: skip
+    assert open_data(words).captions == list("abc")
+    assert open_data(words, selection=Selection(caption_column="title")).captions == list("def")
+    with pytest.raises(UserError, match="--image_column title"):
+        open_data(words, selection=Selection(image_column="title"))
+
+
+def test_labels_that_are_texts_or_numbers(library, tmp_path):
+    for i, (values, kind, classes, labels) in enumerate((
+        (["dog", None, "cat"], "string", ["cat", "dog"], [1, -1, 0]),
+        ([7, 3, 7], "int64", ["3", "7"], [1, 0, 1]),
+    )):  # fmt: skip
+        data = repository(library, tmp_path / str(i),
+                          image=([picture(k) for k in range(3)], library.Image()),
+                          label=(values, library.Value(kind)))  # fmt: skip
+        images = open_data(data)
+        assert (images.classes, images.labels) == (classes, labels)
+    assert len(open_data(data, data_class="7")) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_of_a_hub_set(library, tmp_path, monkeypatch, streaming, capsys):
+    columns = dict(image=([picture(i) for i in range(4)], library.Image()))
+    one = repository(library, tmp_path / "one", ["test"], **columns)
+    two = repository(library, tmp_path / "two", ["validation", "test"], **columns)
+
+    def opened(data, split=None):
+        selection = Selection(split=split)
+        if streaming:
+            return stream(data, monkeypatch, selection=selection)
+        return open_data(data, selection=selection)
+
+    opened(one)
+    assert "split test" in capsys.readouterr().out
+    opened(two, "validation")
+    for split in (None, "dev"):
+        with pytest.raises(UserError, match=r"no split .*--split takes one of .*validation"):
+            opened(two, split)
+
+
+def test_columns_through_the_commands(library, tmp_path):
+    words = repository(
+        library, tmp_path / "words", image=([picture(0)], library.Image()),
+        text=(["a"], library.Value("string")),
+    )  # fmt: skip
+    for args, match in (
+        (("--data", words, "--caption_column", "nope"), "--caption_column nope"),
+        (("--data", words, "--split", "dev"), "--split takes one of train"),
+        (("--data", "toy", "--split", "test"), "--split"),
+        (("--data", "toy", "--caption_column", "text"), "--caption_column"),
+    ):
+        done = warm.script("train.py", *args, "--dry_run", cwd=tmp_path)
+        assert done.returncode == 1 and match in done.stderr, done.stderr
+        assert done.stderr.strip().split("\n")[-1].startswith("error: ")
+        assert "Traceback" not in done.stderr

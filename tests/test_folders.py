@@ -1,0 +1,234 @@
+"""What a folder of images is taken for: the program's own folders, thumbnails, splits."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import warm
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data import toy
+from diffusion.data.captions import Selection
+from diffusion.data.datasets import configured, folder_set, open_data
+from diffusion.data.folders import scan
+from diffusion.study.styles import style_folders
+from diffusion.weights import owned
+
+TINY = (
+    "--image_size 8 --unet_dim 8 --dim_mults 1,2 --heads 2 --batch_size 4 --time_steps 10 "
+    "--save_and_sample_every 2 --num_samples 4 --sample_steps 2 --device cpu --amp no"
+).split()
+
+
+def pictures(root, *names, ours: bool = False) -> None:
+    """Small images; ours: with the text that this program's pictures have."""
+    for i, name in enumerate(names):
+        file = Path(root, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        info = PngInfo()
+        if ours:
+            info.add_text("Software", owned.SOFTWARE)
+        options = {"pnginfo": info} if file.suffix.lower() == ".png" else {}
+        Image.fromarray(toy.draw(i, 8)).save(file, **options)
+
+
+def train(folder, *args):
+    done = warm.script("train.py", *TINY, *args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the program's own folders -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--data", "."),
+        ("--data", ".", "--save_folder", "out/run", "--cache_dir", "cache"),
+        ("--data", ".", "--save_folder", "link"),
+        ("--data", ".", "--save_folder", "."),
+        ("--data", "{here}", "--save_folder", "results"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_inside_its_own_data_continues(tmp_path, args):
+    """It sees the user's images only, before and after it has written its own."""
+    pics = tmp_path / "pics"
+    pictures(pics, *(f"{i}.png" for i in range(5)), "images/5.png", "samples/6.jpg")
+    if "link" in args:
+        (pics / "results").mkdir()
+        (pics / "link").symlink_to("results")
+    args = [a.replace("{here}", str(pics)) for a in args]
+    first = train(pics, *args, "--train_steps", "2")
+    again = train(pics, *args, "--train_steps", "4")
+    for out in (first, again):
+        assert "7 images to train on" in out
+    assert "continuing the run" in again and "samples" in again and "left out" in again
+    run = pics / (args[args.index("--save_folder") + 1] if "--save_folder" in args else "results")
+    found = json.loads((run / "metadata.json").read_text())
+    assert (found["step"], found["num_train_images"], found["num_held_out"]) == (4, 7, 0)
+    assert len(list((run / "samples").glob("step_*.png"))) == 2
+
+
+def test_what_other_commands_write_is_left_out(tmp_path, capsys):
+    """Marked folders, runs, studies and sheets; but not what only looks like one."""
+    mine = ["0.png", "a/1.png", "a/grid.png", "mygrid.png", "b/2.png"]
+    pictures(tmp_path, *mine)
+    pictures(tmp_path, "out/images/0.png", "out/images/1.png", "old/samples/0.png", "study/x/0.png")
+    pictures(tmp_path, "grid.png", "a/grid_2.png", "interpolation.png", "a/interpolation_1.png",
+             ours=True)  # fmt: skip
+    owned.mark(tmp_path / "out" / "images")
+    run = dict.fromkeys(owned.RUN_KEYS, 1)
+    (tmp_path / "old" / "config.json").write_text(json.dumps(run))
+    (tmp_path / "study" / "config.json").write_text(json.dumps(dict.fromkeys(owned.STUDY_KEYS, 1)))
+    (tmp_path / "b" / "config.json").write_text(json.dumps({"model": "mine", "seed": 1}))
+    assert sorted(folder_set(tmp_path).names) == sorted(mine)
+    out = capsys.readouterr().out
+    assert "left out: 8 images" in out
+    for part in ("2 in out/images/", "1 in old/", "1 in study/", "a/grid_2.png"):
+        assert part in out, part
+
+
+def test_a_folder_that_is_named_is_read_whatever_it_is(tmp_path):
+    pictures(tmp_path / "out" / "images", "0.png", "1.png", ours=True)
+    owned.mark(tmp_path / "out" / "images")
+    assert len(scan(tmp_path / "out" / "images")) == 2
+    with pytest.raises(UserError, match="no images below.*2 images.*images/"):
+        folder_set(tmp_path / "out")
+
+
+def test_a_study_takes_no_results_for_a_style(tmp_path):
+    for name in ("manga", "comic", "results"):
+        pictures(tmp_path / name, "0.png")
+    owned.mark(tmp_path / "results")
+    assert [f.name for f in style_folders(str(tmp_path))] == ["comic", "manga"]
+
+
+# --- other programs' folders ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["@eaDir", "__MACOSX", ".thumbnails", "#recycle", "$RECYCLE.BIN", "lost+found", "@EADIR"],
+)
+def test_thumbnails_and_deleted_files_are_left_out(tmp_path, name, capsys):
+    pictures(tmp_path, "0.png", "sub/1.png")
+    pictures(tmp_path, f"{name}/0.jpg", f"sub/{name}/deep/1.jpg")
+    images = folder_set(tmp_path)
+    assert images.names == ["0.png", "sub/1.png"] and images.classes == ["sub"]
+    out = capsys.readouterr().out
+    if not name.startswith("."):
+        assert "left out: 2 images" in out and f"1 in {name}/" in out and f"sub/{name}/" in out
+
+
+def test_files_that_are_not_looked_at_are_counted(tmp_path, capsys):
+    pictures(tmp_path, "0.png")
+    for name in ("a.mp4", "b.mp4", "sub/c.PSD", "d.zip", "README", ".hidden", "0.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    folder_set(tmp_path)
+    out = capsys.readouterr().out
+    for part in (".mp4 (2)", ".psd (1)", ".zip (1)", "README (1)", ".json (1)"):
+        assert part in out
+    assert "hidden" not in out
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
+@pytest.mark.parametrize("other", ["valid", "validation", "val", "dev", "Test", "eval"])
+def test_the_train_split_is_used_alone(tmp_path, train, other, capsys):
+    pictures(tmp_path, f"{train}/cat/0.png", f"{train}/dog/1.png", f"{train}/cat/2.png")
+    pictures(tmp_path, f"{other}/cat/3.png", f"{other}/bird/4.png", "stray.png", "extra/5.png")
+    images = folder_set(tmp_path)
+    assert images.names == ["cat/0.png", "cat/2.png", "dog/1.png"]
+    assert images.classes == ["cat", "dog"] and images.labels == [0, 0, 1]
+    out = capsys.readouterr().out
+    for part in (
+        f"{train}/ (3 images)",
+        f"{other}/ (2)",
+        "extra/ (1)",
+        "beside them (1)",
+        "cat (2)",
+    ):
+        assert part in out, part
+
+
+@pytest.mark.parametrize(
+    "split, names, classes",
+    [
+        ("valid", ["cat/1.png"], ["cat"]),
+        ("validation", ["cat/1.png"], ["cat"]),
+        ("test", ["2.png"], []),
+        ("TEST", ["2.png"], []),
+        ("extra", ["3.png"], []),
+        ("all", ["0.png", "extra/3.png", "test/2.png", "train/cat/0.png", "valid/cat/1.png"],
+         ["cat", "extra"]),
+    ],
+)  # fmt: skip
+def test_a_split_by_its_name(tmp_path, split, names, classes):
+    pictures(tmp_path, "train/cat/0.png", "valid/cat/1.png", "test/2.png", "extra/3.png", "0.png")
+    images = folder_set(tmp_path, selection=Selection(split=split))
+    assert images.names == names and images.classes == classes
+    with pytest.raises(UserError, match="--split nope.*train/.*valid/"):
+        folder_set(tmp_path, selection=Selection(split="nope"))
+
+
+def test_splits_inside_class_folders(tmp_path, capsys):
+    pictures(tmp_path, "cat/train/0.png", "cat/Test/1.png", "dog/train/a/2.png", "bird/3.png")
+    pictures(tmp_path, "fish/valid/4.png", "cat/5.png", "stray.png")
+    images = folder_set(tmp_path)
+    assert images.names == ["bird/3.png", "cat/train/0.png", "dog/train/a/2.png"]
+    assert [images.classes[label] for label in images.labels] == ["bird", "cat", "dog"]
+    out = capsys.readouterr().out
+    assert "cat/Test/ (1)" in out and "fish/valid/ (1)" in out and "beside them (2)" in out
+    test = folder_set(tmp_path, selection=Selection(split="test"))
+    assert test.names == ["cat/Test/1.png"]
+
+
+def test_without_a_train_split_nothing_is_guessed(tmp_path, capsys):
+    pictures(tmp_path / "a", "valid/0.png", "test/1.png", "stray.png")
+    with pytest.raises(UserError, match="no train split.*test/, valid/.*--split"):
+        folder_set(tmp_path / "a")
+    pictures(tmp_path / "b", "train/0.png", "Train/1.png", "test/2.png")
+    if len(list((tmp_path / "b").iterdir())) == 3:  # not where both are one folder
+        with pytest.raises(UserError, match="Train/, train/.*--split"):
+            folder_set(tmp_path / "b")
+        assert folder_set(tmp_path / "b", selection=Selection("train")).names == ["0.png"]
+    pictures(tmp_path / "c", "train/0.png", "bus/1.png", "car/2.png")  # a class named train
+    assert folder_set(tmp_path / "c").classes == ["bus", "car", "train"]
+    assert "train/ taken for a class" in capsys.readouterr().out
+    pictures(tmp_path / "d", "train/cat/0.png", "1.png")
+    assert folder_set(tmp_path / "d").names == ["cat/0.png"]
+
+
+def test_plain_folders_are_as_they_were(tmp_path, faces):
+    """Names, classes and so the order of runs begun before: by a walk of our own."""
+    expected = sorted(
+        (f.relative_to(faces).as_posix() for f in faces.rglob("*.png")), key=os.fsencode
+    )
+    images = folder_set(faces)
+    assert images.names == expected and images.classes == ["bald", "bob", "spiky"]
+    shutil.copytree(faces, tmp_path / "afhq" / "train")
+    assert folder_set(tmp_path / "afhq").order_key() == images.order_key()
+
+
+def test_splits_through_the_command(tmp_path):
+    pictures(tmp_path / "data", *(f"Train/{k}/{i}.png" for k in ("cat", "dog") for i in range(3)))
+    pictures(tmp_path / "data", "Valid/cat/6.png", "7.png")
+    out = train(tmp_path, "--data", "data", "--condition", "class", "--train_steps", "1")
+    assert "6 images to train on" in out and "2 classes" in out and "Valid/ (1)" in out
+    config = json.loads((tmp_path / "results" / "config.json").read_text())
+    config = Config.from_dict(config | {"data": str(tmp_path / "data")})
+    assert np.bincount(open_data(*configured(config)).labels).tolist() == [3, 3]
+    args = ("--data", "data", "--split", "nope", "--save_folder", "other")
+    done = warm.script("train.py", *args, cwd=tmp_path)
+    assert done.returncode == 1 and "--split nope" in done.stderr and "Valid/" in done.stderr

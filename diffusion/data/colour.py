@@ -141,7 +141,8 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
         raise BadProfile(f"its colour profile is for {space or 'nothing known'}, its pixels are "
                          f"{image.mode}")  # fmt: skip
     if space == "RGB":
-        image = to_8_bit(image).convert("RGBA" if image.has_transparency_data else "RGB")
+        image, mode = to_8_bit(image), "RGBA" if image.has_transparency_data else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
     transform = _transform(profile, image.mode)
     return image if transform is None else ImageCms.applyTransform(image, transform)
 

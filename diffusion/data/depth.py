@@ -105,10 +105,10 @@ def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image
         low = np.asarray(again)
     del image.info["transparency"]
     image = image.copy()
-    high, key = np.asarray(image), np.array(key, ">u2").view(np.uint8).reshape(3, 2)
-    alpha = np.empty(high.shape[:2], np.uint8)
-    for band in _bands(*alpha.shape):
-        same = (high[band] == key[:, 0]) & (low[band] == key[:, 1])
+    key = np.array(key, ">u2").view(np.uint8).reshape(3, 2)
+    alpha = np.empty((image.height, image.width), np.uint8)
+    for band, high in _bands(image):
+        same = (high == key[:, 0]) & (low[band] == key[:, 1])
         alpha[band] = np.where(same.all(-1), 0, 255)
     image.putalpha(Image.fromarray(alpha))
     return image
@@ -141,44 +141,48 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
         return Image.merge("LA" if alpha else "L", [grey.point(curve[::257].tolist()), *alpha])
     if not _is_deep(image):
         return image
-    values = np.asarray(image)
-    if image.info.get("sample_unsigned") and values.dtype == np.int32:
-        values = values.view(np.uint32)
     is_float = image.mode == "F"
     low, high = image.info.get("sample_range", (0.0, 1.0 if is_float else 65535.0))
     if is_float:
-        _check_floats(values, declared=image.info.get("sample_declared", False))
+        _check_floats(image)
 
     def scaled(band: np.ndarray) -> np.ndarray:
         fraction = ((band.astype(np.float64) - low) / (high - low)).clip(0, 1)
         return 255 * fraction if curve is None else curve[(65535 * fraction).round().astype(int)]
 
-    grey = _in_bands(values, scaled)
+    grey = _in_bands(image, scaled)
     key = image.info.get("transparency")
     if not isinstance(key, int):
         return grey
-    alpha = _in_bands(values, lambda band: np.where(band == key, 0, 255))
+    alpha = _in_bands(image, lambda band: np.where(band == key, 0, 255))
     return Image.merge("LA", [grey, alpha])
 
 
-def _in_bands(values: np.ndarray, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+def _in_bands(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
     """8-bit grey by `scaled`, in bands: in floating point all at once would be 8 times more."""
-    out = np.empty(values.shape, np.uint8)
-    for band in _bands(*values.shape):
-        out[band] = scaled(values[band]).round()
+    out = np.empty((image.height, image.width), np.uint8)
+    for band, values in _bands(image):
+        out[band] = scaled(values).round()
     return Image.fromarray(out)
 
 
-def _bands(height: int, width: int) -> Iterator[slice]:
-    """Rows of about a quarter of a million pixels."""
-    rows = max(1, (1 << 18) // max(1, width))
-    return (slice(top, top + rows) for top in range(0, height, rows))
+def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of about a quarter of a million pixels, and their values."""
+    rows = max(1, (1 << 18) // max(1, image.width))
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        values = np.asarray(image.crop((0, top, image.width, bottom)))
+        if image.info.get("sample_unsigned") and values.dtype == np.int32:
+            values = values.view(np.uint32)
+        yield slice(top, bottom), values
 
 
-def _check_floats(values: np.ndarray, declared: bool) -> None:
-    low, high = float(values.min()), float(values.max())  # NaN if one is
+def _check_floats(image: Image.Image) -> None:
+    ends = [(values.min(), values.max()) for _, values in _bands(image)]
+    low, high = float(np.min(ends)), float(np.max(ends))  # NaN if one is
     if not np.isfinite([low, high]).all():
         raise ValueError("floating point values that are NaN or infinite; replace them")
+    declared = image.info.get("sample_declared", False)
     if not declared and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
         raise ValueError(
             f"floating point values from {low:g} to {high:g}, expected 0 to 1 or a declared range "

@@ -15,6 +15,8 @@ from . import colour, depth
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
 
+ORIENTATION = 0x0112  # EXIF's tag
+
 # Most levels of 255 by which a picture may differ from one colour; 12 bits in 16 take up no more
 ONE_COLOUR = 16
 
@@ -56,7 +58,7 @@ def read_mask(file: Path | bytes) -> np.ndarray:
     and nothing visible in it is white: the strokes were painted in another colour, or erased.
     """
     with _opened(file) as image:
-        image = depth.to_8_bit(ImageOps.exif_transpose(image))
+        image = depth.to_8_bit(_upright(image))
         if not image.has_transparency_data:
             return np.array(image.convert("L"))
         image = image.convert("RGBA")
@@ -109,7 +111,7 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
 
     size None: neither cut nor resized, (H, W, 3).
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if size is None or image.mode == "F":  # the whole of a float image is asked for its range
         image = to_rgb(image)
     if size is None:
@@ -119,6 +121,12 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     if image.size != (side, side):
         image = image.crop((left, top, left + side, top + side))
     return np.array(to_rgb(image).resize((size, size), Image.LANCZOS))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by EXIF; itself where there is nothing to turn, for a copy takes memory."""
+    image.load()
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

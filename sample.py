@@ -298,8 +298,7 @@ def main() -> None:
         embeddings=args.embedding, merged=not args.lora_interpolate, objective=args.objective,
     )  # fmt: skip
     pipeline.compiled = args.compile
-    guided = args.guidance_scale != 1  # else the negative prompt is not read
-    warn_unused(pipeline, [*(args.prompt or ()), *([args.negative_prompt] if guided else [])])
+    warn_unused(pipeline, [*(args.prompt or ()), args.negative_prompt])
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
     if pipeline.reads_prompts and prompted is None and args.guidance_scale != 1:
         raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")

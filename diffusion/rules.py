@@ -94,9 +94,6 @@ USES = (
 GUIDED = "a --guidance_scale other than 1, no guidance,"
 USES_OF = {
     "sample": (
-        ("--load_path, or a single file as --sd_path,",
-         lambda a: not a.sd_path or a.load_path is not None or not Path(a.sd_path).is_dir(),
-         "weights"),
         ("--prompt", lambda a: a.prompt, "embedding"),
         ("--prompt", lambda a: a.prompt, "negative_prompt"),
         (GUIDED, lambda a: a.guidance_scale != 1,

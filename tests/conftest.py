@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on tiny tensors mostly wait
 
 
 def script(name: str, *args, cwd: Path, ranks: int = 0, **options) -> subprocess.CompletedProcess:

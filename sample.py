@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion import UserError
 from diffusion.config import Parser, run_script
-from diffusion.rules import MOST_LORA, SAMPLERS, SPACINGS, check_options
+from diffusion.rules import MOST_LORA, SAMPLERS, SPACINGS, check_bounds, check_options
 
 
 def parse(args: list[str] | None = None):
@@ -157,13 +157,30 @@ def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[i
         return max(factor, round(pixels / factor) * factor)
 
     if height is None and width is None:
-        return rounded(side / aspect**0.5), rounded(side * aspect**0.5)
-    if height is None:
+        height, width = rounded(side / aspect**0.5), rounded(side * aspect**0.5)
+    elif height is None:
         height = rounded(width / aspect)
-    return height, rounded(height * aspect) if width is None else width
+    elif width is None:
+        width = rounded(height * aspect)
+    check_bounds({"height": height, "width": width})  # of an image that is all length
+    return height, width
 
 
 # --- what is written -----------------------------------------------------------------------------
+
+
+COMMON = {"model", "ema", "best", "adapter", "adapter_kohya", "adapter_model", "learned_embeds",
+          "pytorch_lora_weights", "diffusion_pytorch_model", "vae"}  # fmt: skip
+
+
+def name_of(path: str | Path | None) -> str | None:
+    """Name a file without its suffix, or a folder; what many are called, with its folder."""
+    if path is None:
+        return None
+    path = Path(path)
+    name = path.name if path.is_dir() else path.stem
+    parent = path.resolve().parent.name
+    return f"{parent}/{name}" if name in COMMON and parent else name
 
 
 def parameters(args, pipeline, options: dict, row: int, index: int, image) -> str:
@@ -179,27 +196,30 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     guided = options["guidance_scale"] != 1
     vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)
 
-    def name(path: str | None) -> str | None:
-        return None if path is None else Path(path).stem
-
     settings = {
         "Steps": table.steps, "Sampler": SAMPLER_NAMES.get(table.sampler, table.sampler),
         "CFG scale": options["guidance_scale"], "Seed": options["seed"], "Image": index,
         "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": name(args.load_path or args.sd_path or "results/model.pt"),
-        "Weights": args.weights, "VAE": name(vae), "Clip skip": pipeline.clip_skip,
+        "Model": name_of(args.load_path or args.sd_path or "results/model.pt"),
+        "Weights": args.weights, "VAE": name_of(vae), "Clip skip": pipeline.clip_skip,
         "Class": None if labels is None else pipeline.classes[labels[row]],
         "Denoising strength": table.strength if "init" in options else None,
         "Init image": args.init_image and Path(args.init_image).name,
         "Mask": args.mask and Path(args.mask).name,
         "Spacing": table.spacing, "Eta": table.eta,
         "Guidance rescale": (options["guidance_rescale"] or None) if guided else None,
-        "Lora": ", ".join(f"{name(path)}:{weight:g}" for path, weight in args.lora) or None,
-        "Embeddings": ", ".join(map(name, args.embedding)) or None,
+        "Lora": ", ".join(map(weight_of, args.lora)) or None,
+        "Lora interpolation": " to ".join(map(weight_of, args.lora_interpolate)) or None,
+        "Embeddings": ", ".join(map(name_of, args.embedding)) or None,
         "Objective": pipeline.config.objective, "Precision": pipeline.precision(options["amp"]),
         "VAE tiling": "on" if args.vae_tiling else None,
     }  # fmt: skip
     return parameters_text(prompt, negative if guided else "", settings)
+
+
+def weight_of(lora: tuple[str, float]) -> str:
+    """Write a LoRA and its weight as --lora takes them."""
+    return f"{name_of(lora[0])}:{lora[1]:.10g}"
 
 
 def interpolate(args, pipeline, settings, path: Path) -> None:
@@ -220,12 +240,14 @@ def interpolate(args, pipeline, settings, path: Path) -> None:
             column = []
             for low in range(0, args.num_images, args.batch_size):
                 indices = range(low, min(low + args.batch_size, args.num_images))
-                images = pipeline.sample(indices, **settings(indices))
+                options = settings(indices)
+                images = pipeline.sample(indices, **options)
                 column.append(to_uint8(images, indices))
                 bar.update(len(indices))
             columns.append(np.concatenate(column))
     picture = strip(np.stack(columns, 1), [f"{w:.2g}" for w in fractions])
-    path = write_free(path, lambda p: write_png(picture, p), args.overwrite)
+    text = {"parameters": parameters(args, pipeline, options, 0, 0, column[0][0])}
+    path = write_free(path, lambda p: write_png(picture, p, text), args.overwrite)
     dist.log(f"{path}: from {args.lora_interpolate[0][0]} to {args.lora_interpolate[1][0]}")
 
 
@@ -298,7 +320,13 @@ def main() -> None:
         embeddings=args.embedding, merged=not args.lora_interpolate, objective=args.objective,
     )  # fmt: skip
     pipeline.compiled = args.compile
-    warn_unused(pipeline, [*(args.prompt or ()), args.negative_prompt])
+    prompts = (args.prompt or [])[: args.num_images]
+    if (left := len(args.prompt or ()) - len(prompts)) > 0:
+        dist.log(f"warning: --num_images {args.num_images}: the last {left} of "
+                 f"{left + len(prompts)} prompts are not sampled")  # fmt: skip
+    warn_unused(pipeline, [*prompts, args.negative_prompt])
+    if args.class_label is not None and pipeline.reads_prompts:
+        raise UserError("--class_label: this model reads prompts, not classes: give --prompt")
     prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
     if pipeline.reads_prompts and prompted is None and args.guidance_scale != 1:
         raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")

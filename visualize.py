@@ -129,14 +129,15 @@ def draw_all(folder: Folder, pipeline, data, table, args, options) -> None:
 
     n, T = args.num_images, len(pipeline.schedule)
     times = {*range(0, T, max(1, T // 50)), *(views.timestep_at(p, T) for p in views.PERCENT)}
+    runs = {}
+    if args.load_path is not None:  # first: a model whose pictures are none replaces nothing
+        chosen = (args.sampler, args.steps)
+        runs[chosen] = draw_model(folder, pipeline, data, args, options)
     forward = views.forward(pipeline, data.images[:n], sorted(times), args.seed)
     folder.process("forward", forward, T)
     folder.png("schedule", views.schedule_plot(pipeline.schedule, table, args.sampler))
     folder.png("table", views.table_plot(table, args.sampler))
-    runs = {}
     if args.load_path is not None:
-        chosen = (args.sampler, args.steps)
-        runs[chosen] = draw_model(folder, pipeline, data, args, options)
         if (curves := views.curves(Path(args.load_path).parent / "metrics.jsonl")) is not None:
             folder.png("curves", curves)
     if args.html:

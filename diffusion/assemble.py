@@ -193,10 +193,10 @@ def check_objective(config: Config, override: bool) -> str:
     path, own = Path(config.sd_path), config.objective
     found = find_prediction(path, config.sd_config)
     if found.type not in OBJECTIVES:
-        raise UserError(
-            f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
-            f"supported: {', '.join(OBJECTIVES)}"
-        )
+        text = f"prediction_type {found.type!r} of {path} ({found.source}) is not known"
+        if override:
+            return f"warning: {text}; --objective {own} is taken"
+        raise UserError(f"{text}; known: {', '.join(OBJECTIVES)}; say with --objective which it is")
     stated = OBJECTIVES[found.type]
     if found.source is None:
         hint = "; give --objective v if the pictures are noise" if own == "eps" else ""

@@ -43,7 +43,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 def is_number(text: str) -> bool:
     """Whether a text is a whole number in plain digits."""
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) < 20
 
 
 def build_model(config: Config, num_classes: int) -> UNet:

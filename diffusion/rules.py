@@ -19,6 +19,12 @@ SAMPLERS = ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("leading", "trailing", "linspace", "logsnr")
 MOST_GUIDANCE = MOST_LORA = 1000  # far beyond it pictures saturate, then numbers overflow
 
+
+def is_text(value: str) -> bool:
+    """Check that a text can be written: the shell may hand on bytes that are no UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
 RULES = (
     ("it must be above 0", lambda v: v > 0,
      "image_size unet_dim heads batch_size train_steps epochs learning_rate grad_accum "
@@ -37,6 +43,8 @@ RULES = (
     ("it must be at most 1,000,000", lambda v: v <= 1_000_000, "time_steps rank_timeout steps"),
     ("it must be at most 16,384", lambda v: v <= 16_384, "height width"),
     ("it must be even", lambda v: v % 2 == 0, "unet_dim"),
+    ("it is not in UTF-8", lambda v: is_text("".join(v)),
+     "prompt negative_prompt default_caption instance_prompt class_prompt token init_word"),
     ("give whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0,
      "dim_mults"),
     ("each must be above 0", lambda v: v and min(v) > 0, "ranks"),

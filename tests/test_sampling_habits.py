@@ -5,6 +5,7 @@ import dataclasses
 import json
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,34 @@ def text_of(path) -> dict[str, str]:
     """What stands behind the last newline of `parameters`, as {name: value}."""
     line = Image.open(path).text["parameters"].rsplit("\n", 1)[-1]
     return dict(part.split(": ", 1) for part in line.split(", "))
+
+
+@pytest.fixture
+def lora_files(model, tmp_path):
+    """Two LoRAs of the pixel model."""
+    files = []
+    for name, value in (("a", 0.0), ("b", 0.1)):
+        parts = {"unet": Pipeline.load(model).model}
+        lora.inject(parts["unet"], lora.find(parts["unet"], "attention"), 1, 1.0)
+        states = lora.state(parts["unet"])
+        for branch in states.values():
+            branch.up.fill_(value)
+        files.append(tmp_path / f"{name}.safetensors")
+        adapters.write_diffusers(files[-1], {"unet": states})
+    return files
+
+
+def test_hidden_files_of_others_stay(model, tmp_path, call):
+    (tmp_path / "images").mkdir()
+    others = [
+        tmp_path / name for name in ("images/.foo.tmp", ".images_old_1", "images/.000000.png.x.tmp")
+    ]
+    for file in others:
+        file.write_text("mine")
+    (tmp_path / ".images_1_2").mkdir()
+    call("sample", *plain(model, tmp_path), "--num_images", 2)
+    assert [file.read_text() for file in others] == ["mine"] * 3
+    assert len(contents(tmp_path / "images")) == 2
 
 
 # --- nothing is written over ---------------------------------------------------------------------
@@ -509,6 +538,21 @@ def test_models_trained_before_there_were_bounds_are_read():
     assert Config.from_dict({"seed": -1, "guidance_scale": 2000.0}).seed == -1
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--negative_prompt"])
+def test_prompts_in_another_encoding_are_refused(sd_folder, tmp_path, call, option):  # noqa: F811
+    args = {"--prompt": "a", option: "caf\udce9"}
+    with pytest.raises(UserError, match=f"{option[2:]} .*UTF-8"):
+        call("sample", "--sd_path", sd_folder, "--save_folder", tmp_path, *sum(args.items(), ()))
+    with pytest.raises(UserError, match="instance_prompt .*UTF-8"):
+        config_from_args({"instance_prompt": "caf\udce9"})
+
+
+def test_prompts_that_are_left_over_are_named(sd_folder, tmp_path, call, capsys):  # noqa: F811
+    call("sample", "--sd_path", sd_folder, "--save_folder", tmp_path, "--prompt", "a", "--prompt", "b",
+         "--num_images", 1, "--steps", 2)  # fmt: skip
+    assert "1 of 2 prompts" in capsys.readouterr().out
+
+
 def test_names_in_help_are_those_of_the_tables():
     from diffusion import rules
 
@@ -522,7 +566,7 @@ def test_names_in_help_are_those_of_the_tables():
     ("--steps 25 --spacing logsnr", {"Steps": "25", "Spacing": "logsnr", "Eta": "0.0", "Sampler": "DDIM"}),
     ("--sampler dpmpp_2m_sde --steps 3", {"Steps": "3", "Spacing": "trailing", "Eta": "1.0", "Sampler": "DPM++ 2M SDE"}),
     ("--sampler ddim --eta 0.5 --steps 4 --spacing leading", {"Eta": "0.5", "Spacing": "leading", "Steps": "4"}),
-    ("", {"Steps": "20", "CFG scale": "1.0", "Seed": "0", "Size": "16x16", "Model": "model", "Weights": "ema"}),
+    ("", {"Steps": "20", "CFG scale": "1.0", "Seed": "0", "Size": "16x16", "Model": "model0/model", "Weights": "ema"}),
     ("--class_label bob --guidance_scale 2 --guidance_rescale 0.7 --weights raw",
      {"Class": "bob", "CFG scale": "2.0", "Guidance rescale": "0.7", "Weights": "raw"}),
     ("--class_label 1 --seed 9", {"Class": "bob", "Seed": "9"}), ("--class_label all", {"Class": "bald"}),
@@ -556,7 +600,7 @@ def test_the_text_of_a_latent_model(sd_folder, tmp_path, call):  # noqa: F811
     file = tmp_path / "s" / "images" / "000000.png"
     found = text_of(file)
     expected = {"Steps": "5", "Denoising strength": "0.6", "Mask": "mask.png", "Init image": "photo.png",
-                "Clip skip": "2", "VAE": "vae", "CFG scale": "7.5", "VAE tiling": "on", "Objective": "eps"}  # fmt: skip
+                "Clip skip": "2", "VAE": f"{Path(sd_folder).name}/vae", "CFG scale": "7.5", "VAE tiling": "on", "Objective": "eps"}  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
     # the model's scheduler decides on the spacing
     spacing = open_pipeline(None, sd_folder, "ema", CPU, amp="no").scheduler["timestep_spacing"]
@@ -565,6 +609,39 @@ def test_the_text_of_a_latent_model(sd_folder, tmp_path, call):  # noqa: F811
     assert lines[:2] == ["a fox, red", "Negative prompt: grey"]
     assert read_parameters(file) == "a fox, red"
     assert read_parameters(file.with_name("000001.png")) == "Steps: 3\nb"
+
+
+def test_names_in_the_text_tell_files_apart(tmp_path):
+    import sample
+
+    for name in ("sd-v1.5", "runs/cats", "runs/dogs"):
+        (tmp_path / name).mkdir(parents=True)
+    found = [sample.name_of(tmp_path / name) for name in (
+        "sd-v1.5", "sd-v1.5/vae", "runs/cats/model.pt", "runs/dogs/adapter.safetensors", "fox.v2.safetensors")]  # fmt: skip
+    assert found == ["sd-v1.5", "sd-v1.5/vae", "cats/model", "dogs/adapter", "fox.v2"]
+    assert sample.weight_of(("fox.safetensors", 0.123456789)) == "fox:0.123456789"
+
+
+def test_the_text_of_an_interpolation(model, lora_files, tmp_path, call):
+    a, b = lora_files
+    call("sample", "--load_path", model, "--save_folder", tmp_path, "--lora_interpolate", a, f"{b}:0.5",
+         "--points", 2, "--num_images", 1, "--steps", 2, "--seed", 3)  # fmt: skip
+    found = text_of(tmp_path / "interpolation.png")
+    assert found["Seed"] == "3" and "a:1 to " in found["Lora interpolation"]
+
+
+def test_class_names_that_are_no_text(model, tmp_path, call, monkeypatch):
+    """A folder from a Latin-1 archive: the picture is saved, its text names what can be named."""
+    load = Pipeline.load.__func__
+
+    def renamed(cls, *args, **options):
+        pipeline = load(cls, *args, **options)
+        pipeline.classes[0] = "caf\udce9"
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "load", classmethod(renamed))
+    call("sample", *plain(model, tmp_path), "--num_images", 1, "--class_label", "all")
+    assert "udce9" in text_of(tmp_path / "images" / "000000.png")["Class"]
 
 
 @pytest.mark.parametrize("prompt, negative", [

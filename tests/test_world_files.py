@@ -374,6 +374,29 @@ def test_v_prediction_is_found_in_and_beside_single_files(
     assert "overrides v" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name, text, found", [
+    ("a.yaml", '{"model": {"params": {"parameterization": "v"}}}', "v_prediction"),
+    ("a.yaml", "model: {params: {x: 1, parameterization: v}}", "v_prediction"),
+    ("a.safetensors.yaml", "parameterization: v", "v_prediction"), ("a.YML", "parameterization: v", "v_prediction"),
+    ("a.yaml", "# parameterization: v, {parameterization: v}\nx: 1", "epsilon"),
+])  # fmt: skip
+def test_spellings_of_a_yaml_beside_a_file(tensors, tmp_path, name, text, found):
+    save_file(tensors, tmp_path / "a.safetensors")
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        assert loader.find_prediction(tmp_path / "a.safetensors").type == found
+
+
+def test_an_unknown_prediction_type_may_be_overridden(sd, tensors, v_latents, tmp_path, capsys):
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, metadata={"modelspec.prediction_type": "flow"})
+    with pytest.raises(UserError, match="'flow'.*--objective"):
+        draw_ours(file, config=str(sd))
+    found = draw_ours(file, config=str(sd), objective="v")
+    assert_close(found, v_latents, rtol=1e-4, atol=1e-4)
+    assert "'flow'" in capsys.readouterr().out
+
+
 def test_what_is_assumed_is_said_and_objective_overrides_it(
     sd, tensors, v_folder, v_latents, tmp_path, capsys
 ):
@@ -546,6 +569,45 @@ def test_initialisations_that_change_the_base(sd, tmp_path, init):
     save_file(branches, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(UserError, match=f"x.safetensors: init_lora_weights is '{init}'"):
         draw_ours(sd, loras=[(tmp_path / "x.safetensors", 1.0)])
+
+
+def test_the_file_inside_a_peft_folder(sd, tmp_path):
+    """Its settings stand beside it: the alpha counts, and what is refused of a folder is, too."""
+    pipeline = theirs(sd)
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=13, target_modules=["to_q", "to_v"], use_rslora=True,
+                             init_lora_weights=False)  # fmt: skip
+    wrapped = peft.get_peft_model(pipeline.unet, config)
+    wrapped.save_pretrained(tmp_path)
+    expected = draw_theirs(pipeline)
+    found = [
+        draw_ours(sd, loras=[(path, 1.0)])
+        for path in (tmp_path, tmp_path / "adapter_model.safetensors")
+    ]
+    assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*found)
+    # an alpha of 0 is a LoRA that does nothing, as peft has it
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 0}))
+    assert torch.equal(draw_ours(sd, loras=[(tmp_path, 1.0)]), draw_ours(sd))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(settings | {"init_lora_weights": "olora"})
+    )
+    with pytest.raises(UserError, match="olora"):
+        draw_ours(sd, loras=[(tmp_path / "adapter_model.safetensors", 1.0)])
+
+
+def test_folders_and_suffixes(sd, written, tmp_path):
+    """diffusers' folder of a LoRA, and a suffix in capitals, are read; an embedding is a file."""
+    for name in ("pytorch_lora_weights.safetensors", "A.SAFETENSORS"):
+        save_file(written[0], tmp_path / name)
+    for path in (tmp_path, tmp_path / "A.SAFETENSORS"):
+        assert torch.equal(draw_ours(sd, loras=[(path, 1.0)]), written[1])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty is a folder"):
+        draw_ours(sd, loras=[(tmp_path / "empty", 1.0)])
+    with pytest.raises(UserError, match="empty is a folder"):
+        draw_ours(sd, embeddings=[tmp_path / "empty"])
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])

@@ -7,6 +7,7 @@ this program has written, by the proof in weights/owned.py, and nothing else.
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from .. import UserError
 from ..weights import owned
 
+TEMPORARY = re.compile(r"\.\d{6,}\.png\.\d+\.tmp")
 PICTURES = (".png", ".webp")
 
 
@@ -146,7 +148,8 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
             first = max([n + 1 for n in taken] + busy, default=0)
             if not busy:
                 for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                    left.unlink()
+                    if TEMPORARY.fullmatch(left.name) and left.is_file():
+                        left.unlink()
             claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
             claimed = contextlib.ExitStack()
             _lock(claimed, os.open(claim, os.O_RDWR | os.O_CREAT, 0o666))
@@ -163,7 +166,10 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
 def _ranges(folder: Path) -> list[int]:
     """The ends of the ranges of processes that run; what others have left is deleted."""
     ends = []
-    for file in folder.parent.glob(f".{folder.name}_*_*"):
+    claim = re.compile(rf"\.{re.escape(folder.name)}_\d+_\d+")
+    for file in folder.parent.iterdir():
+        if not (claim.fullmatch(file.name) and file.is_file()):
+            continue
         with contextlib.ExitStack() as held:
             if _lock(held, os.open(file, os.O_RDWR), wait=False):
                 file.unlink(missing_ok=True)

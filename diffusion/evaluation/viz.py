@@ -72,6 +72,7 @@ def write_png(image, path: Path, text: dict[str, str] | None = None) -> None:
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     info = PngInfo()
     for key, value in {"Software": SOFTWARE, **(text or {})}.items():
+        value = value.encode("utf-8", "backslashreplace").decode()  # names of files may be no text
         info.add_itxt(key, value) if not value.isascii() else info.add_text(key, value)
     image.save(path, format="PNG", pnginfo=info)
 

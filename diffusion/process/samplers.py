@@ -118,7 +118,8 @@ def make_table(
     eta = kind.eta if eta is None else eta
     low, high = kind.etas
     if not low <= eta <= high:
-        raise ValueError(f"eta is {eta}; {sampler} takes {low} to {high} (0: deterministic)")
+        known = f"{low} to {high} (0: deterministic)" if low < high else f"only {low}"
+        raise ValueError(f"eta is {eta}; {sampler} takes {known}")
     extra = kind.extra if spacing in ("leading", "linspace") else 0
     if spacing == "logsnr" and final == "alpha_bar_0":
         extra = 1  # the last point, t = 0, is where the last row ends
@@ -136,7 +137,7 @@ def start_row(steps: int, strength: float) -> int:
     rows = int(steps * strength + 1e-9)
     if not 0 < strength <= 1 or rows < 1:
         raise ValueError(
-            f"strength {strength} of {steps} steps leaves nothing to do; use more than "
+            f"strength {strength} of {steps} steps leaves nothing to do; use at least "
             f"{1 / steps:.2g} and at most 1"
         )
     return steps - rows

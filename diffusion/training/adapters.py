@@ -149,7 +149,9 @@ class Adapted(Task):
         base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
         if c.load_path is None:
             stated = find_prediction(c.sd_path, c.sd_config).type
+            base += f" --config {c.sd_config}" if c.sd_config is not None else ""
             base += " --weights ema" if c.sd_weights == "ema" else ""
+            base += f" --clip_skip {c.clip_skip}" if c.clip_skip > 1 else ""
             base += "" if OBJECTIVES[stated] == c.objective else f" --objective {c.objective}"
         option = "--lora" if c.adapter == "lora" else "--embedding"
         file = folder / "adapter.safetensors"

@@ -79,6 +79,10 @@ OTHERS = {
     "a LoRA with a Tucker core": ("lora_mid",), "an OFT": ("oft_",),
 }  # fmt: skip
 SECOND_TEXT = ("lora_te2_", "text_encoder_2.", "clip_g.")  # Stable Diffusion XL's other one
+# what a folder's LoRA may be called: by peft, by diffusers, by a run of train.py
+IN_FOLDERS = ("adapter_model.safetensors", "adapter_model.bin",
+              "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+              "adapter.safetensors")  # fmt: skip
 USELESS = ("position_ids",)  # a buffer that no network reads
 
 
@@ -113,8 +117,10 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
             raise UserError(f"{path} holds {name} of the {NAMES[part]} twice, once as {layer}")
         down, up = _fit(path, name, layers[part][name], **pair)
         try:
-            alpha = alphas.get((part, name)) or _alpha(settings.get(part, {}), name, len(down))
-            alpha = float(alpha or len(down))
+            alpha = alphas.get((part, name)) or None  # kohya's 0 is none
+            if alpha is None:
+                alpha = _alpha(settings.get(part, {}), name, len(down))
+            alpha = float(len(down) if alpha is None else alpha)
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}: its settings of alpha are unusable: {error!s:.200}") from None
         if not math.isfinite(alpha):
@@ -162,14 +168,16 @@ def _what(tensors: Mapping[str, Tensor]) -> str:
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """(tensors, peft's settings of each part)."""
     if path.is_dir():
-        config = read_json(path / "adapter_config.json")
+        path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder without {', '.join(IN_FOLDERS)}: give a file")
+    tensors, beside = _tensors(path), path.parent / "adapter_config.json"
+    if path.stem == "adapter_model" and beside.is_file():  # peft's, whose settings stand there
+        config = read_json(beside)
         kind = config.get("peft_type", "LORA")
         if kind != "LORA":
-            raise UserError(f"{path} is a peft folder of {kind!s:.60}; supported: LORA")
-        files = [path / f"adapter_model.{ending}" for ending in ("safetensors", "bin")]
-        file = next((f for f in files if f.is_file()), files[0])
-        return _tensors(file), dict.fromkeys(NAMES, config)
-    tensors = _tensors(path)
+            raise UserError(f"{path.parent} is a peft folder of {kind!s:.60}; supported: LORA")
+        return tensors, dict.fromkeys(NAMES, config)
     values = parse_json(read_metadata(path).get(METADATA, "{}"), f"{path}: its {METADATA}")
     plain = {key: value for key, value in values.items() if "." not in key}
     flat = {key.partition(".")[::2]: value for key, value in values.items() if "." in key}

@@ -225,7 +225,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor
     which: "ema" or "raw"; a .safetensors file holds averaged weights only.
     metadata: step and classes. Raises UserError for foreign, damaged or unsuitable files.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         state = read(path, mmap=True)
         weights, config = state["ema" if which == "ema" else "model"], state["config"]
         metadata = {k: state[k] for k in ("step", "classes", "networks", "frozen") if k in state}

@@ -85,12 +85,13 @@ def read_embedding(path: str | Path, width: int) -> dict[str, Tensor]:
     Raises UserError for another width and for other files.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         held, name = read_tensors(path), read_metadata(path).get("name")
     elif path.is_file():
         held, name = read_object(path), None
     else:
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} is a folder: give a file in it" if path.is_dir()
+                        else f"{path} does not exist")  # fmt: skip
     found = _tokens(held, name or path.stem)
     usable = all(
         isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2 for v in found.values()

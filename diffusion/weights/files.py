@@ -67,14 +67,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist")
     if path.name.endswith(".json"):
         return _read_shards(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts that a safetensors file holds beside its tensors; none of other files."""
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return {}
     with safe_open(path, "pt") as file:
         return file.metadata() or {}
@@ -85,7 +85,7 @@ def read_names(path: Path) -> set[str]:
 
     Raises UserError as `read_tensors` does.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return _names(read_object(path))
     check_size(path)
     try:

@@ -66,7 +66,8 @@ def check_size(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(8)
         size = file.seek(0, os.SEEK_END)
-    if path.suffix == ".safetensors" and int.from_bytes(head, "little") > min(size, MOST_HEADER):
+    safetensors = path.suffix.lower() == ".safetensors"
+    if safetensors and int.from_bytes(head, "little") > min(size, MOST_HEADER):
         raise UserError(f"{path} is damaged or not to be trusted: its header would have "
                         f"{int.from_bytes(head, 'little'):,} bytes")  # fmt: skip
     try:
@@ -75,7 +76,7 @@ def check_size(path: Path) -> None:
         raise UserError(f"{path} is damaged or incomplete: {error}") from None
     if packed:
         check_zip(path, size)
-    elif size and path.suffix != ".safetensors":  # of before torch 1.6: pickles, then the numbers
+    elif size and not safetensors:  # of before torch 1.6: pickles, then the numbers
         with open(path, "rb") as file:
             text = io.BytesIO(file.read(MOST_PICKLE))
         for _ in range(OLD_PICKLES):

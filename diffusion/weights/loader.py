@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import UserError
+from ..distributed import log
 from ..models.clip import CLIPTextModel
 from ..models.sd_config import UNetConfig, VAEConfig
 from ..models.sd_unet import SDUNet
@@ -28,7 +29,7 @@ from . import rules
 from .checkpoint import atomic, write_text
 from .files import find_weights, read_metadata, read_names, read_tensors
 from .fitting import PARTS, fit_part
-from .guards import MOST_JSON, read_json, read_text
+from .guards import MOST_JSON, read_json, read_text_file
 from .vocabulary import find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
@@ -41,7 +42,8 @@ SCHEDULER = {
 # what scheduler_config.json calls what a model predicts, and what others call it
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 OBJECTIVES = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-SYNONYMS = {"v-prediction": "v_prediction", "velocity": "v_prediction", "noise": "epsilon"}
+SYNONYMS = {"v-prediction": "v_prediction", "v_pred": "v_prediction", "vpred": "v_prediction",
+            "velocity": "v_prediction", "noise": "epsilon"}  # fmt: skip
 # tensors that say by their presence that a file predicts v, and that its last step is pure noise
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 EDM_MARK = "edm_vpred.sigma_max"
@@ -49,7 +51,9 @@ EDM_MARK = "edm_vpred.sigma_max"
 MODEL_SPECS = ("modelspec.prediction_type", "modelspec.predict_key")
 V_PARAMETERIZATION = "ss_v_parameterization"  # of kohya's metadata: True or False
 # of a .yaml beside a file, in CompVis' and A1111's words
-YAML_PREDICTION = re.compile(r"""^[ \t]*parameterization[ \t]*:[ \t]*["']?([\w-]+)""", re.M)
+YAML_PREDICTION = re.compile(
+    r"""(?:^|[{,])[ \t]*["']?parameterization["']?[ \t]*:[ \t]*["']?([\w-]+)""", re.M
+)
 YAML_ZERO_SNR = re.compile(
     r"^[ \t]*(?:rescale_betas_zero_snr|zero_terminal_snr|zero_snr|ztsnr)[ \t]*:[ \t]*true\b",
     re.M | re.I,
@@ -181,8 +185,9 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     zero_snr = bool(scheduler and scheduler.get("rescale_betas_zero_snr", False))
     if path.is_file():
         names, metadata = inspect(path)
-        beside = [path.with_suffix(ending) for ending in (".yaml", ".yml")]
-        beside = [file for file in beside if file.is_file()]
+        beside = []
+        for ending in (".yaml", ".yml", ".YAML", ".YML"):
+            beside += [path.with_suffix(ending), path.with_name(path.name + ending)]
         own = []
         if EDM_MARK in names:
             own.append(("v of an EDM schedule", f"its key {EDM_MARK}"))
@@ -192,8 +197,12 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
         if V_PARAMETERIZATION in metadata:
             value = "v" if metadata[V_PARAMETERIZATION].lower() == "true" else "eps"
             own.append((value, f"its metadata {V_PARAMETERIZATION}"))
-        for file in beside:
-            text = read_text(file, MOST_JSON)
+        for file in filter(Path.is_file, beside):
+            try:
+                text = re.sub(r"#.*", "", read_text_file(file, MOST_JSON)[0])
+            except UserError as error:
+                log(f"warning: {error}; it is not used")
+                continue
             own += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
             zero_snr |= YAML_ZERO_SNR.search(text) is not None
         zero_snr |= ZERO_SNR_MARK in names

@@ -43,7 +43,7 @@ def load_vae(path: str) -> AutoencoderKL:
 
 def foreign(file: Path) -> bool:
     """Whether another program wrote it; of what cannot be read load_weights tells why."""
-    if file.suffix != ".safetensors" or not file.is_file():
+    if file.suffix.lower() != ".safetensors" or not file.is_file():
         return file.suffix in (".ckpt", ".bin")
     check_size(file)
     try:

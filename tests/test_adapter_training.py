@@ -328,6 +328,7 @@ def test_the_average_shares_what_is_not_trained():
 # --- the scripts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands(scratch, options, tmp_path, monkeypatch):
     """Train two LoRAs and a token from the command line, sample with them, and a strip."""
     shared = {k: v for k, v in options.items() if k != "save_folder"} | dict(train_steps=3)

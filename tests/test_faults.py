@@ -180,6 +180,7 @@ def test_a_truncated_checkpoint(three, percent):
     assert "step_00000040.pt, the newest that is whole" in told[1]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_is_noticed(three):
     """torch itself reads every one of these without a word, weights changed."""
     newest = three / "checkpoints" / "step_00000060.pt"

@@ -302,6 +302,7 @@ def test_fine_tuning_stable_diffusion(latent, sd_folder, tmp_path):
     assert_close(batch.text.float(), before.text(captions), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
     """diffusers draws from the exported folder what we draw from our checkpoint."""
     import diffusers
@@ -524,6 +525,7 @@ def test_bfloat16_is_close(sd_folder):
     assert (half.sample([0], amp="bf16", **told) - full).abs().mean() < 0.01
 
 
+@pytest.mark.slow
 def test_visualize_takes_latent_models(latent, tmp_path, monkeypatch):
     import visualize
 

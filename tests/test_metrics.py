@@ -374,6 +374,7 @@ def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
             measure(*args, *network)
 
 
+@pytest.mark.slow
 def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
     args = (real, model, "--fid_features", pooled, "--num_images", 12, "--batch_size", 5,
             "--samplers", "ddim:3,ddpm:20,ddim:10", "--seeds", "0,1,2", "--amp", "no",
@@ -441,6 +442,7 @@ def values_of(folder) -> dict[int, float]:
     return {line["step"]: line["pooled"] for line in lines if "pooled" in line}
 
 
+@pytest.mark.slow
 def test_fid_during_training(fid, tmp_path, capsys):
     train(Config(**fid))
     first = values_of(tmp_path / "run")
@@ -484,6 +486,7 @@ def test_fid_leaves_the_run_as_it_is(fid, tmp_path):
     assert mine == run_lines(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
     train(Config(**fid | dict(train_steps=6)))
     other = tmp_path / "other.pt"

@@ -306,6 +306,7 @@ def test_inpainting_keeps_what_the_mask_keeps(x):
     assert_close(seen[4][..., 2:], (a * known + b * noise)[..., 2:])
 
 
+@pytest.mark.slow
 def test_step_reads_nothing_and_compiles_whole(x):
     """Ready for CUDA graphs: no value goes to the host, and the step is one graph."""
     import torch._dynamo  # reads values while it is imported, in torch 2.6

@@ -374,6 +374,7 @@ def test_vae_with_the_published_config():
     assert VAEConfig.from_dict({**VAEConfig().to_dict(), "force_upcast": True}) == VAEConfig()
 
 
+@pytest.mark.slow
 def test_vae_trains():
     """One step from a small random one lowers its loss, with every parameter in it."""
     torch.manual_seed(0)

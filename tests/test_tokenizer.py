@@ -243,6 +243,7 @@ def test_long_prompts_are_those_of_transformers(clip, oracle, kind):
     assert_same_ids([text], clip.encode, [oracle(text)])
 
 
+@pytest.mark.slow
 def test_a_megabyte_in_one_word(clip):
     ids = clip.encode("a" * 10**6)
     assert len(ids) < 10**6 / 7 and clip.decode(ids) == "a" * 10**6

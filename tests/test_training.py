@@ -366,6 +366,7 @@ def test_two_ranks_and_accumulation_give_the_gradients_of_one(tiny, tmp_path):
     assert max(g.abs().max() for g in found[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_torchrun_resumes_on_another_number_of_ranks(tiny, tmp_path):
     done = script("train.py", *flags(tiny | dict(train_steps=8)), cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,14 @@ from .process.schedule import (
 from .sizes import text_config, unet_config
 from .weights.checkpoint import load_weights
 from .weights.fitting import build, fit
-from .weights.loader import OBJECTIVES, PREDICTIONS, find_prediction, load_sd, read_scheduler
+from .weights.loader import (
+    OBJECTIVES,
+    PREDICTIONS,
+    find_prediction,
+    load_sd,
+    read_scheduler,
+    stated_objective,
+)
 from .weights.vae import load_vae
 
 TILE = 64  # latent pixels of a tile's side
@@ -193,10 +200,8 @@ def check_objective(config: Config, override: bool) -> str:
     path, own = Path(config.sd_path), config.objective
     found = find_prediction(path, config.sd_config)
     if found.type not in OBJECTIVES:
-        text = f"prediction_type {found.type!r} of {path} ({found.source}) is not known"
-        if override:
-            return f"warning: {text}; --objective {own} is taken"
-        raise UserError(f"{text}; known: {', '.join(OBJECTIVES)}; say with --objective which it is")
+        return (f"warning: prediction_type {found.type!r} of {path} ({found.source}) is not known; "
+                f"--objective {own} is taken")  # fmt: skip
     stated = OBJECTIVES[found.type]
     if found.source is None:
         hint = "; give --objective v if the pictures are noise" if own == "eps" else ""
@@ -305,11 +310,12 @@ def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, ob
     if config is not None and Path(path).is_dir():
         raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(amp, device)
-    stated = OBJECTIVES.get(find_prediction(path, config).type, "eps")
+    override = objective is not None
+    objective = objective if override else stated_objective(path, config)
     settings = Config(mode="latent", condition="text", sd_path=str(path), sd_config=config,
-                      sd_weights=weights, objective=stated if objective is None else objective,
+                      sd_weights=weights, objective=objective,
                       clip_skip=1 if clip_skip is None else clip_skip)  # fmt: skip
-    parts = sd_parts(settings, device, vae, override=objective is not None)
+    parts = sd_parts(settings, device, vae, override=override)
     size = parts.unet.config.sample_size or 64
     size = (size if isinstance(size, int) else max(size)) * parts.vae.factor
     parts.config = dataclasses.replace(settings, image_size=size)

@@ -133,10 +133,12 @@ USES_OF = {
 def check_bounds(values: Mapping[str, object], script: str = "") -> None:
     """Check values of options by the rules; None is an option that was not given.
 
+    script: whose arguments they are; "" for a stored configuration, which may hold infinity.
     Raises UserError for the first bad one, also for a float that is no finite number.
     """
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        finite = math.isfinite if script else lambda v: not math.isnan(v)
+        if isinstance(value, float) and not finite(value):
             raise UserError(f"{name} is {value}; it must be a finite number")
     for message, holds, names in (*RULES_OF.get(script, ()), *RULES):
         for name in names.split():

@@ -254,7 +254,9 @@ def test_what_a_killed_writer_has_left_is_removed(tiny, tmp_path):  # noqa: F811
     left = [
         tmp_path / "run" / ".model.pt.tmp",
         tmp_path / "run" / "checkpoints" / ".step_00000009.pt.tmp",
+        tmp_path / "run" / "samples" / ".step_00000009.png.77.tmp",
     ]
+    left[-1].parent.mkdir()
     for file in left:
         file.write_bytes(b"half")
     train(Config(**tiny | dict(train_steps=6, num_samples=0)))

@@ -91,6 +91,13 @@ def test_a_run_whose_config_is_lost_resumes(run, tmp_path, harm):
     assert json.loads(config.read_text())["seed"] == 1
 
 
+def test_a_run_killed_at_its_start_begins_again(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.tmp").write_text("{")
+    assert run().returncode == 0
+    assert not (tmp_path / "run" / ".config.json.tmp").exists()
+
+
 def test_folders_that_are_links(run, tmp_path):
     """Checkpoints on another disk: the link stays, and so does what else lies there."""
     disk = tmp_path / "disk"

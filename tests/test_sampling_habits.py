@@ -535,7 +535,10 @@ def test_bounds_of_training_are_the_same(wrong):
 
 
 def test_models_trained_before_there_were_bounds_are_read():
-    assert Config.from_dict({"seed": -1, "guidance_scale": 2000.0}).seed == -1
+    stored = {"seed": -1, "guidance_scale": 2000.0, "grad_clip": float("inf")}
+    assert Config.from_dict(stored).seed == -1
+    with pytest.raises(UserError, match="grad_clip is nan"):
+        Config.from_dict({"grad_clip": float("nan")})
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--negative_prompt"])

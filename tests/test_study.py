@@ -27,7 +27,7 @@ from diffusion.study import classifier as classifiers
 from diffusion.study import runner
 from diffusion.study.classifier import open_classifier, to_input
 from diffusion.study.folder import create, describe, find, read_metrics
-from diffusion.study.judge import Judge
+from diffusion.study.judge import Judge, read_images
 from diffusion.study.plan import Settings, ablation, cells_of, methods, with_budget
 from diffusion.study.report import write_report
 from diffusion.study.run import Study, run_study
@@ -240,6 +240,14 @@ def test_a_failing_child_is_told_with_its_last_words(tmp_path):
             lambda: None,
         )
     assert "nowhere" in (tmp_path / "logs.txt").read_text()
+
+
+def test_pictures_of_an_earlier_version_are_read(tmp_path):
+    """Those that do not say who wrote them, where none does; else only ours."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "000000.png")
+    assert read_images(tmp_path).shape == (1, 4, 4, 3)
+    save_png(Image.new("RGB", (4, 4), "blue"), tmp_path / "000001.png")
+    assert read_images(tmp_path)[:, 0, 0].tolist() == [[0, 0, 255]]
 
 
 def wait_for(condition, seconds=60):

@@ -14,8 +14,10 @@ from torch.testing import assert_close
 from warm import script
 
 from diffusion import UserError
-from diffusion.assemble import open_pipeline
+from diffusion.assemble import open_parts, open_pipeline
+from diffusion.config import Config
 from diffusion.models import lora
+from diffusion.training.base import based_on
 from diffusion.weights import adapters, checkpoint, loader
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
@@ -394,6 +396,14 @@ def test_an_unknown_prediction_type_may_be_overridden(sd, tensors, v_latents, tm
         draw_ours(file, config=str(sd))
     found = draw_ours(file, config=str(sd), objective="v")
     assert_close(found, v_latents, rtol=1e-4, atol=1e-4)
+    assert "'flow'" in capsys.readouterr().out
+    # in training, too
+    start = Config(
+        mode="latent", condition="text", sd_path=str(file), sd_config=str(sd), objective="v"
+    )
+    with pytest.raises(UserError, match="'flow'.*--objective"):
+        based_on(start, {"sd_path", "sd_config"})
+    open_parts(based_on(start, {"sd_path", "sd_config", "objective"}), CPU)
     assert "'flow'" in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..evaluation.output import names
 from ..weights.checkpoint import write_text
+from ..weights.loader import has_averaged
 from .plan import Settings
 from .styles import file_stamp, slugs_of, stamp, style_folders
 
@@ -16,7 +17,9 @@ def describe(s: Settings) -> dict:
     base = Path(s.load_path or s.sd_path)
     mark = stamp(base) if base.is_dir() else file_stamp(base)
     settings = dataclasses.asdict(s)
-    for name, usual in (("sd_weights", "raw"), ("objective", None)):  # studies of before have none
+    # studies of before do not say: they took averaged weights where there were some
+    weights = "ema" if s.sd_path is not None and has_averaged(base) else "raw"
+    for name, usual in (("sd_weights", weights), ("objective", None)):
         if settings[name] == usual:
             del settings[name]
     told = {"settings": settings, "base": f"{base.resolve()} {mark}",

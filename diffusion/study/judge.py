@@ -125,5 +125,6 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
 
 def read_images(folder: Path) -> np.ndarray:
     """Read the pictures that sample.py has written to a folder, (N, H, W, 3) uint8, in order."""
-    files = [file for _, file in sorted(numbered(folder).items()) if is_ours(file)]
+    files = [file for _, file in sorted(numbered(folder).items()) if file.suffix == ".png"]
+    files = [file for file in files if is_ours(file)] or files  # those of before do not say
     return np.stack([read_image(file, None) for file in files])

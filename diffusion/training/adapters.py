@@ -27,7 +27,7 @@ from ..data.batches import open_batches
 from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, weights_digest
 from ..data.folders import scan
-from ..evaluation.viz import save_png, to_uint8
+from ..evaluation.viz import NonFinite, save_png, to_uint8
 from ..models import lora
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..seeding import seed_of
@@ -148,11 +148,11 @@ class Adapted(Task):
             return super().result(folder)
         base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
         if c.load_path is None:
-            stated = find_prediction(c.sd_path, c.sd_config).type
+            stated = OBJECTIVES.get(find_prediction(c.sd_path, c.sd_config).type)
             base += f" --config {c.sd_config}" if c.sd_config is not None else ""
             base += " --weights ema" if c.sd_weights == "ema" else ""
             base += f" --clip_skip {c.clip_skip}" if c.clip_skip > 1 else ""
-            base += "" if OBJECTIVES[stated] == c.objective else f" --objective {c.objective}"
+            base += "" if stated == c.objective else f" --objective {c.objective}"
         option = "--lora" if c.adapter == "lora" else "--embedding"
         file = folder / "adapter.safetensors"
         return f"{file}; python sample.py {base} {option} {file}"
@@ -277,16 +277,22 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
     dist.barrier()  # all ranks have counted
     if free:
         dist.log(f"{folder}: {len(free)} of {c.class_images} class images are drawn")
-    pipeline = task.pipeline(model)
+    pipeline, bad = task.pipeline(model), None
     for low in range(0, len(free), ENCODE_BATCH)[dist.rank() :: dist.world_size()]:
         indices = free[low : low + ENCODE_BATCH]
         images = pipeline.sample(
             indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
         )  # fmt: skip
-        for i, image in zip(indices, to_uint8(images, indices)):
+        try:
+            pictures = to_uint8(images, indices)
+        except NonFinite as error:  # the other ranks wait below
+            bad = error
+            break
+        for i, image in zip(indices, pictures):
             save_png(image, image_of(folder, i), {CLASS_PROMPT: c.class_prompt})
-    dist.barrier()
+    if dist.any_rank(bad is not None):
+        raise bad or NonFinite([], "class images of another rank")
     return folder
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import UserError, rules
 from ..config import Config
 from ..weights.checkpoint import load_weights
-from ..weights.loader import OBJECTIVES, check_averaged, find_prediction, read_image_size
+from ..weights.loader import check_averaged, read_image_size, stated_objective
 
 # what a base model's own configuration decides; the second row unless it is given
 DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
@@ -64,8 +64,9 @@ def own_settings(config: Config, given: set[str]) -> dict:
         return {}
     if config.sd_weights == "ema" and config.load_path is None:
         check_averaged(config.sd_path, "--sd_weights")
-    kind = find_prediction(config.sd_path, config.sd_config).type
-    own = {"objective": OBJECTIVES.get(kind, "eps")}
+    own: dict = {}
+    if "objective" not in given:
+        own["objective"] = stated_objective(config.sd_path, config.sd_config)
     if config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
     return {n: v for n, v in own.items() if n not in given}

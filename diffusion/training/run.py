@@ -26,7 +26,7 @@ FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safet
 # what a run writes, relative to its folder; also half-written, by a process that was killed
 WRITTEN = re.compile(
     r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt\.tmp)"
-    r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png\.tmp)"
+    r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.\d+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
     rf"|(\.?)({'|'.join(map(re.escape, FILES))})(\.tmp)?"
 )
@@ -79,6 +79,7 @@ def check_folder(folder: Path, is_run: bool) -> None:
     if blocked := [path for path in found if path.is_dir()]:
         raise UserError(f"{blocked[0]} is a folder; a run writes a file of this name: move it, or "
                         "choose another --save_folder")  # fmt: skip
+    found = [path for path in found if path.suffix != ".tmp"]  # of a run killed at its start
     if found and not is_run:
         names = [path.relative_to(folder).as_posix() for path in found]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

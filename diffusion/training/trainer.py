@@ -289,7 +289,8 @@ def check_data(state: dict | None, data, config: Config) -> None:
     if state is not None and state["data"]["order"] != data.order_key():
         raise UserError(
             f"the files of --data {config.data} are not those that the run in "
-            f"{config.save_folder} saw; to go on with the new ones, start from its weights: "
+            f"{config.save_folder} saw (or an earlier version chose others of them: see "
+            "CHANGELOG.md); to train on these, start from its weights: "
             f"--load_path {Path(config.save_folder) / 'model.pt'} --save_folder ANOTHER"
         )
 

@@ -214,6 +214,25 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     return Prediction(PREDICTIONS.get(value, SYNONYMS.get(value, value)), source, zero_snr)
 
 
+def stated_objective(path: str | Path, config: str | Path | None = None) -> str:
+    """What a model states to predict, as --objective has it; eps where it states nothing.
+
+    Raises UserError for a type that is not known.
+    """
+    found = find_prediction(path, config)
+    if found.type not in OBJECTIVES:
+        raise UserError(
+            f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
+            f"known: {', '.join(OBJECTIVES)}; say with --objective which it is"
+        )
+    return OBJECTIVES[found.type]
+
+
+def has_averaged(path: Path) -> bool:
+    """Whether a single file has averaged weights beside the plain ones."""
+    return path.is_file() and bool(_averaged(inspect(path)[0]))
+
+
 def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
     """A single file's names and metadata, without its numbers; read once while it is the same."""
     stat = path.stat()
@@ -234,7 +253,7 @@ def check_averaged(path: str | Path, option: str) -> None:
             f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
             "out, or give a .ckpt or .safetensors file with model_ema.*"
         )
-    if path.is_file() and not _averaged(inspect(path)[0]):
+    if path.is_file() and not has_averaged(path):
         raise UserError(
             f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
             f"of them; leave {option} out"

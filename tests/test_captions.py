@@ -60,7 +60,10 @@ def test_only_newlines_end_lines(tmp_path):
 
 
 def test_what_is_no_text(tmp_path):
-    for raw in (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xd8", b"a cat\x00 sits", b"\xff\x01\x02"):
+    marked = codecs.BOM_UTF8 + b"a\x00b"
+    chinese = "红色的猫在屋顶上\n".encode("utf-16-le")  # its only zero is the last byte
+    png = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xd8"
+    for raw in (png, b"a cat\x00 sits", b"\xff\x01\x02", b"\0\0", b"\0" * 99, marked, chinese):
         (tmp_path / "a.txt").write_bytes(raw)
         with pytest.raises(UserError, match="a.txt is no text"):
             read_prompts(tmp_path / "a.txt")
@@ -77,11 +80,12 @@ def test_a_text_that_is_cut_ends_before_the_character():
     "raw, expected",
     [
         (b"a cat\0", "a cat"),
+        (b"7\0", "7"),
         (b"a cat\0\0\0", "a cat"),
         (b"a cat\0\r\n", "a cat\n"),
         ("a cat\0".encode("utf-16-le"), "a cat"),
         ("a cat\n".encode("utf-16-be"), "a cat\n"),
-        ("é\0".encode("cp1252"), "é"),
+        ("a café\0\0".encode(), "a café"),
         (codecs.BOM_UTF8 * 2 + b"a cat\n" + codecs.BOM_UTF8 + b"a dog", "a cat\na dog"),
         (("\ufeffa cat\n" * 2).encode("utf-16-le"), "a cat\na cat\n"),
     ],

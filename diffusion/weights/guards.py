@@ -267,7 +267,8 @@ def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
     end are dropped. cut: the last character may be incomplete.
     Raises ValueError, which says what is wrong, for what is no text.
     """
-    mark, codec, name = _encoding(raw, [raw.rstrip(PADDING)], cut)
+    body = raw.rstrip(PADDING)
+    mark, codec, name = _encoding(raw, [body], cut, 0 in raw[len(body) :])
     decoder = codecs.getincrementaldecoder(codec)()
     try:
         text = decoder.decode(raw[len(mark) :], final=not cut)
@@ -296,7 +297,8 @@ def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
     try:
         file = open(path, "rb")
         head = file.read(4)
-        mark, codec, name = _encoding(head, _chunks(file, _end(file)), False)
+        end, ended = _end(file)
+        mark, codec, name = _encoding(head, _chunks(file, end), False, ended)
         file.seek(len(mark))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -305,16 +307,19 @@ def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
     return io.TextIOWrapper(file, encoding=codec, newline=newline), name
 
 
-def _end(file: BinaryIO, step: int = 1 << 16) -> int:
-    """Where a file ends without its PADDING."""
-    place = file.seek(0, os.SEEK_END)
+def _end(file: BinaryIO, step: int = 1 << 16) -> tuple[int, bool]:
+    """Where a file ends without its PADDING, and whether zero bytes are in that."""
+    place, zeros = file.seek(0, os.SEEK_END), False
     while place > 0:
         start = max(0, place - step)
         file.seek(start)
-        if text := file.read(place - start).rstrip(PADDING):
-            return start + len(text)
+        text = file.read(place - start)
+        body = text.rstrip(PADDING)
+        zeros = zeros or 0 in text[len(body) :]
+        if body:
+            return start + len(body), zeros
         place = start
-    return 0
+    return 0, zeros
 
 
 def _chunks(file: BinaryIO, end: int, step: int = 1 << 20) -> Iterator[bytes]:
@@ -323,17 +328,19 @@ def _chunks(file: BinaryIO, end: int, step: int = 1 << 20) -> Iterator[bytes]:
         yield file.read(min(step, end - place))
 
 
-def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, str, str]:
+def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool,
+              ended: bool) -> tuple[bytes, str, str]:  # fmt: skip
     """(mark, codec, its name) of a text without its PADDING, in chunks of even length.
 
+    ended: zero bytes follow, as after C's strings; in UTF-16 they are half of the last character.
     Raises ValueError for what is no text, and for one of an unknown code page.
     """
     if marked := next((row for row in MARKS if head.startswith(row[0])), None):
         return marked
     decoder, wrong, control, gaps = codecs.getincrementaldecoder("utf-8")(), None, False, False
-    pairs, zeros, plain, accented, foreign = 0, [0, 0], 0, 0, False
+    size, zeros, plain, accented, foreign = 0, [0, 0], 0, 0, False
     for chunk in chunks:
-        pairs += len(chunk) // 2
+        size += len(chunk)
         if 0 in chunk:
             zeros = [n + chunk[i : len(chunk) // 2 * 2 : 2].count(0) for i, n in enumerate(zeros)]
         if wrong is None:
@@ -351,9 +358,10 @@ def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, s
         except UnicodeDecodeError as error:
             wrong = error.reason
     # Latin letters, digits and blanks in UTF-16: every second byte is 0
+    pairs = size // 2
     if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
         return b"", "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
-    if any(zeros) or (0 in head and not (plain or accented or pairs)):  # of zeros alone
+    if any(zeros) or (ended and (size == 0 or wrong is not None)):
         raise ValueError("is no text: it holds zero bytes")
     if wrong is None:
         return b"", "utf-8", "UTF-8"

@@ -248,8 +248,8 @@ class Images:
 
     def join(self, folder: Path, name: str) -> Path | None:
         """The image of a table's row; \\ may stand for /, and accents may be written otherwise."""
-        paths = [Path(os.path.abspath(os.path.join(folder, spelled)))
-                 for spelled in (name, name.replace("\\", "/"), name.strip())]  # fmt: skip
+        spellings = dict.fromkeys((name, name.replace("\\", "/"), name.strip()))
+        paths = [Path(os.path.abspath(os.path.join(folder, spelled))) for spelled in spellings]
         found = next((self.exact[path] for path in paths if path in self.exact), None)
         keys = [self._key(path) for path in paths] if found is None else []
         return next((file for key in keys if (file := self.alike.get(key))), found)

@@ -4,6 +4,7 @@ import codecs
 import csv
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from diffusion.data import cache, hub, toy
 from diffusion.data.captions import Selection
 from diffusion.data.datasets import folder_set, open_data
 from diffusion.training.latents import LatentDiffusion, read_prompts
-from diffusion.weights.guards import decode_text, read_text_file
+from diffusion.weights.guards import decode_text, prompts_of, read_text_file
 
 # --- the reader of texts -------------------------------------------------------------------------
 
@@ -59,7 +60,10 @@ def test_only_newlines_end_lines(tmp_path):
 
 
 def test_what_is_no_text(tmp_path):
-    for raw in (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xd8", b"a cat\x00 sits", b"\xff\x01\x02"):
+    marked = codecs.BOM_UTF8 + b"a\x00b"
+    chinese = "红色的猫在屋顶上\n".encode("utf-16-le")  # its only zero is the last byte
+    png = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xd8"
+    for raw in (png, b"a cat\x00 sits", b"\xff\x01\x02", b"\0\0", b"\0" * 99, marked, chinese):
         (tmp_path / "a.txt").write_bytes(raw)
         with pytest.raises(UserError, match="a.txt is no text"):
             read_prompts(tmp_path / "a.txt")
@@ -70,6 +74,97 @@ def test_what_is_no_text(tmp_path):
 def test_a_text_that_is_cut_ends_before_the_character():
     assert decode_text("né".encode()[:-1], cut=True) == ("n", "UTF-8")
     assert decode_text(codecs.BOM_UTF16_LE + "né".encode("utf-16-le")[:-1], cut=True)[0] == "n"
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b"a cat\0", "a cat"),
+        (b"7\0", "7"),
+        (b"a cat\0\0\0", "a cat"),
+        (b"a cat\0\r\n", "a cat\n"),
+        ("a cat\0".encode("utf-16-le"), "a cat"),
+        ("a cat\n".encode("utf-16-be"), "a cat\n"),
+        ("a café\0\0".encode(), "a café"),
+        (codecs.BOM_UTF8 * 2 + b"a cat\n" + codecs.BOM_UTF8 + b"a dog", "a cat\na dog"),
+        (("\ufeffa cat\n" * 2).encode("utf-16-le"), "a cat\na cat\n"),
+    ],
+)
+def test_zeros_at_the_end_and_marks_inside_are_dropped(tmp_path, raw, expected):
+    pictures(tmp_path, "0.png", "1.png")
+    assert decode_text(raw)[0] == expected
+    (tmp_path / "a.lines").write_bytes(raw)
+    assert read_prompts(tmp_path / "a.lines") == [line for line in expected.split("\n") if line]
+    (tmp_path / "0.txt").write_bytes(raw)
+    assert texts(tmp_path)["0.png"] == (" ".join(expected.split()),)
+
+
+def test_marks_and_zeros_in_tables(tmp_path):
+    pictures(tmp_path, "0.png", "1.png")
+    mark = codecs.BOM_UTF8
+    raw = mark * 2 + b"file_name,text\n" + mark + b'0.png,"a\n' + mark + b'cat"\n1.png,b\0\n\0\0'
+    (tmp_path / "metadata.csv").write_bytes(raw)
+    assert texts(tmp_path) == {"0.png": ("a cat",), "1.png": ("b",)}
+    (tmp_path / "metadata.csv").unlink()
+    table(tmp_path, [{"file_name": "0.png", "text": "\ufeffa \ufeffcat"}])  # escaped by JSON
+    assert texts(tmp_path)["0.png"] == ("a cat",)
+
+
+RUSSIAN, JAPANESE = "Кот на крыше".encode("cp1251"), "赤い猫".encode("shift-jis")
+
+
+@pytest.mark.parametrize(
+    "text, codec",
+    [
+        ("кот", "cp1251"),
+        ("a photo of кот", "cp1251"),
+        ("кот на крыше", "koi8-r"),
+        ("γάτα", "cp1253"),
+        ("红色的猫", "gbk"),
+        ("ねこ", "shift-jis"),
+        ("고양이", "euc-kr"),
+    ],
+)
+def test_texts_that_look_like_another_code_page_are_named(tmp_path, text, codec, capsys):
+    pictures(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_bytes(text.encode(codec))
+    folder_set(tmp_path)
+    assert "another code page" in capsys.readouterr().out
+    (tmp_path / "a.lines").write_bytes(text.encode(codec))
+    read_prompts(tmp_path / "a.lines")
+    assert "a.lines" in (out := capsys.readouterr().out) and "another code page" in out
+    rows = f'{{"file_name": "0.png", "text": "{text}"}}\n'
+    (tmp_path / "metadata.jsonl").write_bytes(rows.encode(codec))
+    folder_set(tmp_path)
+    assert "metadata.jsonl: not UTF-8" in (out := capsys.readouterr().out)
+    assert ("another code page" in out) == (codec != "shift-jis")  # too few letters of it
+
+
+@pytest.mark.parametrize(
+    "text", ["café crème", "« à l’été… »", "Größe: Äußerst übel, 3 €", "hääyöaie, jäääär"]
+)
+def test_western_texts_are_not_suspected(text):
+    assert "another" not in decode_text(f"a sign that says {text}".encode("cp1252"))[1]
+
+
+def test_texts_of_no_known_code_page_are_not_used(tmp_path, capsys):
+    pictures(tmp_path, "0.png", "1.png")
+    (tmp_path / "0.txt").write_bytes(JAPANESE)
+    (tmp_path / "1.txt").write_text("one")
+    assert texts(tmp_path) == {"0.png": ("",), "1.png": ("one",)}
+    out = capsys.readouterr().out
+    assert "0.txt" in out and "cp1252" in out and "save it as UTF-8" in out
+    with pytest.raises(UserError, match="0.txt is neither UTF-8.*cp1252.*save it as UTF-8"):
+        read_prompts(tmp_path / "0.txt")
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n0.png," + JAPANESE)
+    with pytest.raises(UserError, match="metadata.csv is neither UTF-8"):
+        folder_set(tmp_path)
+
+
+def test_a_missing_file_of_prompts_is_named_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        prompts_of([f"@{tmp_path / 'nofile.txt'}"])
+    assert str(caught.value).count("No such file") == 1 and "UTF-8" not in str(caught.value)
 
 
 # --- captions of folders -------------------------------------------------------------------------
@@ -175,7 +270,6 @@ def test_csv_of_spreadsheets(tmp_path, codec, between, capsys):
     [
         ("metadata.csv", "file_name,text\n0.png,a cat, sitting\n", "line 2.*3 fields"),
         ("metadata.csv", 'file_name,text\n0.png,a\n1.png,"a cat\n', "line 3"),
-        ("metadata.jsonl", '{"name": "0.png", "text": "a"}', "line 1.*file_name.*name, text"),
         ("metadata.csv", "file_name,text,text\n0.png,a,b\n", "twice"),
         ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n{"file', "line 2"),
         ("metadata.jsonl", "[1, 2]\n", r"line 1: \[1, 2\]"),
@@ -189,6 +283,134 @@ def test_damaged_tables_are_named(tmp_path, name, content, match):
     with pytest.raises(UserError, match=match) as caught:
         folder_set(tmp_path)
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_csv_means_is_what_pandas_and_datasets_mean(tmp_path):
+    """Null words, and lists as pandas and NumPy write them."""
+    pandas, library = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    words = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "None",
+             "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "n/a", "nan", "null", "none", "Na"]  # fmt: skip
+    names = [f"{i:02d}.png" for i in range(len(words))]
+    pictures(tmp_path, *names)
+    frame = pandas.DataFrame({"file_name": names, "text": words})
+    frame.to_csv(tmp_path / "metadata.csv", index=False)
+    theirs = library.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert [own[0] or None for own in texts(tmp_path).values()] == theirs["text"][:]
+    lists = [["a cat", "a dog"], ["it's", 'a "b"'], [], ["alone", None], ["é\n東", "x"]]
+    arrays = [np.array(own, object) for own in (["a cat", "a dog"], ["it's", 'a "b"'])]
+    as_json = [json.dumps(own) for own in lists]
+    plain = ["[a cat]", "['a', 1]", "[1, 2]", "['a' + 'b']", "[", "[broken", "['a'] cat"]
+    frame = pandas.DataFrame({"file_name": names[:19], "text": lists + arrays + as_json + plain})
+    frame.to_csv(tmp_path / "metadata.csv", index=False)
+    expected = [tuple(" ".join(t.split()) for t in own if t) or ("",) for own in lists]
+    expected += expected[:2] + expected + [(text,) for text in plain]
+    assert list(texts(tmp_path).values())[:19] == expected
+
+
+def test_csv_as_spreadsheets_and_people_write_it(tmp_path, capsys):
+    pictures(tmp_path, "0.png", " 1.png")
+    for content in (
+        'file_name, text\n0.png, "a, b"\n 1.png, c\n',
+        "sep=;\r\nfile_name;text\r\n0.png;a, b\r\n 1.png;c\r\n",
+        '"sep=|"\nfile_name|text\n0.png|"a, b"\n 1.png|c\n',
+        "sep=\t\nfile_name\ttext, of all\n0.png\ta, b\n 1.png\tc\n",
+    ):
+        (tmp_path / "metadata.csv").write_bytes(content.encode())
+        column = Selection(caption_column="text, of all") if "of all" in content else None
+        assert texts(tmp_path, selection=column) == {"0.png": ("a, b",), " 1.png": ("c",)}
+    (tmp_path / "metadata.csv").write_text("sep=;\nfile_name;text\n0.png;a;b\n")
+    with pytest.raises(UserError, match="line 3: 3 fields"):
+        folder_set(tmp_path)
+    for name in ("metadata.csv", "metadata.jsonl"):
+        for content in ("", "\n") if name.endswith("l") else ("", "file_name,text\n"):
+            (tmp_path / "metadata.csv").unlink(missing_ok=True)
+            (tmp_path / name).write_text(content)
+            capsys.readouterr()
+            assert folder_set(tmp_path).texts is None
+            assert f"{name} holds no rows" in capsys.readouterr().out
+
+
+def test_the_first_column_that_holds_something(tmp_path, capsys):
+    pictures(tmp_path, "0.png", "1.png", "2.png")
+    rows = [(None, "c0"), ("t1", "c1"), (None, None)]
+    table(
+        tmp_path,
+        [{"file_name": f"{i}.png", "text": t, "caption": c} for i, (t, c) in enumerate(rows)],
+    )
+    assert list(texts(tmp_path).values()) == [("c0",), ("t1",), ("",)]
+    out = capsys.readouterr().out
+    assert "column caption (1)" in out and "column text (2)" in out and "not used" not in out
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_in_the_other_form_of_unicode(tmp_path, form, capsys):
+    here, there = form, "NFD" if form == "NFC" else "NFC"
+    spelled = unicodedata.normalize
+    pictures(tmp_path, *(spelled(here, name) for name in ("für/é.png", "für/ü.png", "für/ñ.png")))
+    name = spelled(there, "für/é.png")
+    table(tmp_path, [{"file_name": name, "text": "of a table"}])
+    folder = tmp_path / spelled(here, "für")
+    (folder / spelled(there, "ü.txt")).write_text("beside")
+    (folder / spelled(there, "ñ.png.txt")).write_text("of the whole name")
+    found = {spelled("NFC", name)[-5:]: own for name, own in texts(tmp_path).items()}
+    assert found == {
+        "é.png": ("of a table",),
+        "ü.png": ("beside",),
+        "ñ.png": ("of the whole name",),
+    }
+    out = capsys.readouterr().out
+    assert "stand beside no image" not in out and "warning" not in out
+    both = tmp_path / "both"
+    pictures(both, *(spelled(f, "é.png") for f in ("NFC", "NFD")))
+    table(both, [{"file_name": spelled(f, "é.png"), "text": f} for f in ("NFC", "NFD")])
+    assert set(texts(both).values()) == {("NFC",), ("NFD",)}
+    assert texts(both)[spelled("NFD", "é.png")] == ("NFD",)
+
+
+def test_values_are_judged_where_their_image_is_used(tmp_path):
+    pictures(tmp_path, "train/0.png", "train/1.png", "test/2.png")
+    rows = [{"file_name": f"{name}.png", "text": text}
+            for name, text in (("train/0", "a"), ("test/2", 7), ("nowhere", 8))]  # fmt: skip
+    table(tmp_path, rows)
+    assert texts(tmp_path) == {"0.png": ("a",), "1.png": ("",)}
+    table(tmp_path, [*rows, {"file_name": "train/1.png", "text": 9}])
+    with pytest.raises(UserError, match="line 4: the caption is 9"):
+        folder_set(tmp_path)
+
+
+UNUSED = {
+    "a/metadata.csv": ("file_name,text\n0.png,a cat, sitting\n", "line 2: 3 fields"),
+    "b/metadata.csv": ("text,text\n1,2\n", "names a column twice"),
+    "c/metadata.csv": (b"file_name,text\n0.png," + JAPANESE, "cp1252"),
+    "d/metadata.jsonl": ('{"file_name": "0.png", "text": 7}\n', "the caption is 7"),
+    "e/metadata.jsonl": ('{"file_name": 3, "text": "a"}\n', "file_name is 3"),
+    "f/metadata.jsonl": ('{"file_name": "0.png"', "line 1"),
+    "g/metadata.parquet": ("no parquet", "metadata.parquet cannot be read"),
+}
+
+
+def test_tables_do_not_stop_what_uses_no_captions(tmp_path):
+    """In the modes without captions problems of tables are warnings; where they count, errors."""
+    data = tmp_path / "data"
+    for name, (content, problem) in UNUSED.items():
+        file = data / name
+        pictures(file.parent, "0.png")
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=problem):
+            folder_set(file.parent)
+    pictures(data, "1.png")
+    (data / "1.txt").write_bytes(JAPANESE)
+    common = ("--data", "data", "--image_size", "8", "--dry_run", "--device", "cpu")
+    done = warm.script("train.py", *common, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, (_, problem) in UNUSED.items():
+        assert any(name in line and problem in line for line in done.stdout.split("\n")), name
+    assert "no caption;" not in done.stdout and "1.txt" not in done.stdout
+    scratch = ("--mode", "latent", "--condition", "text", "--text_encoder", "scratch")
+    done = warm.script("train.py", *scratch, *common, cwd=tmp_path)
+    assert done.returncode == 1 and "metadata.csv" in done.stderr, done.stdout + done.stderr
 
 
 def test_columns_of_tables(tmp_path, capsys):
@@ -215,6 +437,9 @@ def test_columns_of_tables(tmp_path, capsys):
     (tmp_path / "metadata.csv").write_text("id,text\n0,a\n")  # of something else
     assert folder_set(tmp_path).texts is None
     assert "metadata.csv has no column file_name" in capsys.readouterr().out
+    table(tmp_path, [{"id": 0, "text": "a"}])
+    assert folder_set(tmp_path).texts is None
+    assert "metadata.jsonl has no column file_name" in capsys.readouterr().out
 
 
 def test_texts_beside_images(tmp_path, capsys):
@@ -399,6 +624,11 @@ def test_captions_of_a_hub_set_that_are_none(library, tmp_path, monkeypatch, str
     )  # fmt: skip
     with pytest.raises(UserError, match=r"row 0, column text: .* 7"):
         stream(data, monkeypatch) if streaming else open_data(data)
+    unused = Selection(captions=False)
+    if streaming:
+        assert len(stream(data, monkeypatch, selection=unused)(0, 0, 1).pixels) == 1
+    else:
+        assert len(open_data(data, selection=unused)) == 3
 
 
 def test_columns_of_images(library, tmp_path):
@@ -432,10 +662,12 @@ def test_columns_of_images(library, tmp_path):
 def test_labels_that_are_texts_or_numbers(library, tmp_path):
     for i, (values, kind, classes, labels) in enumerate((
         (["dog", None, "cat"], "string", ["cat", "dog"], [1, -1, 0]),
+        (["dog", " ", "", "cat"], "string", ["cat", "dog"], [1, -1, -1, 0]),
+        ([7, -1, 3], "int64", ["3", "7"], [1, -1, 0]),
         ([7, 3, 7], "int64", ["3", "7"], [1, 0, 1]),
     )):  # fmt: skip
         data = repository(library, tmp_path / str(i),
-                          image=([picture(k) for k in range(3)], library.Image()),
+                          image=([picture(k) for k in range(len(values))], library.Image()),
                           label=(values, library.Value(kind)))  # fmt: skip
         images = open_data(data)
         assert (images.classes, images.labels) == (classes, labels)

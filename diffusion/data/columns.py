@@ -25,7 +25,8 @@ class HubSet:
     """A split of the hub, images left encoded: its rows, and which columns are used.
 
     classes: names of the labels; values: what stands for them in the column, where it is not their
-    number. key: part of the image cache's, where another split or column could be meant.
+    number. key: part of the image cache's, where another split or column could be meant. strict:
+    whether captions are used, so that one which is none is an error.
     """
 
     path: str
@@ -38,6 +39,7 @@ class HubSet:
     values: dict | None
     default_caption: str
     key: tuple[str, ...]
+    strict: bool
 
     def pixels(self, row: dict, size: int) -> np.ndarray:
         """(size, size, 3) uint8. Raises BadImage for what is none, null too."""
@@ -54,8 +56,8 @@ class HubSet:
 
     def number(self, value) -> int:
         """A row's class, -1 for none. Raises UserError for what is no class."""
-        if value is None or (value == -1 and self.values is None):
-            return -1  # of a ClassLabel, too, that is none
+        if unlabelled(value):
+            return -1
         number = self.values.get(value) if self.values is not None else value
         if number is None or not 0 <= number < len(self.classes):
             raise UserError(f"hf:{self.path}: column {self.label} holds {shortened(value)}, none "
@@ -100,7 +102,13 @@ def open_hub(path: str, streaming: bool, selection: Selection | None = None,
     data = data.cast_column(image, datasets.Image(decode=False))
     # before there was a choice, the first column of the train split was read
     key = () if (split, image) == ("train", (images or [None])[0]) else (split, image)
-    return HubSet(path, data, split, image, text, label, classes, values, default_caption, key)
+    return HubSet(path, data, split, image, text, label, classes, values, default_caption, key,
+                  selection.captions)  # fmt: skip
+
+
+def unlabelled(value) -> bool:
+    """Whether a label is null, blank, or the -1 that the hub's sets have for none."""
+    return value is None or value == -1 or (isinstance(value, str) and not value.strip())
 
 
 def _load(datasets, path: str, streaming: bool, split: str | None):
@@ -144,6 +152,6 @@ def _labels(data, features) -> tuple:
     for name in LABEL_COLUMNS:
         kind = getattr(features.get(name), "dtype", "")
         if kind in ("string", "large_string", "bool") or kind.startswith(("int", "uint")):
-            found = sorted(v for v in data.unique(name) if v is not None)
+            found = sorted(v for v in data.unique(name) if not unlabelled(v))
             return name, [str(v) for v in found], {v: i for i, v in enumerate(found)}
     return None, [], None

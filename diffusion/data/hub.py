@@ -22,6 +22,7 @@ from .cache import locked
 from .captions import Selection
 from .columns import open_hub
 from .datasets import ImageSet, digest, file_stamp, folder_set
+from .folders import report
 from .images import BadImage, OddLog, read_noting
 
 MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
@@ -166,7 +167,16 @@ def hub_set(path: str, default_caption: str = "", selection: Selection | None = 
     hub = open_hub(path, False, selection, default_caption)
     data, texts = hub.data, [(default_caption,)] * len(hub.data) if default_caption else None
     if hub.text:
-        texts = [hub.captions(value, i) for i, value in enumerate(data[hub.text])]
+        texts, bad = [], []
+        for i, value in enumerate(data[hub.text]):
+            try:
+                texts.append(hub.captions(value, i))
+            except UserError as error:
+                if hub.strict:
+                    raise
+                bad.append((f"row {i}", str(error)))
+                texts.append((default_caption,))
+        report(f"captions of hf:{path} cannot be used", bad, len(data))
         if not default_caption and not any(own[0] for own in texts):
             texts = None
     return ImageSet(
@@ -231,7 +241,7 @@ class StreamBatches(StepBatches):
                     f"({len(self.skipped)} so far)")  # fmt: skip
             return None
         self.odd(f"row {number} of hf:{self.path}", found)
-        texts = hub.captions(row[hub.text] if hub.text else None, number)
+        texts = hub.captions(row[hub.text] if hub.text and hub.strict else None, number)
         return pixels, hub.number(row[hub.label]) if hub.label else -1, texts
 
     def _block(self, b: int) -> list[dict]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import UserError
 from ..config import Config
+from ..data.captions import Selection
 from ..data.datasets import configured, open_data
 from ..data.images import BadImage
 from ..distributed import log, progress
@@ -68,8 +69,9 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
     if data is None and config.streaming:
         raise UserError(f"the model was trained on a stream, {config.data}: say with --data which "
                         "images to show")  # fmt: skip
+    other = (data, "all", "", Selection(captions=config.condition == "text"))
     try:
-        source = open_data(*configured(config)) if data is None else open_data(data)
+        source = open_data(*(configured(config) if data is None else other))
     except UserError as error:
         hint = "; the model was trained on it, give another with --data" if data is None else ""
         raise UserError(f"{error}{hint}") from None

@@ -15,9 +15,9 @@ import re
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -58,6 +58,15 @@ MARKS = (
 )
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
 UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # in cp1252
+WESTERN = "cp1252 (Windows, Western Europe)"
+# letters of cp1252 beyond ASCII, as bytes
+ACCENTED = bytes(i for i in range(128, 256) if bytes([i]).decode("cp1252", "ignore").isalpha())
+PLAIN = bytes(i for i in range(128) if chr(i).isalpha())
+# a word of accented letters only: none in Western Europe, each one in Cyrillic, Greek, GBK ...
+FOREIGN_WORD = re.compile(
+    rb"(?<![A-Za-z%(a)s])[%(a)s]{3,}(?![A-Za-z%(a)s])" % {b"a": re.escape(ACCENTED)}
+)
+PADDING = b"\0 \t\r\n"  # what may follow a text, zero bytes of C's strings too
 
 
 def check_size(path: Path) -> None:
@@ -210,8 +219,9 @@ def read_text_file(path: Path, most: int = MOST_TEXT) -> tuple[str, str]:
 
     Raises UserError if the file is missing, of absurd size or no text.
     """
+    raw = read_bytes(path, most)
     try:
-        return decode_text(read_bytes(path, most))
+        return decode_text(raw)
     except ValueError as error:
         raise UserError(f"{path} {error}; save it as UTF-8") from None
 
@@ -254,16 +264,27 @@ def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
     """Decode by the mark at the start, else as UTF-8, else as UTF-16 or Windows' cp1252.
 
     (text, the encoding's name). Lines end with \\n, for \\r\\n and \\r too; what else Unicode takes
-    for ends of lines stays. cut: the last character may be incomplete.
+    for ends of lines stays. Byte-order marks inside, which joined files have, and zero bytes at the
+    end are dropped. cut: the last character may be incomplete.
     Raises ValueError, which says what is wrong, for what is no text.
     """
-    mark, codec, name = _encoding(raw, [raw], cut)
+    body = raw.rstrip(PADDING)
+    mark, codec, name = _encoding(raw, [body], cut, 0 in raw[len(body) :])
     decoder = codecs.getincrementaldecoder(codec)()
     try:
         text = decoder.decode(raw[len(mark) :], final=not cut)
     except UnicodeDecodeError as error:
         raise ValueError(f"is no {name} text: {error.reason}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n"), name
+    return plain_text(text).replace("\r\n", "\n").replace("\r", "\n"), name
+
+
+def plain_text(text: str) -> str:
+    """Drop byte-order marks, and zeros at the end. Raises ValueError for zeros elsewhere."""
+    text = text.replace("\ufeff", "")
+    body = text.rstrip(PADDING.decode())
+    if "\0" in body:
+        raise ValueError("is no text: it holds zero bytes")
+    return body + text[len(body) :].replace("\0", "")
 
 
 def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
@@ -277,8 +298,8 @@ def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
     try:
         file = open(path, "rb")
         head = file.read(4)
-        file.seek(0)
-        mark, codec, name = _encoding(head, iter(lambda: file.read(1 << 20), b""), False)
+        end, ended = _end(file)
+        mark, codec, name = _encoding(head, _chunks(file, end), False, ended)
         file.seek(len(mark))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
@@ -287,14 +308,40 @@ def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
     return io.TextIOWrapper(file, encoding=codec, newline=newline), name
 
 
-def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, str, str]:
-    """(mark, codec, its name) of a text, in chunks of even length. Raises ValueError for none."""
+def _end(file: BinaryIO, step: int = 1 << 16) -> tuple[int, bool]:
+    """Where a file ends without its PADDING, and whether zero bytes are in that."""
+    place, zeros = file.seek(0, os.SEEK_END), False
+    while place > 0:
+        start = max(0, place - step)
+        file.seek(start)
+        text = file.read(place - start)
+        body = text.rstrip(PADDING)
+        zeros = zeros or 0 in text[len(body) :]
+        if body:
+            return start + len(body), zeros
+        place = start
+    return 0, zeros
+
+
+def _chunks(file: BinaryIO, end: int, step: int = 1 << 20) -> Iterator[bytes]:
+    file.seek(0)
+    for place in range(0, end, step):
+        yield file.read(min(step, end - place))
+
+
+def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool,
+              ended: bool) -> tuple[bytes, str, str]:  # fmt: skip
+    """(mark, codec, its name) of a text without its PADDING, in chunks of even length.
+
+    ended: zero bytes follow, as after C's strings; in UTF-16 they are half of the last character.
+    Raises ValueError for what is no text, and for one of an unknown code page.
+    """
     if marked := next((row for row in MARKS if head.startswith(row[0])), None):
         return marked
     decoder, wrong, control, gaps = codecs.getincrementaldecoder("utf-8")(), None, False, False
-    pairs, zeros = 0, [0, 0]
+    size, zeros, plain, accented, foreign = 0, [0, 0], 0, 0, False
     for chunk in chunks:
-        pairs += len(chunk) // 2
+        size += len(chunk)
         if 0 in chunk:
             zeros = [n + chunk[i : len(chunk) // 2 * 2 : 2].count(0) for i, n in enumerate(zeros)]
         if wrong is None:
@@ -303,23 +350,28 @@ def _encoding(head: bytes, chunks: Iterable[bytes], cut: bool) -> tuple[bytes, s
             except UnicodeDecodeError as error:
                 wrong = error.reason
         control, gaps = control or CONTROL.search(chunk), gaps or UNDEFINED.search(chunk)
+        plain += len(chunk) - len(chunk.translate(None, PLAIN))
+        accented += len(chunk) - len(chunk.translate(None, ACCENTED))
+        foreign = foreign or FOREIGN_WORD.search(chunk)
     if wrong is None and not cut:
         try:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             wrong = error.reason
     # Latin letters, digits and blanks in UTF-16: every second byte is 0
+    pairs = size // 2
     if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
         return b"", "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
-    if any(zeros):
+    if any(zeros) or (ended and (size == 0 or wrong is not None)):
         raise ValueError("is no text: it holds zero bytes")
     if wrong is None:
         return b"", "utf-8", "UTF-8"
     if control:
         raise ValueError(f"is no text: {wrong}")
-    return b"", *(
-        ("latin-1", "Latin-1") if gaps else ("cp1252", "cp1252 (Windows, Western Europe)")
-    )
+    if gaps:
+        raise ValueError(f"is neither UTF-8, UTF-16 or UTF-32 nor {WESTERN}")
+    doubt = "; this looks like another code page: check it, or save the file as UTF-8"
+    return b"", "cp1252", WESTERN + (doubt if foreign or accented > plain else "")
 
 
 # --- digests -------------------------------------------------------------------------------------

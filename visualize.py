@@ -71,8 +71,10 @@ class Folder:
 
     def drop_older(self) -> None:
         """Delete what an earlier call has left and this one did not replace."""
+        from diffusion.evaluation.output import is_ours
+
         for file in self.path.iterdir() if self.replace else ():
-            if file.name not in self.names and not file.name.startswith("."):
+            if file.name not in self.names and is_ours(file):
                 file.unlink()
 
     def process(self, name: str, process, T: int) -> None:

@@ -43,6 +43,9 @@ def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
     bits, kind = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
     white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
+    if tags.get(PLANAR) == 2 and image.mode in ("LA", "La", "PA"):
+        raise ValueError(f"a TIFF of {bits}-bit {image.mode} planes (grey or palette, and alpha), "
+                         "which Pillow misreads; store it interleaved, or as PNG")  # fmt: skip
     if any(tile[0] != "raw" for tile in image.tile):
         # libtiff gives the machine's byte order, Pillow expects the file's
         _read_as(image, lambda raw: NATIVE.get(raw, raw))
@@ -204,7 +207,14 @@ def describe_tiff(source: Path | io.BytesIO) -> str | None:
         bits, kind = tags.get(BITS, (1,)), SAMPLES.get(max(tags.get(SAMPLE_FORMAT, (1,))))
         if kind is None or max(bits) > 64:
             return None
-        return (f"a TIFF of {tags.get(277, 1)} x {max(bits)}-bit {kind} (photometric "
-                f"{tags.get(PHOTOMETRIC, 0)}), which Pillow cannot read; convert it to 8 or 16 "
-                "bit")  # fmt: skip
+        samples, photometric = tags.get(277, 1), tags.get(PHOTOMETRIC, 0)
+        about = [f"photometric {photometric}" + (", WhiteIsZero" if photometric == 0 else "")]
+        about += ["with alpha"] if 338 in tags else []
+        about += ["in planes"] if tags.get(PLANAR) == 2 and samples > 1 else []
+        about += ["big-endian"] if head[:2] == b"MM" else []
+        # what has a common depth already is only laid out in a rare way
+        usual = max(bits) in (8, 16) and tags.get(SAMPLE_FORMAT, (1,))[0] == 1
+        return (f"a TIFF of {samples} x {max(bits)}-bit {kind} ({', '.join(about)}), which Pillow "
+                f"cannot read; {'save it as PNG' if usual else 'convert it to 8 or 16 bit'}"
+                )  # fmt: skip
     return None

@@ -323,7 +323,7 @@ def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, 
         if depth and split is None and kinds and kinds <= {"val", "test"}:
             no_train("/".join((*f, name)) for f, names in level.items() for name in names)
         # cat/train/ beside dog/test/
-        apart = depth and split is None and None not in kinds and "train" in kinds and kinds > {"train"}
+        apart = depth and split is None and None not in kinds and kinds > {"train"}
         if not apart and not any(is_split(f, names, split) for f, names in level.items()):
             continue
         points = {folder: wanted(names, split) for folder, names in level.items()

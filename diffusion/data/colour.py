@@ -246,18 +246,25 @@ def _transform(profile: bytes, mode: str, flags: int = FLAGS):
         )
     except (OSError, ImageCms.PyCMSError, ImportError) as error:
         raise BadProfile(f"its colour profile cannot be used ({error})") from None
+    if mode == "CMYK" and _brightest(Image.new(mode, (1, 1)), transform) < DARK:
+        raise BadProfile("its colour profile turns white black")
     if mode not in ("RGB", "RGBA"):
         return transform
     # white and full red, green and blue; nothing of a usable profile is black there
     corners = Image.fromarray(255 * np.uint8([[[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]))
-    seen = np.asarray(ImageCms.applyTransform(corners.convert(mode), transform))[0, :, :3]
-    if seen.max(1).min() < DARK:
+    if _brightest(corners.convert(mode), transform) < DARK:
         raise BadProfile("its colour profile turns white or a primary colour black")
     steps = np.round(np.linspace(0, 255, 9)).astype(np.uint8)
     lattice = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
     before = Image.fromarray(lattice).convert(mode)
     after = np.asarray(ImageCms.applyTransform(before, transform))[..., :3].astype(int)
     return None if abs(after - lattice).max() <= SAME else transform
+
+
+def _brightest(image: Image.Image, transform) -> int:
+    """The largest channel of each pixel, of that pixel where it is least."""
+    pixels = np.asarray(ImageCms.applyTransform(image, transform))[..., :3]
+    return int(pixels.max(-1).min())
 
 
 @lru_cache(maxsize=16)
@@ -277,5 +284,7 @@ def _grey_curve(profile: bytes) -> np.ndarray | None:
     green = np.asarray(ImageCms.applyTransform(ramp, transform))[..., 1].reshape(-1)
     if len(green) == 256:
         green = np.interp(np.arange(65536) / 257, np.arange(256), green).round().astype(np.uint8)
+    if green.max() < DARK:
+        raise BadProfile("its colour profile turns white black")
     same = abs(green[::257].astype(int) - np.arange(256)).max() <= SAME
     return None if same else green

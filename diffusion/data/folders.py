@@ -250,9 +250,9 @@ class Part:
 def choose_split(root: Path, files: list[Path], split: str | None = None) -> Part:
     """Take the train split where there are splits, or the one that is named; "all" takes all.
 
-    Splits are known by their names (SPLITS, SPLIT_NAME), in capitals or not. train/ is taken for one if another
-    split stands beside it, or nothing but images; else it is a class. Raises UserError if there
-    are splits without the one in question.
+    Splits are known by their names (SPLITS, SPLIT_NAME), in capitals or not. train/ is taken for
+    one if another split stands beside it, or nothing but images; else it is a class. Raises
+    UserError if there are splits without the one in question.
     """
     ways = [file.relative_to(root).parts for file in files]
     depth, points = find_splits(ways, split)
@@ -291,7 +291,9 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
             taken.append(file)
             classes.append(rest[0] if len(rest) > 1 else None)
         else:
-            others["/".join(way[: depth + 1]) + "/" if folder else "images beside them"] += 1
+            where = way[: depth + 1] if folder else way[:-1]
+            beside = not folder and any(where == point[: len(where)] for point in points)
+            others["images beside them" if beside else "/".join(where) + "/"] += 1
     if split == "all":
         return Part(root, taken, classes, f"{images_of(len(taken))} of all splits")
     chosen = ["/".join(folder) for folder in chosen]

@@ -176,7 +176,8 @@ def folder_features(
 ):
     """((N, D) on rank 0, None elsewhere; the images' (H, W) as a set).
 
-    files: those below the folder that count (default: all). size: cut and resize to it as training does; None: as they are. Raises UserError for a folder
+    files: those below the folder that count (default: all).
+    size: cut and resize to it as training does; None: as they are. Raises UserError for a folder
     without usable images, or of several sizes where the network does not resize them itself.
     """
     if not folder.is_dir():

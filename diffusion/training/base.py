@@ -103,8 +103,10 @@ def check(config: Config) -> None:
         for data in (Path(config.data), Path("data") / config.data):
             if data.is_dir() and data.resolve().is_relative_to(folder):
                 same = "is --data itself" if data.resolve() == folder else f"holds --data {data}"
-                raise UserError(f"--class_data {config.class_data} {same}: class images and "
-                                "instance images would be one set; give another folder")  # fmt: skip
+                raise UserError(
+                    f"--class_data {config.class_data} {same}: class images and instance images "
+                    "would be one set; give another folder"
+                )
     prompt = config.instance_prompt
     if inverts and prompt is not None and config.token.lower() not in prompt.lower():
         raise UserError(f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that "

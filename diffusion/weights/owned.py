@@ -9,14 +9,12 @@ folders and pictures out.
 
 import json
 import os
-import struct
 from pathlib import Path
 
 from PIL import Image
 
 MARKER = ".diffusion"
 SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG and WebP that is written
-PNG = b"\x89PNG\r\n\x1a\n"
 SOFTWARE_TAG = 0x0131  # its number in EXIF, where WebP has it
 RUN_KEYS = {"mode", "save_folder", "data", "train_steps", "batch_size", "seed"}
 STUDY_KEYS = {"settings", "base", "data"}
@@ -51,28 +49,8 @@ def is_ours(folder: Path) -> bool:
 
 def is_our_picture(file: Path) -> bool:
     """Whether a PNG or WebP was written by this program, by its `Software` text."""
-    try:
-        if not file.is_file():  # from a pipe there may never come anything
-            return False
-        with open(file, "rb") as opened:
-            if opened.read(8) == PNG:  # most pictures are: 20 times faster than by Pillow
-                return _png_says(opened, b"Software\0" + SOFTWARE.encode())
-    except OSError:
-        return False
-    return picture_text(file, "Software") == SOFTWARE
-
-
-def _png_says(file, text: bytes) -> bool:
-    """Check whether a PNG has this tEXt before its pixels; file: behind the signature."""
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind in (b"IDAT", b"IEND"):
-            return False
-        end = file.tell() + length + 4
-        if kind == b"tEXt" and length == len(text) and file.read(length) == text:
-            return True
-        file.seek(end)
-    return False
+    # from a pipe there may never come anything
+    return file.is_file() and picture_text(file, "Software") == SOFTWARE
 
 
 def picture_text(file: Path, key: str) -> str | None:

@@ -344,7 +344,7 @@ def test_a_wrapper_is_no_class(tmp_path, wrapper, capsys):
     assert {"cat", "dog"} <= set(every.classes) and len(every) == 4
 
 
-def test_test_splits_alone_inside_classes(tmp_path):
+def test_test_splits_alone_inside_classes(tmp_path, capsys):
     pictures(tmp_path / "a", "cat/test/0.png", "dog/test/1.png")
     with pytest.raises(UserError, match="no train split.*cat/test/, dog/test/.*--split test"):
         folder_set(tmp_path / "a")
@@ -352,6 +352,10 @@ def test_test_splits_alone_inside_classes(tmp_path):
     assert images.classes == ["cat", "dog"] and len(images) == 2
     pictures(tmp_path / "b", "cat/train/0.png", "dog/test/1.png")
     assert folder_set(tmp_path / "b").names == ["cat/train/0.png"]
+    capsys.readouterr()
+    pictures(tmp_path / "c", "cat/0.png", "dog/test/1.png")
+    assert len(folder_set(tmp_path / "c")) == 2
+    assert "dog/test/ used, too" in capsys.readouterr().out
 
 
 def test_metrics_and_styles_use_the_train_split(tmp_path, capsys):
@@ -367,6 +371,9 @@ def test_metrics_and_styles_use_the_train_split(tmp_path, capsys):
     (folder,) = style_folders(str(tmp_path / "styles"))
     style = read_style(folder, "manga", 8)
     assert len(style.files) == 9 and "test/ (1)" in capsys.readouterr().out
+    pictures(tmp_path / "styles", "comic/test/0.png")
+    with pytest.raises(UserError, match="comic.*no train split"):
+        read_style(tmp_path / "styles" / "comic", "comic", 8)
 
 
 def test_splits_through_the_command(tmp_path):

@@ -14,6 +14,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from .. import UserError
@@ -370,6 +371,7 @@ def wanted(names: set[str], split: str | None) -> list[str]:
     return sorted(name for name in names if kind in (kind_of(name), name.lower()))
 
 
+@lru_cache(maxsize=4096)
 def kind_of(name: str) -> str | None:
     """Name the split that a folder's name means: train, val or test; None for what is none."""
     found = SPLIT_NAME.fullmatch(name.strip().lower())
@@ -377,12 +379,15 @@ def kind_of(name: str) -> str | None:
 
 
 def doubtful(ways: list[tuple]) -> str:
-    """What to say where a class has a split's name."""
-    names = sorted({way[0] for way in ways if len(way) > 1 and kind_of(way[0])})
-    if not names:
-        return ""
-    return (f"; {listed_folders(names)} taken for a class, as other folders stand beside it "
-            f"(--split {names[0]} uses it alone)")  # fmt: skip
+    """What to say where a class, or a folder inside one, has a split's name."""
+    said, folders = "", {way[:i] for way in ways for i in range(1, len(way))}
+    if names := sorted(f[0] for f in folders if len(f) == 1 and kind_of(f[0])):
+        said += (f"; {listed_folders(names)} taken for a class, as other folders stand beside it "
+                 f"(--split {shlex.quote(names[0])} uses it alone)")  # fmt: skip
+    inner = [f for f in folders if len(f) > 1 and kind_of(f[-1]) in ("val", "test")]
+    if inner:
+        said += f"; {listed_folders(sorted(map('/'.join, inner)))} used, too: no train split there"
+    return said
 
 
 def listed_folders(names: list[str], most: int = 5) -> str:

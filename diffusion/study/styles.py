@@ -96,7 +96,12 @@ def stamp(folder: Path) -> str:
 
 def read_style(folder: Path, slug: str, size: int) -> Style:
     """Raises UserError for fewer than LEAST usable images."""
-    name, files = folder.name, scan_split(folder)
+    name = folder.name
+    try:
+        files = scan_split(folder)
+    except UserError as error:
+        raise UserError(f"style {name!r}: {error} (train.py's options; a style is read by its "
+                        "train split: rename its folder)") from None  # fmt: skip
     pixels, bad = np.zeros((len(files), size, size, 3), np.uint8), []
     for i, file in enumerate(files):
         try:

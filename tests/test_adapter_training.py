@@ -17,6 +17,7 @@ from diffusion import UserError
 from diffusion.assemble import open_pipeline
 from diffusion.config import Config
 from diffusion.data import toy
+from diffusion.data.folders import scan
 from diffusion.evaluation.viz import to_uint8
 from diffusion.models import lora
 from diffusion.training.adapters import TEMPLATES, AdaptedDiffusion, AdaptedLatents
@@ -214,7 +215,27 @@ def test_class_images_of_another_prompt_are_refused(scratch, options, tmp_path, 
     with pytest.raises(UserError, match="a photo of a face.*a drawing of a cat.*--class_data"):
         train(Config(**options | other))
     assert {p: p.read_bytes() for p in folder.rglob("*.png")} == before
-    train(Config(**options | dict(class_images=own, save_folder=str(tmp_path / "again"))))
+    blank = dict(class_prompt=" a photo of a face ", save_folder=str(tmp_path / "again"))
+    train(Config(**options | dict(class_images=own) | blank))
+
+
+def test_class_images_of_an_earlier_run_are_left_out(scratch, options, tmp_path, capsys):
+    """Whether they have a folder of their own or lie beside somebody's; and are used where named."""
+    style, own, cache = options["data"], tmp_path / "all" / "reg", tmp_path / "all" / "cache"
+    shutil.copytree(style, tmp_path / "all" / "style")
+    shutil.copytree(style, own)
+    options |= on_scratch(scratch) | DREAMBOOTH | dict(data=str(tmp_path / "all" / "style"), train_steps=1)  # fmt: skip
+    count = len(scan(own))
+    train(Config(**options | dict(class_data=str(own), class_images=count + 2)))
+    train(Config(**options | dict(cache_dir=str(cache), save_folder=str(tmp_path / "b"))))
+    assert len(list(cache.glob("class-*/*.png"))) == 5
+    capsys.readouterr()
+    assert len(scan(tmp_path / "all")) == 2 * count
+    out = capsys.readouterr().out
+    assert "2 in reg/" in out and "5 in cache/class-" in out
+    again = dict(class_data=str(own), class_images=count + 2, save_folder=str(tmp_path / "c"))
+    train(Config(**options | again))
+    assert len(list(own.rglob("*.png"))) == count + 2
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "inversion"])
@@ -405,6 +426,7 @@ def test_mistakes(scratch, model, sd_folder, options, tmp_path, style):  # noqa:
         (on_sd(sd_folder) | DREAMBOOTH | dict(train_text_encoder=True), "give --adapter lora"),
         (base | DREAMBOOTH | dict(class_data=str(style / "0.png")), "cannot be written"),
         (base | DREAMBOOTH | dict(class_data=f"{style}/../style"), "is --data itself"),
+        (base | DREAMBOOTH | dict(class_data=str(style.parent)), "holds --data"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=told) as caught:
             train(Config(**options | change))

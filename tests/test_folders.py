@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from diffusion.data import toy
 from diffusion.data.captions import Selection
 from diffusion.data.datasets import configured, folder_set, open_data
 from diffusion.data.folders import scan
-from diffusion.study.styles import style_folders
+from diffusion.study.styles import read_style, style_folders
 from diffusion.weights import owned
 
 TINY = (
@@ -102,6 +103,78 @@ def test_a_folder_that_is_named_is_read_whatever_it_is(tmp_path):
     assert len(scan(tmp_path / "out" / "images")) == 2
     with pytest.raises(UserError, match="no images below.*2 images.*images/"):
         folder_set(tmp_path / "out")
+
+
+SAMPLED = ("images/000000.png", "images/000001.png")  # as sample.py names them
+
+
+@pytest.mark.parametrize(
+    "written, named",
+    [
+        (SAMPLED, "2 in images/"),
+        (("results/metrics/quality.png", "results/metrics/quality_2.png"), "quality_2.png"),
+        (("results/samples/step_00000002.png", "old/samples/step_100000000.png"), "step_00000002"),
+        (("reg/00000.png", "cache/class-1f/00001.png"), "1 in reg/"),
+        (("viz/forward.png", "viz/forward_t05.png", "viz/curves.png"), "viz/forward.png"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_of_ours_are_known_without_a_marked_folder(tmp_path, written, named, capsys):
+    """By their names and the text in them; somebody's files of such names are read."""
+    mine = ["images/holiday.png", "images/000007.png", "reg/00009.png", "quality.png", "step_1.png"]
+    pictures(tmp_path, *mine)
+    pictures(tmp_path, *written, ours=True)
+    pictures(tmp_path, "mine/renamed.png", ours=True)
+    assert sorted(folder_set(tmp_path).names) == sorted([*mine, "mine/renamed.png"])
+    out = capsys.readouterr().out
+    assert f"left out: {len(written)} images" in out and named in out
+
+
+def test_sampled_pictures_alone_are_a_data_set(tmp_path):
+    """Copied into a folder of their own; but sheets, and what lies beside others, are not."""
+    pictures(tmp_path / "a", "cat/000000.png", "dog/000001.png", ours=True)
+    assert folder_set(tmp_path / "a").classes == ["cat", "dog"]
+    pictures(tmp_path / "b", "grid.png", "images/000000.png", ours=True)
+    with pytest.raises(UserError, match="no images below.*2 images.*grid.png.*images/"):
+        folder_set(tmp_path / "b")
+    owned.mark(tmp_path / "c" / "images")  # and with others, where the folder that is named is ours
+    pictures(tmp_path / "c" / "images", "000000.png", "000001.png", ours=True)
+    pictures(tmp_path / "c" / "images", "mine.png")
+    assert len(folder_set(tmp_path / "c" / "images")) == 3
+
+
+def test_a_folder_of_numbered_pictures_takes_no_time(tmp_path):
+    """One header each is read, no pixels."""
+    pictures(tmp_path, "000000.png")
+    for i in range(1, 2000):
+        os.link(tmp_path / "000000.png", tmp_path / f"{i:06d}.png")
+    scan(tmp_path)
+    began = time.perf_counter()
+    assert len(scan(tmp_path)) == 2000
+    assert time.perf_counter() - began < 2
+
+
+def test_other_commands_pictures_through_the_commands(tmp_path):
+    """sample.py beside somebody's photographs, and in a folder with a hidden file."""
+    pictures(tmp_path / "images", *(f"{i}.png" for i in range(5)))
+    train(tmp_path, "--data", "images", "--save_folder", "run", "--train_steps", "2")
+    (tmp_path / "results" / "images").mkdir(parents=True)
+    (tmp_path / "results" / "images" / ".DS_Store").write_bytes(b"Bud1")
+    for folder in (".", "results"):
+        args = ("--load_path", "run/model.pt", "--num_images", 3, "--save_folder", folder,
+                "--steps", 2, "--device", "cpu", "--amp", "no")  # fmt: skip
+        done = warm.script("sample.py", *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert owned.is_ours(tmp_path / "results" / "images")
+    (tmp_path / "run" / "config.json").unlink()
+    out = train(tmp_path, "--data", ".", "--save_folder", "again", "--train_steps", "1")
+    assert "5 images to train on" in out and "3 in images/" in out and "3 in results/images/" in out
+    out = train(tmp_path, "--data", "results/images", "--save_folder", "own", "--train_steps", "1")
+    assert "3 images to train on" in out
+    shutil.rmtree(tmp_path / "results" / "images")
+    (tmp_path / "results" / "images").symlink_to("gone")
+    done = warm.script("sample.py", *args, cwd=tmp_path)
+    assert done.returncode == 1 and "results/images is a link to gone" in done.stderr
 
 
 def test_a_study_takes_no_results_for_a_style(tmp_path):
@@ -219,6 +292,88 @@ def test_plain_folders_are_as_they_were(tmp_path, faces):
     assert images.names == expected and images.classes == ["bald", "bob", "spiky"]
     shutil.copytree(faces, tmp_path / "afhq" / "train")
     assert folder_set(tmp_path / "afhq").order_key() == images.order_key()
+
+
+@pytest.mark.parametrize(
+    "taken, other",
+    [
+        ("training_set", "test_set"), ("train2017", "val2017"), ("train_images", "test_images"),
+        ("seg_train", "seg_test"), ("Training Set", "Test Set"), ("trn", "tst"),
+        ("Train ", "Test "), ("train", "holdout"), ("train-data", "held_out"), ("trainset", "testset"),
+        ("images_train", "images_val"), ("train_256", "test1"), ("TrainDataset", "TestDataset"),
+    ],
+)  # fmt: skip
+def test_the_field_s_names_of_splits(tmp_path, taken, other, capsys):
+    pictures(tmp_path, f"{taken}/cat/0.png", f"{taken}/dog/1.png", f"{other}/cat/2.png")
+    images = folder_set(tmp_path)
+    assert images.names == ["cat/0.png", "dog/1.png"] and images.classes == ["cat", "dog"]
+    assert f"{other}/ (1)" in capsys.readouterr().out
+    kind = "val" if "val" in other else "test"
+    assert folder_set(tmp_path, selection=Selection(split=kind)).names == ["cat/2.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "testing equipment,trainer,developer,trains,train station,testament,offset,2017,seg_cat".split(
+        ","
+    ),
+)
+def test_classes_that_sound_like_splits(tmp_path, name):
+    pictures(tmp_path, "train/0.png", f"{name}/1.png")
+    assert folder_set(tmp_path).classes == sorted(["train", name])
+
+
+def test_a_split_inside_itself(tmp_path):
+    """As the archive of Intel's scenes has it."""
+    pictures(tmp_path, *(f"seg_train/seg_train/{k}/{k}.png" for k in ("sea", "forest")))
+    pictures(tmp_path, "seg_test/seg_test/sea/1.png", "seg_pred/seg_pred/2.png")
+    assert folder_set(tmp_path).classes == ["forest", "sea"]
+    every = folder_set(tmp_path, selection=Selection(split="all"))
+    assert every.classes == ["forest", "sea"] and len(every) == 4
+
+
+@pytest.mark.parametrize("wrapper", ["dataset", "a/b"])
+def test_a_wrapper_is_no_class(tmp_path, wrapper, capsys):
+    pictures(tmp_path, *(f"{wrapper}/train/{k}/0.png" for k in ("cat", "dog")))
+    pictures(tmp_path, f"{wrapper}/test/cat/1.png", "figures/plot.png")
+    images = folder_set(tmp_path)
+    assert images.names == ["cat/0.png", "dog/0.png"] and images.classes == ["cat", "dog"]
+    assert "figures/" in capsys.readouterr().out
+    assert folder_set(tmp_path, selection=Selection(split="test")).classes == ["cat"]
+    every = folder_set(tmp_path, selection=Selection(split="all"))
+    assert {"cat", "dog"} <= set(every.classes) and len(every) == 4
+
+
+def test_test_splits_alone_inside_classes(tmp_path, capsys):
+    pictures(tmp_path / "a", "cat/test/0.png", "dog/test/1.png")
+    with pytest.raises(UserError, match="no train split.*cat/test/, dog/test/.*--split test"):
+        folder_set(tmp_path / "a")
+    images = folder_set(tmp_path / "a", selection=Selection(split="test"))
+    assert images.classes == ["cat", "dog"] and len(images) == 2
+    pictures(tmp_path / "b", "cat/train/0.png", "dog/test/1.png")
+    assert folder_set(tmp_path / "b").names == ["cat/train/0.png"]
+    capsys.readouterr()
+    pictures(tmp_path / "c", "cat/0.png", "dog/test/1.png")
+    assert len(folder_set(tmp_path / "c")) == 2
+    assert "dog/test/ used, too" in capsys.readouterr().out
+
+
+def test_metrics_and_styles_use_the_train_split(tmp_path, capsys):
+    from diffusion.evaluation import metrics
+
+    for folder in ("real/train", "real/test", "fake"):
+        pictures(tmp_path / folder, *(f"{i}.png" for i in range(4)))
+    assert len(metrics.real_files(tmp_path / "real", None)) == 4
+    assert "test/ (4)" in capsys.readouterr().out
+    assert len(metrics.real_files(tmp_path / "real", "all")) == 8
+
+    pictures(tmp_path / "styles", *(f"manga/train/{i}.png" for i in range(9)), "manga/test/0.png")
+    (folder,) = style_folders(str(tmp_path / "styles"))
+    style = read_style(folder, "manga", 8)
+    assert len(style.files) == 9 and "test/ (1)" in capsys.readouterr().out
+    pictures(tmp_path / "styles", "comic/test/0.png")
+    with pytest.raises(UserError, match="comic.*no train split"):
+        read_style(tmp_path / "styles" / "comic", "comic", 8)
 
 
 def test_splits_through_the_command(tmp_path):

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, features
 from diffusion.data import cache
 from diffusion.data.batches import Pixels
 from diffusion.data.datasets import folder_set
-from diffusion.data.images import BadImage, formats, read_image, read_mask
+from diffusion.data.images import BadImage, formats, notes, read_image, read_mask
 
 # --- files, written by hand ----------------------------------------------------------------------
 
@@ -412,6 +412,29 @@ def test_a_heic_photograph():
         near(read_image(data, None), expected, 2)
 
 
+def test_an_unknown_cicp_leaves_it_to_the_profile():
+    rows, unknown = [bytes(GREEN * 4)], cicp(200, 200)
+    near(read_image(png(rows, 8, 2, 4, unknown, iccp(P3)), 1), P3_GREEN)
+    near(
+        read_image(png(rows, 8, 2, 4, cicp(12, 13), iccp(SRGB)), 1), P3_GREEN
+    )  # a known one counts
+    near(read_image(png(rows, 8, 2, 4, unknown), 1), GREEN)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("dark", ["rgb", "b"])
+def test_a_profile_that_turns_colours_black_is_broken(mode, dark):
+    tags = {b"wtpt": WHITE, b"rXYZ": xyz(0.436, 0.222, 0.014), b"gXYZ": xyz(0.385, 0.717, 0.097),
+            b"bXYZ": xyz(0.143, 0.061, 0.714)}  # fmt: skip
+    tags |= {f"{c}TRC".encode(): power(2.2) for c in "rgb"}
+    tags |= {f"{c}XYZ".encode(): xyz(0, 0, 0) for c in dark}
+    image = Image.new("RGB", (4, 4), (200, 120, 40)).convert(mode)
+    with notes() as found:
+        pixels = read_image(saved(image, "PNG", icc_profile=icc(b"RGB ", tags)), 4)
+    near(pixels, np.asarray(image.convert("RGB")), 0)
+    assert len(found) == 1 and "black" in found[0]
+
+
 def test_threads_share_a_profile():
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
     data = [saved(Image.fromarray(np.roll(pixels, i)), "PNG", icc_profile=P3) for i in range(4)]
@@ -498,7 +521,12 @@ def test_colours_of_a_tiff(dtype, scale, channels, order, planar, zip):
     (tiff(RGBA.astype("u2"), 5, planar=2), "16-bit CMYK planes"),
     (tiff(np.zeros((4, 6), "u1"), 6, tags={258: ("H", [8] * 3), 277: ("H", [3])}), "YCbCr"),
     (b"Pf 2 1 -1.0\n" + struct.pack("<2f", 0, 255), "from 0 to 255"),
-], ids=range(15))  # fmt: skip
+    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,)), "8-bit LA planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,), zip=True), "8-bit LA planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 0, planar=2, extra=(0,)), "8-bit L planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 0, extra=(2,)), "WhiteIsZero, with alpha.*PNG"),
+    (tiff(GREYS.astype("u2"), 0, order=">"), "16-bit.*WhiteIsZero, big-endian.*PNG"),
+], ids=range(20))  # fmt: skip
 def test_what_has_no_certain_range_is_refused_by_name(data, match):
     with pytest.raises(BadImage, match=match):
         read_image(data, 8)

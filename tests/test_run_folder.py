@@ -142,3 +142,31 @@ def test_what_is_proof(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"\x89PNG broken")
     assert not any(owned.is_our_picture(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
+
+
+def test_proof_is_no_mention(tmp_path):
+    """A page, a film and a table of ours are told from what only names the program."""
+    from diffusion.evaluation import output
+
+    page = f'<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="{owned.SOFTWARE}">\n'
+    table = json.dumps({"software": owned.SOFTWARE, "rows": []}, indent=2)
+    ours = {"index.html": page, "quality.json": table, "quality_2.json": table}
+    mine = {"notes.md": f"written with {owned.SOFTWARE}", "page.html": page, "my.json": table}
+    mine |= {"a/index.html": f"<p>{page}</p>", "b/index.html": f"<!doctype html>\n{owned.SOFTWARE}",
+             "a/quality.json": json.dumps({"notes": owned.SOFTWARE}, indent=2), "a/quality_2.json": f"x{table}"}  # fmt: skip
+    for name, text in (ours | mine).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert {name for name in ours | mine if output.is_ours(tmp_path / name)} == set(ours)
+
+
+def test_visualize_keeps_notes(tmp_path):
+    args = ("--data", "toy", "--num_images", 1, "--html", "--device", "cpu")
+    assert warm.script("visualize.py", *args, cwd=tmp_path).returncode == 0
+    done = warm.script("visualize.py", *args, "--overwrite", cwd=tmp_path)
+    assert done.returncode == 0 and not (tmp_path / "results" / "viz_2").exists()
+    notes = tmp_path / "results" / "viz" / "notes.md"
+    notes.write_text(f"made with {owned.SOFTWARE}")
+    done = warm.script("visualize.py", *args, "--overwrite", cwd=tmp_path)
+    assert done.returncode == 0 and notes.exists()
+    assert (tmp_path / "results" / "viz_2" / "index.html").exists()

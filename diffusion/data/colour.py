@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 
 from .depth import to_8_bit
 
+DARK = 32  # of 255: a profile with which a full colour is darker than that is broken
 SAME = 2  # of 255: what one maker's sRGB profile differs from another's
 INTENT, FLAGS = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
 SPACES = {  # a profile's, and the modes in which Pillow has such pixels
@@ -40,6 +41,7 @@ PRIMARIES = {  # ITU-T H.273: white and primaries
     22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }  # fmt: skip
 TRANSFERS = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+LESSER = ("icc_profile", "srgb", "gamma", "chromaticity")  # in info, after cICP
 HDR = {16: "PQ", 18: "HLG"}
 BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
@@ -157,9 +159,10 @@ def _profile(image: Image.Image) -> bytes | None:
     grey = _is_grey(image)
     if "cicp" in info:
         primaries, transfer = info["cicp"][:2]
-        if primaries not in PRIMARIES or transfer not in TRANSFERS:
+        if primaries in PRIMARIES and transfer in TRANSFERS:
+            return make_profile(PRIMARIES[primaries], TRANSFERS[transfer], grey)
+        if not any(info.get(other) is not None for other in LESSER):
             raise BadProfile(f"its colours are of an unknown kind (cICP {primaries}, {transfer})")
-        return make_profile(PRIMARIES[primaries], TRANSFERS[transfer], grey)
     if info.get("icc_profile"):
         return info["icc_profile"]
     if "srgb" in info:
@@ -243,13 +246,25 @@ def _transform(profile: bytes, mode: str, flags: int = FLAGS):
         )
     except (OSError, ImageCms.PyCMSError, ImportError) as error:
         raise BadProfile(f"its colour profile cannot be used ({error})") from None
+    if mode == "CMYK" and _brightest(Image.new(mode, (1, 1)), transform) < DARK:
+        raise BadProfile("its colour profile turns white black")
     if mode not in ("RGB", "RGBA"):
         return transform
+    # white and full red, green and blue; nothing of a usable profile is black there
+    corners = Image.fromarray(255 * np.uint8([[[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]))
+    if _brightest(corners.convert(mode), transform) < DARK:
+        raise BadProfile("its colour profile turns white or a primary colour black")
     steps = np.round(np.linspace(0, 255, 9)).astype(np.uint8)
     lattice = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
     before = Image.fromarray(lattice).convert(mode)
     after = np.asarray(ImageCms.applyTransform(before, transform))[..., :3].astype(int)
     return None if abs(after - lattice).max() <= SAME else transform
+
+
+def _brightest(image: Image.Image, transform) -> int:
+    """The largest channel of each pixel, of that pixel where it is least."""
+    pixels = np.asarray(ImageCms.applyTransform(image, transform))[..., :3]
+    return int(pixels.max(-1).min())
 
 
 @lru_cache(maxsize=16)
@@ -269,5 +284,7 @@ def _grey_curve(profile: bytes) -> np.ndarray | None:
     green = np.asarray(ImageCms.applyTransform(ramp, transform))[..., 1].reshape(-1)
     if len(green) == 256:
         green = np.interp(np.arange(65536) / 257, np.arange(256), green).round().astype(np.uint8)
+    if green.max() < DARK:
+        raise BadProfile("its colour profile turns white black")
     same = abs(green[::257].astype(int) - np.arange(256)).max() <= SAME
     return None if same else green

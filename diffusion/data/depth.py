@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 PHOTOMETRIC, BITS, PLANAR, SAMPLE_FORMAT = 262, 258, 284, 339  # TIFF tags
 LOWEST, HIGHEST = (340, 280), (341, 281)  # S(igned) ones first
-SUBSAMPLING = 530
+SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SUBSAMPLING = 277, 338, 530
 SAMPLES = {1: "unsigned integer", 2: "signed integer", 3: "floating point"}
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 OVERSHOOT = 0.5  # of floats beyond 0 ... 1, as sharpening makes it; cut off
@@ -43,10 +43,16 @@ def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
     bits, kind = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
     white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
-    if any(tile[0] != "raw" for tile in image.tile):
+    is_raw = all(tile[0] == "raw" for tile in image.tile)
+    in_planes = tags.get(PLANAR) == 2 and tags.get(SAMPLES_PER_PIXEL, 1) > 1
+    # of compressed ones without alpha, libtiff reads the first plane
+    if in_planes and image.mode in (("1", "L", "P") if is_raw else ()) + ("LA", "La", "PA"):
+        raise ValueError(f"a TIFF of {bits}-bit {image.mode} planes, which Pillow misreads; store "
+                         "it interleaved, or as PNG")  # fmt: skip
+    if not is_raw:
         # libtiff gives the machine's byte order, Pillow expects the file's
         _read_as(image, lambda raw: NATIVE.get(raw, raw))
-    elif tags.get(PLANAR) == 2 and bits == 16:
+    elif in_planes and bits == 16:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"a TIFF of 16-bit {image.mode} planes, which Pillow misreads; store "
                              "it interleaved")  # fmt: skip
@@ -204,7 +210,14 @@ def describe_tiff(source: Path | io.BytesIO) -> str | None:
         bits, kind = tags.get(BITS, (1,)), SAMPLES.get(max(tags.get(SAMPLE_FORMAT, (1,))))
         if kind is None or max(bits) > 64:
             return None
-        return (f"a TIFF of {tags.get(277, 1)} x {max(bits)}-bit {kind} (photometric "
-                f"{tags.get(PHOTOMETRIC, 0)}), which Pillow cannot read; convert it to 8 or 16 "
-                "bit")  # fmt: skip
+        samples, photometric = tags.get(SAMPLES_PER_PIXEL, 1), tags.get(PHOTOMETRIC, 0)
+        about = [f"photometric {photometric}" + (", WhiteIsZero" if photometric == 0 else "")]
+        about += ["with alpha"] if EXTRA_SAMPLES in tags else []
+        about += ["in planes"] if tags.get(PLANAR) == 2 and samples > 1 else []
+        about += ["big-endian"] if head[:2] == b"MM" else []
+        # what has a common depth already is only laid out in a rare way
+        usual = max(bits) in (8, 16) and tags.get(SAMPLE_FORMAT, (1,))[0] == 1
+        return (f"a TIFF of {samples} x {max(bits)}-bit {kind} ({', '.join(about)}), which Pillow "
+                f"cannot read; {'save it as PNG' if usual else 'convert it to 8 or 16 bit'}"
+                )  # fmt: skip
     return None

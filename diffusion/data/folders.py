@@ -10,9 +10,11 @@ Both say what they have left out.
 
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from .. import UserError
@@ -37,15 +39,27 @@ OURS = "written by this program"
 RUN_PICTURES = ("samples", "images", "viz", "metrics")
 RUN_OTHERS = ("checkpoints", "tensorboard")
 RUN_SUFFIXES = (".pt", ".safetensors", ".json", ".jsonl")
-SAMPLE = re.compile(r"step_\d{8}\.png")
-SHEETS = ("grid", "interpolation")  # how the names of pictures of many begin
+SAMPLE = re.compile(r"step_\d{8,}\.png")
+# the names that are given to pictures: numbers to sampled ones, words to all others
+NUMBERED = re.compile(r"\d{5,}\.png")
+NAMED = re.compile(
+    r"(grid|interpolation|quality|step_\d{8}|forward|backward|interpolate_|schedule|table|curves)"
+    r".*\.(png|webp)"
+)
 TEXTS = (".txt", ".caption")  # captions, if they stand beside an image
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SPLITS = {
-    "train": "train", "training": "train",
+    "train": "train", "training": "train", "trn": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
-    "test": "test", "testing": "test",
+    "evaluation": "val", "devel": "val",
+    "test": "test", "testing": "test", "tst": "test", "holdout": "test", "heldout": "test",
+    "pred": "test",
 }  # fmt: skip
+# what stands around them: "seg_train", "Training Set", "train2017", "test_images"
+SPLIT_NAME = re.compile(
+    r"(?:(?:seg|images?|imgs?|data|dataset)[ _-])?(held[ _-]?out|hold[ _-]?out|[a-z]+?)"
+    r"(?:[ _-]?(?:data|images?|imgs?|set|split))*(?:[ _-]?\d+)?"
+)
 
 
 def report(what: str, problems: list[tuple[str, str]], total: int, most: int = 20) -> None:
@@ -105,21 +119,30 @@ class Scan:
         return self
 
 
-def scan(root: Path, written: Iterable[Path] = ()) -> list[Path]:
-    """Image files below root at any depth, sorted, and says what was left out. See `walk`."""
-    return walk(root, written).report().images
+def scan(root: Path, sampled: bool = False) -> list[Path]:
+    """Find image files below root at any depth, sorted, and say what was left out. See `walk`."""
+    return walk(root, sampled=sampled).report().images
 
 
-def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
+def scan_split(root: Path, split: str | None = None) -> list[Path]:
+    """Find the images of a split below root (see `choose_split`), and say what was taken."""
+    part = choose_split(root, scan(root), split)
+    log(f"data: {root}: {part.about}")
+    return part.files
+
+
+def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Scan:
     """Find what lies below root at any depth; link loops are cut.
 
     written: folders that a run writes to, left out as those which show it themselves; root itself
-    is read whatever it is.
+    is read whatever it is. Pictures that this program sampled are left out too, unless `sampled`
+    says otherwise, root is a folder of such pictures, or there is nothing else.
     """
-    found, seen = Scan(root), set()
+    found, seen, numbered = Scan(root), set(), []
     places = {place for folder in written if (place := place_of(folder)) is not None}
     # what a run writes into a folder of images that is its own folder, too
     is_run = owned.is_run(root) or place_of(root) in places
+    sampled = sampled or owned.is_marked(root)
     for folder, subfolders, files in os.walk(root, followlinks=True):
         where = Path(folder)
         if (place := place_of(where)) in seen:
@@ -138,6 +161,8 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
             else:
                 subfolders.append(path.name)
         run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
+        # class images that are added to somebody's --class_data
+        numbers_count = sampled or (where == root and place_of(root) in places)
         for path in (where / name for name in files if not name.startswith(".")):
             suffix = path.suffix.lower()
             if path.name.lower() in TABLES:
@@ -150,11 +175,18 @@ def walk(root: Path, written: Iterable[Path] = ()) -> Scan:
                 found.others[suffix or path.name] += 1
             elif not inside(path, root):
                 found.outside.append(path)
+            elif NUMBERED.fullmatch(path.name) and (run_pictures or not numbers_count):
+                (numbered if owned.is_our_picture(path) else found.images).append(path)
             elif is_ours(path, run_pictures):
                 what = f"{where.relative_to(root)}/" if run_pictures else path.relative_to(root)
                 found.left_out[str(what), OURS] += 1
             else:
                 found.images.append(path)
+    if not found.images and not found.left_out and not is_run:
+        found.images = numbered
+    else:
+        for path in numbered:
+            found.left_out[f"{path.parent.relative_to(root)}/", OURS] += 1
     found.images.sort(key=os.fsencode)
     found.texts.sort(key=os.fsencode)
     found.tables.sort(key=os.fsencode)
@@ -183,7 +215,7 @@ def is_ours(file: Path, in_run: bool) -> bool:
     """Whether this program wrote a picture; only asked of names and places that it writes to."""
     if in_run and file.parent.name == "samples" and SAMPLE.fullmatch(file.name):
         return True
-    return (in_run or file.name.startswith(SHEETS)) and owned.is_our_picture(file)
+    return (in_run or NAMED.fullmatch(file.name) is not None) and owned.is_our_picture(file)
 
 
 def count_images(folder: Path) -> int:
@@ -205,7 +237,8 @@ def inside(path: Path, root: Path) -> bool:
 class Part:
     """The images of one split, or all. base: what their names are relative to.
 
-    classes: of each image the first folder on its way that is no split; None where there is none.
+    classes: of each image the first folder on its way that is no split, or behind the only split
+        there is; None where there is none.
     about: what was taken for what.
     """
 
@@ -218,9 +251,9 @@ class Part:
 def choose_split(root: Path, files: list[Path], split: str | None = None) -> Part:
     """Take the train split where there are splits, or the one that is named; "all" takes all.
 
-    Splits are known by their names (SPLITS), in capitals or not. train/ is taken for one if another
-    split stands beside it, or nothing but images; else it is a class. Raises UserError if there
-    are splits without the one in question.
+    Splits are known by their names (SPLITS, SPLIT_NAME), in capitals or not. train/ is taken for
+    one if another split stands beside it, or nothing but images; else it is a class. Raises
+    UserError if there are splits without the one in question.
     """
     ways = [file.relative_to(root).parts for file in files]
     depth, points = find_splits(ways, split)
@@ -232,6 +265,15 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
         classes = [way[0] if len(way) > 1 else None for way in ways]
         return Part(root, files, classes, images_of(len(files)) + doubtful(ways))
     whole = kind_of(split or "train") == "train"  # folders without splits are trained on
+    inside_splits: dict[tuple, set] = {}
+    for way in ways:
+        if way[:depth] in points and len(way) > depth + 1:
+            below = way[depth + 1] if len(way) > depth + 2 else None
+            inside_splits.setdefault(way[: depth + 1], set()).add(below)
+    # one place with splits and folders in them: what is above is a wrapper, and no class
+    chosen = [(*point, name) for point, names in points.items() for name in names]
+    wrapped = len(points) == 1 and any(inside_splits.get(c, {None}) != {None} for c in chosen)
+    whole = whole and not wrapped
     taken, classes, others = [], [], Counter()
     for file, way in zip(files, ways):
         names = points.get(way[:depth], [])
@@ -241,18 +283,31 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
             or folder in names
             or (whole and way[:depth] not in points and way[depth:])
         ):
-            rest = way[:depth] + way[depth + 1 :] if folder in names else way
+            rest = way
+            if folder in names and wrapped:
+                again = is_again(folder, inside_splits[way[: depth + 1]])
+                rest = way[depth + 1 + again :]
+            elif folder in names:
+                rest = way[:depth] + way[depth + 1 :]
             taken.append(file)
             classes.append(rest[0] if len(rest) > 1 else None)
         else:
-            others["/".join(way[: depth + 1]) + "/" if folder else "images beside them"] += 1
+            where = way[: depth + 1] if folder else way[:-1]
+            beside = not folder and any(where == point[: len(where)] for point in points)
+            others["images beside them" if beside else "/".join(where) + "/"] += 1
     if split == "all":
         return Part(root, taken, classes, f"{images_of(len(taken))} of all splits")
-    chosen = ["/".join((*point, name)) for point, names in points.items() for name in names]
+    chosen = ["/".join(folder) for folder in chosen]
     about = f"{split or 'train'} split {listed_folders(chosen)} ({images_of(len(taken))})"
     if others:
         about += f"; not used: {listed(sorted(others.items()))}"
-    return Part(root / chosen[0] if depth == 0 else root, taken, classes, about)
+    return Part(root / chosen[0] if depth == 0 or wrapped else root, taken, classes, about)
+
+
+def is_again(name: str, below: set[str | None]) -> bool:
+    """Whether all that a split holds is a folder of the same split, as in seg_train/seg_train/."""
+    (only, *more) = below
+    return not more and only is not None and kind_of(only) == kind_of(name) is not None
 
 
 def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, list[str]]]:
@@ -266,7 +321,13 @@ def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, 
             below.setdefault(way[:i], set()).add(way[i])
     for depth in sorted({len(folder) for folder in below}):
         level = {folder: names for folder, names in below.items() if len(folder) == depth}
-        if not any(is_split(folder, names, split) for folder, names in level.items()):
+        deep = [way for way in ways if len(way) > 1]
+        kinds = {kind_of(way[depth]) if len(way) > depth + 1 else None for way in deep}
+        if depth and split is None and kinds and kinds <= {"val", "test"}:
+            no_train("/".join((*f, name)) for f, names in level.items() for name in names)
+        # cat/train/ beside dog/test/
+        apart = depth and split is None and None not in kinds and kinds > {"train"}
+        if not apart and not any(is_split(f, names, split) for f, names in level.items()):
             continue
         points = {folder: wanted(names, split) for folder, names in level.items()
                   if any(kind_of(n) for n in names) or wanted(names, split)}  # fmt: skip
@@ -286,10 +347,17 @@ def is_split(folder: tuple, names: set[str], split: str | None) -> bool:
         return bool(wanted(names, split))
     if folder == () and None not in kinds:  # nothing but splits, and perhaps images
         if split is None and "train" not in kinds:
-            raise UserError(f"there is no train split, only {listed_folders(sorted(names))}: "
-                            f"--split {min(names)} uses it, --split all all there is")  # fmt: skip
+            no_train(names)
         return True
     return "train" in kinds and bool(kinds & {"val", "test"})
+
+
+def no_train(folders: Iterable[str]) -> None:
+    """Raise UserError where all folders are other splits."""
+    folders = sorted(folders)
+    raise UserError(f"there is no train split, only {listed_folders(folders)}: --split "
+                    f"{shlex.quote(folders[0].split('/')[-1])} uses it, --split all all there is"
+                    )  # fmt: skip
 
 
 def wanted(names: set[str], split: str | None) -> list[str]:
@@ -303,18 +371,23 @@ def wanted(names: set[str], split: str | None) -> list[str]:
     return sorted(name for name in names if kind in (kind_of(name), name.lower()))
 
 
+@lru_cache(maxsize=4096)
 def kind_of(name: str) -> str | None:
-    """train, val or test; None for what is no split."""
-    return SPLITS.get(name.lower())
+    """Name the split that a folder's name means: train, val or test; None for what is none."""
+    found = SPLIT_NAME.fullmatch(name.strip().lower())
+    return SPLITS.get(re.sub("[ _-]", "", found[1])) if found else None
 
 
 def doubtful(ways: list[tuple]) -> str:
-    """What to say where a class has a split's name."""
-    names = sorted({way[0] for way in ways if len(way) > 1 and kind_of(way[0])})
-    if not names:
-        return ""
-    return (f"; {listed_folders(names)} taken for a class, as other folders stand beside it "
-            f"(--split {names[0]} uses it alone)")  # fmt: skip
+    """What to say where a class, or a folder inside one, has a split's name."""
+    said, folders = "", {way[:i] for way in ways for i in range(1, len(way))}
+    if names := sorted(f[0] for f in folders if len(f) == 1 and kind_of(f[0])):
+        said += (f"; {listed_folders(names)} taken for a class, as other folders stand beside it "
+                 f"(--split {shlex.quote(names[0])} uses it alone)")  # fmt: skip
+    inner = [f for f in folders if len(f) > 1 and kind_of(f[-1]) in ("val", "test")]
+    if inner:
+        said += f"; {listed_folders(sorted(map('/'.join, inner)))} used, too: no train split there"
+    return said
 
 
 def listed_folders(names: list[str], most: int = 5) -> str:

@@ -171,15 +171,18 @@ def _fetch(file: Path) -> None:
 # --- features of folders and models --------------------------------------------------------------
 
 
-def folder_features(folder: Path, size: int | None, features: Features):
+def folder_features(
+    folder: Path, size: int | None, features: Features, files: list[Path] | None = None
+):
     """((N, D) on rank 0, None elsewhere; the images' (H, W) as a set).
 
+    files: those below the folder that count (default: all).
     size: cut and resize to it as training does; None: as they are. Raises UserError for a folder
     without usable images, or of several sizes where the network does not resize them itself.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    files = scan(folder)
+    files = scan(folder) if files is None else files
     if not files:
         raise UserError(f"no images below {folder}")
     found, sizes, bad = [], set(), []  # found: (numbers of the files, features)

@@ -22,7 +22,7 @@ from .. import distributed as dist
 from ..assemble import open_pipeline
 from ..config import Parser, int_list, run_script
 from ..data.captions import read_captions
-from ..data.folders import scan
+from ..data.folders import choose_split, scan, scan_split, walk
 from ..pipeline import Pipeline, is_number
 from ..rules import check_options
 from ..weights.checkpoint import write_text
@@ -44,7 +44,7 @@ from .features import (
     open_features,
     sampled,
 )
-from .output import write_free
+from .output import create, write_free
 from .plot import Line, line_plot
 from .text_image import TextImage, count_calls, measure_folder, open_text_image
 from .viz import write_png
@@ -99,6 +99,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("real", metavar="REAL", help="folder of real images")
+    add("--split", metavar="NAME", help="of REAL; all: every image (default: train where there are splits)")
     add("fake", metavar="FAKE", help="folder of generated images (PNG), or a model.pt or .safetensors file")
     add("--size", type=int, metavar="N", help="cut and resize both to N pixels as training does (a model's own size)")
     add("--fid_features", metavar="FILE", help="TorchScript network instead of Inception: uint8 NCHW to (N, D)")
@@ -130,11 +131,17 @@ def parse_samplers(text: str) -> list[tuple[str, int]]:
     return [(name, int(steps)) for name, _, steps in pairs]
 
 
-def captions_of(folder: Path, pipeline: Pipeline):
-    """For a model that reads prompts: the real images' captions take turns. Else None."""
+def real_files(folder: Path, split: str | None) -> list[Path] | None:
+    """Find the real images: a split where the folder holds splits, by train.py's rule."""
+    return scan_split(folder, split) if folder.is_dir() else None
+
+
+def captions_of(folder: Path, split: str | None, pipeline: Pipeline):
+    """For a model that reads prompts: the captions of the split take turns. Else None."""
     if not pipeline.reads_prompts:
         return None
-    texts = read_captions(folder, scan(folder))
+    found = walk(folder)
+    texts = read_captions(folder, choose_split(folder, found.images, split).files, found=found)
     if texts is None:
         raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
                         "each image")  # fmt: skip
@@ -165,7 +172,7 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
     rank 0."""
     rows, meaning = [], {}
     for sampler, steps in parse_samplers(args.samplers):
-        found, seconds, told = [], 0.0, captions_of(Path(args.real), pipeline)
+        found, seconds, told = [], 0.0, captions_of(Path(args.real), args.split, pipeline)
         for seed in args.seeds:
             began = time.perf_counter()
             fake = model_features(pipeline, features, args, seed, sampler, steps, told, extra)
@@ -194,6 +201,7 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool = False)
     Those that are there stay, and these get a number, unless overwrite is set and they are ours.
     """
     text = json.dumps(result, indent=2)
+    create(folder)
     file = write_free(folder / "quality.json", lambda p: write_text(p, text), overwrite)
     rows, lines = result["rows"], []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
@@ -213,13 +221,13 @@ def main() -> None:
     fake, real = Path(args.fake), Path(args.real)
     extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
-        files = scan(fake)
+        files = scan(fake, sampled=True)
         warn_of_calls(fake, files)
         features = open_features(args.fid_features, device)
         if any(f.suffix.lower() in (".jpg", ".jpeg") for f in files):
             dist.log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
-        a, sizes = folder_features(real, args.size, features)
-        b, others = folder_features(fake, args.size, features)
+        a, sizes = folder_features(real, args.size, features, real_files(real, args.split))
+        b, others = folder_features(fake, args.size, features, files)
         check_sizes(sizes | others, features, f"{real} and {fake}")
         more = measure_folder(extra, fake, args.size) if extra is not None else {}
         if dist.is_main():
@@ -237,7 +245,7 @@ def main() -> None:
         if args.size not in (None, size):
             raise UserError(f"--size {args.size}: the model's images have {size} pixels")
         features = open_features(args.fid_features, device)
-        a, _ = folder_features(real, size, features)
+        a, _ = folder_features(real, size, features, real_files(real, args.split))
         if a is not None:
             if len(a) < 2:
                 raise UserError(f"{real} holds {len(a)} usable image; a distance needs at least 2")

@@ -6,6 +6,7 @@ this program has written, by the proof in weights/owned.py, and nothing else.
 """
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,25 +18,46 @@ from ..weights import owned
 
 TEMPORARY = re.compile(r"\.\d{6,}\.png\.\d+\.tmp")
 PICTURES = (".png", ".webp")
+# other files that are written, and how these begin
+QUALITY = re.compile(r"quality(_\d+)?\.json")
+PAGE_HEAD = f'<head>\n<meta name="generator" content="{owned.SOFTWARE}">\n'
+QUALITY_HEAD = f'{{\n  "software": {json.dumps(owned.SOFTWARE)},\n'
+# what file managers put into any folder, beside hidden files
+CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def is_ours(file: Path) -> bool:
-    """Check whether this program wrote a file: a picture, a film, a page or a JSON file."""
+    """Check whether this program wrote a file: a picture, a film, a page or quality.json.
+
+    What merely mentions the program, such as somebody's notes, is not.
+    """
     if file.suffix in PICTURES:
         return owned.is_our_picture(file)
     try:
         if not file.is_file():
             return False
         with open(file, encoding="utf-8", errors="replace") as text:
-            return owned.SOFTWARE in text.read(4096)
+            head = text.read(256)
     except OSError:
         return False
+    if file.name == "index.html":
+        before, mark, _ = head.partition(PAGE_HEAD)
+        return bool(mark) and re.fullmatch(r"<!doctype html>\n<html[^<>]*>\n", before) is not None
+    return QUALITY.fullmatch(file.name) is not None and head.startswith(QUALITY_HEAD)
 
 
 def create(folder: Path) -> None:
-    """Create a folder for pictures, marked as ours unless somebody's files are in it."""
+    """Create a folder for pictures, marked as ours unless somebody's files are in it.
+
+    Raises UserError if it, or a folder above it, is a link that leads nowhere.
+    """
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist: "
+                            "create that folder, or delete the link")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    if next(folder.iterdir(), None) is None:
+    names = (file.name for file in folder.iterdir())
+    if all(name.startswith(".") or name.lower() in CLUTTER for name in names):
         owned.mark(folder)
 
 

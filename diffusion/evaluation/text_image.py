@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..data.captions import read_captions
-from ..data.folders import scan
+from ..data.folders import walk
 from ..data.images import BadImage, formats, read_image
 from ..distributed import gather_object, rank, world_size
 from ..models.blank import blank
@@ -131,8 +131,9 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
 def prompts_of(folder: Path) -> dict[Path, str]:
     """The prompt of each image below a folder: name.txt or metadata.jsonl, or what sample.py wrote
     into the PNG. Raises UserError for images without one."""
-    files = scan(folder)
-    texts = read_captions(folder, files) or [("",)] * len(files)
+    found = walk(folder, sampled=True)
+    files = found.images
+    texts = read_captions(folder, files, found=found) or [("",)] * len(files)
     found = {file: own[0] or read_parameters(file) for file, own in zip(files, texts)}
     if missing := [file for file, prompt in found.items() if prompt is None]:
         raise UserError(f"--clip needs each image's prompt, and {missing[0]} has none: neither "
@@ -271,7 +272,7 @@ def measure_folder(found: TextImage, folder: Path, size: int | None) -> dict[str
     Raises UserError without prompts.
     """
     prompts = prompts_of(folder) if found.clip is not None else {}
-    for number, file in list(enumerate(scan(folder)))[rank() :: world_size()]:
+    for number, file in list(enumerate(walk(folder, sampled=True).images))[rank() :: world_size()]:
         try:
             image = read_image(file, size)
         except BadImage:

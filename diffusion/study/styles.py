@@ -15,7 +15,7 @@ import numpy as np
 from .. import UserError
 from ..data.captions import read_captions
 from ..data.datasets import digest, file_stamp
-from ..data.folders import report, scan, why_not
+from ..data.folders import report, scan, scan_split, walk, why_not
 from ..data.images import BadImage, read_image
 from ..weights.checkpoint import write_text
 from ..weights.guards import read_prompt_lines
@@ -52,7 +52,7 @@ def style_folders(root: str) -> list[Path]:
     if not base.is_dir():
         raise UserError(f"--data {root} is no folder; give one with a folder of images per style")
     folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    found = [f for f in folders if not why_not(f) and scan(f)]
+    found = [f for f in folders if not why_not(f) and walk(f).images]
     if not found:
         why = "its images belong into one folder per style" if scan(base) else "it has no images"
         raise UserError(f"--data {root} holds no styles: {why}")
@@ -96,7 +96,12 @@ def stamp(folder: Path) -> str:
 
 def read_style(folder: Path, slug: str, size: int) -> Style:
     """Raises UserError for fewer than LEAST usable images."""
-    name, files = folder.name, scan(folder)
+    name = folder.name
+    try:
+        files = scan_split(folder)
+    except UserError as error:
+        raise UserError(f"style {name!r}: {error} (train.py's options; a style is read by its "
+                        "train split: rename its folder)") from None  # fmt: skip
     pixels, bad = np.zeros((len(files), size, size, 3), np.uint8), []
     for i, file in enumerate(files):
         try:

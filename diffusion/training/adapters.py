@@ -27,6 +27,7 @@ from ..data.batches import open_batches
 from ..data.datasets import ImageSet, digest
 from ..data.encoded import EncodedBatches, weights_digest
 from ..data.folders import scan
+from ..evaluation import output
 from ..evaluation.viz import NonFinite, save_png, to_uint8
 from ..models import lora
 from ..models.textual_inversion import extend, initial_rows, new_rows
@@ -254,16 +255,17 @@ def use_classes(data, classes: list[str]) -> None:
 def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
     """The folder of prior preservation; what is missing of its images is drawn, on all ranks."""
     c = task.config
-    key = digest("class", weights_digest(model), c.class_prompt, str(c.image_size), str(c.seed),
+    wanted = c.class_prompt.strip()
+    key = digest("class", weights_digest(model), wanted, str(c.image_size), str(c.seed),
                  c.sampler, str(c.sample_steps), str(c.guidance_scale))  # fmt: skip
     folder = Path(c.class_data) if c.class_data is not None else Path(c.cache_dir) / f"class-{key}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output.create(folder)
     except OSError as error:
         raise UserError(f"--class_data {folder} cannot be written: {error}") from None
-    present = scan(folder)
+    present = scan(folder, sampled=True)
     made_for = [owned.picture_text(file, CLASS_PROMPT) for file in present]
-    if others := {prompt for prompt in made_for if prompt not in (None, c.class_prompt)}:
+    if others := {p for p in made_for if p is not None and p.strip() != wanted}:
         raise UserError(
             f"--class_data {folder} holds images that were sampled for the class prompt "
             f"{min(others)!r}; this run's is {c.class_prompt!r}: give another --class_data"
@@ -282,7 +284,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
         indices = free[low : low + ENCODE_BATCH]
         images = pipeline.sample(
             indices, seed=c.seed, sampler=c.sampler, amp=c.amp, guidance_scale=c.guidance_scale,
-            steps=min(c.sample_steps, len(task.schedule)), prompts=[c.class_prompt] * len(indices),
+            steps=min(c.sample_steps, len(task.schedule)), prompts=[wanted] * len(indices),
         )  # fmt: skip
         try:
             pictures = to_uint8(images, indices)
@@ -290,7 +292,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
             bad = error
             break
         for i, image in zip(indices, pictures):
-            save_png(image, image_of(folder, i), {CLASS_PROMPT: c.class_prompt})
+            save_png(image, image_of(folder, i), {CLASS_PROMPT: wanted})
     if dist.any_rank(bad is not None):
         raise bad or NonFinite([], "class images of another rank")
     return folder

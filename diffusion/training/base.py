@@ -99,9 +99,15 @@ def check(config: Config) -> None:
     if inverts and config.train_text_encoder:
         raise UserError("--adapter textual_inversion trains its vectors only: drop "
                         "--train_text_encoder")  # fmt: skip
-    if config.class_data and Path(config.class_data).resolve() == Path(config.data).resolve():
-        raise UserError(f"--class_data {config.class_data} is --data itself: class images would be "
-                        "learnt as instance images; give another folder")  # fmt: skip
+    if config.class_data:
+        folder = Path(config.class_data).resolve()
+        for data in (Path(config.data), Path("data") / config.data):
+            if data.is_dir() and data.resolve().is_relative_to(folder):
+                same = "is --data itself" if data.resolve() == folder else f"holds --data {data}"
+                raise UserError(
+                    f"--class_data {config.class_data} {same}: class images and instance images "
+                    "would be one set; give another folder"
+                )
     prompt = config.instance_prompt
     if inverts and prompt is not None and config.token.lower() not in prompt.lower():
         raise UserError(f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that "

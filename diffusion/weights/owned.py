@@ -34,9 +34,14 @@ def is_run(folder: Path) -> bool:
     return RUN_KEYS <= _config_keys(folder)
 
 
+def is_marked(folder: Path) -> bool:
+    """Check for the proof that `mark` leaves: a folder of pictures that this program wrote."""
+    return (folder / MARKER).is_file() or _marker(folder).is_file()
+
+
 def is_ours(folder: Path) -> bool:
     """Whether the folder is one that this program wrote: a run's, a study's, or of pictures."""
-    if (folder / MARKER).is_file() or _marker(folder).is_file():
+    if is_marked(folder):
         return True
     keys = _config_keys(folder)
     return keys >= RUN_KEYS or keys == STUDY_KEYS
@@ -44,7 +49,8 @@ def is_ours(folder: Path) -> bool:
 
 def is_our_picture(file: Path) -> bool:
     """Whether a PNG or WebP was written by this program, by its `Software` text."""
-    return picture_text(file, "Software") == SOFTWARE
+    # from a pipe there may never come anything
+    return file.is_file() and picture_text(file, "Software") == SOFTWARE
 
 
 def picture_text(file: Path, key: str) -> str | None:

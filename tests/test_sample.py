@@ -196,7 +196,7 @@ def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
     (["--num_images", "0"], "above 0"),
     (["--stepz", "3"], "did you mean --steps"),
     (["--amp", "fp16"], "needs a GPU"),
-    (["--sampler", "ddpm_large", "--eta", "0"], "takes 1 to 1"),
+    (["--sampler", "ddpm_large", "--eta", "0"], "takes only 1"),
     (["--guidance_scale", "3"], "give a class label"),
     (["--load_path", "gone.pt"], "does not exist"),
 ], ids=str)  # fmt: skip

@@ -152,6 +152,8 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
         entries, subfolders[:] = sorted(d for d in subfolders if not d.startswith(".")), []
         for path in (where / name for name in entries):
             if is_run and where == root and path.name in RUN_OTHERS:
+                if count := count_images(path):
+                    found.left_out[f"{path.name}/", "where this run writes"] += count
                 continue
             if reason := why_not(path, places):
                 if count := count_images(path):
@@ -208,6 +210,8 @@ def why_not(folder: Path, places: set = frozenset()) -> str | None:
         return reason
     if place_of(folder) in places:
         return "where this run writes"
+    if owned.is_marked(folder):
+        return f"{OURS}, says {owned.marker_of(folder).name} beside it"
     return OURS if owned.is_ours(folder) else None
 
 

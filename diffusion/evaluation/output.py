@@ -161,7 +161,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     try:
         create(folder)
         with contextlib.ExitStack() as held:
-            _lock(held, os.open(folder, os.O_RDONLY))
+            _lock_folder(held, folder)
             there, busy = numbered(folder), _ranges(folder)
             if overwrite and busy:
                 raise UserError(f"another process writes pictures to {folder}: wait, or give "
@@ -182,7 +182,8 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
         try:
             yield Numbers(folder, first, count, len(there), overwrite)
         finally:
-            claim.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows keeps open files
+                claim.unlink(missing_ok=True)
 
 
 def _ranges(folder: Path) -> list[int]:
@@ -198,6 +199,17 @@ def _ranges(folder: Path) -> list[int]:
             else:
                 ends.append(int(file.name.rsplit("_", 1)[1]))
     return ends
+
+
+def _lock_folder(held: contextlib.ExitStack, folder: Path, wait: bool = True) -> bool:
+    """Lock a folder as `_lock` does, where the system opens folders: Windows does not."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        return True
+    return _lock(held, descriptor, wait)
 
 
 def _lock(held: contextlib.ExitStack, descriptor: int, wait: bool = True) -> bool:
@@ -228,7 +240,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         with contextlib.ExitStack() as held:
             try:
                 create(folder)
-                free = _lock(held, os.open(folder, os.O_RDONLY), wait=False)
+                free = _lock_folder(held, folder, wait=False)
                 there = [f for f in folder.iterdir() if not f.name.startswith(".")]
             except FileExistsError:
                 continue  # a file

@@ -16,6 +16,7 @@ loaders/lora_base.py.)
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -167,17 +168,21 @@ def _what(tensors: Mapping[str, Tensor]) -> str:
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, dict]]:
     """(tensors, peft's settings of each part)."""
+    given = path
     if path.is_dir():
         path = next((path / name for name in IN_FOLDERS if (path / name).is_file()), path)
         if path.is_dir():
             raise UserError(f"{path} is a folder without {', '.join(IN_FOLDERS)}: give a file")
     tensors, beside = _tensors(path), path.parent / "adapter_config.json"
-    if path.stem == "adapter_model" and beside.is_file():  # peft's, whose settings stand there
+    peft = path.stem == "adapter_model"  # its settings stand in a file of their own
+    if peft and (given.is_dir() or os.path.lexists(beside)):
         config = read_json(beside)
         kind = config.get("peft_type", "LORA")
         if kind != "LORA":
             raise UserError(f"{path.parent} is a peft folder of {kind!s:.60}; supported: LORA")
         return tensors, dict.fromkeys(NAMES, config)
+    if peft:
+        log(f"warning: {path} has no adapter_config.json beside it: alpha is taken to be the rank")
     values = parse_json(read_metadata(path).get(METADATA, "{}"), f"{path}: its {METADATA}")
     plain = {key: value for key, value in values.items() if "." not in key}
     flat = {key.partition(".")[::2]: value for key, value in values.items() if "." in key}

@@ -24,7 +24,7 @@ MAX_CONFIG = 1 << 20  # bytes; a run's has 3 kB
 def mark(folder: Path) -> None:
     """Create a folder for output, and put the proof that it is ours beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = _marker(folder)
+    marker = marker_of(folder)
     if not marker.exists():
         marker.write_text("Written by the diffusion codebase; not training data.\n")
 
@@ -36,7 +36,7 @@ def is_run(folder: Path) -> bool:
 
 def is_marked(folder: Path) -> bool:
     """Check for the proof that `mark` leaves: a folder of pictures that this program wrote."""
-    return (folder / MARKER).is_file() or _marker(folder).is_file()
+    return marker_of(folder).is_file()
 
 
 def is_ours(folder: Path) -> bool:
@@ -66,7 +66,8 @@ def picture_text(file: Path, key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _marker(folder: Path) -> Path:
+def marker_of(folder: Path) -> Path:
+    """Name the file that says that a folder is ours; it lies beside the folder."""
     folder = Path(os.path.abspath(folder))  # "." has no name
     return folder.parent / f".{folder.name}{MARKER}"
 

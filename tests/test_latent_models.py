@@ -103,6 +103,7 @@ def shift(path) -> None:
     save_file(tensors, path, metadata=about)
 
 
+@pytest.mark.slow
 def test_another_vae_under_the_same_path(latent, vae, tmp_path, capfd):  # noqa: F811
     shutil.copytree(vae, tmp_path / "vae")
     options = latent | dict(vae=str(tmp_path / "vae"), train_steps=4, text_length=128)
@@ -131,6 +132,7 @@ def test_another_vae_under_the_same_path(latent, vae, tmp_path, capfd):  # noqa:
     assert "warning" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_text_encoder_under_the_same_path(latent, sd_folder, tmp_path, capfd):  # noqa: F811
     folder = tmp_path / "sd"
     shutil.copytree(sd_folder, folder)
@@ -248,6 +250,7 @@ def test_export_keeps_the_clip_skip(latent, sd_folder, tmp_path, monkeypatch):  
     assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_models_that_have_moved_are_measured_and_shown(latent, vae, faces, tmp_path, monkeypatch):  # noqa: F811
     import visualize
     from diffusion.evaluation import metrics

@@ -328,6 +328,7 @@ def test_grey_and_unreadable_images(real, pooled, tmp_path, measure):
     assert found["num_fake"] == 30 and "broken.png" in told
 
 
+@pytest.mark.slow
 def test_other_sizes(real, pooled, tmp_path, measure, inception):
     fake = pictures(tmp_path / "fake", range(20), 24)
     with pytest.raises(UserError, match=r"16x16, 24x24.*--size N"):
@@ -413,6 +414,7 @@ def test_two_ranks_measure_the_same(real, pooled, tmp_path, model):
     assert done.returncode != 0 and "images of 2 sizes" in done.stderr and "001.png" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_reference_tool_gives_the_same_number(real, tmp_path, measure):
     """tools/frechet.py, where the shared folder stands beside the checkout."""
     shared = ROOT.parent / "shared"

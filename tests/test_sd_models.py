@@ -276,6 +276,7 @@ def test_whole_network_in_bfloat16_stays_close():
     assert (half.float() - full).norm() / full.norm() < 0.03
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     model = shake(SDUNet(replace(TINY, layers_per_block=1, num_classes=2)))
     inputs = unet_inputs(TINY).values()

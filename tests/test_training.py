@@ -148,6 +148,7 @@ def test_tensorboard_has_the_same_numbers(tiny, tmp_path):
     assert [e.step for e in events.Images("samples")] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_it_learns(tiny, tmp_path):
     """Well below the 0.79 of a network that puts out zero (L1 of v, of unit variance)."""
     options = dict(train_steps=150, log_every=50, save_and_sample_every=150, learning_rate=3e-3)
@@ -551,6 +552,7 @@ def test_options_run(tiny, tmp_path, options):
     assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 3
 
 
+@pytest.mark.slow
 def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     library = pytest.importorskip(
         "datasets", reason="optional extra not installed: pip install datasets"

@@ -374,7 +374,7 @@ def test_the_commands(scratch, options, tmp_path, monkeypatch):
 
     run("s", "--lora", f"{a}:0.5", "--lora", b, "--embedding", c)
     image = Image.open(tmp_path / "s" / "images" / "000000.png")
-    assert 'Lora: "adapter:0.5, adapter:1"' in image.text["parameters"]
+    assert 'Lora: "a/adapter:0.5, b/adapter:1"' in image.text["parameters"]
     run("i", "--lora_interpolate", a, b, "--points", 3, "--num_images", 2)
     strip = np.asarray(Image.open(tmp_path / "i" / "interpolation.png"))
     assert not (tmp_path / "i" / "images").exists()

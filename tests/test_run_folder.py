@@ -65,6 +65,7 @@ def test_folders_with_other_things_in_them_are_used(run, tmp_path):
         ".draft.tmp": b"4",
     }
     mine |= {"checkpoints/step_best.pt": b"5", "tensorboard/readme": b"6", ".lock": b"mine"}
+    mine |= {"model.pt.tmp": b"7", ".config.json": b"8"}
     for name, content in mine.items():
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_bytes(content)

@@ -23,12 +23,13 @@ from ..weights import checkpoint, owned
 FOLDERS = ("checkpoints", "samples", "tensorboard")
 FILES = ("config.json", "metadata.json", "metrics.jsonl", "model.pt", "ema.safetensors",
          "best.safetensors", "adapter.safetensors", "adapter_kohya.safetensors")  # fmt: skip
+NAMES = "|".join(map(re.escape, FILES))
 # what a run writes, relative to its folder; also half-written, by a process that was killed
 WRITTEN = re.compile(
     r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt\.tmp)"
     r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.\d+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
-    rf"|(\.?)({'|'.join(map(re.escape, FILES))})(\.tmp)?"
+    rf"|({NAMES})|\.({NAMES})\.tmp"
 )
 
 

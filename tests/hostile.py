@@ -278,7 +278,8 @@ IMAGES = {
     "GIF of 65535^2": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x08\x00;",
     "PPM of 10^12": b"P6 1000000 1000000 255\n",
 }  # fmt: skip
-ODD = ("sparse", "sparse rows", "meta", "complex", "quantized", "float4")
+ODD = ("sparse", "sparse rows", "meta", "complex", "quantized")
+ODD += ("float4",) if hasattr(torch, "float4_e2m1fn_x2") else ()  # since torch 2.8
 EDITS: dict[str, dict[str, Callable[[Path], None]]] = {
     "checkpoint": {
         "code inside": lambda f: change_state(f, lambda s: s | {"optimizer": RUNS["os.system"]}),

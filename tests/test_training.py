@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -639,6 +640,17 @@ def test_a_kill_before_the_last_checkpoint_redoes_the_last_step(tiny, tmp_path, 
         checkpoint.load_weights(folder / "ema.safetensors")[0],
         dict(checkpoint.read(folder / "model.pt")["ema"]),
     )
+
+
+def test_a_kill_between_the_last_checkpoint_and_model_pt(tiny, tmp_path):
+    """The finished run's model.pt is its last checkpoint all the same."""
+    config = Config(**tiny | dict(train_steps=8, save_and_sample_every=4))
+    train(config)
+    folder = tmp_path / "run"
+    (folder / "model.pt").unlink()
+    shutil.copy(folder / "checkpoints" / "step_00000004.pt", folder / "model.pt")
+    train(config)
+    assert checkpoint.read(folder / "model.pt")["step"] == 8
 
 
 def test_keep_last_one_after_a_damaged_checkpoint(tiny, tmp_path):

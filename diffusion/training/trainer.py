@@ -74,6 +74,8 @@ def run(config: Config, device: torch.device, share: Share) -> None:
     if state is not None:
         task.recognise(state)
     total = total_steps(config, data.length)
+    if state is not None and state["step"] >= total and dist.is_main():
+        checkpoint.point_model_to(folder, state["step"])
     if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
         dist.log(f"{folder} holds a finished run of {state['step']} steps; more --train_steps "
                  "would continue it, --overwrite start anew")  # fmt: skip

@@ -11,6 +11,7 @@ of its bytes, or of its tensors' bytes, which is compared when it is read.
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -117,6 +118,15 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     for old in files[newest + keep_last :]:
         old.unlink(missing_ok=True)
     return path
+
+
+def point_model_to(folder: Path, step: int) -> None:
+    """Make model.pt the checkpoint of this step: a kill may have come between the two."""
+    path, model = folder / "checkpoints" / f"step_{step:08d}.pt", folder / "model.pt"
+    if not path.is_file() or (model.is_file() and os.path.samefile(path, model)):
+        return
+    if not (model.is_file() and filecmp.cmp(path, model, shallow=False)):
+        atomic(model, lambda p: _link(path, p))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,41 +1,8 @@
 #!/usr/bin/env python3
-"""Train a diffusion model.
+"""Train a diffusion model; see diffusion/commands/train.py."""
 
-python train.py                                        cartoon faces, two CPU cores, minutes
-python train.py --data FOLDER --image_size 64          a folder of images
-torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
-"""
-
-from diffusion.config import PRESETS, Parser, add_config_arguments, config_from_args, run_script
-
-
-def parse(args: list[str] | None = None):
-    """(Config, the options given, dry_run)"""
-
-    parser = Parser(description=__doc__)
-    add_config_arguments(parser)
-    parser.add_argument("--preset", default=None, metavar="NAME",
-                        help=f"a recipe to start from: none, {', '.join(PRESETS)}; --data NAME "
-                        "brings its own where there is one")  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", help="tell what would be done, and stop")
-    values = vars(parser.parse_args(args))
-    preset, dry_run = values.pop("preset"), values.pop("dry_run")
-    return config_from_args(values, preset), set(values), dry_run
-
-
-def main() -> None:
-    config, given, dry_run = parse()
-    if dry_run:
-        from diffusion.training.summary import describe
-
-        print(describe(config, given))
-        return
-    from diffusion import distributed
-    from diffusion.training.trainer import train
-
-    train(config, given)
-    distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
-
+from diffusion.commands.train import main
+from diffusion.config import run_script
 
 if __name__ == "__main__":
     run_script(main)

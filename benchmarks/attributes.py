@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diffusion.assemble import open_pipeline  # noqa: E402
 from diffusion.data import toy  # noqa: E402
-from diffusion.evaluation.viz import save_png, strip, to_uint8  # noqa: E402
+from diffusion.pictures.grid import save_png, strip, to_uint8  # noqa: E402
+from diffusion.sampling.load import open_pipeline  # noqa: E402
 
 
 def faces(count: int) -> list[int]:

@@ -75,7 +75,7 @@ def in_turn(
 
 def flops_of(call) -> int:
     """Count the forward FLOPs of a call: the same number on every machine."""
-    from diffusion.training.summary import count_flops  # who imports this has set the path
+    from diffusion.training.dry_run import count_flops  # who imports this has set the path
 
     with count_flops() as counter, torch.no_grad():
         call()

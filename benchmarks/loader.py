@@ -23,7 +23,7 @@ sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import Config  # noqa: E402
 from diffusion.data.batches import open_batches, to_unit  # noqa: E402
-from diffusion.distributed import setup  # noqa: E402
+from diffusion.runtime.distributed import setup  # noqa: E402
 
 
 def ours(args, cache_dir: str):

@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import Config, int_list  # noqa: E402
-from diffusion.distributed import setup  # noqa: E402
-from diffusion.evaluation.viz import to_uint8  # noqa: E402
 from diffusion.models.unet import UNet  # noqa: E402
-from diffusion.pipeline import Pipeline  # noqa: E402
+from diffusion.pictures.grid import to_uint8  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
+from diffusion.runtime.distributed import setup  # noqa: E402
+from diffusion.sampling.pipeline import Pipeline  # noqa: E402
 
 CL = torch.channels_last
 

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.models.clip import CLIPTextModel  # noqa: E402
-from diffusion.models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
+from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
 from diffusion.models.sd_unet import SDUNet  # noqa: E402
 from diffusion.models.vae import AutoencoderKL  # noqa: E402
 

@@ -23,10 +23,10 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import int_list  # noqa: E402
-from diffusion.distributed import setup  # noqa: E402
 from diffusion.models.unet import UNet  # noqa: E402
-from diffusion.process.gaussian import training_loss  # noqa: E402
+from diffusion.process.objective import training_loss  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
+from diffusion.runtime.distributed import setup  # noqa: E402
 from diffusion.training.ema import EMA  # noqa: E402
 from diffusion.training.optimizer import AdamW  # noqa: E402
 from diffusion.training.steps import clip_factor  # noqa: E402

@@ -14,11 +14,13 @@ import torch
 import torch._dynamo  # noqa: F401 - what takes seconds is imported before the fork
 import torch.utils.tensorboard  # noqa: F401
 
-from diffusion import assemble, distributed  # noqa: F401
 from diffusion.config import Config, run_script
-from diffusion.data import cache, encoded
+from diffusion.data import cache
+from diffusion.data import latents as encoded
 from diffusion.evaluation import metrics  # noqa: F401
-from diffusion.training import tasks, trainer
+from diffusion.runtime import distributed  # noqa: F401
+from diffusion.training import recipe as tasks
+from diffusion.training import trainer
 
 
 def settle(output: str, errors: str) -> None:

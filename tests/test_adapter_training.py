@@ -14,17 +14,17 @@ from test_training import flags, run_lines, same, tiny  # noqa: F401
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.assemble import open_pipeline
 from diffusion.config import Config
 from diffusion.data import toy
-from diffusion.data.folders import scan
-from diffusion.evaluation.viz import to_uint8
+from diffusion.data.folder import scan
+from diffusion.files import checkpoint
 from diffusion.models import lora
-from diffusion.training.adapters import TEMPLATES, AdaptedDiffusion, AdaptedLatents
-from diffusion.training.base import based_on
+from diffusion.pictures.grid import to_uint8
+from diffusion.sampling.load import open_pipeline
 from diffusion.training.ema import EMA
+from diffusion.training.finetune import TEMPLATES, AdaptedDiffusion, AdaptedLatents
+from diffusion.training.finetune_config import based_on
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint
 
 SHORT = dict(train_steps=6, save_and_sample_every=2, num_samples=2, sample_steps=2, lr_warmup_steps=1,
              ema_decay=0.5, batch_size=2, grad_clip=0.0)  # fmt: skip
@@ -365,7 +365,7 @@ def test_the_commands(scratch, options, tmp_path, monkeypatch):
             assert line in done.stdout and "trained)" in done.stdout
     a, b, c = (tmp_path / name / "adapter.safetensors" for name in "abc")
     same_args = ("--load_path", scratch, "--steps", 2, "--amp", "no", "--device", "cpu", "--prompt", "a <new> face")  # fmt: skip
-    import sample
+    from diffusion.commands import sample
 
     def run(folder, *args):
         given = (*same_args, *args, "--save_folder", tmp_path / folder)

@@ -9,9 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.assemble import open_pipeline
+from diffusion.files import adapter_files as adapters
+from diffusion.files import embedding_files as embeddings
 from diffusion.models import lora
-from diffusion.weights import adapters, embeddings
+from diffusion.sampling.load import open_pipeline
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
 transformers = pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")  # fmt: skip

@@ -18,9 +18,9 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import cache, hub, toy
 from diffusion.data.captions import Selection
-from diffusion.data.datasets import folder_set, open_data
-from diffusion.training.latents import LatentDiffusion, read_prompts
-from diffusion.weights.guards import decode_text, prompts_of, read_text_file
+from diffusion.data.image_set import folder_set, open_data
+from diffusion.files.validate import decode_text, prompts_of, read_text_file
+from diffusion.training.latent_task import LatentDiffusion, read_prompts
 
 # --- the reader of texts -------------------------------------------------------------------------
 

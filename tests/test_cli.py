@@ -8,11 +8,12 @@ from conftest import ROOT, script
 
 from diffusion import UserError, config
 from diffusion.config import PRESET_OF_DATA, PRESETS, Config, config_from_args
-from diffusion.process import gaussian, samplers, schedule
+from diffusion.process import objective as gaussian
+from diffusion.process import samplers, schedule
 
 
 def parse(text: str) -> Config:
-    from train import parse as train_parse
+    from diffusion.commands.train import parse as train_parse
 
     return train_parse(text.split())[0]
 
@@ -116,11 +117,11 @@ def test_dry_run_tells_and_writes_nothing(tmp_path, faces):
 
 def test_dry_run_counts_right():
     """Parameters and FLOPs of one convolution's worth of network, by hand."""
-    from diffusion.training.summary import forward_cost
+    from diffusion.training.dry_run import forward_cost
 
     made = Config(unet_dim=8, dim_mults=(1,), heads=2, image_size=8)
     parameters, trained, flops, kept = forward_cost(made, 0)
-    from diffusion.pipeline import build_model
+    from diffusion.sampling.pipeline import build_model
 
     assert parameters == trained == sum(p.numel() for p in build_model(made, 0).parameters())
     n = 64  # positions
@@ -137,7 +138,7 @@ def test_dry_run_counts_the_same_with_every_kernel_of_attention():
     """What torch chooses depends on the processor: FLOPs and bytes for backward must not."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from diffusion.training.summary import forward_cost
+    from diffusion.training.dry_run import forward_cost
 
     made = Config(unet_dim=8, dim_mults=(1,), heads=2, image_size=8)
     costs = set()
@@ -152,8 +153,7 @@ def test_the_readme_tells_the_truth():
     import re
 
     text = (ROOT / "README.md").read_text()
-    import sample
-    import visualize
+    from diffusion.commands import sample, visualize
     from diffusion.evaluation import metrics
     from diffusion.study.__main__ import parse as study_parse
 

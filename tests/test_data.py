@@ -16,9 +16,10 @@ from conftest import ROOT
 from PIL import Image
 
 from diffusion import UserError
-from diffusion.data import cache, datasets, hub, toy
+from diffusion.data import cache, hub, toy
+from diffusion.data import image_set as datasets
 from diffusion.data.batches import Batches, Pixels, to_unit
-from diffusion.data.datasets import folder_set, held_out, open_data
+from diffusion.data.image_set import folder_set, held_out, open_data
 from diffusion.data.images import BadImage, read_image, to_pixels
 
 

@@ -33,7 +33,7 @@ def test_what_the_scaling_table_starts_from():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from diffusion.models.sd_config import UNetConfig
+    from diffusion.models.configs import UNetConfig
     from diffusion.models.sd_unet import SDUNet
 
     with torch.device("meta"):

@@ -20,10 +20,10 @@ from test_training import run_lines, same, same_runs, tiny  # noqa: F401
 
 from diffusion import UserError
 from diffusion.config import Config
+from diffusion.files import checkpoint
 from diffusion.training import faults, trainer
 from diffusion.training.optimizer import AdamW
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint
 
 # --- killed ----------------------------------------------------------------------------------------
 

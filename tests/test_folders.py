@@ -16,10 +16,10 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
 from diffusion.data.captions import Selection
-from diffusion.data.datasets import configured, folder_set, open_data
-from diffusion.data.folders import scan
+from diffusion.data.folder import scan
+from diffusion.data.image_set import configured, folder_set, open_data
+from diffusion.files import owned
 from diffusion.study.styles import read_style, style_folders
-from diffusion.weights import owned
 
 TINY = (
     "--image_size 8 --unet_dim 8 --dim_mults 1,2 --heads 2 --batch_size 4 --time_steps 10 "

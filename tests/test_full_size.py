@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from diffusion.files import sd_files as loader
 from diffusion.models.clip import CLIPTextModel
-from diffusion.models.sd_config import CLIPTextConfig, UNetConfig, VAEConfig
+from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig
 from diffusion.models.sd_unet import SDUNet
 from diffusion.models.tokenizer import byte_level
 from diffusion.models.vae import AutoencoderKL
-from diffusion.weights import loader
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +24,7 @@ LOAD = """
 import json, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
-from diffusion.weights import loader
+from diffusion.files import loader
 def rss():  # the most so far; getrusage would count the parent's
     line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

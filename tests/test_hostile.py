@@ -21,22 +21,40 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from diffusion import UserError
-from diffusion.assemble import schedule_of
 from diffusion.data import cache, hub
-from diffusion.data.datasets import digest, folder_set
-from diffusion.data.encoded import Shards
+from diffusion.data.image_set import digest, folder_set
 from diffusion.data.images import BadImage, read_image
-from diffusion.evaluation import features, text_image
+from diffusion.data.latents import Shards
+from diffusion.evaluation import clip_score as text_image
+from diffusion.evaluation import features
 from diffusion.evaluation.features import open_features
-from diffusion.models.sd_config import VAEConfig
+from diffusion.files import (
+    adapter_files as adapters,
+)
+from diffusion.files import (
+    checkpoint,
+)
+from diffusion.files import (
+    embedding_files as embeddings,
+)
+from diffusion.files import (
+    sd_files as loader,
+)
+from diffusion.files import (
+    tokenizer_files as vocabulary,
+)
+from diffusion.files import (
+    validate as guards,
+)
+from diffusion.files.tensors import read_tensors
+from diffusion.files.validate import check_tensors
+from diffusion.models.configs import VAEConfig
 from diffusion.models.tokenizer import BYTE_OF, SYMBOLS, byte_level
 from diffusion.models.vae import AutoencoderKL
-from diffusion.pipeline import Pipeline
+from diffusion.sampling.load import schedule_of
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import fid
-from diffusion.training.latents import read_prompts
-from diffusion.weights import adapters, checkpoint, embeddings, guards, loader, vocabulary
-from diffusion.weights.files import read_tensors
-from diffusion.weights.guards import check_tensors
+from diffusion.training.latent_task import read_prompts
 
 CPU = torch.device("cpu")
 FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 4))  # more of them: more time, more found

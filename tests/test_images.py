@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, features
 
 from diffusion.data import cache
 from diffusion.data.batches import Pixels
-from diffusion.data.datasets import folder_set
+from diffusion.data.image_set import folder_set
 from diffusion.data.images import BadImage, formats, notes, read_image, read_mask
 
 # --- files, written by hand ----------------------------------------------------------------------

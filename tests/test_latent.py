@@ -16,15 +16,16 @@ from test_training import flags, run_lines, same, tiny  # noqa: F401
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.assemble import load_latent, load_vae, open_pipeline
 from diffusion.config import Config
-from diffusion.data import encoded, toy
-from diffusion.data.encoded import Shards, weights_digest
+from diffusion.data import latents as encoded
+from diffusion.data import toy
+from diffusion.data.latents import Shards, weights_digest
+from diffusion.files import checkpoint
 from diffusion.models.vae import sample as draw_latent
+from diffusion.sampling.load import load_latent, load_vae, open_pipeline
 from diffusion.training.autoencoder import Autoencoding
-from diffusion.training.latents import LatentDiffusion
+from diffusion.training.latent_task import LatentDiffusion
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -307,7 +308,7 @@ def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
     """diffusers draws from the exported folder what we draw from our checkpoint."""
     import diffusers
 
-    from diffusion import export
+    from diffusion.files import sd_export as export
 
     train(Config(**latent | options_of(sd_folder) | dict(train_steps=4, learning_rate=1e-3)))
     model = str(tmp_path / "run" / "model.pt")
@@ -445,7 +446,7 @@ def test_sample_with_prompts(sd_folder, tmp_path):
 
 
 def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
-    import sample
+    from diffusion.commands import sample
 
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.fromarray(toy.draw(3, 64)).save(photo)
@@ -502,7 +503,7 @@ def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monke
     plain = make()
     assert not torch.allclose(make(clip_skip=2), plain, atol=1e-5)
     assert_close(make(tiling=True), plain)  # smaller than one tile
-    monkeypatch.setattr("diffusion.assemble.TILE", 8)
+    monkeypatch.setattr("diffusion.sampling.load.TILE", 8)
     tiles = make(tiling=True)
     assert 0 < (tiles - plain).abs().mean() < 0.5 * plain.std()
 
@@ -527,7 +528,7 @@ def test_bfloat16_is_close(sd_folder):
 
 @pytest.mark.slow
 def test_visualize_takes_latent_models(latent, tmp_path, monkeypatch):
-    import visualize
+    from diffusion.commands import visualize
 
     train(Config(**latent))
     model = tmp_path / "run" / "model.pt"

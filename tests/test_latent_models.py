@@ -16,23 +16,25 @@ from test_latent import CPU, UNREAD, latent, options_of, plain, sd_folder, vae  
 from test_training import tiny  # noqa: F401
 from torch.testing import assert_close
 
-from diffusion import UserError, export
-from diffusion.assemble import load_vae, open_parts, open_pipeline
+from diffusion import UserError
 from diffusion.config import PRESETS, Config, config_from_args
 from diffusion.data import toy
+from diffusion.files import checkpoint
+from diffusion.files import sd_export as export
+from diffusion.files import sd_files as loader
+from diffusion.files.validate import digest_tensors
 from diffusion.models.clip import CLIPTextModel
 from diffusion.models.sd_blocks import Attention
 from diffusion.models.sd_unet import SDUNet
 from diffusion.models.tokenizer import byte_level
-from diffusion.sizes import text_config, unet_config, vae_config
+from diffusion.sampling.load import load_vae, open_parts, open_pipeline
+from diffusion.sampling.sizes import text_config, unet_config, vae_config
 from diffusion.training.autoencoder import KLAutoencoder
-from diffusion.training.base import based_on
-from diffusion.training.latents import LatentDiffusion
-from diffusion.training.summary import forward_cost
-from diffusion.training.tasks import Diffusion
+from diffusion.training.dry_run import forward_cost
+from diffusion.training.finetune_config import based_on
+from diffusion.training.latent_task import LatentDiffusion
+from diffusion.training.recipe import Diffusion
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint, loader
-from diffusion.weights.guards import digest_tensors
 
 # --- labels ---------------------------------------------------------------------------------------
 
@@ -216,7 +218,7 @@ def test_vaes_as_files(sd_folder, tmp_path):  # noqa: F811
 
 
 def test_batch_mates_change_nothing(sd_folder, tmp_path, monkeypatch):  # noqa: F811
-    import sample
+    from diffusion.commands import sample
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fox\n" + "a very long prompt " * 12 + "\na dog\n")
@@ -252,7 +254,7 @@ def test_export_keeps_the_clip_skip(latent, sd_folder, tmp_path, monkeypatch):  
 
 @pytest.mark.slow
 def test_models_that_have_moved_are_measured_and_shown(latent, vae, faces, tmp_path, monkeypatch):  # noqa: F811
-    import visualize
+    from diffusion.commands import visualize
     from diffusion.evaluation import metrics
 
     shutil.copytree(vae, tmp_path / "vae")
@@ -312,7 +314,7 @@ def test_presets_give_no_option_that_does_nothing(preset):
 
 
 def test_useless_options_of_sample(sd_folder, monkeypatch):  # noqa: F811
-    import sample
+    from diffusion.commands import sample
 
     for args, told in (
         (("--sd_path", sd_folder, "--config", sd_folder), "describes a single file"),

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from diffusion.models import lora
 from diffusion.models.clip import CLIPTextModel
-from diffusion.models.conv import WSConv3x3
-from diffusion.models.sd_config import CLIPTextConfig, UNetConfig
+from diffusion.models.configs import CLIPTextConfig, UNetConfig
+from diffusion.models.layers import WSConv3x3
 from diffusion.models.sd_unet import SDUNet
 from diffusion.models.unet import UNet
 

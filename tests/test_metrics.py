@@ -41,11 +41,11 @@ from diffusion.evaluation.features import (
     name_of,
     open_features,
 )
-from diffusion.pipeline import build_model
-from diffusion.seeding import permutation
+from diffusion.files.checkpoint import save_weights
+from diffusion.runtime.seeding import permutation
+from diffusion.sampling.pipeline import build_model
 from diffusion.training.fid import Fid
 from diffusion.training.trainer import train
-from diffusion.weights.checkpoint import save_weights
 
 CPU = torch.device("cpu")
 
@@ -454,8 +454,8 @@ def test_fid_during_training(fid, tmp_path, capsys):
 
     # against the definition: these samples, the training images
     from diffusion.data.batches import open_batches
-    from diffusion.evaluation.viz import to_uint8
-    from diffusion.pipeline import Pipeline
+    from diffusion.pictures.grid import to_uint8
+    from diffusion.sampling.pipeline import Pipeline
 
     pipeline, data = Pipeline.load(tmp_path / "run" / "model.pt"), open_batches(Config(**fid))
     features = open_features(fid["fid_features"], CPU)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from diffusion.config import Config
-from diffusion.evaluation.page import embed, film_strip, write_page
-from diffusion.evaluation.views import Picked, Trajectory
-from diffusion.pipeline import Pipeline
+from diffusion.pictures.page import embed, film_strip, write_page
+from diffusion.pictures.views import Picked, Trajectory
 from diffusion.process.schedule import make_schedule
+from diffusion.sampling.pipeline import Pipeline
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt install chromium)")  # fmt: skip
@@ -125,7 +125,7 @@ def test_nothing_of_a_caption_is_markup(tmp_path):
 
 
 def test_large_pictures_are_reduced_to_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.evaluation.page.MOST_BYTES", 150_000)
+    monkeypatch.setattr("diffusion.pictures.page.MOST_BYTES", 150_000)
     noise = np.random.default_rng(0).integers(0, 256, (20, 2, 64, 64, 3), np.uint8)
     pipeline = Pipeline(Config(image_size=64), torch.nn.Identity(), make_schedule("cosine", 1000))
     t = [float(v) for v in range(950, -50, -50)]

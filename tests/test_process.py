@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.process import gaussian, schedule
+from diffusion.process import objective as gaussian
+from diffusion.process import schedule
 from diffusion.process.schedule import SCHEDULES, make_schedule, timesteps
 
 EXACT = dict(rtol=1e-10, atol=1e-10)

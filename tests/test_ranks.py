@@ -18,11 +18,13 @@ from conftest import ROOT, environment, script
 from test_training import flags, run_lines, same_runs, tiny, wait_for_step  # noqa: F401
 from torch.distributed import HashStore, PrefixStore
 
-from diffusion import UserError, distributed, ranks
+from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data.batches import open_batches
-from diffusion.seeding import permutation
-from diffusion.weights import checkpoint
+from diffusion.files import checkpoint
+from diffusion.runtime import distributed
+from diffusion.runtime import watchdog as ranks
+from diffusion.runtime.seeding import permutation
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # train.py with something done to one rank: where = (rank, step, what), and each batch told to a file

@@ -6,7 +6,7 @@ import pytest
 import warm
 from PIL import Image
 
-from diffusion.weights import owned
+from diffusion.files import owned
 
 QUICK = ["--preset", "none", "--image_size", 16, "--unet_dim", 8, "--dim_mults", "1,2", "--heads", 2, "--batch_size", 4,
          "--time_steps", 10, "--save_and_sample_every", 2, "--log_every", 2, "--num_samples", 1, "--sample_steps", 2,
@@ -147,7 +147,7 @@ def test_what_is_proof(tmp_path):
 
 def test_proof_is_no_mention(tmp_path):
     """A page, a film and a table of ours are told from what only names the program."""
-    from diffusion.evaluation import output
+    from diffusion.files import output
 
     page = f'<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="{owned.SOFTWARE}">\n'
     table = json.dumps({"software": owned.SOFTWARE, "rows": []}, indent=2)

@@ -17,12 +17,12 @@ from test_training import tiny  # noqa: F401
 
 from diffusion import UserError
 from diffusion.config import Config
-from diffusion.evaluation import viz
-from diffusion.pipeline import Pipeline, amp_dtype, build_model
-from diffusion.process import graph
-from diffusion.seeding import ImageNoise
+from diffusion.files import checkpoint
+from diffusion.pictures import grid as viz
+from diffusion.runtime import cuda_graph as graph
+from diffusion.runtime.seeding import ImageNoise
+from diffusion.sampling.pipeline import Pipeline, amp_dtype, build_model
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint
 
 
 def pictures(folder) -> np.ndarray:
@@ -47,7 +47,7 @@ def arguments(model, folder) -> list:
 @pytest.fixture
 def call(monkeypatch):
     """sample.py's main in this process."""
-    import sample
+    from diffusion.commands import sample
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])

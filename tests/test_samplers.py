@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.process import gaussian, samplers
-from diffusion.process.samplers import Inpaint, Table, guided, make_table, sample, sample_loop
+from diffusion.process import objective as gaussian
+from diffusion.process import samplers
+from diffusion.process.samplers import (
+    Inpaint,
+    Table,
+    guided,
+    make_table,
+    sample,
+    sample_loop,
+)
 from diffusion.process.schedule import make_schedule
 
 
@@ -317,7 +325,7 @@ def test_step_reads_nothing_and_compiles_whole(x):
             assert "local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
             return func(*args, **(kwargs or {}))
 
-    from diffusion.models.conv import folded
+    from diffusion.models.layers import folded
     from diffusion.models.unet import UNet
 
     unet = UNet(8, (1, 2), heads=2, num_classes=1).eval()

@@ -16,17 +16,18 @@ from PIL.PngImagePlugin import PngInfo
 from test_latent import sd_folder  # noqa: F401
 
 from diffusion import UserError
-from diffusion.assemble import open_pipeline
 from diffusion.config import Config, config_from_args
 from diffusion.data import toy
-from diffusion.evaluation.text_image import count_calls, read_parameters
-from diffusion.evaluation.viz import parameters_text
+from diffusion.evaluation.clip_score import count_calls, read_parameters
+from diffusion.files import adapter_files as adapters
+from diffusion.files import owned
 from diffusion.models import lora
-from diffusion.pipeline import Pipeline
+from diffusion.pictures.grid import parameters_text
 from diffusion.process.samplers import SAMPLERS
 from diffusion.process.schedule import SPACINGS
+from diffusion.sampling.load import open_pipeline
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.training.trainer import train
-from diffusion.weights import adapters, owned
 
 CPU = torch.device("cpu")
 
@@ -34,8 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def call(monkeypatch):
     """A script's main in this process."""
-    import sample
-    import visualize
+    from diffusion.commands import sample, visualize
 
     def main(script, *args):
         module = {"sample": sample, "visualize": visualize}[script]
@@ -257,7 +257,7 @@ def test_pictures_of_several_calls_are_counted(model, tmp_path, call):
 
 
 def test_prompts_of_files_and_with_a_sign(tmp_path):
-    import sample
+    from diffusion.commands import sample
 
     file = tmp_path / "prompts.txt"
     for raw in (b"\xef\xbb\xbfa red fox\r\n\r\ntwo cats\r\n", b"a red fox\ntwo cats",
@@ -615,7 +615,7 @@ def test_the_text_of_a_latent_model(sd_folder, tmp_path, call):  # noqa: F811
 
 
 def test_names_in_the_text_tell_files_apart(tmp_path):
-    import sample
+    from diffusion.commands import sample
 
     for name in ("sd-v1.5", "runs/cats", "runs/dogs"):
         (tmp_path / name).mkdir(parents=True)

@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from diffusion.models import sd_blocks, vae
-from diffusion.models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel, CLIPTextModel, encode_chunks
-from diffusion.models.sd_config import (
+from diffusion.models.clip import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    CLIPModel,
+    CLIPTextModel,
+    encode_chunks,
+)
+from diffusion.models.configs import (
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,

@@ -8,11 +8,19 @@ import torch
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.assemble import open_pipeline
+from diffusion.files import (
+    sd_files as loader,
+)
+from diffusion.files import (
+    sd_names as rules,
+)
+from diffusion.files import (
+    tokenizer_files as vocabulary,
+)
+from diffusion.files.tensors import find_weights, read_tensors
 from diffusion.models.tokenizer import byte_level
-from diffusion.seeding import ImageNoise
-from diffusion.weights import loader, rules, vocabulary
-from diffusion.weights.files import find_weights, read_tensors
+from diffusion.runtime.seeding import ImageNoise
+from diffusion.sampling.load import open_pipeline
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
 transformers = pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")  # fmt: skip
@@ -196,7 +204,7 @@ def test_the_tables_name_stable_diffusions_tensors():
     """diffusers' own translation of every name, at full size."""
     from diffusers.loaders import single_file_utils as utils
 
-    from diffusion.models.sd_config import UNetConfig, VAEConfig
+    from diffusion.models.configs import UNetConfig, VAEConfig
 
     with torch.device("meta"):
         ours = {"unet": loader.SDUNet(UNetConfig()), "vae": loader.AutoencoderKL(VAEConfig())}

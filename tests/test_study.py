@@ -19,18 +19,18 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
-from diffusion.data.folders import scan
+from diffusion.data.folder import scan
 from diffusion.evaluation.distances import frechet_distance, moments
-from diffusion.evaluation.viz import save_png
+from diffusion.pictures.grid import save_png
 from diffusion.study import __main__ as program
 from diffusion.study import classifier as classifiers
 from diffusion.study import runner
 from diffusion.study.classifier import open_classifier, to_input
-from diffusion.study.folder import create, describe, find, read_metrics
+from diffusion.study.experiment import Study, run_study
 from diffusion.study.judge import Judge, read_images
 from diffusion.study.plan import Settings, ablation, cells_of, methods, with_budget
 from diffusion.study.report import write_report
-from diffusion.study.run import Study, run_study
+from diffusion.study.results import create, describe, find, read_metrics
 from diffusion.study.runner import Base, run_child, sample_arguments, train_arguments
 from diffusion.study.styles import (
     PROMPTS,
@@ -308,7 +308,7 @@ def test_arguments_of_the_scripts(faces):
     foreign = options("lora", dataclasses.replace(s, load_path=None, sd_path="sd"))
     assert foreign["sd_path"] == "sd" and foreign["objective"] == "eps" and foreign["image_size"] == "16"  # fmt: skip
     # sample.py knows the options that it knows today
-    import sample
+    from diffusion.commands import sample
 
     told = sample_arguments(s, Base(16, 2.0), ["--load_path=x"], path, 3, path)
     (path_prompt,) = [a for a in told if a.startswith("--prompt=")]
@@ -477,7 +477,7 @@ def test_numbers_carry_their_definitions(study):
 
 
 def test_progress_tells_the_seconds_that_are_left(study):
-    from diffusion.study.run import Progress
+    from diffusion.study.experiment import Progress
 
     one = study(Fake(), experiments=(1,))
     bar = Progress(one)

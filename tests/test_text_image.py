@@ -12,8 +12,9 @@ from torch.testing import assert_close
 
 from diffusion import UserError
 from diffusion.data import toy
-from diffusion.evaluation import metrics, text_image
-from diffusion.evaluation.text_image import (
+from diffusion.evaluation import clip_score as text_image
+from diffusion.evaluation import metrics
+from diffusion.evaluation.clip_score import (
     TextImage,
     clip_pixels,
     diversity,
@@ -24,10 +25,10 @@ from diffusion.evaluation.text_image import (
     prompts_of,
     read_parameters,
 )
-from diffusion.evaluation.viz import parameters_text, save_png
-from diffusion.models.sd_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from diffusion.files.tokenizer_files import save_tokenizer
+from diffusion.models.configs import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion.models.tokenizer import byte_level
-from diffusion.weights.vocabulary import save_tokenizer
+from diffusion.pictures.grid import parameters_text, save_png
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox", "zwei grüne Gesichter", "a", "long " * 30]

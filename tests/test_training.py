@@ -19,13 +19,14 @@ from torch.testing import assert_close
 
 from diffusion import UserError
 from diffusion.config import Config
-from diffusion.pipeline import build_model
-from diffusion.training import steps, tasks
+from diffusion.files import checkpoint
+from diffusion.sampling.pipeline import build_model
+from diffusion.training import recipe as tasks
+from diffusion.training import steps
 from diffusion.training.ema import EMA
 from diffusion.training.optimizer import AdamW, flat
 from diffusion.training.steps import Share, draw, learning_rate, rank_share, total_steps
 from diffusion.training.trainer import train
-from diffusion.weights import checkpoint
 
 TIMES = ("img_per_s", "fid_seconds")
 

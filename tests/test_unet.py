@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from diffusion.models.conv import Conv3x3, WSConv3x3, folded
+from diffusion.models.layers import Conv3x3, WSConv3x3, folded
 from diffusion.models.unet import GroupNorm, LinearAttention, TimeEmbedding, UNet
 
 
@@ -187,9 +187,9 @@ def test_blank_networks_cost_nothing():
     """Neither memory nor time: drawing values on the meta device imports torch's compiler."""
     code = """
 import sys, torch
-from diffusion.models.blank import blank
+from diffusion.models.build import blank
 from diffusion.models.clip import CLIPTextModel
-from diffusion.models.sd_config import CLIPTextConfig
+from diffusion.models.configs import CLIPTextConfig
 from diffusion.models.unet import UNet
 with blank():
     made = [UNet(1024, num_classes=5), CLIPTextModel(CLIPTextConfig()), torch.nn.Embedding(9, 9)]

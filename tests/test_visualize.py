@@ -13,11 +13,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.evaluation import plot, views
-from diffusion.evaluation.viz import enlarge, strip, to_uint8
-from diffusion.pipeline import Pipeline
+from diffusion.pictures import plot, views
+from diffusion.pictures.grid import enlarge, strip, to_uint8
 from diffusion.process.samplers import SAMPLERS
-from diffusion.seeding import ImageNoise
+from diffusion.runtime.seeding import ImageNoise
+from diffusion.sampling.pipeline import Pipeline
 
 PERCENT = ("00", "25", "50", "75", "99")
 FORWARD = {f"forward_t{p}.png" for p in PERCENT} | {"forward.png", "forward.webp", "schedule.png", "table.png"}  # fmt: skip
@@ -30,7 +30,7 @@ REVERSE = {f"backward_t{p}.png" for p in PERCENT} | {
 @pytest.fixture
 def show(monkeypatch):
     """visualize.py's main in this process."""
-    import visualize
+    from diffusion.commands import visualize
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args), "--device", "cpu"])

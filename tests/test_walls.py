@@ -3,14 +3,29 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted([*(ROOT / "diffusion").rglob("*.py"), *ROOT.glob("*.py")])
-ORDER = [{"presets", "rules", "seeding", "config", "distributed"}, {"process", "models"}, {"data", "weights"}, {"pipeline", "sizes"}, {"latent"}, {"adapters"}, {"assemble"}, {"export"},
-         {"evaluation"}, {"training"}, {"study", "train", "sample", "visualize"}]  # fmt: skip
+PACKAGE = ROOT / "diffusion"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# a room imports from itself and from floors below; a room that stands on none fails
+FLOORS = [
+    {"__init__", "runtime"},
+    {"presets", "rules"},
+    {"config"},
+    {"process", "models"},
+    {"files"},
+    {"data"},
+    {"sampling"},
+    {"pictures"},
+    {"evaluation"},
+    {"training"},
+    {"commands", "study", "export"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FOREIGN = {
     "diffusers",
     "transformers",
@@ -20,11 +35,11 @@ FOREIGN = {
     "pytorch_lightning",
     "k_diffusion",
 }
+MAY_OPEN_FILES = {"data", "files", "pictures", "evaluation", "study"}
 
 
-def room(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[1] if parts[0] == "diffusion" else parts[0]
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -41,34 +56,66 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def level(name: str) -> int | None:
-    return next((i for i, rooms in enumerate(ORDER) if name in rooms), None)
+def rooms_imported(path: Path) -> set[str]:
+    return {n.split(".")[1] for n in imports(path) if n.startswith("diffusion.")} & {
+        *FLOOR,
+        *(p.name for p in PACKAGE.iterdir() if p.is_dir()),
+    }
+
+
+def test_every_room_stands_on_a_floor():
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == set(FLOOR), f"unknown or missing rooms: {sorted(rooms ^ set(FLOOR))}"
+
+
+def test_no_file_name_twice():
+    own = {"__init__.py", "__main__.py"}
+    names = Counter(path.name for path in FILES if path.name not in own)
+    assert not [name for name, count in names.items() if count > 1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_walls(path):
-    here, names = room(path), imports(path)
-    ours = {n.split(".")[1] for n in names if n.startswith("diffusion.")}
+    room = room_of(path)
+    text = path.read_text()
+    names = imports(path)
     assert not {n.split(".")[0] for n in names} & FOREIGN
-    assert not (here == "process" and "models" in ours) and not (
-        here == "models" and "process" in ours
-    )
-    if here != "__init__":
-        higher = {n for n in ours if level(n) is not None and level(n) > level(here)}
-        assert not higher, f"{here} imports {higher}, which stand above it"
+    ours = rooms_imported(path) - {room}
+    if path != PACKAGE / "__init__.py":  # the face of the package opens upper rooms when asked
+        higher = {n for n in ours if FLOOR[n] >= FLOOR[room]}
+        assert not higher, f"{room} imports {higher}, which do not stand below it"
     if path.name != "distributed.py":
         assert not any(n.startswith("torch.distributed") for n in names)
-    if path.name != "graph.py":
-        assert "CUDAGraph" not in path.read_text()
-    if here in ("process", "models"):
-        assert not names & {"pathlib", "os", "io", "json"} and "open(" not in path.read_text()
+    if path.name != "cuda_graph.py":
+        assert "CUDAGraph" not in text
+    if room in ("process", "models"):
+        assert not names & {"pathlib", "os", "io", "json"} and "open(" not in text
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_opened_in_their_rooms(path):
+    if room_of(path) in MAY_OPEN_FILES or path.name == "run_folder.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            opens = called == "open" or called.split(".")[-1] in ("read_text", "write_text", "read_bytes", "write_bytes")  # fmt: skip
+            assert not opens, f"{path.name}:{node.lineno} opens a file: {called}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_class_has_two_bases(path):
+    """Composition, not inheritance: only torch's own classes are mixed with others."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef) and len(node.bases) > 1:
+            assert any("nn." in ast.unparse(base) for base in node.bases), node.name
 
 
 def test_importing_does_nothing(tmp_path):
     """No file, folder, print or CUDA context comes from importing all modules."""
     modules = [
         ".".join(p.relative_to(ROOT).with_suffix("").parts)
-        for p in FILES
+        for p in [*FILES, *ROOT.glob("*.py")]
         if p.name != "__init__.py"
     ]
     code = ("import sys, torch; before = torch.get_rng_state().clone(); sys.path.insert(0, sys.argv[1]); "

@@ -14,11 +14,13 @@ from torch.testing import assert_close
 from warm import script
 
 from diffusion import UserError
-from diffusion.assemble import open_parts, open_pipeline
 from diffusion.config import Config
+from diffusion.files import adapter_files as adapters
+from diffusion.files import checkpoint
+from diffusion.files import sd_files as loader
 from diffusion.models import lora
-from diffusion.training.base import based_on
-from diffusion.weights import adapters, checkpoint, loader
+from diffusion.sampling.load import open_parts, open_pipeline
+from diffusion.training.finetune_config import based_on
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
 peft = pytest.importorskip("peft", reason="needs peft (tests/requirements.txt)")
@@ -520,7 +522,7 @@ def test_training_and_export_know_what_a_file_predicts(sd, tensors, captioned, t
 
 
 def export(model, target, moved):
-    from diffusion.export import main
+    from diffusion.files.sd_export import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["export", str(model), str(target), "--sd_path", str(moved)])
@@ -756,7 +758,8 @@ def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp
 def test_the_study_hands_on_what_a_file_holds(both, sd, captioned, tmp_path):
     """--sd_weights and --objective reach the base, train.py and sample.py; a study of before the
     options is the same one."""
-    from diffusion.study import folder, runner
+    from diffusion.study import results as folder
+    from diffusion.study import runner
     from diffusion.study.__main__ import parse
 
     shared = [

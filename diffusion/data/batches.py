@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .. import UserError
 from ..config import Config
-from ..distributed import log
-from ..seeding import generator, permutation
+from ..runtime.distributed import log
+from ..runtime.seeding import generator, permutation
 from .cache import cached
 from .captions import Selection
-from .datasets import HELD_OUT_FROM, ImageSet, configured, held_out, open_data
+from .image_set import HELD_OUT_FROM, ImageSet, configured, held_out, open_data
 from .images import BadImage, OddLog, read_noting
 
 
@@ -42,7 +42,8 @@ class Pixels:
     """Decoded images by index: from the cache, or from the files at every use."""
 
     def __init__(self, images: ImageSet, size: int, cache_dir: Path | None, workers: int = 2):
-        self.size, self.workers = size, workers
+        self.size = size
+        self.workers = workers
         self.instead: dict[int, int] = {}  # bad image -> the one that stands in for it
         self.odd = OddLog()
         self.memory = None
@@ -93,7 +94,8 @@ class StepBatches:
     def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:
         """Samples low ... high-1 of a step; `then`, the next call's arguments, is read ahead."""
         key = (step, low, high)
-        ahead, self.ahead = self.ahead, None
+        ahead = self.ahead
+        self.ahead = None
         batch = ahead[1].result() if ahead and ahead[0] == key else self._load(*key)
         if then is not None:
             self.ahead = (then, self.pool.submit(self._load, *then))
@@ -108,7 +110,10 @@ class Batches(StepBatches):
 
     def __init__(self, pixels: Pixels, batch_size: int, seed: int, flip: bool = True):
         super().__init__()
-        self.pixels, self.batch_size, self.seed, self.flip = pixels, batch_size, seed, flip
+        self.pixels = pixels
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
         self.train, self.held_out = held_out(pixels.images.names)
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
@@ -121,8 +126,9 @@ class Batches(StepBatches):
 
     def describe(self) -> str:
         few = "" if len(self.held_out) else f" (from {HELD_OUT_FROM} images on there are some)"
-        return (f"{len(self.train):,} images to train on, {len(self.held_out)} held out{few}"
-                + (f", {len(self.classes)} classes" if self.classes else ""))  # fmt: skip
+        return f"{len(self.train):,} images to train on, {len(self.held_out)} held out{few}" + (
+            f", {len(self.classes)} classes" if self.classes else ""
+        )
 
     def order_key(self) -> str:
         """Two runs with the same one see the same images in the same order."""
@@ -138,12 +144,17 @@ class Batches(StepBatches):
         for e in np.unique(epochs).tolist():
             if e not in self.orders:
                 self.orders[e] = permutation(n, self.seed, "order", e)
-        return np.array([self.train[self.orders[e][p]]
-                         for e, p in zip(epochs.tolist(), (positions % n).tolist())])  # fmt: skip
+        return np.array(
+            [
+                self.train[self.orders[e][p]]
+                for e, p in zip(epochs.tolist(), (positions % n).tolist())
+            ]
+        )
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen = self.indices(step)[low:high]
-        pixels, flips = self.pixels[chosen], self.flips(step)[low:high]
+        pixels = self.pixels[chosen]
+        flips = self.flips(step)[low:high]
         images = torch.from_numpy(pixels)
         for i in np.flatnonzero(flips):  # a third of the time of one statement for all
             images[i] = images[i].flip(1)
@@ -183,9 +194,17 @@ def open_batches(config: Config):
 
         if config.data_class != "all":
             raise UserError("--data_class picks from a whole set: drop it, or --streaming")
-        size, batch_size = config.image_size, config.batch_size
-        stream = StreamBatches(config.data[3:], size, batch_size, config.seed, config.flip,
-                               config.default_caption, Selection.of(config))  # fmt: skip
+        size = config.image_size
+        batch_size = config.batch_size
+        stream = StreamBatches(
+            config.data[3:],
+            size,
+            batch_size,
+            config.seed,
+            config.flip,
+            config.default_caption,
+            Selection.of(config),
+        )
         if config.condition == "class" and not stream.classes:
             raise UserError(
                 f"--condition class: {config.data} has no column of class labels, "
@@ -197,8 +216,10 @@ def open_batches(config: Config):
         without = sum(label < 0 for label in images.labels)
         if images.classes and config.data.startswith("hf:"):  # nobody can move a row elsewhere
             if without:
-                log(f"warning: {without} of {len(images)} images of {images.name} have no label; "
-                    "they are trained on without a class")  # fmt: skip
+                log(
+                    f"warning: {without} of {len(images)} images of {images.name} have no label; "
+                    "they are trained on without a class"
+                )
         elif without or not images.classes:
             raise UserError(
                 f"--condition class needs a folder per class; {without or len(images)} of "

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..distributed import barrier, is_main, log, progress
-from .datasets import ImageSet, digest
-from .folders import report
+from ..runtime.distributed import barrier, is_main, log, progress
+from .folder import report
+from .image_set import ImageSet, digest
 from .images import BadImage, read_noting
 
 TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"  # the number: raise on any change
@@ -74,7 +74,8 @@ def cached(
 
 def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> tuple:
     key = digest(images.stamp, TRANSFORM, str(size), *images.names)
-    data, index = folder / f"{key}.u8", folder / f"{key}.json"
+    data = folder / f"{key}.u8"
+    index = folder / f"{key}.json"
     known = (data, index, size, len(images))
     unusable = (OSError, ValueError, KeyError, TypeError, RecursionError)
     with contextlib.suppress(*unusable):
@@ -91,7 +92,8 @@ def _open(data: Path, index: Path, size: int, count: int) -> tuple[np.ndarray, l
     if index.stat().st_size > (1 << 20) + 1000 * count:
         raise ValueError("an index of more than there is")
     found = json.loads(index.read_text())
-    kept, skipped = found["kept"], found["skipped"]
+    kept = found["kept"]
+    skipped = found["skipped"]
     if not all(type(i) is int and 0 <= i < count for i in kept) or sorted(set(kept)) != kept:
         raise ValueError("an index of images that the set has not")
     pairs = [(name, why) for name, why in skipped]
@@ -106,14 +108,22 @@ def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, a
     if alone:
         for stale in data.parent.glob(f"{data.stem}.*.tmp"):
             stale.unlink()
-    need, free = len(images) * size * size * 3, shutil.disk_usage(data.parent).free
+    need = len(images) * size * size * 3
+    free = shutil.disk_usage(data.parent).free
     if need > free:
         raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    kept, problems, odd = [], [], []
+    kept = []
+    problems = []
+    odd = []
     temporary = data.with_suffix(f".{os.getpid()}.u8.tmp")
     with open(temporary, "wb") as out:
-        bar = progress(decode_all(images, size, workers), desc=f"decoding {images.name}",
-                       total=len(images), unit="img", leave=False)  # fmt: skip
+        bar = progress(
+            decode_all(images, size, workers),
+            desc=f"decoding {images.name}",
+            total=len(images),
+            unit="img",
+            leave=False,
+        )
         for i, (pixels, found) in enumerate(bar):
             odd += [(images.names[i], text) for text in found]
             if isinstance(pixels, BadImage):

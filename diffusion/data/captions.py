@@ -27,19 +27,37 @@ from pathlib import Path
 
 from .. import UserError
 from ..config import Config
-from ..distributed import log
-from ..weights.guards import decode_text, open_text, plain_text
-from .folders import SUFFIXES, TEXTS, Scan, inside, listed, report, walk
+from ..files.validate import decode_text, open_text, plain_text
+from ..runtime.distributed import log
+from .folder import SUFFIXES, TEXTS, Scan, inside, listed, report, walk
 
-MOST_CAPTION, MOST_LINE = 1 << 16, 1 << 20  # bytes of a text, characters of a table's line
+MOST_CAPTION = 1 << 16
+MOST_LINE = 1 << 20  # bytes of a text, characters of a table's line
 MOST_NAMELESS = 1000  # rows without a file name, after which a table is of something else
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")  # the first of these that there is
 NAME_COLUMNS = ("file_name", "filename", "image", "image_path", "file_path", "path")
 # what pandas.read_csv takes for missing values, and with it Hugging Face's ImageFolder
 NULLS = {
-    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN",
-    "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
-}  # fmt: skip
+    "",
+    "#N/A",
+    "#N/A N/A",
+    "#NA",
+    "-1.#IND",
+    "-1.#QNAN",
+    "-NaN",
+    "-nan",
+    "1.#IND",
+    "1.#QNAN",
+    "<NA>",
+    "N/A",
+    "NA",
+    "NULL",
+    "NaN",
+    "None",
+    "n/a",
+    "nan",
+    "null",
+}
 # one item of a list as Python, NumPy (blanks between) and JSON write it
 ITEM = re.compile(
     r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null|nan|NaN)(?:\s*,\s*|\s+|$)""", re.DOTALL
@@ -75,8 +93,10 @@ def texts_of(value, where: str) -> tuple[str, ...]:
     if isinstance(value, list) and not any(isinstance(v, list) for v in value):
         return tuple(dict.fromkeys(text for v in value for text in texts_of(v, where)))
     if not isinstance(value, str):
-        raise UserError(f"{where}: the caption is {shortened(value)}; expected a text, a list of "
-                        "texts, or null for none")  # fmt: skip
+        raise UserError(
+            f"{where}: the caption is {shortened(value)}; expected a text, a list of "
+            "texts, or null for none"
+        )
     # JSON may escape halves of characters, which are no text
     text = value[:MOST_CAPTION].replace("\ufeff", "").encode("utf-8", "replace").decode("utf-8")
     text = " ".join(text.split())
@@ -89,9 +109,12 @@ def shortened(value) -> str:
 
 
 def read_captions(
-    root: Path, files: list[Path], default: str = "", selection: Selection | None = None,
+    root: Path,
+    files: list[Path],
+    default: str = "",
+    selection: Selection | None = None,
     found: Scan | None = None,
-) -> list[tuple[str, ...]] | None:  # fmt: skip
+) -> list[tuple[str, ...]] | None:
     """Each file's captions, or None where no file has one and there is no default.
 
     found: the scan of root, where there is one. Problems are reported in one warning each; those
@@ -100,24 +123,35 @@ def read_captions(
     found = walk(root) if found is None else found
     selection = selection or Selection()
     table = read_tables(found, files, selection)
-    beside, wrong, problems = {}, [], []
+    beside = {}
+    wrong = []
+    problems = []
     ordered = sorted(found.texts, key=lambda p: (p.suffix != p.suffix.lower(), os.fsencode(p)))
     for spelled in (str, nfc):  # exact names go first
         for path in ordered:
             beside.setdefault((path.parent, spelled(path.stem), path.suffix.lower()), path)
-    captions, sources, some = [], Counter(), False
+    captions = []
+    sources = Counter()
+    some = False
     for file in files:
-        texts, given, source = table.get(file, ()), False, "metadata"
+        texts = table.get(file, ())
+        given = False
+        source = "metadata"
         if not texts:
             names = dict.fromkeys((file.stem, nfc(file.stem), file.name, nfc(file.name)))
-            sides = [beside[key] for name in names for suffix in TEXTS
-                     if (key := (file.parent, name, suffix)) in beside]  # fmt: skip
+            sides = [
+                beside[key]
+                for name in names
+                for suffix in TEXTS
+                if (key := (file.parent, name, suffix)) in beside
+            ]
             sides = list(dict.fromkeys(sides))
             text = _read_side(sides[0], root, wrong) if sides else None
             if len(sides) > 1:
                 wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
             given = text is not None
-            texts, source = texts_of(text, str(file)), "texts beside the images"
+            texts = texts_of(text, str(file))
+            source = "texts beside the images"
         some |= bool(texts) or given
         if texts:
             sources[source] += 1
@@ -126,7 +160,8 @@ def read_captions(
             problems.append((str(file), f"{kind}; using {default!r}"))
         captions.append(texts or (default,))
     if not selection.captions:
-        wrong, problems = [], []
+        wrong = []
+        problems = []
     if not some:
         report("captions have problems", wrong, len(files))
         return [(default,)] * len(files) if default else None
@@ -180,12 +215,19 @@ def _read_side(side: Path, root: Path, problems: list) -> str | None:
 
 def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Path, tuple]:
     """{image: its captions} from the tables below a folder; says which rows match no image."""
-    root, wanted = Path(os.path.abspath(found.root)), selection.caption_column
+    root = Path(os.path.abspath(found.root))
+    wanted = selection.caption_column
     images = Images(found.images)
     names = (selection.image_column,) if selection.image_column else NAME_COLUMNS
     candidates = (wanted,) if wanted else CAPTION_COLUMNS
-    used, captions, problems, bad, rows, elsewhere = set(files), {}, [], [], 0, 0
-    seen, columns = Counter(), {}
+    used = set(files)
+    captions = {}
+    problems = []
+    bad = []
+    rows = 0
+    elsewhere = 0
+    seen = Counter()
+    columns = {}
     for table in found.tables:
         if not inside(table, found.root):
             log(f"warning: {str(table)!r} leads out of the data folder and is not read")
@@ -255,14 +297,17 @@ class Images:
         return next((file for key in keys if (file := self.alike.get(key))), found)
 
 
-def _rows(table: Path, names: tuple[str, ...], columns: dict,
-          strict: bool) -> Iterator[tuple[str, dict]]:  # fmt: skip
+def _rows(
+    table: Path, names: tuple[str, ...], columns: dict, strict: bool
+) -> Iterator[tuple[str, dict]]:
     """(place, row) of a table of images, whose columns are added to `columns`.
 
     A table of something else, or without rows, is warned of. Raises UserError for a damaged one,
     or warns of it if it need not be strict.
     """
-    waiting, named, line = [], False, None
+    waiting = []
+    named = False
+    line = None
     try:
         for line, row in read_rows(table):
             columns.update(dict.fromkeys(map(str, row)))
@@ -342,7 +387,8 @@ def _lines(table: Path, newline: str | None) -> Iterator[str]:
 
 
 def _json_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    number, lines = 0, _lines(table, None)
+    number = 0
+    lines = _lines(table, None)
     while True:
         number += 1
         try:
@@ -351,26 +397,34 @@ def _json_rows(table: Path) -> Iterator[tuple[int, dict]]:
         except UserError:  # of the file
             raise
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{table}, line {number}: {error!s:.200}; expected a JSON object with "
-                            "file_name and text") from None  # fmt: skip
+            raise UserError(
+                f"{table}, line {number}: {error!s:.200}; expected a JSON object with "
+                "file_name and text"
+            ) from None
         if line is None:
             return
         if not line.strip():
             continue
         if not isinstance(row, dict):
-            raise UserError(f"{table}, line {number}: {shortened(row)} is no JSON object with "
-                            "file_name and text")  # fmt: skip
+            raise UserError(
+                f"{table}, line {number}: {shortened(row)} is no JSON object with "
+                "file_name and text"
+            )
         yield number, row
 
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
     """Fields are separated by commas, by what stands in a header without any, or as sep= says."""
-    lines, number, names = _lines(table, ""), 1, None
+    lines = _lines(table, "")
+    number = 1
+    names = None
     try:
         header = next(lines, "")
         between = next((c for c in ",;\t" if c in header), ",")
         if said := re.fullmatch(r'"?sep=(.)"?\r?\n?', header, re.IGNORECASE):  # of Excel
-            header, number, between = next(lines, ""), 2, said[1]
+            header = next(lines, "")
+            number = 2
+            between = said[1]
         before = number
         rows = csv.reader(
             chain([header], lines), delimiter=between, strict=True, skipinitialspace=True
@@ -383,9 +437,11 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
                 if len(set(names)) < len(names):
                     raise UserError(f"{table}: its header names a column twice: {shortened(row)}")
             elif len(row) != len(names):
-                raise UserError(f"{table}, line {number}: {len(row)} fields, {shortened(row)}; the "
-                                f"header has {len(names)}: put a text with {between!r} in it "
-                                "between quotes")  # fmt: skip
+                raise UserError(
+                    f"{table}, line {number}: {len(row)} fields, {shortened(row)}; the "
+                    f"header has {len(names)}: put a text with {between!r} in it "
+                    "between quotes"
+                )
             else:
                 yield number, {n: _csv_value(value) for n, value in zip(names, row)}
             number = rows.line_num + before
@@ -412,7 +468,8 @@ def _csv_value(text: str) -> str | list | None:
 
 def _python_list(text: str) -> list | None:
     """The texts and nulls between brackets; None for anything else."""
-    items, place = [], 0
+    items = []
+    place = 0
     while place < len(text):
         if not (item := ITEM.match(text, place)):
             return None
@@ -428,8 +485,10 @@ def _parquet_rows(table: Path) -> Iterator[tuple[int, dict]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"{table} needs the pyarrow library: pip install pyarrow (or datasets); or "
-                        "write it as metadata.jsonl") from None  # fmt: skip
+        raise UserError(
+            f"{table} needs the pyarrow library: pip install pyarrow (or datasets); or "
+            "write it as metadata.jsonl"
+        ) from None
     try:
         with parquet.ParquetFile(table) as file:
             number = 0

@@ -18,19 +18,23 @@ from .depth import to_8_bit
 
 DARK = 32  # of 255: a profile with which a full colour is darker than that is broken
 SAME = 2  # of 255: what one maker's sRGB profile differs from another's
-INTENT, FLAGS = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
+FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 SPACES = {  # a profile's, and the modes in which Pillow has such pixels
     "RGB": ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr"),
     "CMYK": ("CMYK",),
     "LAB": ("LAB",),
 }
 MAX_PROFILE = 1 << 22  # bytes
-D65, D50 = (0.3127, 0.3290), (0.9642, 1.0, 0.8249)  # xy; XYZ of the profile connection space
+D65 = (0.3127, 0.3290)
+D50 = (0.9642, 1.0, 0.8249)  # xy; XYZ of the profile connection space
 SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of red, green and blue
-ADOBE, ADOBE_GAMMA = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06), 563 / 256
+ADOBE = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+ADOBE_GAMMA = 563 / 256
 GAMMA_SAME = 0.05  # gAMA within 5 % of 1/2.2 means sRGB, as libpng takes it
 PRIMARIES = {  # ITU-T H.273: white and primaries
-    1: (*D65, *SRGB), 2: (*D65, *SRGB),
+    1: (*D65, *SRGB),
+    2: (*D65, *SRGB),
     4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
     5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
     6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
@@ -39,7 +43,7 @@ PRIMARIES = {  # ITU-T H.273: white and primaries
     11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
     12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
     22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
-}  # fmt: skip
+}
 TRANSFERS = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
 LESSER = ("icc_profile", "srgb", "gamma", "chromaticity")  # in info, after cICP
 HDR = {16: "PQ", 18: "HLG"}
@@ -67,7 +71,8 @@ def prepare(image: Image.Image) -> None:
     elif b"R03\0" in (image.info.get("exif") or b"") and "icc_profile" not in image.info:
         with contextlib.suppress(Exception):  # Pillow raises nearly everything on damaged EXIF
             exif = image.getexif()
-            interop, colour_space = exif.get_ifd(0xA005).get(1), exif.get_ifd(0x8769).get(0xA001)
+            interop = exif.get_ifd(0xA005).get(1)
+            colour_space = exif.get_ifd(0x8769).get(0xA001)
             image.info["adobe_rgb"] = interop == "R03" and colour_space != 1
     transfer = image.info.get("cicp", (1, 1))[1]
     if transfer in HDR:
@@ -111,7 +116,8 @@ def _gif(image: Image.Image) -> None:
     at = head.find(b"\x21\xff\x0bICCRGBG1012")  # an application's block, then pieces with lengths
     if at < 0:
         return
-    at, profile = at + 14, b""
+    at = at + 14
+    profile = b""
     while at < len(head) and head[at]:
         profile += head[at + 1 : at + 1 + head[at]]
         at += 1 + head[at]
@@ -140,8 +146,9 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
     if _is_grey(image) and space in ("GRAY", "RGB"):
         return to_8_bit(image, _grey_curve(profile))
     if image.mode not in SPACES.get(space, ()):
-        raise BadProfile(f"its colour profile is for {space or 'nothing known'}, its pixels are "
-                         f"{image.mode}")  # fmt: skip
+        raise BadProfile(
+            f"its colour profile is for {space or 'nothing known'}, its pixels are {image.mode}"
+        )
     if space == "RGB":
         image, mode = to_8_bit(image), "RGBA" if image.has_transparency_data else "RGB"
         image = image if image.mode == mode else image.convert(mode)
@@ -189,7 +196,8 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     if not (xy[:, 1] > 0).all():
         raise BadProfile("its cHRM is impossible")
     xyz = np.stack([xy[:, 0], xy[:, 1], 1 - xy.sum(1)]) / xy[:, 1]  # (3, 4) of luminance 1
-    white, primaries = xyz[:, 0], xyz[:, 1:]
+    white = xyz[:, 0]
+    primaries = xyz[:, 1:]
     if abs(np.linalg.det(primaries)) < 1e-6:
         raise BadProfile("its cHRM is impossible")
     with np.errstate(all="ignore"):
@@ -215,12 +223,21 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
         for name, column in zip("rgb", columns.T):
             tags[f"{name}XYZ".encode()] = b"XYZ \0\0\0\0" + fixed(column)
             tags[f"{name}TRC".encode()] = curve
-    at, table, data = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    at = 132 + 12 * len(tags)
+    table = struct.pack(">I", len(tags))
+    data = b""
     for name, value in tags.items():
         table += struct.pack(">4sII", name, at + len(data), len(value))
         data += value
-    head = struct.pack(">I4xI4s4s4s12x4s28x", at + len(data), 0x04200000, b"mntr",
-                       b"GRAY" if grey else b"RGB ", b"XYZ ", b"acsp") + fixed(D50)  # fmt: skip
+    head = struct.pack(
+        ">I4xI4s4s4s12x4s28x",
+        at + len(data),
+        0x04200000,
+        b"mntr",
+        b"GRAY" if grey else b"RGB ",
+        b"XYZ ",
+        b"acsp",
+    ) + fixed(D50)
     return head.ljust(128, b"\0") + table + data
 
 

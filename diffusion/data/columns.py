@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..distributed import log
+from ..runtime.distributed import log
 from .captions import CAPTION_COLUMNS, Selection, shortened, texts_of
 from .images import BadImage, read_image
 
@@ -60,13 +60,16 @@ class HubSet:
             return -1
         number = self.values.get(value) if self.values is not None else value
         if number is None or not 0 <= number < len(self.classes):
-            raise UserError(f"hf:{self.path}: column {self.label} holds {shortened(value)}, none "
-                            f"of its {len(self.classes)} classes")  # fmt: skip
+            raise UserError(
+                f"hf:{self.path}: column {self.label} holds {shortened(value)}, none "
+                f"of its {len(self.classes)} classes"
+            )
         return number
 
 
-def open_hub(path: str, streaming: bool, selection: Selection | None = None,
-             default_caption: str = "") -> HubSet:  # fmt: skip
+def open_hub(
+    path: str, streaming: bool, selection: Selection | None = None, default_caption: str = ""
+) -> HubSet:
     """A split through the datasets library. Raises UserError where columns are not clear."""
     try:
         import datasets
@@ -83,12 +86,16 @@ def open_hub(path: str, streaming: bool, selection: Selection | None = None,
     if image is None and not images:
         raise UserError(f"hf:{path} has no image column; its columns are {', '.join(features)}")
     if image is None and len(images) > 1 and not named:
-        raise UserError(f"hf:{path} has several image columns: {', '.join(images)}; name one with "
-                        "--image_column")  # fmt: skip
+        raise UserError(
+            f"hf:{path} has several image columns: {', '.join(images)}; name one with "
+            "--image_column"
+        )
     image = image or (named or images)[0]
     if image not in images and not _encoded(datasets, features[image]):
-        raise UserError(f"--image_column {image}: hf:{path} holds {features[image]} there; "
-                        f"columns of images are {', '.join(images) or 'none'}")  # fmt: skip
+        raise UserError(
+            f"--image_column {image}: hf:{path} holds {features[image]} there; "
+            f"columns of images are {', '.join(images) or 'none'}"
+        )
     text = _column("caption_column", selection.caption_column, path, features)
     text = text or next((n for n in CAPTION_COLUMNS if n in features), None)
     labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
@@ -96,14 +103,27 @@ def open_hub(path: str, streaming: bool, selection: Selection | None = None,
     classes, values = (features[label].names, None) if label else ([], None)
     if label is None and not streaming:
         label, classes, values = _labels(data, features)
-    log(f"data: hf:{path}: split {split}, images from column {image}, "
+    log(
+        f"data: hf:{path}: split {split}, images from column {image}, "
         f"captions from {text or 'no column'}, labels from {label or 'no column'}"
-        + (f" ({len(classes)} classes)" if label else ""))  # fmt: skip
+        + (f" ({len(classes)} classes)" if label else "")
+    )
     data = data.cast_column(image, datasets.Image(decode=False))
     # before there was a choice, the first column of the train split was read
     key = () if (split, image) == ("train", (images or [None])[0]) else (split, image)
-    return HubSet(path, data, split, image, text, label, classes, values, default_caption, key,
-                  selection.captions)  # fmt: skip
+    return HubSet(
+        path,
+        data,
+        split,
+        image,
+        text,
+        label,
+        classes,
+        values,
+        default_caption,
+        key,
+        selection.captions,
+    )
 
 
 def unlabelled(value) -> bool:
@@ -135,8 +155,10 @@ def _load(datasets, path: str, streaming: bool, split: str | None):
 
 def _column(option: str, name: str | None, path: str, features) -> str | None:
     if name is not None and name not in features:
-        raise UserError(f"--{option} {name}: hf:{path} has no such column; its columns are "
-                        f"{', '.join(features)}")  # fmt: skip
+        raise UserError(
+            f"--{option} {name}: hf:{path} has no such column; its columns are "
+            f"{', '.join(features)}"
+        )
     return name
 
 

@@ -18,9 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
-PHOTOMETRIC, BITS, PLANAR, SAMPLE_FORMAT = 262, 258, 284, 339  # TIFF tags
-LOWEST, HIGHEST = (340, 280), (341, 281)  # S(igned) ones first
-SAMPLES_PER_PIXEL, EXTRA_SAMPLES, SUBSAMPLING = 277, 338, 530
+PHOTOMETRIC = 262
+BITS = 258
+PLANAR = 284
+SAMPLE_FORMAT = 339  # TIFF tags
+LOWEST = (340, 280)
+HIGHEST = (341, 281)  # S(igned) ones first
+SAMPLES_PER_PIXEL = 277
+EXTRA_SAMPLES = 338
+SUBSAMPLING = 530
 SAMPLES = {1: "unsigned integer", 2: "signed integer", 3: "floating point"}
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 OVERSHOOT = 0.5  # of floats beyond 0 ... 1, as sharpening makes it; cut off
@@ -41,26 +47,31 @@ def prepare(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
 
 def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
-    bits, kind = max(tags.get(BITS, (1,))), max(tags.get(SAMPLE_FORMAT, (1,)))
+    bits = max(tags.get(BITS, (1,)))
+    kind = max(tags.get(SAMPLE_FORMAT, (1,)))
     white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
     is_raw = all(tile[0] == "raw" for tile in image.tile)
     in_planes = tags.get(PLANAR) == 2 and tags.get(SAMPLES_PER_PIXEL, 1) > 1
     # of compressed ones without alpha, libtiff reads the first plane
     if in_planes and image.mode in (("1", "L", "P") if is_raw else ()) + ("LA", "La", "PA"):
-        raise ValueError(f"a TIFF of {bits}-bit {image.mode} planes, which Pillow misreads; store "
-                         "it interleaved, or as PNG")  # fmt: skip
+        raise ValueError(
+            f"a TIFF of {bits}-bit {image.mode} planes, which Pillow misreads; store "
+            "it interleaved, or as PNG"
+        )
     if not is_raw:
         # libtiff gives the machine's byte order, Pillow expects the file's
         _read_as(image, lambda raw: NATIVE.get(raw, raw))
     elif in_planes and bits == 16:
         if image.mode not in ("RGB", "RGBA"):
-            raise ValueError(f"a TIFF of 16-bit {image.mode} planes, which Pillow misreads; store "
-                             "it interleaved")  # fmt: skip
+            raise ValueError(
+                f"a TIFF of 16-bit {image.mode} planes, which Pillow misreads; store it interleaved"
+            )
         order = "L" if tags.prefix == b"II" else "B"
         _read_as(image, lambda raw: f"{raw};16{order}")
     elif image.mode == "YCbCr" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
-        raise ValueError("an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; convert "
-                         "it to RGB")  # fmt: skip
+        raise ValueError(
+            "an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; convert it to RGB"
+        )
     if _is_deep(image):
         declared = _declared_range(tags, bits, kind)
         low, high = declared or (0.0, 1.0)
@@ -68,8 +79,10 @@ def _prepare_tiff(image: Image.Image) -> None:
         image.info["sample_declared"] = declared is not None
         image.info["sample_unsigned"] = kind == 1
     elif kind == 2:
-        raise ValueError(f"a TIFF of {bits}-bit signed integers, which Pillow misreads; convert "
-                         "it to 8 or 16 bit unsigned")  # fmt: skip
+        raise ValueError(
+            f"a TIFF of {bits}-bit signed integers, which Pillow misreads; convert "
+            "it to 8 or 16 bit unsigned"
+        )
 
 
 def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
@@ -81,7 +94,8 @@ def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
         known = names[:1] if has_type_range else names
         return next((float(np.min(tags[name])) for name in known if name in tags), None)
 
-    low, high = declared(LOWEST), declared(HIGHEST)
+    low = declared(LOWEST)
+    high = declared(HIGHEST)
     low = 0.0 if low is None and kind == 1 else low
     if low is not None and high is not None and -np.inf < low < high < np.inf:
         return low, high
@@ -97,7 +111,8 @@ def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
 
 def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
     """Bring tRNS, which is in the file's depth, to that of the pixels."""
-    key, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
+    key = image.info["transparency"]
+    raw = image.tile[0][3] if image.tile else ""
     if raw in ("L;2", "L;4"):
         image.info["transparency"] = key * (85 if raw == "L;2" else 17)
     if raw != "RGB;16B":
@@ -185,7 +200,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
 
 def _check_floats(image: Image.Image) -> None:
     ends = [(values.min(), values.max()) for _, values in _bands(image)]
-    low, high = float(np.min(ends)), float(np.max(ends))  # NaN if one is
+    low = float(np.min(ends))
+    high = float(np.max(ends))  # NaN if one is
     if not np.isfinite([low, high]).all():
         raise ValueError("floating point values that are NaN or infinite; replace them")
     declared = image.info.get("sample_declared", False)
@@ -207,17 +223,20 @@ def describe_tiff(source: Path | io.BytesIO) -> str | None:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)
-        bits, kind = tags.get(BITS, (1,)), SAMPLES.get(max(tags.get(SAMPLE_FORMAT, (1,))))
+        bits = tags.get(BITS, (1,))
+        kind = SAMPLES.get(max(tags.get(SAMPLE_FORMAT, (1,))))
         if kind is None or max(bits) > 64:
             return None
-        samples, photometric = tags.get(SAMPLES_PER_PIXEL, 1), tags.get(PHOTOMETRIC, 0)
+        samples = tags.get(SAMPLES_PER_PIXEL, 1)
+        photometric = tags.get(PHOTOMETRIC, 0)
         about = [f"photometric {photometric}" + (", WhiteIsZero" if photometric == 0 else "")]
         about += ["with alpha"] if EXTRA_SAMPLES in tags else []
         about += ["in planes"] if tags.get(PLANAR) == 2 and samples > 1 else []
         about += ["big-endian"] if head[:2] == b"MM" else []
         # what has a common depth already is only laid out in a rare way
         usual = max(bits) in (8, 16) and tags.get(SAMPLE_FORMAT, (1,))[0] == 1
-        return (f"a TIFF of {samples} x {max(bits)}-bit {kind} ({', '.join(about)}), which Pillow "
-                f"cannot read; {'save it as PNG' if usual else 'convert it to 8 or 16 bit'}"
-                )  # fmt: skip
+        return (
+            f"a TIFF of {samples} x {max(bits)}-bit {kind} ({', '.join(about)}), which Pillow "
+            f"cannot read; {'save it as PNG' if usual else 'convert it to 8 or 16 bit'}"
+        )
     return None

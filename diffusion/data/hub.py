@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from .. import UserError
-from ..distributed import log, progress
-from ..seeding import generator, permutation
-from ..weights.guards import TarMember
+from ..files.validate import TarMember
+from ..runtime.distributed import log, progress
+from ..runtime.seeding import generator, permutation
 from .batches import Batch, StepBatches
 from .cache import locked
 from .captions import Selection
 from .columns import open_hub
-from .datasets import ImageSet, digest, file_stamp, folder_set
-from .folders import report
+from .folder import report
+from .image_set import ImageSet, digest, file_stamp, folder_set
 from .images import BadImage, OddLog, read_noting
 
 MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
@@ -41,8 +41,9 @@ NAMED = {
 }
 
 
-def named_set(name: str, data_class: str, default_caption: str,
-              selection: Selection | None = None) -> ImageSet:  # fmt: skip
+def named_set(
+    name: str, data_class: str, default_caption: str, selection: Selection | None = None
+) -> ImageSet:
     """A set of the table above, fetched to data/NAME if it is not there."""
     source = NAMED[name]
     if isinstance(source, str):
@@ -70,8 +71,15 @@ def fetch(url: str, target: Path) -> None:
             inner = [p for p in unpacked.iterdir() if not p.name.startswith((".", "__MACOSX"))]
             whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else unpacked
             os.replace(whole, target)
-        except (OSError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, EOFError, zlib.error,
-                NotImplementedError) as error:  # fmt: skip
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            RuntimeError,
+            EOFError,
+            zlib.error,
+            NotImplementedError,
+        ) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{url} could not be fetched: {reason}; download it elsewhere and unpack it to "
@@ -89,8 +97,9 @@ def download(url: str, part: Path) -> None:
         free = shutil.disk_usage(part.parent).free
         if 2 * total > free:  # the archive, and what it holds
             raise OSError(f"{2 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        with progress(desc=f"fetching {url.split('/')[-1]}", total=total or None, unit="B",
-                      unit_scale=True) as bar:  # fmt: skip
+        with progress(
+            desc=f"fetching {url.split('/')[-1]}", total=total or None, unit="B", unit_scale=True
+        ) as bar:
             while chunk := response.read(1 << 20):
                 out.write(chunk)
                 bar.update(len(chunk))
@@ -111,7 +120,8 @@ def _unpack(archive: Path, target: Path) -> None:
 
 
 def _check_total(archive: Path, total: int) -> None:
-    size, free = archive.stat().st_size, shutil.disk_usage(archive.parent).free
+    size = archive.stat().st_size
+    free = shutil.disk_usage(archive.parent).free
     if not total:
         raise OSError("it holds nothing")
     if total > max(MOST_UNPACKED * size, 1 << 24):
@@ -127,8 +137,10 @@ def is_cifar(folder: Path) -> bool:
 def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
     """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
     if selection not in (None, Selection()):
-        raise UserError(f"{folder} holds CIFAR-10 in binary, whose training images are read: drop "
-                        "--split, --image_column and --caption_column")  # fmt: skip
+        raise UserError(
+            f"{folder} holds CIFAR-10 in binary, whose training images are read: drop "
+            "--split, --image_column and --caption_column"
+        )
     files = sorted(folder.glob("data_batch_*.bin"))
     for file in files:
         size = file.stat().st_size if file.is_file() else 0
@@ -138,11 +150,14 @@ def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
     if not files:
         raise UserError(f"{folder} holds no data_batch_1.bin: fetch it again")
     table = np.concatenate(rows).reshape(-1, 3073)
-    labels, pixels = table[:, 0], table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = table[:, 0]
+    pixels = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     names = (folder / "batches.meta.txt").read_text().split()
     if labels.max() >= len(names):
-        raise UserError(f"{folder} has labels up to {labels.max()} for {len(names)} classes: it is "
-                        "damaged, fetch it again")  # fmt: skip
+        raise UserError(
+            f"{folder} has labels up to {labels.max()} for {len(names)} classes: it is "
+            "damaged, fetch it again"
+        )
 
     def read(i: int, size: int) -> np.ndarray:
         from PIL import Image
@@ -152,11 +167,14 @@ def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
         return to_pixels(Image.fromarray(np.ascontiguousarray(pixels[i])), size)
 
     return ImageSet(
-        name="cifar10", names=[f"cifar10/{i:05d}" for i in range(len(table))], read=read,
-        labels=labels.astype(int).tolist(), classes=names,
+        name="cifar10",
+        names=[f"cifar10/{i:05d}" for i in range(len(table))],
+        read=read,
+        labels=labels.astype(int).tolist(),
+        classes=names,
         texts=[(f"a photo of a {names[i]}",) for i in labels],
         stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
-    )  # fmt: skip
+    )
 
 
 # --- the hub ------------------------------------------------------------------------------------
@@ -165,9 +183,11 @@ def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
 def hub_set(path: str, default_caption: str = "", selection: Selection | None = None) -> ImageSet:
     """A split of a hub set (or a local folder of parquet files), downloaded."""
     hub = open_hub(path, False, selection, default_caption)
-    data, texts = hub.data, [(default_caption,)] * len(hub.data) if default_caption else None
+    data = hub.data
+    texts = [(default_caption,)] * len(hub.data) if default_caption else None
     if hub.text:
-        texts, bad = [], []
+        texts = []
+        bad = []
         for i, value in enumerate(data[hub.text]):
             try:
                 texts.append(hub.captions(value, i))
@@ -199,20 +219,34 @@ class StreamBatches(StepBatches):
     The stream's first images are held out.
     """
 
-    BLOCK, HELD_OUT = 1024, 128
+    BLOCK = 1024
+    HELD_OUT = 128
 
-    def __init__(self, path: str, size: int, batch_size: int, seed: int, flip: bool = True,
-                 default_caption: str = "", selection: Selection | None = None):  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        size: int,
+        batch_size: int,
+        seed: int,
+        flip: bool = True,
+        default_caption: str = "",
+        selection: Selection | None = None,
+    ):
         super().__init__()
         self.hub = open_hub(path, True, selection, default_caption)
-        self.data, self.classes = self.hub.data, self.hub.classes
-        self.path, self.size, self.batch_size = path, size, batch_size
-        self.seed, self.flip = seed, flip
+        self.data = self.hub.data
+        self.classes = self.hub.classes
+        self.path = path
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.flip = flip
         self.captioned = bool(self.hub.text or default_caption)
         self.odd = OddLog()
         self.length: int | None = None
         self.blocks: dict[int, list] = {}
-        self.reader, self.next_block = None, -1
+        self.reader = None
+        self.next_block = -1
         self.skipped: set[int] = set()
         first = [self._decode(row, i) for i, row in enumerate(self.data.take(self.HELD_OUT))]
         if len(first) < self.HELD_OUT:
@@ -237,8 +271,10 @@ class StreamBatches(StepBatches):
         except BadImage as error:
             if number not in self.skipped:
                 self.skipped.add(number)
-                log(f"warning: row {number} of hf:{self.path} is skipped: {error} "
-                    f"({len(self.skipped)} so far)")  # fmt: skip
+                log(
+                    f"warning: row {number} of hf:{self.path} is skipped: {error} "
+                    f"({len(self.skipped)} so far)"
+                )
             return None
         self.odd(f"row {number} of hf:{self.path}", found)
         texts = hub.captions(row[hub.text] if hub.text and hub.strict else None, number)
@@ -281,11 +317,16 @@ class StreamBatches(StepBatches):
         flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
         g = generator(self.seed, "caption", step)
         fractions = torch.rand(self.batch_size, generator=g, dtype=torch.float64).tolist()[low:high]
-        return self._batch([
-            (pixels[:, ::-1] if flip and self.flip else pixels, label,
-             texts[int(fraction * len(texts)) :])
-            for (pixels, label, texts), flip, fraction in zip(rows, flips, fractions)
-        ])  # fmt: skip
+        return self._batch(
+            [
+                (
+                    pixels[:, ::-1] if flip and self.flip else pixels,
+                    label,
+                    texts[int(fraction * len(texts)) :],
+                )
+                for (pixels, label, texts), flip, fraction in zip(rows, flips, fractions)
+            ]
+        )
 
     def held_out_batch(self, low: int, high: int) -> Batch:
         return self._batch(self.first[low:high])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..distributed import log
+from ..runtime.distributed import log
 from . import colour, depth
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
@@ -22,16 +22,46 @@ ONE_COLOUR = 16
 
 # What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
 SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif", ".heic", ".heif", ".jxl",
-}  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".tga",
+    ".jp2",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+}
 
 
 # Their formats in Pillow, which goes by content and knows others: EPS would start Ghostscript.
 FORMATS = {
-    "JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF",
-    "HEIF", "JXL",
-}  # fmt: skip
+    "JPEG",
+    "MPO",
+    "PNG",
+    "BMP",
+    "DIB",
+    "GIF",
+    "WEBP",
+    "TIFF",
+    "PPM",
+    "TGA",
+    "JPEG2000",
+    "AVIF",
+    "HEIF",
+    "JXL",
+}
 
 
 class BadImage(Exception):
@@ -117,7 +147,8 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     if size is None:
         return np.array(image)
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     if image.size != (side, side):
         image = image.crop((left, top, left + side, top + side))
     return np.array(to_rgb(image).resize((size, size), Image.LANCZOS))

@@ -14,14 +14,30 @@ from .images import to_pixels
 COUNT = 12_000
 CANVAS = 128  # drawn at this size, then resized
 
-HAIR = {"black": (38, 32, 36), "brown": (110, 66, 34), "blond": (242, 205, 96),
-        "red": (205, 56, 38), "blue": (62, 104, 222), "pink": (245, 130, 186),
-        "green": (58, 164, 88), "white": (238, 238, 244)}  # fmt: skip
-SKIN = {"pale": (255, 225, 204), "tan": (232, 184, 142), "brown": (168, 112, 76),
-        "dark": (102, 66, 48)}  # fmt: skip
-BACKGROUND = {"blue": (150, 198, 240), "yellow": (252, 232, 130), "green": (164, 222, 158),
-              "pink": (250, 190, 205), "purple": (190, 168, 232),
-              "gray": (196, 200, 206)}  # fmt: skip
+HAIR = {
+    "black": (38, 32, 36),
+    "brown": (110, 66, 34),
+    "blond": (242, 205, 96),
+    "red": (205, 56, 38),
+    "blue": (62, 104, 222),
+    "pink": (245, 130, 186),
+    "green": (58, 164, 88),
+    "white": (238, 238, 244),
+}
+SKIN = {
+    "pale": (255, 225, 204),
+    "tan": (232, 184, 142),
+    "brown": (168, 112, 76),
+    "dark": (102, 66, 48),
+}
+BACKGROUND = {
+    "blue": (150, 198, 240),
+    "yellow": (252, 232, 130),
+    "green": (164, 222, 158),
+    "pink": (250, 190, 205),
+    "purple": (190, 168, 232),
+    "gray": (196, 200, 206),
+}
 IRIS = {"blue": (50, 110, 220), "green": (40, 150, 80), "brown": (105, 62, 30)}
 STYLE = ("short", "long", "bob", "spiky", "bald")
 MOUTH = ("smile", "grin", "frown", "flat mouth", "open mouth")
@@ -65,8 +81,10 @@ def draw(index: int, size: int) -> np.ndarray:
     rng = random.Random(f"toy pose {index}")
     image = Image.new("RGB", (CANVAS, CANVAS), BACKGROUND[a["background"]])
     pen = ImageDraw.Draw(image)
-    cx, cy = 64 + rng.uniform(-4, 4), 70 + rng.uniform(-3, 3)
-    w, h = 36 + rng.uniform(-3, 3), 42 + rng.uniform(-3, 3)  # half axes of the head
+    cx = 64 + rng.uniform(-4, 4)
+    cy = 70 + rng.uniform(-3, 3)
+    w = 36 + rng.uniform(-3, 3)
+    h = 42 + rng.uniform(-3, 3)  # half axes of the head
     skin = SKIN[a["skin"]]
     shade = tuple(int(v * 0.8) for v in skin)
 
@@ -97,8 +115,10 @@ def read_colours(image: np.ndarray) -> tuple[str, str]:
     size = len(image)
 
     def nearest(palette: dict, *boxes) -> str:
-        parts = [image[round(y0 * size) : round(y1 * size), round(x0 * size) : round(x1 * size)]
-                 for x0, x1, y0, y1 in boxes]  # fmt: skip
+        parts = [
+            image[round(y0 * size) : round(y1 * size), round(x0 * size) : round(x1 * size)]
+            for x0, x1, y0, y1 in boxes
+        ]
         colour = np.median(np.concatenate([p.reshape(-1, 3) for p in parts]), 0)
         return min(palette, key=lambda name: np.abs(colour - palette[name]).sum())
 
@@ -145,7 +165,8 @@ def _eyes(pen, ellipse, a, cx, cy, w):
 
 
 def _mouth(pen, ellipse, mouth, x, y):
-    dark, red = (120, 36, 40), (196, 60, 66)
+    dark = (120, 36, 40)
+    red = (196, 60, 66)
     if mouth == "smile":
         pen.arc((x - 14, y - 14, x + 14, y + 8), 20, 160, fill=dark, width=4)
     elif mouth == "grin":

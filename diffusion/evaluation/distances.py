@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import distributed as dist
+from ..runtime import distributed as dist
 
 FEW = 2048  # images below which a Fréchet distance says little; Inception has as many features
 # what the numbers in results mean; "X" is the network whose features were taken
@@ -68,7 +68,8 @@ def kernel_distance(
     The mean over random subsets of at most `most` images, drawn as clean-fid draws them.
     """
     random = np.random.RandomState(seed)
-    D, m = real.shape[1], min(len(real), len(fake), most)
+    D = real.shape[1]
+    m = min(len(real), len(fake), most)
     total = 0.0
     for _ in range(subsets):
         x = fake[random.choice(len(fake), m, replace=False)]
@@ -88,8 +89,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """
 
     def inside(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cat([torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values
-                            for part in manifold.split(1024)])  # fmt: skip
+        radius = torch.cat(
+            [
+                torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values
+                for part in manifold.split(1024)
+            ]
+        )
         hit = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1024)]
         return float(torch.cat(hit).double().mean())
 
@@ -99,7 +104,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
     """Mean and deviation over splits of exp(E KL(p(y|x) || p(y))), arXiv:1606.03498 section 4."""
     order = np.random.RandomState(0).permutation(len(probabilities))  # files may come by class
-    scores, probabilities = [], probabilities[order]
+    scores = []
+    probabilities = probabilities[order]
     for p in probabilities.tensor_split(min(splits, len(probabilities))):
         kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
         scores.append(kl.sum(1).mean().exp())

@@ -17,20 +17,47 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.folders import report, scan
+from ..data.folder import report, scan
 from ..data.hub import download
 from ..data.images import BadImage, read_image
-from ..distributed import any_rank, gather_object, is_main, log, progress, rank, world_size
-from ..pipeline import Pipeline
-from .viz import to_uint8
+from ..pictures.grid import to_uint8
+from ..runtime.distributed import (
+    any_rank,
+    gather_object,
+    is_main,
+    log,
+    progress,
+    rank,
+    world_size,
+)
+from ..sampling.pipeline import Pipeline
 
 INCEPTION = "inception-2015-12-05.pt"
 # what else stands beside a distance in results and logs; no network may be called so
 RESERVED = {
-    "fid", "kid", "precision", "recall", "inception_score", "inception_score_std", "features",
-    "num_real", "num_fake", "sampler", "steps", "evaluations", "seconds", "step", "loss",
-    "heldout_loss", "lr", "grad_norm", "skipped", "img_per_s", "fid_seconds", "fid_num_images",
-}  # fmt: skip
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "inception_score",
+    "inception_score_std",
+    "features",
+    "num_real",
+    "num_fake",
+    "sampler",
+    "steps",
+    "evaluations",
+    "seconds",
+    "step",
+    "loss",
+    "heldout_loss",
+    "lr",
+    "grad_norm",
+    "skipped",
+    "img_per_s",
+    "fid_seconds",
+    "fid_num_images",
+}
 
 
 def cache_folder() -> Path:
@@ -68,12 +95,16 @@ class Features:
             out = self.network(x)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"the feature network {self.about} cannot use images of "
-                            f"{tuple(x.shape[1:])} {x.dtype}: {reason}") from None  # fmt: skip
+            raise UserError(
+                f"the feature network {self.about} cannot use images of "
+                f"{tuple(x.shape[1:])} {x.dtype}: {reason}"
+            ) from None
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise UserError(f"the feature network {self.about} returned {got} for "
-                            f"{len(images)} images; expected a tensor (N, D)")  # fmt: skip
+            raise UserError(
+                f"the feature network {self.about} returned {got} for "
+                f"{len(images)} images; expected a tensor (N, D)"
+            )
         return out.cpu().double()  # MPS has no float64
 
     def probabilities(self, features: Tensor) -> Tensor | None:
@@ -109,10 +140,15 @@ def open_features(path: str | None, device: torch.device) -> Features:
         return _inception(device)
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"--fid_features {file} does not exist; give a TorchScript file, written "
-                        "by torch.jit.script(network).save(FILE)")  # fmt: skip
-    network = _load(file, lambda: torch.jit.load(file, map_location=device),
-                    "write one by torch.jit.script(network).save(FILE)")  # fmt: skip
+        raise UserError(
+            f"--fid_features {file} does not exist; give a TorchScript file, written "
+            "by torch.jit.script(network).save(FILE)"
+        )
+    network = _load(
+        file,
+        lambda: torch.jit.load(file, map_location=device),
+        "write one by torch.jit.script(network).save(FILE)",
+    )
     stat = file.stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     return Features(name_of(path), file.name, key, network, device)
@@ -142,8 +178,11 @@ def _inception(device: torch.device) -> Features:
             error = failure
     if any_rank(error is not None):  # no rank waits for a file that will not come
         raise error or UserError("rank 0 could not fetch the Inception network")
-    network = _load(file, lambda: InceptionV3W(str(file.parent), download=False),
-                    "delete it, and it is fetched again")  # fmt: skip
+    network = _load(
+        file,
+        lambda: InceptionV3W(str(file.parent), download=False),
+        "delete it, and it is fetched again",
+    )
     classifier = network.base.state_dict().get("output.weight")
     about = "clean-fid's Inception (mode clean)"
     return Features("fid", about, INCEPTION, network.to(device), device, classifier)
@@ -185,7 +224,9 @@ def folder_features(
     files = scan(folder) if files is None else files
     if not files:
         raise UserError(f"no images below {folder}")
-    found, sizes, bad = [], set(), []  # found: (numbers of the files, features)
+    found = []
+    sizes = set()
+    bad = []  # found: (numbers of the files, features)
     mine = range(len(files))[rank() :: world_size()]
     for start in progress(range(0, len(mine), 64), desc=folder.name or str(folder), leave=False):
         groups: dict[tuple, list] = {}
@@ -197,8 +238,10 @@ def folder_features(
                 continue
             groups.setdefault(image.shape[:2], []).append((i, image))
         sizes |= set(groups)
-        found += [([i for i, _ in group], features(np.stack([image for _, image in group])))
-                  for group in groups.values()]  # fmt: skip
+        found += [
+            ([i for i, _ in group], features(np.stack([image for _, image in group])))
+            for group in groups.values()
+        ]
     ranks = gather_object((sizes, bad))
     if ranks is not None:
         sizes = set().union(*(s for s, _ in ranks))
@@ -214,10 +257,13 @@ def check_sizes(sizes: set[tuple[int, int]], features: Features, what: str) -> N
         return
     told = ", ".join(sorted(f"{w}x{h}" for h, w in sizes)[:4])
     if not features.is_inception:
-        raise UserError(f"{what}: images of {len(sizes)} sizes ({told}); give --size N to bring "
-                        "all to N pixels")  # fmt: skip
-    log(f"warning: {what}: images of {len(sizes)} sizes ({told}), compared as they are; --size N "
-        "brings all to N pixels")  # fmt: skip
+        raise UserError(
+            f"{what}: images of {len(sizes)} sizes ({told}); give --size N to bring all to N pixels"
+        )
+    log(
+        f"warning: {what}: images of {len(sizes)} sizes ({told}), compared as they are; --size N "
+        "brings all to N pixels"
+    )
 
 
 def gathered(parts: list[tuple[list[int], Tensor]], what) -> Tensor | None:
@@ -251,5 +297,11 @@ def sampled(
         low = starts[mine] if mine < len(starts) else count
         indices = range(low, min(low + batch, count))
         H, W = pipeline.image_hw
-        yield indices, (to_uint8(pipeline.sample(indices, **told(indices), **options), indices)
-                        if len(indices) else np.empty((0, H, W, 3), np.uint8))  # fmt: skip
+        yield (
+            indices,
+            (
+                to_uint8(pipeline.sample(indices, **told(indices), **options), indices)
+                if len(indices)
+                else np.empty((0, H, W, 3), np.uint8)
+            ),
+        )

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from .. import distributed as dist
-from ..assemble import open_pipeline
 from ..config import Parser, int_list, run_script
 from ..data.captions import read_captions
-from ..data.folders import choose_split, scan, scan_split, walk
-from ..pipeline import Pipeline, is_number
+from ..data.folder import choose_split, scan, scan_split, walk
+from ..files.checkpoint import write_text
+from ..files.output import create, write_free
+from ..files.owned import SOFTWARE
+from ..pictures.grid import write_png
+from ..pictures.plot import Line, line_plot
 from ..rules import check_options
-from ..weights.checkpoint import write_text
-from ..weights.owned import SOFTWARE
+from ..runtime import distributed as dist
+from ..sampling.load import open_pipeline
+from ..sampling.pipeline import Pipeline, is_number
+from .clip_score import TextImage, count_calls, measure_folder, open_text_image
 from .distances import (
     DEFINITIONS,
     FEW,
@@ -44,20 +48,20 @@ from .features import (
     open_features,
     sampled,
 )
-from .output import create, write_free
-from .plot import Line, line_plot
-from .text_image import TextImage, count_calls, measure_folder, open_text_image
-from .viz import write_png
 
 
 def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
     """All metrics of two sets' features. Raises UserError for fewer than 2 images."""
-    n, m, name = len(real), len(fake), features.name
+    n = len(real)
+    m = len(fake)
+    name = features.name
     if min(n, m) < 2:
         raise UserError(f"{n} real and {m} generated images: a distance needs at least 2 of each")
     kid = "kid" if features.is_inception else f"{name}_kid"
-    found = {name: frechet_distance(*moments(real), *moments(fake)),
-             kid: kernel_distance(real, fake)}  # fmt: skip
+    found = {
+        name: frechet_distance(*moments(real), *moments(fake)),
+        kid: kernel_distance(real, fake),
+    }
     if min(n, m) > 3:
         found["precision"], found["recall"] = precision_recall(real, fake)
     if (probabilities := features.probabilities(fake)) is not None:
@@ -68,9 +72,16 @@ def compare(real: Tensor, fake: Tensor, features: Features) -> dict:
 def definitions(found: dict, features: Features) -> dict[str, dict]:
     """What each number that `compare` found means, whose features it is of, and of how many."""
     known = {features.name: "frechet", "kid": "kid", f"{features.name}_kid": "kid"}
-    return {name: {"definition": DEFINITIONS[known.get(name, name)], "model": features.about,
-                   "num_images": found["num_fake"], "num_real": found["num_real"]}
-            for name in found if known.get(name, name) in DEFINITIONS}  # fmt: skip
+    return {
+        name: {
+            "definition": DEFINITIONS[known.get(name, name)],
+            "model": features.about,
+            "num_images": found["num_fake"],
+            "num_real": found["num_real"],
+        }
+        for name in found
+        if known.get(name, name) in DEFINITIONS
+    }
 
 
 def meanings(measures: dict[str, dict]) -> dict[str, dict]:
@@ -80,15 +91,19 @@ def meanings(measures: dict[str, dict]) -> dict[str, dict]:
 
 def warn_of_few(n: int, m: int) -> None:
     if min(n, m) < FEW:
-        dist.log(f"warning: {n} real and {m} generated images; below {FEW} a Fréchet distance is "
-                 "mostly bias, and comparable only at equal numbers")  # fmt: skip
+        dist.log(
+            f"warning: {n} real and {m} generated images; below {FEW} a Fréchet distance is "
+            "mostly bias, and comparable only at equal numbers"
+        )
 
 
 def warn_of_calls(folder: Path, files: list[Path]) -> None:
     """Say so where a folder's files are the pictures of several calls of sample.py."""
     if dist.is_main() and (calls := count_calls(files)) > 1:
-        dist.log(f"warning: {folder} holds the pictures of {calls} calls of sample.py, which are "
-                 "all measured")  # fmt: skip
+        dist.log(
+            f"warning: {folder} holds the pictures of {calls} calls of sample.py, which are "
+            "all measured"
+        )
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -143,19 +158,37 @@ def captions_of(folder: Path, split: str | None, pipeline: Pipeline):
     found = walk(folder)
     texts = read_captions(folder, choose_split(folder, found.images, split).files, found=found)
     if texts is None:
-        raise UserError(f"the model draws captions, and {folder} has none: put name.txt beside "
-                        "each image")  # fmt: skip
+        raise UserError(
+            f"the model draws captions, and {folder} has none: put name.txt beside each image"
+        )
     return pipeline.prompted([own[0] for own in texts])
 
 
-def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, steps, told=None,
-                   extra: TextImage | None = None):  # fmt: skip
+def model_features(
+    pipeline: Pipeline,
+    features: Features,
+    args,
+    seed,
+    sampler,
+    steps,
+    told=None,
+    extra: TextImage | None = None,
+):
     """(N, D) of sampled images on rank 0, None elsewhere. extra: is given the images, too."""
-    found, done = [], 0
+    found = []
+    done = 0
     with dist.progress(total=args.num_images, desc=f"{sampler} {steps}", unit="img") as bar:
-        for numbers, images in sampled(pipeline, args.num_images, args.batch_size, told, seed=seed,
-                              sampler=sampler, steps=steps, amp=args.amp,
-                              guidance_scale=args.guidance_scale):  # fmt: skip
+        for numbers, images in sampled(
+            pipeline,
+            args.num_images,
+            args.batch_size,
+            told,
+            seed=seed,
+            sampler=sampler,
+            steps=steps,
+            amp=args.amp,
+            guidance_scale=args.guidance_scale,
+        ):
             if len(images):
                 found.append((list(numbers), features(images)))
                 if extra is not None:
@@ -166,13 +199,21 @@ def model_features(pipeline: Pipeline, features: Features, args, seed, sampler, 
     return gathered(found, "the model")
 
 
-def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Features,
-                  extra: TextImage | None = None) -> tuple[list[dict], dict]:  # fmt: skip
+def quality_table(
+    args,
+    pipeline: Pipeline,
+    real: Tensor | None,
+    features: Features,
+    extra: TextImage | None = None,
+) -> tuple[list[dict], dict]:
     """(a row for each sampler, all metrics' medians over the seeds; what they mean), empty off
     rank 0."""
-    rows, meaning = [], {}
+    rows = []
+    meaning = {}
     for sampler, steps in parse_samplers(args.samplers):
-        found, seconds, told = [], 0.0, captions_of(Path(args.real), args.split, pipeline)
+        found = []
+        seconds = 0.0
+        told = captions_of(Path(args.real), args.split, pipeline)
         for seed in args.seeds:
             began = time.perf_counter()
             fake = model_features(pipeline, features, args, seed, sampler, steps, told, extra)
@@ -185,12 +226,23 @@ def quality_table(args, pipeline: Pipeline, real: Tensor | None, features: Featu
         evaluations = steps if args.guidance_scale == 1 else 2 * steps  # with and without the class
         if found:
             numbers = [k for k, v in found[0].items() if isinstance(v, float)]
-            row = {"sampler": sampler, "steps": steps, "evaluations": evaluations,
-                   "seconds": round(seconds, 1)}  # fmt: skip
+            row = {
+                "sampler": sampler,
+                "steps": steps,
+                "evaluations": evaluations,
+                "seconds": round(seconds, 1),
+            }
             row |= {k: median(f[k] for f in found) for k in numbers}
             row[f"{features.name}_of_seeds"] = [f[features.name] for f in found]
-            dist.log("  ".join([f"{sampler:>12} {steps:>5} steps", *(
-                f"{k} {row[k]:.4g}" for k in numbers), f"{seconds:.0f} s"]))  # fmt: skip
+            dist.log(
+                "  ".join(
+                    [
+                        f"{sampler:>12} {steps:>5} steps",
+                        *(f"{k} {row[k]:.4g}" for k in numbers),
+                        f"{seconds:.0f} s",
+                    ]
+                )
+            )
             rows.append(row)
     return rows, meaning
 
@@ -203,13 +255,20 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool = False)
     text = json.dumps(result, indent=2)
     create(folder)
     file = write_free(folder / "quality.json", lambda p: write_text(p, text), overwrite)
-    rows, lines = result["rows"], []
+    rows = result["rows"]
+    lines = []
     for sampler in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((r["evaluations"], r[name]) for r in rows if r["sampler"] == sampler)
         lines.append(Line(*zip(*own), sampler, dots=True))
     title = "FID" if name == "fid" else f"Frechet distance ({name})"
-    plot = line_plot(lines, f"{title} against network evaluations", "evaluations",
-                     f"{result['num_fake']} images", log_x=True, log_y=True)  # fmt: skip
+    plot = line_plot(
+        lines,
+        f"{title} against network evaluations",
+        "evaluations",
+        f"{result['num_fake']} images",
+        log_x=True,
+        log_y=True,
+    )
     picture = file.with_suffix(".png")
     picture = write_free(picture, lambda p: write_png(plot, p), overwrite)
     dist.log(f"{file}, {picture}")
@@ -218,7 +277,8 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool = False)
 def main() -> None:
     args = parse()
     device = dist.setup(args.device)
-    fake, real = Path(args.fake), Path(args.real)
+    fake = Path(args.fake)
+    real = Path(args.real)
     extra = open_text_image(args.clip, args.lpips, device)
     if fake.is_dir():
         files = scan(fake, sampled=True)
@@ -252,10 +312,19 @@ def main() -> None:
             warn_of_few(len(a), args.num_images)
         rows, meaning = quality_table(args, pipeline, a, features, extra)
         if dist.is_main():
-            result = {"software": SOFTWARE, "checkpoint": str(fake), "weights": args.weights, "real": str(real),
-                      "size": size, "features": features.about, "num_real": len(a),
-                      "num_fake": args.num_images, "seeds": list(args.seeds),
-                      "definitions": meaning, "rows": rows}  # fmt: skip
+            result = {
+                "software": SOFTWARE,
+                "checkpoint": str(fake),
+                "weights": args.weights,
+                "real": str(real),
+                "size": size,
+                "features": features.about,
+                "num_real": len(a),
+                "num_fake": args.num_images,
+                "seeds": list(args.seeds),
+                "definitions": meaning,
+                "rows": rows,
+            }
             save_quality(Path(args.save_folder) / "metrics", result, features.name, args.overwrite)
     if dist.is_main():
         print(json.dumps(result))
@@ -266,8 +335,9 @@ def check_sampler(pipeline: Pipeline, sampler: str, steps: int, guidance_scale: 
     """Raises UserError for settings that the model cannot be sampled with, before the long work."""
     labels = torch.zeros(1, dtype=torch.long) if pipeline.conditional else None
     try:
-        pipeline.frames([0], sampler=sampler, steps=steps, labels=labels,
-                        guidance_scale=guidance_scale)  # fmt: skip
+        pipeline.frames(
+            [0], sampler=sampler, steps=steps, labels=labels, guidance_scale=guidance_scale
+        )
     except ValueError as error:
         raise UserError(f"--samplers {sampler}:{steps}: {error}") from None
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configs import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TowerConfig
 from .sd_blocks import attend, to_tokens
-from .sd_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TowerConfig
 
 # What the vision tower takes are (images in [0, 1] - mean) / std.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,14 +28,17 @@ class CLIPAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, causal: bool):
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
+        self.causal = causal
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         return self.out_proj(attend(q, k, v, self.heads, self.causal))
 
 
@@ -89,7 +92,8 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        L, longest = ids.shape[1], len(self.position_embedding.weight)
+        L = ids.shape[1]
+        longest = len(self.position_embedding.weight)
         if L > longest:
             raise ValueError(f"{L} ids in a row; at most {longest}, more in chunks of {longest}")
         return self.token_embedding(ids) + self.position_embedding.weight[:L]
@@ -125,7 +129,8 @@ class VisionEmbeddings(nn.Module):
 
     def __init__(self, c: CLIPVisionConfig):
         super().__init__()
-        D, P = c.hidden_size, c.patch_size
+        D = c.hidden_size
+        P = c.patch_size
         self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
         self.patch_embedding = nn.Conv2d(c.num_channels, D, P, stride=P, bias=False)
         self.position_embedding = nn.Embedding(1 + (c.image_size // P) ** 2, D)
@@ -141,7 +146,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, c: CLIPVisionConfig):
         super().__init__()
-        D, eps = c.hidden_size, c.layer_norm_eps
+        D = c.hidden_size
+        eps = c.layer_norm_eps
         self.embeddings = VisionEmbeddings(c)
         self.pre_layrnorm = nn.LayerNorm(D, eps=eps)  # spelt so in the files
         self.encoder = CLIPEncoder(c, causal=False)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .conv import WSConv3x3
+from .layers import WSConv3x3
 
 # What --targets may name: patterns over module names, of Stable Diffusion and of our pixel U-Net.
 TARGETS = {
@@ -56,8 +56,10 @@ class Branch(nn.Module):
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.up.weight)
         self.dropout = nn.Dropout(dropout)
-        self.alpha, self.scale = alpha, alpha / rank
-        self.weight, self.merged = 1.0, None
+        self.alpha = alpha
+        self.scale = alpha / rank
+        self.weight = 1.0
+        self.merged = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -66,7 +68,8 @@ class Branch(nn.Module):
 
     def delta(self) -> Tensor:
         """What the branch adds to the layer's weights at weight 1, in their shape, float32."""
-        down, up = self.down.weight, self.up.weight
+        down = self.down.weight
+        up = self.up.weight
         return (self.scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
@@ -105,26 +108,37 @@ def find(model: nn.Module, targets: str) -> list[str]:
     try:
         pattern = re.compile("|".join(TARGETS[n] for n in chosen) if presets else targets)
     except re.error as error:
-        raise ValueError(f"targets {targets!r} is neither of {', '.join(TARGETS)} nor a regular "
-                         f"expression ({error})") from None  # fmt: skip
+        raise ValueError(
+            f"targets {targets!r} is neither of {', '.join(TARGETS)} nor a regular "
+            f"expression ({error})"
+        ) from None
     known = layers(model)
     if names := [name for name in known if pattern.search(name)]:
         return names
     ends = sorted({re.sub(r"^(?:.*\.)?([a-z_]\w*(?:\.\d+)*)$", r"\1", name) for name in known})
-    raise ValueError(f"targets {targets!r} matches none of the {len(known)} layers that take a "
-                     f"LoRA; use {', '.join(TARGETS)}, or a regular expression over module names, "
-                     f"which end in {', '.join(ends)}")  # fmt: skip
+    raise ValueError(
+        f"targets {targets!r} matches none of the {len(known)} layers that take a "
+        f"LoRA; use {', '.join(TARGETS)}, or a regular expression over module names, "
+        f"which end in {', '.join(ends)}"
+    )
 
 
-def inject(model: nn.Module, names: Iterable[str], rank: int, alpha: float | None = None,
-           dropout: float = 0.0, adapter: str = "default") -> None:  # fmt: skip
+def inject(
+    model: nn.Module,
+    names: Iterable[str],
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    adapter: str = "default",
+) -> None:
     """A new branch beside each layer of `names`. alpha: None means the rank, a scale of 1.
 
     Raises ValueError for a rank below 1, and an adapter that is there already.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; it must be 1 or more")
-    known, alpha = layers(model), rank if alpha is None else alpha
+    known = layers(model)
+    alpha = rank if alpha is None else alpha
     for name in names:
         _attach(known[name], adapter, Branch(known[name], rank, alpha, dropout))
 
@@ -135,10 +149,13 @@ def load(model: nn.Module, parts: Mapping[str, LowRank], adapter: str, weight: f
     for name, low in parts.items():
         branch = Branch(known[name], len(low.down), low.alpha)
         for kind in ("down", "up"):
-            given, own = getattr(low, kind), getattr(branch, kind).weight
+            given = getattr(low, kind)
+            own = getattr(branch, kind).weight
             if given.shape != own.shape:
-                raise ValueError(f"{name}: {kind} is {tuple(given.shape)}, this network's layer "
-                                 f"takes {tuple(own.shape)}")  # fmt: skip
+                raise ValueError(
+                    f"{name}: {kind} is {tuple(given.shape)}, this network's layer "
+                    f"takes {tuple(own.shape)}"
+                )
             own.data.copy_(given)
         branch.weight = weight
         _attach(known[name], adapter, branch.requires_grad_(False))
@@ -166,8 +183,11 @@ def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Branch]]:
 
 def state(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
     """An adapter's weights by module name: what `load` takes."""
-    return {name: LowRank(branch.down.weight.detach(), branch.up.weight.detach(), branch.alpha)
-            for name, _, own, branch in branches(model) if own == adapter}  # fmt: skip
+    return {
+        name: LowRank(branch.down.weight.detach(), branch.up.weight.detach(), branch.alpha)
+        for name, _, own, branch in branches(model)
+        if own == adapter
+    }
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:

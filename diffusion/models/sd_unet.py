@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .configs import UNetConfig
 from .sd_blocks import (
     Attention,
     AttnBlock,
@@ -26,8 +27,7 @@ from .sd_blocks import (
     norm_silu,
     to_image,
     to_tokens,
-)  # fmt: skip
-from .sd_config import UNetConfig
+)
 from .unet import zero_init
 
 
@@ -117,7 +117,8 @@ def sinusoids(t: Tensor, dim: int, flip: bool, shift: float) -> Tensor:
     half = dim // 2
     i = torch.arange(half, device=t.device, dtype=torch.float32)
     angle = t.float()[:, None] * torch.exp(-math.log(10_000) / (half - shift) * i)
-    sin, cos = angle.sin(), angle.cos()
+    sin = angle.sin()
+    cos = angle.cos()
     return torch.cat([cos, sin] if flip else [sin, cos], 1)
 
 
@@ -138,14 +139,17 @@ class SDUNet(nn.Module):
         self.null_label = c.num_classes
         kinds = (*c.down_block_types, c.mid_block_type, *c.up_block_types)
         self.takes_context = any("CrossAttn" in kind for kind in kinds)
-        dims, last, groups = c.block_out_channels, len(c.block_out_channels) - 1, c.norm_num_groups
+        dims = c.block_out_channels
+        last = len(c.block_out_channels) - 1
+        groups = c.norm_num_groups
         E = 4 * dims[0]
 
         def res(dim_in: int, dim_out: int) -> ResnetBlock2D:
             return ResnetBlock2D(dim_in, dim_out, groups, c.norm_eps, E)
 
         def attention(kind: str, level: int, layers: int) -> list[nn.Module]:
-            d, n = dims[level], c.heads[level]
+            d = dims[level]
+            n = c.heads[level]
             if "CrossAttn" in kind:
                 options = (d, n, c.cross_attention_dim, groups, c.use_linear_projection)
                 return [Transformer2DModel(*options) for _ in range(layers)]
@@ -157,14 +161,17 @@ class SDUNet(nn.Module):
         self.class_embedding = nn.Embedding(c.num_classes + 1, E) if c.num_classes else None
         self.conv_in = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
 
-        x, skips, L = dims[0], [dims[0]], c.layers_per_block  # x, skips: numbers of channels
+        x = dims[0]
+        skips = [dims[0]]
+        L = c.layers_per_block  # x, skips: numbers of channels
         self.down_blocks = nn.ModuleList()
         for i, d in enumerate(dims):
             resnets = [res(x, d), *(res(d, d) for _ in range(L - 1))]
             down = [Downsample2D(d)] if i < last else []
             attentions = attention(c.down_block_types[i], i, L)
             self.down_blocks.append(Level(resnets, attentions, downsamplers=down))
-            x, skips = d, skips + [d] * (L + len(down))
+            x = d
+            skips = skips + [d] * (L + len(down))
 
         resnets = [res(x, x)] if c.mid_block_type == "UNetMidBlock2D" else [res(x, x), res(x, x)]
         self.mid_block = Level(resnets, attention(c.mid_block_type, last, 1))
@@ -197,8 +204,10 @@ class SDUNet(nn.Module):
         context = told if self.takes_context else None
         labels = labels if self.takes_context or told is None else told
         if self.takes_context and context is None:
-            raise ValueError(f"this network attends to a context: give one (B, L, "
-                             f"{self.config.cross_attention_dim}), got None")  # fmt: skip
+            raise ValueError(
+                f"this network attends to a context: give one (B, L, "
+                f"{self.config.cross_attention_dim}), got None"
+            )
         emb = self.embed(x, t, labels)
 
         x = self.conv_in(x)

@@ -32,14 +32,17 @@ def extend(model: CLIPTextModel, rows: Tensor, first: int) -> nn.Parameter:
     Raises ValueError unless `first` is the number of rows that there are.
     """
     embeddings = model.text_model.embeddings
-    base, rows = embeddings.token_embedding, rows.detach().float().clone()
+    base = embeddings.token_embedding
+    rows = rows.detach().float().clone()
     count = base.num_embeddings
     if isinstance(base, ExtendedEmbedding):
         count += len(base.new)
         rows = torch.cat([base.new.detach(), rows.to(base.new.device)])
     if first != count:
-        raise ValueError(f"the tokenizer has {first} tokens, the text encoder {count}: new ones "
-                         "would have the vectors of others")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer has {first} tokens, the text encoder {count}: new ones "
+            "would have the vectors of others"
+        )
     embeddings.token_embedding = ExtendedEmbedding(base, rows.to(base.weight.device))
     return embeddings.token_embedding.new
 

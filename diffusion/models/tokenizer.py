@@ -20,7 +20,9 @@ from unicodedata import category, combining, is_normalized, normalize
 import torch
 from torch import Tensor
 
-BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+BOS = "<|startoftext|>"
+EOS = "<|endoftext|>"
+END_OF_WORD = "</w>"
 
 # a byte's character in vocabularies: its own where that can be printed, else one from 256 on
 CHAR_OF = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
@@ -104,14 +106,23 @@ class Tokenizer:
     """
 
     def __init__(
-        self, vocab: dict[str, int], merges: str | list, *, added: dict[str, int] | None = None,
-        pad: str = EOS, context_length: int = 77,
-    ):  # fmt: skip
+        self,
+        vocab: dict[str, int],
+        merges: str | list,
+        *,
+        added: dict[str, int] | None = None,
+        pad: str = EOS,
+        context_length: int = 77,
+    ):
         if context_length < 3:
             raise ValueError(f"context_length is {context_length}; BOS, a token and EOS need 3")
         self.merges, added = check(vocab, merges, {} if added is None else added, pad)
-        self.vocab, self.pad, self.context_length = dict(vocab), pad, context_length
-        self.bos_id, self.eos_id, self.pad_id = vocab[BOS], vocab[EOS], vocab[pad]
+        self.vocab = dict(vocab)
+        self.pad = pad
+        self.context_length = context_length
+        self.bos_id = vocab[BOS]
+        self.eos_id = vocab[EOS]
+        self.pad_id = vocab[pad]
         self.ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(self.merges)}
         self.merged = [vocab[a + b] for a, b in self.merges]
         self.special = either({BOS, EOS, pad})
@@ -131,7 +142,9 @@ class Tokenizer:
             prompt is shorter (see `count_chunks`). What is longer is cut off.
         Raises ValueError as `encode` does, and for chunks below 1.
         """
-        n, L, rows = 1 if chunks is None else chunks, self.context_length, []
+        n = 1 if chunks is None else chunks
+        L = self.context_length
+        rows = []
         if n < 1:
             raise ValueError(f"chunks is {n}; use 1 or more, or None for rows without chunks")
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -150,8 +163,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """All ids of a prompt, without BOS and EOS. Raises ValueError unless it is a valid str."""
         if not isinstance(text, str) or LONE.search(text):
-            raise ValueError(f"a prompt is {text!r:.60}; it must be a str without lone surrogates "
-                             "(decode bytes with errors='replace')")  # fmt: skip
+            raise ValueError(
+                f"a prompt is {text!r:.60}; it must be a str without lone surrogates "
+                "(decode bytes with errors='replace')"
+            )
         ids = []
         for i, part in enumerate(self.special.split(text)):
             if i % 2:
@@ -195,9 +210,11 @@ class Tokenizer:
 
         In n log n: a heap of (rank, place) over a doubly linked list; outdated entries are skipped.
         """
-        n, ranks = len(symbols), self.ranks
+        n = len(symbols)
+        ranks = self.ranks
         ids = [*symbols, -1]  # -1: merged away, or beyond either end; it is in no pair
-        before, after = [*range(-1, n)], [*range(1, n + 2)]
+        before = [*range(-1, n)]
+        after = [*range(1, n + 2)]
         pairs = enumerate(zip(symbols, symbols[1:]))
         heap = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
         heapify(heap)
@@ -206,7 +223,8 @@ class Tokenizer:
             j = after[i]
             if ranks.get((ids[i], ids[j])) != rank:
                 continue
-            ids[i], ids[j] = self.merged[rank], -1
+            ids[i] = self.merged[rank]
+            ids[j] = -1
             after[i] = after[j]
             before[after[i]] = i
             for left, right in ((before[i], i), (i, after[i])):
@@ -233,8 +251,10 @@ class Tokenizer:
         new = {name: len(self) + k for k, name in enumerate(every)}
         meant = {n: [new[n] + k for k in range(vectors if n in names else 1)] for n in every}
         if families(self.added | new) != families(self.added) | meant:
-            raise ValueError(f"of {[*self.added, *every]} one would become <tok>_1, <tok>_2 ... of "
-                             "another token; choose other names")  # fmt: skip
+            raise ValueError(
+                f"of {[*self.added, *every]} one would become <tok>_1, <tok>_2 ... of "
+                "another token; choose other names"
+            )
         self.set_added(self.added | new)
         return list(new.values())
 
@@ -267,10 +287,13 @@ class Tokenizer:
     def set_added(self, added: dict[str, int]) -> None:
         expansions = {normalise(name): ids for name, ids in families(added).items()}
         if len(expansions) < len(added) or any(not name.strip() for name in added):
-            raise ValueError(f"added tokens {list(added)}: a name is blank, or two are the same in "
-                             "lower case; rename them")  # fmt: skip
+            raise ValueError(
+                f"added tokens {list(added)}: a name is blank, or two are the same in "
+                "lower case; rename them"
+            )
         embeddings = {plain(name): ids for name, ids in self.embeddings.items()}
-        self.added, self.expansions = added, expansions | embeddings
+        self.added = added
+        self.expansions = expansions | embeddings
         self.names = either(self.expansions, embeddings)
         self.tokens = {i: token for token, i in (self.vocab | added).items()}
         for name, ids in self.embeddings.items():
@@ -296,21 +319,28 @@ def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list,
     if (kinds := [type(v) for v in (vocab, merges, added)]) != [dict, list, dict]:
         raise ValueError(f"vocab, merges, added are {kinds}; give dict, str or list, dict")
     if lacking := [t for t in dict.fromkeys((*SYMBOLS, BOS, EOS, pad)) if t not in vocab]:
-        raise ValueError(f"the vocabulary lacks {len(lacking)} tokens, {lacking[:3]}; it must have "
-                         "all bytes with and without </w>, BOS, EOS, pad")  # fmt: skip
+        raise ValueError(
+            f"the vocabulary lacks {len(lacking)} tokens, {lacking[:3]}; it must have "
+            "all bytes with and without </w>, BOS, EOS, pad"
+        )
     pairs = {}
     for n, merge in enumerate(merges, 1):
         pair = tuple(map(str, merge if isinstance(merge, list | tuple) else str(merge).split()))
         if len(pair) != 2 or pair in pairs or not {*pair, "".join(pair)} <= vocab.keys():
-            raise ValueError(f"merge {n} is {merge!r}; it must be new and join two tokens to a "
-                             "third: give vocab and merges of one model")  # fmt: skip
+            raise ValueError(
+                f"merge {n} is {merge!r}; it must be new and join two tokens to a "
+                "third: give vocab and merges of one model"
+            )
         pairs[pair] = n
     added = {k: i for k, i in added.items() if k not in (BOS, EOS, pad) or vocab[k] != i}
     ids = [*vocab.values(), *added.values()]
-    free, twice = {*range(len(ids))} - {i for i in ids if type(i) is int}, vocab.keys() & added
+    free = {*range(len(ids))} - {i for i in ids if type(i) is int}
+    twice = vocab.keys() & added
     if free or twice:
-        raise ValueError(f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each, but none has "
-                         f"{sorted(free)[:3]}; added again are {[*twice]}")  # fmt: skip
+        raise ValueError(
+            f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each, but none has "
+            f"{sorted(free)[:3]}; added again are {[*twice]}"
+        )
     return list(pairs), added
 
 
@@ -319,15 +349,20 @@ def from_tokenizer_json(data: dict, *, pad: str = EOS, context_length: int = 77)
     Tokenizer does, and for added tokens that are not matched as its are."""
     plain = {"normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
     try:
-        model, listed = data["model"], data["added_tokens"]
-        vocab, merges, end = model["vocab"], model["merges"], model["end_of_word_suffix"]
+        model = data["model"]
+        listed = data["added_tokens"]
+        vocab = model["vocab"]
+        merges = model["merges"]
+        end = model["end_of_word_suffix"]
         added = {token["content"]: token["id"] for token in listed}
         odd = [t for t in listed if t["content"] not in vocab and plain.items() - t.items()]
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"tokenizer.json is amiss ({e!r}); give a CLIP model's contents") from e
     if end != END_OF_WORD or odd:
-        raise ValueError(f"words end in {end!r}, not </w>, or tokens {odd} are not {plain}; give a "
-                         "CLIP model's tokenizer.json")  # fmt: skip
+        raise ValueError(
+            f"words end in {end!r}, not </w>, or tokens {odd} are not {plain}; give a "
+            "CLIP model's tokenizer.json"
+        )
     return Tokenizer(vocab, merges, added=added, pad=pad, context_length=context_length)
 
 

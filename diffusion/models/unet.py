@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .conv import WSConv3x3
+from .layers import WSConv3x3
 
 SILU_GAIN = 1.68  # 1 / sqrt(E[silu(z)^2]), z standard normal
 
@@ -100,7 +100,9 @@ class Attention(nn.Module):
     def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, N, D) each."""
         if q.device.type == "cpu":  # bfloat16's backward is 10 times slower there
-            q, k, v = q.float(), k.float(), v.float()
+            q = q.float()
+            k = k.float()
+            v = v.float()
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -158,10 +160,16 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, dim: int = 64, dim_mults: tuple[int, ...] = (1, 2, 4, 8), channels: int = 3,
-        num_classes: int = 0, heads: int = 4, min_dim_head: int = 16, dropout: float = 0.0,
+        self,
+        dim: int = 64,
+        dim_mults: tuple[int, ...] = (1, 2, 4, 8),
+        channels: int = 3,
+        num_classes: int = 0,
+        heads: int = 4,
+        min_dim_head: int = 16,
+        dropout: float = 0.0,
         checkpointing: bool = False,
-    ):  # fmt: skip
+    ):
         super().__init__()
         dims = [dim * m for m in dim_mults]
         E = 4 * dim
@@ -199,7 +207,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         H, W = x.shape[-2:]
-        pad_h, pad_w = -H % self.factor, -W % self.factor
+        pad_h = -H % self.factor
+        pad_w = -W % self.factor
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
         emb = self.time(t)

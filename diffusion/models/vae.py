@@ -14,8 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .sd_blocks import AttnBlock, Downsample2D, Level, ResnetBlock2D, Upsample2D, norm_silu
-from .sd_config import VAEConfig
+from .configs import VAEConfig
+from .sd_blocks import (
+    AttnBlock,
+    Downsample2D,
+    Level,
+    ResnetBlock2D,
+    Upsample2D,
+    norm_silu,
+)
 
 EPS = 1e-6  # of every norm; the U-Net's ResBlocks have 1e-5
 
@@ -40,7 +47,8 @@ class Encoder(nn.Module):
 
     def __init__(self, c: VAEConfig):
         super().__init__()
-        dims, groups = c.block_out_channels, c.norm_num_groups
+        dims = c.block_out_channels
+        groups = c.norm_num_groups
         x = dims[0]
         self.conv_in = nn.Conv2d(c.in_channels, x, 3, padding=1)
         self.down_blocks = nn.ModuleList()
@@ -66,7 +74,8 @@ class Decoder(nn.Module):
 
     def __init__(self, c: VAEConfig):
         super().__init__()
-        dims, groups = c.block_out_channels, c.norm_num_groups
+        dims = c.block_out_channels
+        groups = c.norm_num_groups
         x = dims[-1]
         self.conv_in = nn.Conv2d(c.latent_channels, x, 3, padding=1)
         self.mid_block = middle(x, groups)
@@ -128,7 +137,8 @@ class AutoencoderKL(nn.Module):
 
     def unscale(self, z: Tensor) -> Tensor:
         """The inverse of `scale`."""
-        shift, z = self.config.shift_factor, z / self.config.scaling_factor
+        shift = self.config.shift_factor
+        z = z / self.config.scaling_factor
         return z if shift is None else z + shift
 
 
@@ -141,9 +151,12 @@ def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 
 
 def in_parts(
-    run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, units: tuple[int, int],
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile: int | None,
+    units: tuple[int, int],
     slicing: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """run(x), image by image and tile by tile if asked. Raises ValueError for tiles too small."""
     if tile is not None and tile < 4:
         raise ValueError(f"tile is {tile} latent pixels; use at least 4, or 64 as in training")
@@ -164,12 +177,14 @@ def tiled(
     out = None
     for top, weight_y in rows:
         for left, weight_x in columns:
-            y0, x0 = top * unit_in, left * unit_in
+            y0 = top * unit_in
+            x0 = left * unit_in
             part = run(x[:, :, y0 : y0 + tile * unit_in, x0 : x0 + tile * unit_in])
             if out is None:
                 sides = H // unit_in * unit_out, W // unit_in * unit_out
                 out = part.new_zeros(B, part.shape[1], *sides, dtype=torch.float32)
-            y0, x0 = top * unit_out, left * unit_out
+            y0 = top * unit_out
+            x0 = left * unit_out
             place = out[:, :, y0 : y0 + len(weight_y), x0 : x0 + len(weight_x)]
             place += part.float() * (weight_y[:, None] * weight_x)
     return out.to(part.dtype)

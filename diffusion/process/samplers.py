@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .gaussian import x0_coefficients
+from .objective import x0_coefficients
 from .schedule import Schedule, timesteps
 
 
@@ -50,7 +50,8 @@ def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> 
 
     variance "beta" keeps eta = 1's mean but adds noise of variance beta (DDPM section 3.2).
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[:-1].T, levels[1:].T
+    (alpha_t, sigma_t) = levels[:-1].T
+    (alpha_s, sigma_s) = levels[1:].T
     beta = 1 - (alpha_t / alpha_s) ** 2
     std = eta * sigma_s / sigma_t * beta.clamp(min=0).sqrt()
     k_x = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t
@@ -64,7 +65,8 @@ def dpmpp_2m(levels: Tensor, eta: float = 0.0) -> Tensor:
 
     The first row, and the last where it ends at sigma = 0, are of first order.
     """
-    sigma_t, (alpha_s, sigma_s) = levels[:-1, 1], levels[1:].T
+    sigma_t = levels[:-1, 1]
+    (alpha_s, sigma_s) = levels[1:].T
     lam = levels[:, 0].log() - levels[:, 1].log()
     h = lam[1:] - lam[:-1]
     gain = -alpha_s * torch.expm1(-(1 + eta) * h)
@@ -97,9 +99,16 @@ SAMPLERS = {
 
 
 def make_table(
-    schedule: Schedule, sampler: str, steps: int, *, spacing: str | None = None,
-    eta: float | None = None, offset: int = 0, final: str = "zero", strength: float = 1.0,
-) -> Table:  # fmt: skip
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    *,
+    spacing: str | None = None,
+    eta: float | None = None,
+    offset: int = 0,
+    final: str = "zero",
+    strength: float = 1.0,
+) -> Table:
     """The table of a sampler for exactly `steps` network evaluations.
 
     spacing, eta: None means the sampler's own. offset: see `timesteps`.
@@ -127,7 +136,8 @@ def make_table(
     end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
     levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])
     first = start_row(steps, strength)
-    t, levels = t[first:], levels[first:]
+    t = t[first:]
+    levels = levels[first:]
     rows = kind.rows(levels, eta=eta)
     return Table(t, rows, levels, sampler, steps, spacing, float(eta), float(strength))
 
@@ -205,10 +215,17 @@ def step(
 
 @torch.inference_mode()
 def sample_loop(
-    denoise, x: Tensor, table: Table, objective: str, *, told: tuple[Tensor, ...] = (),
-    noise: Callable[[], Tensor] | None = None, clip: bool = True, inpaint: Inpaint | None = None,
+    denoise,
+    x: Tensor,
+    table: Table,
+    objective: str,
+    *,
+    told: tuple[Tensor, ...] = (),
+    noise: Callable[[], Tensor] | None = None,
+    clip: bool = True,
+    inpaint: Inpaint | None = None,
     capture: Callable | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Run a table from x at its first level; yields (x_s, x0) after each row.
 
     denoise(x, t, *told): x (B, C, H, W) and t (B,) float32 to the network's output, (B, C, H, W).
@@ -218,14 +235,17 @@ def sample_loop(
     """
     alpha, sigma = table.levels.T
     if objective == "eps" and alpha[0] == 0:
-        raise ValueError("a zero-terminal-SNR schedule needs objective v or x0: eps says nothing "
-                         "about x0 where alpha is 0")  # fmt: skip
+        raise ValueError(
+            "a zero-terminal-SNR schedule needs objective v or x0: eps says nothing "
+            "about x0 where alpha is 0"
+        )
     random = (table.rows[:, 3] != 0).tolist()  # read on the CPU, before the loop
     if any(random) and noise is None:
         raise ValueError("this table adds noise in its rows; pass noise=")
     k = torch.cat([torch.stack(x0_coefficients(objective, alpha, sigma), 1)[:-1], table.rows], 1)
     k, levels, t = (v.to(x.device, torch.float32) for v in (k, table.levels, table.t))
-    x0, zero = torch.zeros_like(x), torch.zeros_like(x)
+    x0 = torch.zeros_like(x)
+    zero = torch.zeros_like(x)
     row = partial(step, denoise, clip)
     row = row if capture is None else capture(row)
     if inpaint is not None:

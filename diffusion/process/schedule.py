@@ -153,7 +153,8 @@ def _logsnr(schedule: Schedule, points: int, offset: int) -> Tensor:
     last = len(schedule) - 1 - infinite
     grid = torch.linspace(float(lam[0]), float(lam[last]), points - infinite, dtype=torch.float64)
     t = schedule.t_of(grid)
-    t[0], t[-1] = 0.0, float(last)
+    t[0] = 0.0
+    t[-1] = float(last)
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
@@ -174,7 +175,8 @@ def timesteps(
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
-    T, points = len(schedule), steps + extra
+    T = len(schedule)
+    points = steps + extra
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
     if points > T and spacing != "logsnr":

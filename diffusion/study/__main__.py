@@ -81,22 +81,27 @@ def choose_styles(s: Settings) -> Settings:
 
     known = [folder.name for folder in style_folders(s.data)]
     if unknown := [name for name in s.styles if name not in known]:
-        raise UserError(f"--styles: {unknown[0]!r} is no style of {s.data}; it has "
-                        f"{', '.join(known)}")  # fmt: skip
+        raise UserError(
+            f"--styles: {unknown[0]!r} is no style of {s.data}; it has {', '.join(known)}"
+        )
     s = dataclasses.replace(s, styles=tuple(dict.fromkeys(s.styles or known)))
     if 4 in s.experiments and len(s.styles) < 2:
-        raise UserError(f"experiment 4 goes from one style to another, and there is only "
-                        f"{s.styles[0]!r}: give two, or leave it out by --experiments 1,2,3")  # fmt: skip
+        raise UserError(
+            f"experiment 4 goes from one style to another, and there is only "
+            f"{s.styles[0]!r}: give two, or leave it out by --experiments 1,2,3"
+        )
     if len(known) < 2 and s.features is None:
-        raise UserError(f"{s.data} holds one style, which a classifier tells from nothing: add "
-                        "another style, or give --features for the distances")  # fmt: skip
+        raise UserError(
+            f"{s.data} holds one style, which a classifier tells from nothing: add "
+            "another style, or give --features for the distances"
+        )
     return s
 
 
 def open_base(s: Settings, device):
     """(pipeline, Base). Raises UserError for a base that reads no text or cannot be drawn from."""
-    from ..assemble import open_pipeline
-    from ..weights.loader import check_averaged
+    from ..files.sd_files import check_averaged
+    from ..sampling.load import open_pipeline
     from .runner import Base
 
     size = {} if s.image_size is None else {"height": s.image_size, "width": s.image_size}
@@ -111,16 +116,24 @@ def open_base(s: Settings, device):
         s.load_path, s.sd_path, weights, device, config=s.sd_config, objective=s.objective, **size
     )
     if not pipeline.reads_prompts:
-        raise UserError(f"the base {s.load_path} reads no text: a style study needs a model of "
-                        "--mode latent --condition text")  # fmt: skip
+        raise UserError(
+            f"the base {s.load_path} reads no text: a style study needs a model of "
+            "--mode latent --condition text"
+        )
     own = pipeline.config.guidance_scale
     guidance = s.guidance_scale
     if guidance is None:
         guidance = 7.5 if foreign else own if own != 1 else 3.0
     base = Base(pipeline.image_hw[0], guidance, pipeline.config.objective if foreign else None)
     try:
-        pipeline.frames([0], sampler=s.sampler, steps=s.sample_steps, prompts=[""],
-                        guidance_scale=guidance, amp=s.amp)  # fmt: skip
+        pipeline.frames(
+            [0],
+            sampler=s.sampler,
+            steps=s.sample_steps,
+            prompts=[""],
+            guidance_scale=guidance,
+            amp=s.amp,
+        )
     except ValueError as error:
         raise UserError(f"the base cannot be drawn from: {error}") from None
     return pipeline, base
@@ -130,8 +143,8 @@ def main() -> None:
     settings, root, name, new = parse()
     settings = choose_styles(settings)
     # whatever can be found wrong is, before anything is written or trained
-    from ..distributed import log
-    from .folder import describe, find
+    from ..runtime.distributed import log
+    from .results import describe, find
 
     about = describe(settings)
     folder = None if new else find(root, about)
@@ -143,18 +156,18 @@ def main() -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    from .folder import read_metrics
+    from .results import read_metrics
 
     return read_metrics(folder)["finished"] and (folder / "report.html").is_file()
 
 
 def study_of(s: Settings, about: dict, folder: Path | None, root: Path, name: str | None) -> Path:
     """Open everything, then run what is missing; the report."""
-    from .. import distributed as dist
+    from ..runtime import distributed as dist
     from .classifier import open_classifier
-    from .folder import create, read_metrics
+    from .experiment import Study, run_study
     from .judge import Judge, check_classifier, open_networks
-    from .run import Study, run_study
+    from .results import create, read_metrics
     from .styles import read_style, slugs_of, style_folders
 
     device = dist.setup(s.device)
@@ -168,10 +181,12 @@ def study_of(s: Settings, about: dict, folder: Path | None, root: Path, name: st
         dist.log(f"new study: {folder}")
     else:
         dist.log(f"continuing {folder}, a study of the same settings")
-    metrics, classifier = read_metrics(folder), None
+    metrics = read_metrics(folder)
+    classifier = None
     if len(styles) > 1:
-        classifier = open_classifier(folder / "checkpoints" / "classifier.safetensors", styles,
-                                     s.seed)  # fmt: skip
+        classifier = open_classifier(
+            folder / "checkpoints" / "classifier.safetensors", styles, s.seed
+        )
         metrics["classifier"] = check_classifier(classifier, styles, pipeline)
     del pipeline  # the children need the memory
     gc.collect()

@@ -40,7 +40,8 @@ def watch(parent: int) -> None:
 
 
 def main() -> None:
-    result, script = Path(sys.argv[1]), sys.argv[2]
+    result = Path(sys.argv[1])
+    script = sys.argv[2]
     sys.argv = sys.argv[2:]
     sys.path[0] = str(Path(script).parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
@@ -48,8 +49,11 @@ def main() -> None:
     try:
         runpy.run_path(script, run_name="__main__")
     finally:
-        found = {"cpu_seconds": time.process_time(), "peak_memory": peak_memory(),
-                 "peak_device_memory": peak_device_memory()}  # fmt: skip
+        found = {
+            "cpu_seconds": time.process_time(),
+            "peak_memory": peak_memory(),
+            "peak_device_memory": peak_device_memory(),
+        }
         result.write_text(json.dumps(found))
 
 

@@ -19,12 +19,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..distributed import log, progress
-from ..seeding import generator
-from ..weights.checkpoint import atomic
+from ..files.checkpoint import atomic
+from ..runtime.distributed import log, progress
+from ..runtime.seeding import generator
 from .styles import Style
 
-SIDE, WIDTHS, STEPS, BATCH = 64, (16, 32, 64, 64), 400, 48
+SIDE = 64
+WIDTHS = (16, 32, 64, 64)
+STEPS = 400
+BATCH = 48
 
 
 class StyleNet(nn.Module):
@@ -32,12 +35,17 @@ class StyleNet(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        layers, before = [], 3
+        layers = []
+        before = 3
         for width in WIDTHS:
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.GroupNorm(8, width),
-                       nn.SiLU()]  # fmt: skip
+            layers += [
+                nn.Conv2d(before, width, 3, stride=2, padding=1),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+            ]
             before = width
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(before, classes + 1)
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(before, classes + 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(x).mean((2, 3))
@@ -65,7 +73,8 @@ def augmented(x: Tensor, g: torch.Generator) -> Tensor:
 
 def spoilt(x: Tensor, labels: Tensor, g: torch.Generator) -> Tensor:
     """Of a batch what belongs to no style: pairs of two styles mixed, else squares shuffled."""
-    B, side = len(x), SIDE // 4
+    B = len(x)
+    side = SIDE // 4
     tiles = x.unfold(2, side, side).unfold(3, side, side).reshape(B, 3, 16, side, side)
     order = torch.stack([torch.randperm(16, generator=g) for _ in range(B)])
     tiles = torch.stack([row[:, places] for row, places in zip(tiles, order)])

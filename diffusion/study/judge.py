@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..data.images import read_image
-from ..distributed import log
+from ..evaluation.clip_score import CLIP_SCORE, ClipScore, measure, open_clip
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features, open_features
-from ..evaluation.output import is_ours, numbered
-from ..evaluation.text_image import CLIP_SCORE, ClipScore, measure, open_clip
-from ..pipeline import Pipeline
-from ..seeding import permutation
+from ..files.output import is_ours, numbered
+from ..runtime.distributed import log
+from ..runtime.seeding import permutation
+from ..sampling.pipeline import Pipeline
 from .classifier import Classifier, accuracies
 from .plan import Settings
 from .styles import Style
@@ -50,15 +50,21 @@ class Judge:
             self.references[name] = moments(self.extract(style.images("held_out")))
         value = frechet_distance(*moments(self.extract(images)), *self.references[name])
         model = CLASSIFIER if self.features is None else self.features.about
-        return measure(value, f"Frechet distance (arXiv:1706.08500 eq. 6) to {len(style.held_out)} "
-                       f"held-out images of {name}, in features of the named network; not FID",
-                       model, len(images))  # fmt: skip
+        return measure(
+            value,
+            f"Frechet distance (arXiv:1706.08500 eq. 6) to {len(style.held_out)} "
+            f"held-out images of {name}, in features of the named network; not FID",
+            model,
+            len(images),
+        )
 
     def share(self, images: np.ndarray, name: str) -> dict:
         judge = self.classifier
-        told = (f"share of the images that the classifier of {len(judge.styles)} styles (or none) "
-                f"takes for {name}; it has {judge.accuracy:.1%} of held-out images right, "
-                f"{judge.accuracies[name]:.1%} of this style's")  # fmt: skip
+        told = (
+            f"share of the images that the classifier of {len(judge.styles)} styles (or none) "
+            f"takes for {name}; it has {judge.accuracy:.1%} of held-out images right, "
+            f"{judge.accuracies[name]:.1%} of this style's"
+        )
         return measure(judge.share(images, name), told, CLASSIFIER, len(images))
 
     def __call__(
@@ -98,7 +104,7 @@ def open_networks(s: Settings, device: torch.device) -> tuple[Features | None, C
 
 def through_vae(pipeline: Pipeline, most: int = 64):
     """Images -> what is left of them by the base's VAE, the first `most`."""
-    from ..evaluation.viz import to_uint8
+    from ..pictures.grid import to_uint8
 
     def change(images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images[:most]).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -115,12 +121,16 @@ def check_classifier(judge: Classifier, styles: list[Style], pipeline: Pipeline)
     total = sum(len(s.held_out) for s in styles)
     few = sum(min(64, len(s.held_out)) for s in styles)
     return {
-        "heldout_accuracy": measure(judge.accuracy, "share of held-out images told right",
-                                    CLASSIFIER, total),
-        "heldout_accuracy_after_vae": measure(mean, "the same of images that the base's VAE has "
-                                              "encoded and decoded, mean over styles",
-                                              CLASSIFIER, few),
-    }  # fmt: skip
+        "heldout_accuracy": measure(
+            judge.accuracy, "share of held-out images told right", CLASSIFIER, total
+        ),
+        "heldout_accuracy_after_vae": measure(
+            mean,
+            "the same of images that the base's VAE has encoded and decoded, mean over styles",
+            CLASSIFIER,
+            few,
+        ),
+    }
 
 
 def read_images(folder: Path) -> np.ndarray:

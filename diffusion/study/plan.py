@@ -15,20 +15,45 @@ from dataclasses import asdict, dataclass, replace
 from .. import UserError
 from ..rules import check_bounds
 
-EXPERIMENTS = {1: "a LoRA for each style", 2: "ablation", 3: "three methods",
-               4: "interpolation of two styles"}  # fmt: skip
-STEP_FACTORS, RATE_FACTORS = (0.5, 1, 2), (1 / 3, 1, 3)
+EXPERIMENTS = {
+    1: "a LoRA for each style",
+    2: "ablation",
+    3: "three methods",
+    4: "interpolation of two styles",
+}
+STEP_FACTORS = (0.5, 1, 2)
+RATE_FACTORS = (1 / 3, 1, 3)
 # LoRA's centre is the middle rank; learning rates: of LoRA, Textual Inversion, DreamBooth
 BUDGETS = {
     # an hour on two CPU cores with a latent model of some 5 M parameters at 64 px (sd_tiny)
-    "small": dict(steps=300, batch_size=32, ranks=(2, 8, 32), targets="all", learning_rate=3e-3,
-                  ti_learning_rate=2e-2, dreambooth_learning_rate=1e-3, vectors=4, num_images=100,
-                  mix_images=40, sample_steps=20),
+    "small": dict(
+        steps=300,
+        batch_size=32,
+        ranks=(2, 8, 32),
+        targets="all",
+        learning_rate=3e-3,
+        ti_learning_rate=2e-2,
+        dreambooth_learning_rate=1e-3,
+        vectors=4,
+        num_images=100,
+        mix_images=40,
+        sample_steps=20,
+    ),
     # Stable Diffusion on a GPU
-    "full": dict(steps=1500, batch_size=4, ranks=(4, 16, 64), targets="attention",
-                 learning_rate=1e-4, ti_learning_rate=5e-4, dreambooth_learning_rate=2e-6,
-                 vectors=4, num_images=500, mix_images=100, sample_steps=30),
-}  # fmt: skip
+    "full": dict(
+        steps=1500,
+        batch_size=4,
+        ranks=(4, 16, 64),
+        targets="attention",
+        learning_rate=1e-4,
+        ti_learning_rate=5e-4,
+        dreambooth_learning_rate=2e-6,
+        vectors=4,
+        num_images=500,
+        mix_images=100,
+        sample_steps=30,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +138,8 @@ class Cell:
 
 
 def lora(s: Settings, style: str, slug: str, rank=None, steps=None, rate=None) -> Cell:
-    rank, steps = rank or s.rank, steps or s.steps
+    rank = rank or s.rank
+    steps = steps or s.steps
     rate = s.learning_rate if rate is None else float(f"{rate:.2g}")
     name = f"lora_{slug}_rank{rank}_steps{steps}_lr{rate:g}"
     return Cell("lora", name, style, steps, rate, rank)
@@ -125,7 +151,8 @@ def first(s: Settings, slugs: dict[str, str]) -> list[Cell]:
 
 def ablation(s: Settings, slugs: dict[str, str]) -> dict[str, list[Cell]]:
     """{what changes: its cells, in order}, of the first style."""
-    style, slug = s.styles[0], slugs[s.styles[0]]
+    style = s.styles[0]
+    slug = slugs[s.styles[0]]
     return {
         "rank": [lora(s, style, slug, rank=rank) for rank in sorted(set(s.ranks))],
         "steps": [lora(s, style, slug, steps=max(1, round(s.steps * f))) for f in STEP_FACTORS],
@@ -137,7 +164,8 @@ def ablation(s: Settings, slugs: dict[str, str]) -> dict[str, list[Cell]]:
 
 def methods(s: Settings, slugs: dict[str, str]) -> list[Cell]:
     """The three methods, for the first style."""
-    style, slug = s.styles[0], slugs[s.styles[0]]
+    style = s.styles[0]
+    slug = slugs[s.styles[0]]
     return [
         lora(s, style, slug),
         Cell("textual_inversion", f"textual_inversion_{slug}", style, s.steps, s.ti_learning_rate),
@@ -149,8 +177,10 @@ def mixtures(s: Settings, slugs: dict[str, str]) -> list[Cell]:
     """Between the LoRAs of the first two styles."""
     a, b = s.styles[:2]
     shares = [i / (s.points - 1) for i in range(s.points)]
-    return [Cell("mix", f"mix_{slugs[a]}_{slugs[b]}_{share:.2f}", a, other=b, share=share)
-            for share in shares]  # fmt: skip
+    return [
+        Cell("mix", f"mix_{slugs[a]}_{slugs[b]}_{share:.2f}", a, other=b, share=share)
+        for share in shares
+    ]
 
 
 def cells_of(s: Settings, slugs: dict[str, str]) -> Iterator[Cell]:

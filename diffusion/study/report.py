@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..evaluation.plot import Line, line_plot
-from ..weights.checkpoint import write_text
+from ..files.checkpoint import write_text
+from ..pictures.plot import Line, line_plot
 from .plan import EXPERIMENTS, Cell, ablation, first, methods
 
 # column: (heading, how it is written)
@@ -30,8 +30,13 @@ COSTS = {
     "peak_device_memory": ("peak on device", lambda v: f"{v / 2**20:.0f} MiB"),
     "file_bytes": ("file", lambda v: f"{v / 2**10:,.0f} KiB"),
 }
-KINDS = {"base": "base", "lora": "LoRA", "textual_inversion": "Textual Inversion",
-         "dreambooth": "DreamBooth", "mix": "mixture"}  # fmt: skip
+KINDS = {
+    "base": "base",
+    "lora": "LoRA",
+    "textual_inversion": "Textual Inversion",
+    "dreambooth": "DreamBooth",
+    "mix": "mixture",
+}
 COST_NOTES = {
     "seconds": "wall-clock of the training command with its start, kept latents being made once "
     "for each set of captions; * it was stopped and continued: the last part only",
@@ -50,8 +55,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Of plain texts, which are escaped here."""
     cells = lambda tag, row: "".join(f"<{tag}>{escape(v)}</{tag}>" for v in row)  # noqa: E731
     lines = [f"<tr>{cells('td', row)}</tr>" for row in rows]
-    return (f'<div class="wide"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>'
-            f'{"".join(lines)}</tbody></table></div>')  # fmt: skip
+    return (
+        f'<div class="wide"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>'
+        f"{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def data_uri(picture: Image.Image | Path) -> str:
@@ -70,8 +77,10 @@ def figure(picture: Image.Image | Path, caption: str, more: list[str] | None = N
     text = escape(caption, quote=True)
     lines = "".join(f"<li>{escape(line)}</li>" for line in more or [])
     lines = f"<details><summary>prompts</summary><ol>{lines}</ol></details>" if lines else ""
-    return (f'<figure><img src="{data_uri(picture)}" alt="{text}"><figcaption>{text}{lines}'
-            "</figcaption></figure>")  # fmt: skip
+    return (
+        f'<figure><img src="{data_uri(picture)}" alt="{text}"><figcaption>{text}{lines}'
+        "</figcaption></figure>"
+    )
 
 
 # --- tables of cells -----------------------------------------------------------------------------
@@ -89,17 +98,21 @@ def values(entry: dict, columns: dict, part: str) -> list[str]:
 
 def present(entries: list[dict], columns: dict, part: str) -> dict:
     """The columns in which something stands."""
-    return {k: v for k, v in columns.items()
-            if any(e.get(part, {}).get(k) is not None for e in entries)}  # fmt: skip
+    return {
+        k: v for k, v in columns.items() if any(e.get(part, {}).get(k) is not None for e in entries)
+    }
 
 
 def cell_table(rows: list[tuple[str, dict]]) -> str:
     """(name, entry of metrics.json) each."""
     entries = [entry for _, entry in rows]
-    measures, costs = present(entries, MEASURES, "measures"), present(entries, COSTS, "cost")
+    measures = present(entries, MEASURES, "measures")
+    costs = present(entries, COSTS, "cost")
     head = ["", *(t for t, _ in measures.values()), *(t for t, _ in costs.values())]
-    lines = [[name, *values(entry, measures, "measures"), *values(entry, costs, "cost")]
-             for name, entry in rows]  # fmt: skip
+    lines = [
+        [name, *values(entry, measures, "measures"), *values(entry, costs, "cost")]
+        for name, entry in rows
+    ]
     return table(head, lines)
 
 
@@ -107,7 +120,8 @@ class Page:
     """Collects the report's sections from a study (see run.Study)."""
 
     def __init__(self, study):
-        self.study, self.s = study, study.settings
+        self.study = study
+        self.s = study.settings
         self.slugs = {style.name: style.slug for style in study.styles}
         self.parts: list[str] = []
 
@@ -140,18 +154,28 @@ class Page:
     # --- sections --------------------------------------------------------------------------------
 
     def head(self) -> None:
-        s, study = self.s, self.study
+        s = self.s
+        study = self.study
         base = s.load_path or s.sd_path
         done = sum(map(study.done, study.cells))
         state = "" if study.metrics["finished"] else f" Unfinished: {done} of {len(study.cells)}."
-        self.add(f"<h1>Style study: {escape(Path(s.data).name)}</h1>",
-                 f'<p class="soft">Base {escape(str(base))}, {study.base.image_size} px; budget '
-                 f"{escape(s.budget)}: {s.steps} steps of {s.batch_size}, {s.num_images} images a "
-                 f"cell, {escape(s.sampler)} with {s.sample_steps} steps, guidance "
-                 f"{study.base.guidance_scale:g}, seed {s.seed}.{state}</p>")  # fmt: skip
-        rows = [[style.name, "learnt" if style.name in s.styles else "known",
-                 str(len(style.train)), str(len(style.held_out)), str(len(style.prompts))]
-                for style in study.styles]  # fmt: skip
+        self.add(
+            f"<h1>Style study: {escape(Path(s.data).name)}</h1>",
+            f'<p class="soft">Base {escape(str(base))}, {study.base.image_size} px; budget '
+            f"{escape(s.budget)}: {s.steps} steps of {s.batch_size}, {s.num_images} images a "
+            f"cell, {escape(s.sampler)} with {s.sample_steps} steps, guidance "
+            f"{study.base.guidance_scale:g}, seed {s.seed}.{state}</p>",
+        )
+        rows = [
+            [
+                style.name,
+                "learnt" if style.name in s.styles else "known",
+                str(len(style.train)),
+                str(len(style.held_out)),
+                str(len(style.prompts)),
+            ]
+            for style in study.styles
+        ]
         self.add(table(["style", "", "training images", "held out", "prompts"], rows))
 
     def controls(self) -> None:
@@ -172,21 +196,30 @@ class Page:
     def each_style(self) -> None:
         self.add(f"<h2>1. {escape(EXPERIMENTS[1][0].upper() + EXPERIMENTS[1][1:])}</h2>")
         for style, cell in zip(self.s.styles, first(self.s, self.slugs)):
-            self.add(f"<h3>{escape(style)}</h3>", cell_table(self.rows([("LoRA", cell)], style)),
-                     self.strip(cell, "LoRA"))  # fmt: skip
+            self.add(
+                f"<h3>{escape(style)}</h3>",
+                cell_table(self.rows([("LoRA", cell)], style)),
+                self.strip(cell, "LoRA"),
+            )
 
     def ablation(self) -> None:
         style = self.s.styles[0]
-        self.add(f"<h2>2. Ablation, {escape(style)}</h2>",
-                 f'<p class="soft">Around rank {self.s.rank} ({escape(self.s.targets)} layers), '
-                 f"{self.s.steps} steps, learning rate {self.s.learning_rate:g}, one at a time.</p>"
-        )  # fmt: skip
+        self.add(
+            f"<h2>2. Ablation, {escape(style)}</h2>",
+            f'<p class="soft">Around rank {self.s.rank} ({escape(self.s.targets)} layers), '
+            f"{self.s.steps} steps, learning rate {self.s.learning_rate:g}, one at a time.</p>",
+        )
         for field, cells in ablation(self.s, self.slugs).items():
             what = field.replace("_", " ")
             named = [(f"{what} {getattr(c, field):g}", c) for c in cells]
-            self.add(f"<h3>{what.capitalize()}</h3>", cell_table(self.rows(named, style)),
-                     '<div class="plots">', *self.plots(what, field, cells), "</div>",
-                     *(self.strip(c, name) for name, c in named))  # fmt: skip
+            self.add(
+                f"<h3>{what.capitalize()}</h3>",
+                cell_table(self.rows(named, style)),
+                '<div class="plots">',
+                *self.plots(what, field, cells),
+                "</div>",
+                *(self.strip(c, name) for name, c in named),
+            )
 
     def plots(self, what: str, field: str, cells: list[Cell]) -> list[str]:
         """Each measure over what changes."""
@@ -204,29 +237,39 @@ class Page:
     def three(self) -> None:
         style = self.s.styles[0]
         cells = [(KINDS[c.kind], c) for c in methods(self.s, self.slugs)]
-        self.add(f"<h2>3. Three methods, {escape(style)}</h2>",
-                 f'<p class="soft">The same {len(self.study.by_name[style].train)} images, '
-                 f"{self.s.steps} steps each.</p>", cell_table(self.rows(cells, style)),
-                 self.real(style), self.strip(self.base(style), "base"),
-                 *(self.strip(c, name) for name, c in cells))  # fmt: skip
+        self.add(
+            f"<h2>3. Three methods, {escape(style)}</h2>",
+            f'<p class="soft">The same {len(self.study.by_name[style].train)} images, '
+            f"{self.s.steps} steps each.</p>",
+            cell_table(self.rows(cells, style)),
+            self.real(style),
+            self.strip(self.base(style), "base"),
+            *(self.strip(c, name) for name, c in cells),
+        )
 
     def between(self) -> None:
         cells = [c for c in self.study.cells if c.kind == "mix"]
         a, b = self.s.styles[:2]
         done = [(c, self.entry(c)) for c in cells if self.entry(c)]
-        self.add(f"<h2>4. From {escape(a)} to {escape(b)}</h2>",
-                 f'<p class="soft">LoRA of {escape(a)} with weight 1 - w, of {escape(b)} with w; '
-                 "the prompts name neither.</p>")  # fmt: skip
+        self.add(
+            f"<h2>4. From {escape(a)} to {escape(b)}</h2>",
+            f'<p class="soft">LoRA of {escape(a)} with weight 1 - w, of {escape(b)} with w; '
+            "the prompts name neither.</p>",
+        )
         if done:
             self.add(cell_table([(f"w = {c.share:.2f}", e) for c, e in done]))
-        shares = [(label, [(c.share, e["measures"][k]["value"]) for c, e in done
-                           if k in e["measures"]])
-                  for k, label in (("style_share", "first style"),
-                                   ("other_style_share", "second style"))]  # fmt: skip
+        shares = [
+            (label, [(c.share, e["measures"][k]["value"]) for c, e in done if k in e["measures"]])
+            for k, label in (("style_share", "first style"), ("other_style_share", "second style"))
+        ]
         lines = [Line(*zip(*points), label, dots=True) for label, points in shares if points]
         if lines:
-            self.add(figure(line_plot(lines, "Share of each style", "w", size=(560, 320)),
-                            "What the classifier takes the images for"))  # fmt: skip
+            self.add(
+                figure(
+                    line_plot(lines, "Share of each style", "w", size=(560, 320)),
+                    "What the classifier takes the images for",
+                )
+            )
         file = self.study.folder / "thumbnails" / "interpolation.png"
         self.add(figure(file, f"{a} (left) to {b} (right); the same noise and prompt in each row"))
 
@@ -238,8 +281,10 @@ class Page:
                 found.setdefault(kind, set()).add(one["num_images"])
         self.add("<h2>What the numbers are</h2><dl>")
         for (heading, definition, model), counts in found.items():
-            self.add(f"<dt>{escape(heading)}</dt><dd>{escape(definition)}. Model: {escape(model)}; "
-                     f"{' or '.join(map(str, sorted(counts)))} images.</dd>")  # fmt: skip
+            self.add(
+                f"<dt>{escape(heading)}</dt><dd>{escape(definition)}. Model: {escape(model)}; "
+                f"{' or '.join(map(str, sorted(counts)))} images.</dd>"
+            )
         for name, text in COST_NOTES.items():
             self.add(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>")
         self.add("</dl>")

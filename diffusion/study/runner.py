@@ -46,13 +46,26 @@ def train_arguments(
     s: Settings, base: Base, cell: Cell, slug: str, data: Path, folder: Path, cache: Path
 ) -> list[str]:
     """Of train.py. data: the training images. Values stand after =: names may begin with a dash."""
-    args = [*base_arguments(s, "sd_config"), "--mode=latent", "--preset=none", f"--data={data}",
-            f"--save_folder={folder}", f"--cache_dir={cache}", f"--train_steps={cell.steps}",
-            f"--batch_size={s.batch_size}", f"--learning_rate={cell.learning_rate:g}", "--loss=l2",
-            "--lr_schedule=cosine", f"--lr_warmup_steps={min(20, cell.steps // 10)}",
-            "--num_samples=0", f"--save_and_sample_every={max(50, cell.steps // 3)}",
-            "--keep_last=1", f"--seed={s.seed}", f"--device={s.device}",
-            f"--amp={s.amp}"]  # fmt: skip
+    args = [
+        *base_arguments(s, "sd_config"),
+        "--mode=latent",
+        "--preset=none",
+        f"--data={data}",
+        f"--save_folder={folder}",
+        f"--cache_dir={cache}",
+        f"--train_steps={cell.steps}",
+        f"--batch_size={s.batch_size}",
+        f"--learning_rate={cell.learning_rate:g}",
+        "--loss=l2",
+        "--lr_schedule=cosine",
+        f"--lr_warmup_steps={min(20, cell.steps // 10)}",
+        "--num_samples=0",
+        f"--save_and_sample_every={max(50, cell.steps // 3)}",
+        "--keep_last=1",
+        f"--seed={s.seed}",
+        f"--device={s.device}",
+        f"--amp={s.amp}",
+    ]
     if s.sd_path is not None:
         args += ["--condition=text"]
         args += [f"--objective={base.objective}"] if s.objective is None else []
@@ -61,8 +74,12 @@ def train_arguments(
     if cell.kind == "lora":
         args += ["--adapter=lora", f"--rank={cell.rank}", f"--targets={s.targets}"]
     elif cell.kind == "textual_inversion":
-        args += ["--adapter=textual_inversion", f"--token={token_of(slug)}",
-                 f"--vectors={s.vectors}", f"--init_word={s.init_word or cell.style}"]  # fmt: skip
+        args += [
+            "--adapter=textual_inversion",
+            f"--token={token_of(slug)}",
+            f"--vectors={s.vectors}",
+            f"--init_word={s.init_word or cell.style}",
+        ]
     elif cell.kind == "dreambooth":
         args += [f"--instance_prompt={cell.style}"]
         args += [f"--class_prompt={s.class_prompt}"] if s.class_prompt is not None else []
@@ -74,10 +91,19 @@ def sample_arguments(
 ) -> list[str]:
     """Of sample.py. what: the model, see `drawn_with`."""
     size = [f"--height={base.image_size}", f"--width={base.image_size}"]
-    return [*what, f"--prompt=@{prompts}", f"--num_images={count}", f"--sampler={s.sampler}",
-            f"--steps={s.sample_steps}", f"--guidance_scale={base.guidance_scale:g}",
-            f"--seed={s.seed}", f"--device={s.device}", f"--amp={s.amp}", *size,
-            f"--save_folder={folder}"]  # fmt: skip
+    return [
+        *what,
+        f"--prompt=@{prompts}",
+        f"--num_images={count}",
+        f"--sampler={s.sampler}",
+        f"--steps={s.sample_steps}",
+        f"--guidance_scale={base.guidance_scale:g}",
+        f"--seed={s.seed}",
+        f"--device={s.device}",
+        f"--amp={s.amp}",
+        *size,
+        f"--save_folder={folder}",
+    ]
 
 
 def drawn_with(s: Settings, cell: Cell, files: list[Path]) -> list[str]:
@@ -117,9 +143,14 @@ def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]
         out.write(f"\n$ {shown}\n".encode())
         out.flush()
         start = out.tell()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out,
-                                   stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, "PYTHONUNBUFFERED": "1"})  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
         try:
             wait(process, tick)
         except BaseException:
@@ -130,8 +161,10 @@ def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]
             file.seek(start)
             text = file.read().decode(errors="replace").replace("\r", "\n")
         last = "\n".join(f"  {line}" for line in text.strip().splitlines()[-TAIL:])
-        raise UserError(f"{script} ended with status {process.returncode}:\n{last}\n  in: {shown}\n"
-                        "the same command continues the study when that is mended")  # fmt: skip
+        raise UserError(
+            f"{script} ended with status {process.returncode}:\n{last}\n  in: {shown}\n"
+            "the same command continues the study when that is mended"
+        )
     found = json.loads(result.read_text())
     result.unlink()
     return {"seconds": time.perf_counter() - began, **found}

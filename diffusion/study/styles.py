@@ -14,13 +14,15 @@ import numpy as np
 
 from .. import UserError
 from ..data.captions import read_captions
-from ..data.datasets import digest, file_stamp
-from ..data.folders import report, scan, scan_split, walk, why_not
+from ..data.folder import report, scan, scan_split, walk, why_not
+from ..data.image_set import digest, file_stamp
 from ..data.images import BadImage, read_image
-from ..weights.checkpoint import write_text
-from ..weights.guards import read_prompt_lines
+from ..files.checkpoint import write_text
+from ..files.validate import read_prompt_lines
 
-HELD_OUT, HELD_OUT_MOST, LEAST = 0.2, 500, 4
+HELD_OUT = 0.2
+HELD_OUT_MOST = 500
+LEAST = 4
 PROMPTS = Path("prompts") / "validation_prompt.txt"
 
 
@@ -100,24 +102,33 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     try:
         files = scan_split(folder)
     except UserError as error:
-        raise UserError(f"style {name!r}: {error} (train.py's options; a style is read by its "
-                        "train split: rename its folder)") from None  # fmt: skip
-    pixels, bad = np.zeros((len(files), size, size, 3), np.uint8), []
+        raise UserError(
+            f"style {name!r}: {error} (train.py's options; a style is read by its "
+            "train split: rename its folder)"
+        ) from None
+    pixels = np.zeros((len(files), size, size, 3), np.uint8)
+    bad = []
     for i, file in enumerate(files):
         try:
             pixels[i] = read_image(file, size)
         except BadImage as error:
             bad.append((i, str(error)))
-    report(f"images of {folder} cannot be used and are skipped",
-           [(str(files[i]), reason) for i, reason in bad], len(files))  # fmt: skip
+    report(
+        f"images of {folder} cannot be used and are skipped",
+        [(str(files[i]), reason) for i, reason in bad],
+        len(files),
+    )
     broken = {i for i, _ in bad}
     usable = [i for i in range(len(files)) if i not in broken]
     if len(usable) < LEAST:
-        raise UserError(f"{folder} has {len(usable)} usable images; a style needs at least {LEAST},"
-                        " of which a fifth is kept to measure against")  # fmt: skip
+        raise UserError(
+            f"{folder} has {len(usable)} usable images; a style needs at least {LEAST},"
+            " of which a fifth is kept to measure against"
+        )
     order = sorted(usable, key=lambda i: digest(files[i].relative_to(folder).as_posix()))
     count = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(usable))))
-    held_out, train = np.sort(order[:count]), np.sort(order[count:])
+    held_out = np.sort(order[:count])
+    train = np.sort(order[count:])
     texts = read_captions(folder, files) or [("",)] * len(files)
     captions = [with_name(own[0], name) for own in texts]
     prompts = read_prompts(folder / PROMPTS, name)

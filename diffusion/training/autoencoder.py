@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from .. import distributed as dist
 from ..config import Config
 from ..data.batches import Batch, open_batches, to_unit
-from ..evaluation.text_image import open_lpips
-from ..evaluation.viz import grid, to_uint8
-from ..models.sd_config import VAEConfig
+from ..evaluation.clip_score import open_lpips
+from ..models.configs import VAEConfig
 from ..models.vae import AutoencoderKL, sample
-from ..pipeline import amp_dtype
-from ..seeding import generator
-from ..sizes import vae_config
-from .tasks import Task
+from ..pictures.grid import grid, to_uint8
+from ..runtime import distributed as dist
+from ..runtime.seeding import generator
+from ..sampling.pipeline import amp_dtype
+from ..sampling.sizes import vae_config
+from .recipe import Task
 
 MEASURED = 256  # images whose latents' deviation becomes the scaling factor
 
@@ -46,9 +46,13 @@ class Autoencoding(Task):
     def __init__(self, config: Config, device: torch.device):
         factor = 2 ** (len(config.dim_mults) - 1)
         if config.image_size % factor:
-            raise UserError(f"image_size {config.image_size} is no multiple of {factor}, what a "
-                            f"VAE of {len(config.dim_mults)} levels divides it by")  # fmt: skip
-        self.config, self.device, self.factor = config, device, factor
+            raise UserError(
+                f"image_size {config.image_size} is no multiple of {factor}, what a "
+                f"VAE of {len(config.dim_mults)} levels divides it by"
+            )
+        self.config = config
+        self.device = device
+        self.factor = factor
         self.data = open_batches(config)
         self.perceptual = (
             open_lpips(device, "vgg", "perceptual_weight") if config.perceptual_weight else None
@@ -83,8 +87,14 @@ class Autoencoding(Task):
         """(b, 3, H, W) uint8 of `shown`."""
         if len(self.data.held_out):
             return self.data.held_out_batch(places.start, places.stop).pixels
-        rows = [self.data(i // self.config.batch_size, i % self.config.batch_size,
-                          i % self.config.batch_size + 1).pixels for i in places]  # fmt: skip
+        rows = [
+            self.data(
+                i // self.config.batch_size,
+                i % self.config.batch_size,
+                i % self.config.batch_size + 1,
+            ).pixels
+            for i in places
+        ]
         return torch.cat(rows)
 
     # --- a step
@@ -112,14 +122,17 @@ class Autoencoding(Task):
 
     @torch.no_grad()
     def heldout_loss(self, model: nn.Module, micro: int) -> float:
-        n, total = len(self.data.held_out), torch.zeros((), device=self.device)
+        n = len(self.data.held_out)
+        total = torch.zeros((), device=self.device)
         pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
         for low, high in pieces[dist.rank() :: dist.world_size()]:
             x = to_unit(self.data.held_out_batch(low, high).pixels, self.device)
             side = x.shape[-1] // self.factor
             shape = (self.config.latent_channels, side, side)
-            rows = [torch.randn(shape, generator=generator(self.config.seed, "held out", i))
-                    for i in range(low, high)]  # fmt: skip
+            rows = [
+                torch.randn(shape, generator=generator(self.config.seed, "held out", i))
+                for i in range(low, high)
+            ]
             with self.autocast():
                 total += self.terms(model, x, torch.stack(rows).to(self.device)).sum()
         return float(dist.all_reduce_sum(total)) / n
@@ -137,7 +150,8 @@ class Autoencoding(Task):
         if not dist.is_main():
             return None
         n = min(self.config.num_samples, len(self.shown()))
-        rows, columns = [], min(8, n)
+        rows = []
+        columns = min(8, n)
         for low in range(0, n, columns):
             x = to_unit(self.pixels(range(low, min(low + columns, n))), self.device)
             with self.autocast():

@@ -18,7 +18,8 @@ class EMA:
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
         copied = copy.deepcopy(model, frozen)
         pairs = [(e, w) for e, w in zip(copied.parameters(), model.parameters()) if w.requires_grad]
-        self.ema, self.weights = [e for e, _ in pairs], [w for _, w in pairs]
+        self.ema = [e for e, _ in pairs]
+        self.weights = [w for _, w in pairs]
         self.model = copied.eval().requires_grad_(False)
         self.decay = decay
 

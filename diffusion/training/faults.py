@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from .. import UserError
-from .. import distributed as dist
 from ..config import Config
+from ..runtime import distributed as dist
 
 
 @contextlib.contextmanager
@@ -25,16 +25,21 @@ def told(config: Config, micro: int, step: Callable[[], int]) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():
-            raise UserError(f"{folder} was removed or renamed while the run in it was at step "
-                            f"{step()}: nothing more can be saved there") from None  # fmt: skip
+            raise UserError(
+                f"{folder} was removed or renamed while the run in it was at step "
+                f"{step()}: nothing more can be saved there"
+            ) from None
         raise UserError(f"step {step()}: {error}; {kept}") from None
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise UserError(f"out of memory at step {step()} with a micro-batch of {micro}: "
-                            f"{less_memory(config, micro)}; {kept}") from None  # fmt: skip
+            raise UserError(
+                f"out of memory at step {step()} with a micro-batch of {micro}: "
+                f"{less_memory(config, micro)}; {kept}"
+            ) from None
         if (lost := dist.lost(error)) is not None:
-            raise UserError(f"step {step()}: {lost}; {kept} (torchrun --max_restarts=N does so by "
-                            "itself)") from None  # fmt: skip
+            raise UserError(
+                f"step {step()}: {lost}; {kept} (torchrun --max_restarts=N does so by itself)"
+            ) from None
         raise
 
 
@@ -51,8 +56,10 @@ def less_memory(config: Config, micro: int) -> str:
         ways.append("--amp auto halves the activations")
     if micro > 1:
         times = next(n for n in range(2, micro + 1) if micro % n == 0)
-        ways.append(f"--grad_accum {times * config.grad_accum} makes micro-batches of "
-                    f"{micro // times} and changes nothing else")  # fmt: skip
+        ways.append(
+            f"--grad_accum {times * config.grad_accum} makes micro-batches of "
+            f"{micro // times} and changes nothing else"
+        )
     if not config.checkpointing:
         ways.append("--checkpointing recomputes activations, a third slower")
     if not ways:

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from .. import distributed as dist
 from ..config import Config
 from ..data.cache import TRANSFORM
-from ..data.datasets import digest
+from ..data.image_set import digest
 from ..evaluation.distances import FEW, Moments, frechet_distance
 from ..evaluation.features import open_features, sampled
-from ..evaluation.viz import NonFinite
-from ..pipeline import Pipeline
-from ..seeding import permutation
-from ..weights.checkpoint import atomic
-from ..weights.guards import check_size
+from ..files.checkpoint import atomic
+from ..files.validate import check_size
+from ..pictures.grid import NonFinite
+from ..runtime import distributed as dist
+from ..runtime.seeding import permutation
+from ..sampling.pipeline import Pipeline
 
-SAMPLER, STEPS = "dpmpp_2m", 20
+SAMPLER = "dpmpp_2m"
+STEPS = 20
 
 
 class Fid:
@@ -33,25 +34,34 @@ class Fid:
 
     def __init__(self, config: Config, data, device: torch.device):
         if config.streaming:
-            raise UserError("--fid compares with the whole training set: it needs a set that is "
-                            "downloaded, not --streaming")  # fmt: skip
+            raise UserError(
+                "--fid compares with the whole training set: it needs a set that is "
+                "downloaded, not --streaming"
+            )
         if len(data.train) < 2:
-            raise UserError(f"--fid compares with the training images, and there is only "
-                            f"{len(data.train)}; it needs at least 2")  # fmt: skip
-        self.config, self.data = config, data
+            raise UserError(
+                f"--fid compares with the training images, and there is only "
+                f"{len(data.train)}; it needs at least 2"
+            )
+        self.config = config
+        self.data = data
         self.order = permutation(len(data.train), config.seed, "fid")
         self.features = open_features(config.fid_features, device)
         self.name = self.features.name
         self.steps = min(STEPS, config.time_steps)
         self.reference = self._reference()
         if not all(part.isfinite().all() for part in self.reference):
-            raise UserError(f"the feature network {self.features.about} makes non-finite features "
-                            "of the training images")  # fmt: skip
+            raise UserError(
+                f"the feature network {self.features.about} makes non-finite features "
+                "of the training images"
+            )
         few = f"; below {FEW} it is mostly bias" if config.fid_num_images < FEW else ""
-        dist.log(f"{self.name} every {config.fid_every} steps: {self.features.about}, "
-                 f"{config.fid_num_images} samples of the averaged weights by {SAMPLER} in "
-                 f"{self.steps} steps, against {len(data.train)} training images at "
-                 f"{config.image_size} px{few}")  # fmt: skip
+        dist.log(
+            f"{self.name} every {config.fid_every} steps: {self.features.about}, "
+            f"{config.fid_num_images} samples of the averaged weights by {SAMPLER} in "
+            f"{self.steps} steps, against {len(data.train)} training images at "
+            f"{config.image_size} px{few}"
+        )
 
     def due(self, step: int, total: int) -> bool:
         return step > 0 and (step % self.config.fid_every == 0 or step >= total)
@@ -68,21 +78,25 @@ class Fid:
             return {"prompts": [captions[i] for i in chosen], "chunks": 1}  # as in training
         return {}
 
-    def measure(
-        self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]
-    ) -> dict | None:  # fmt: skip
+    def measure(self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]) -> dict | None:
         """{name: distance, how it was measured}; None if `stopped` says so on some rank."""
-        count, micro = self.config.fid_num_images, min(64, micro)
-        began, found = time.perf_counter(), Moments(len(self.reference[0]))
+        count = self.config.fid_num_images
+        micro = min(64, micro)
+        began = time.perf_counter()
+        found = Moments(len(self.reference[0]))
 
         def result(value: float) -> dict:
-            return {self.name: value, "fid_num_images": count,
-                    "fid_seconds": time.perf_counter() - began}  # fmt: skip
+            return {
+                self.name: value,
+                "fid_num_images": count,
+                "fid_seconds": time.perf_counter() - began,
+            }
 
         with dist.progress(total=count, desc=self.name, unit="img", leave=False) as bar:
             options = dict(sampler=SAMPLER, steps=self.steps, amp=self.config.amp)
             options["seed"] = self.config.seed
-            pictures, bad = sampled(pipeline, count, micro, self.told, **options), False
+            pictures = sampled(pipeline, count, micro, self.told, **options)
+            bad = False
             for _ in range(0, count, micro * dist.world_size()):  # turns, as many on each rank
                 try:
                     _, images = next(pictures)
@@ -105,8 +119,13 @@ class Fid:
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         """(mean, covariance) of the training images' features, from the cache if they are there."""
-        key = digest(self.data.pixels.images.stamp, self.data.order_key(), TRANSFORM,
-                     str(self.config.image_size), self.features.key)  # fmt: skip
+        key = digest(
+            self.data.pixels.images.stamp,
+            self.data.order_key(),
+            TRANSFORM,
+            str(self.config.image_size),
+            self.features.key,
+        )
         file = Path(self.config.cache_dir) / f"{key}.npz"
         known = _read(file)
         if not dist.any_rank(known is None):

@@ -30,8 +30,10 @@ class AdamW(torch.optim.AdamW):
         moments = {}
         for i, values in state["state"].items():
             like = self.parameters[i]
-            moments[i] = {k: (flat(v, like) if v.shape == like.shape and k != "step" else v).clone()
-                          for k, v in values.items()}  # fmt: skip
+            moments[i] = {
+                k: (flat(v, like) if v.shape == like.shape and k != "step" else v).clone()
+                for k, v in values.items()
+            }
         super().load_state_dict(state | {"state": moments})
 
 

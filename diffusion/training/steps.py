@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from .. import distributed as dist
 from ..config import Config
 from ..data.batches import move
-from ..seeding import generator
+from ..runtime import distributed as dist
+from ..runtime.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,16 @@ class Share:
 
 def rank_share(config: Config) -> Share:
     """Raises UserError if the batch does not divide, naming the nearest sizes that do."""
-    ranks, B = dist.world_size(), config.batch_size
+    ranks = dist.world_size()
+    B = config.batch_size
     parts = ranks * config.grad_accum
     if B % parts:
         below = B // parts * parts
         sizes = f"{below} or {below + parts}" if below else f"{parts}"
-        raise UserError(f"batch_size {B} does not divide by {ranks} ranks x {config.grad_accum} "
-                        f"micro-batches; the nearest that do: {sizes}")  # fmt: skip
+        raise UserError(
+            f"batch_size {B} does not divide by {ranks} ranks x {config.grad_accum} "
+            f"micro-batches; the nearest that do: {sizes}"
+        )
     return Share(ranks, config.grad_accum, B // parts)
 
 
@@ -108,5 +111,9 @@ class Tally:
         _, good, norm, skipped, _, worst, _ = self.sums.tolist()
         self.sums[:2].zero_()
         self.sums[5:6].zero_()
-        return {"loss": loss / good if good else math.nan, "grad_norm": norm,
-                "skipped": int(skipped), "worst_streak": int(worst)}  # fmt: skip
+        return {
+            "loss": loss / good if good else math.nan,
+            "grad_norm": norm,
+            "skipped": int(skipped),
+            "worst_streak": int(worst),
+        }

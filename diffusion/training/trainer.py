@@ -16,24 +16,24 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from .. import distributed as dist
 from ..config import Config
 from ..evaluation.features import name_of
-from ..evaluation.viz import NonFinite
-from ..pipeline import amp_dtype
-from ..seeding import seed_of
-from ..weights import checkpoint
+from ..files import checkpoint
+from ..pictures.grid import NonFinite
+from ..runtime import distributed as dist
+from ..runtime.seeding import seed_of
+from ..sampling.pipeline import amp_dtype
 from . import faults
-from .adapters import ADAPTED
 from .autoencoder import Autoencoding
-from .base import based_on
 from .ema import EMA
 from .fid import Fid
-from .latents import LatentDiffusion
+from .finetune import ADAPTED
+from .finetune_config import based_on
+from .latent_task import LatentDiffusion
 from .optimizer import AdamW
-from .run import RunLog, claim, clear, import_wandb, logged, resume, write_metadata
+from .recipe import Diffusion
+from .run_folder import RunLog, claim, clear, import_wandb, logged, resume, write_metadata
 from .steps import Share, Tally, clip_factor, learning_rate, rank_share, total_steps
-from .tasks import Diffusion
 
 TASKS = {"pixel": Diffusion, "latent": LatentDiffusion, "vae": Autoencoding}
 TAMER = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
@@ -69,23 +69,27 @@ def run(config: Config, device: torch.device, share: Share) -> None:
     data = task.data
     check_data(state, data, config)
     if not dist.agreed(-1 if state is None else state["step"]):
-        raise UserError(f"not all ranks find the same run in {folder}: it must lie where all "
-                        "machines see it")  # fmt: skip
+        raise UserError(
+            f"not all ranks find the same run in {folder}: it must lie where all machines see it"
+        )
     if state is not None:
         task.recognise(state)
     total = total_steps(config, data.length)
     if state is not None and state["step"] >= total and dist.is_main():
         checkpoint.point_model_to(folder, state["step"])
     if state is not None and state["step"] >= total and not fid_is_missing(config, state["step"]):
-        dist.log(f"{folder} holds a finished run of {state['step']} steps; more --train_steps "
-                 "would continue it, --overwrite start anew")  # fmt: skip
+        dist.log(
+            f"{folder} holds a finished run of {state['step']} steps; more --train_steps "
+            "would continue it, --overwrite start anew"
+        )
         return
     torch.manual_seed(seed_of(config.seed, "init"))
     model = task.build().to(device)
     task.start(model, fresh=state is None)
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(learning, config.learning_rate, betas=(0.9, 0.99),
-                      weight_decay=config.weight_decay)  # fmt: skip
+    optimizer = AdamW(
+        learning, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+    )
     # from 2^12 even ten overflows in a row leave a usable scale
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)
@@ -124,20 +128,32 @@ def run(config: Config, device: torch.device, share: Share) -> None:
         if not dist.is_main():
             return
         if not torch.nn.utils.get_total_norm(learning).isfinite():
-            raise UserError(f"the weights of step {step} are not finite and are not saved; the "
-                            f"checkpoints in {folder} are from before. {TAMER}")  # fmt: skip
+            raise UserError(
+                f"the weights of step {step} are not finite and are not saved; the "
+                f"checkpoints in {folder} are from before. {TAMER}"
+            )
         told = task.told(ema.model)
         task.write(folder, ema.model, step, told, improved)
         write_metadata(folder, config, data, step, best)
         logs.sync()
-        checkpoint.save(folder, {
-            "step": step, "samples_seen": step * config.batch_size, "best_loss": best,
-            "ranks": share.ranks, "config": asdict(config), **told,
-            "data": {"order": data.order_key(), "length": data.length},
-            "model": task.state(model), "ema": task.state(ema.model),
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "tally": tally.sums.cpu(),
-        }, config.keep_last)  # fmt: skip
+        checkpoint.save(
+            folder,
+            {
+                "step": step,
+                "samples_seen": step * config.batch_size,
+                "best_loss": best,
+                "ranks": share.ranks,
+                "config": asdict(config),
+                **told,
+                "data": {"order": data.order_key(), "length": data.length},
+                "model": task.state(model),
+                "ema": task.state(ema.model),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "tally": tally.sums.cpu(),
+            },
+            config.keep_last,
+        )
 
     def measure_fid() -> None:
         """Where it is due, and not done before the run was stopped and continued."""
@@ -146,8 +162,9 @@ def run(config: Config, device: torch.device, share: Share) -> None:
         values = fid.measure(task.pipeline(ema.model), share.micro, lambda: stop.requested)
         if values is not None:
             logs.metrics(step, values)
-            dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} "
-                     f"({values['fid_seconds']:.0f} s)")  # fmt: skip
+            dist.log(
+                f"step {step}: {fid.name} {values[fid.name]:.4g} ({values['fid_seconds']:.0f} s)"
+            )
         clock.skip(step)
 
     with faults.told(config, share.micro, lambda: step), contextlib.ExitStack() as closing:
@@ -251,10 +268,12 @@ class Clock:
         self.skip(step)
 
     def skip(self, step: int) -> None:
-        self.step, self.time = step, time.perf_counter()
+        self.step = step
+        self.time = time.perf_counter()
 
     def rate(self, step: int) -> float:
-        steps, seconds = step - self.step, time.perf_counter() - self.time
+        steps = step - self.step
+        seconds = time.perf_counter() - self.time
         self.skip(step)
         return steps / seconds
 
@@ -263,7 +282,8 @@ class StopSignal:
     """SIGINT and SIGTERM ask for a stop after the step; a second SIGINT stops at once."""
 
     def __init__(self):
-        self.requested, self.alone = False, dist.world_size() == 1
+        self.requested = False
+        self.alone = dist.world_size() == 1
         self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, _frame) -> None:
@@ -303,6 +323,8 @@ def announce(config, model, data, device, dtype, share: Share, total: int) -> No
     precision = str(dtype).removeprefix("torch.") if dtype else "float32"
     dist.log(f"{config.data}: {data.describe()}")
     part = "" if trained == parameters else f" ({trained:,} trained)"
-    dist.log(f"{parameters / 1e6:.1f} M parameters{part} on {device}, {precision}; batch "
-             f"{config.batch_size} = {share.ranks} ranks x {share.accum} x {share.micro}; "
-             f"{total} steps")  # fmt: skip
+    dist.log(
+        f"{parameters / 1e6:.1f} M parameters{part} on {device}, {precision}; batch "
+        f"{config.batch_size} = {share.ranks} ranks x {share.accum} x {share.micro}; "
+        f"{total} steps"
+    )

@@ -1,0 +1,41 @@
+"""Train a diffusion model.
+
+python train.py                                        cartoon faces, two CPU cores, minutes
+python train.py --data FOLDER --image_size 64          a folder of images
+torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
+"""
+
+from ..config import PRESETS, Parser, add_config_arguments, config_from_args
+
+
+def parse(args: list[str] | None = None):
+    """(Config, the options given, dry_run)"""
+
+    parser = Parser(description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--preset",
+        default=None,
+        metavar="NAME",
+        help=f"a recipe to start from: none, {', '.join(PRESETS)}; --data NAME "
+        "brings its own where there is one",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="tell what would be done, and stop")
+    values = vars(parser.parse_args(args))
+    preset = values.pop("preset")
+    dry_run = values.pop("dry_run")
+    return config_from_args(values, preset), set(values), dry_run
+
+
+def main() -> None:
+    config, given, dry_run = parse()
+    if dry_run:
+        from ..training.dry_run import describe
+
+        print(describe(config, given))
+        return
+    from ..runtime import distributed
+    from ..training.trainer import train
+
+    train(config, given)
+    distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them

@@ -1,0 +1,106 @@
+"""Adapters put into a pipeline: LoRAs into its networks, new tokens into its vocabulary."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import UserError
+from ..files.adapter_files import read_lora
+from ..files.embedding_files import read_embeddings
+from ..models import lora
+from ..models.clip import CLIPTextModel
+from ..models.textual_inversion import extend
+from ..models.tokenizer import Tokenizer
+from ..runtime.distributed import log
+from .conditioning import TextConditioned, TextEncoder
+from .pipeline import Pipeline
+
+
+def networks(pipeline: Pipeline) -> dict[str, nn.Module]:
+    """The parts that adapter files name: unet and, where there is one, text_encoder."""
+    text = getattr(pipeline, "text", None)
+    apart = {"text_encoder": text.model} if isinstance(text, TextEncoder) else {}
+    return parts_of(pipeline.model) | apart
+
+
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    if isinstance(model, TextConditioned):
+        return {"unet": model.unet, "text_encoder": model.text}
+    return {"unet": model}
+
+
+def adapt(
+    pipeline: Pipeline,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
+    merged: bool = True,
+) -> Pipeline:
+    """The pipeline with these LoRAs, each with its weight, and these textual inversions.
+
+    merged: into the weights, at the speed of the model without them, where these are float32 (in
+    bfloat16 small changes would be rounded away); else they stand beside them, named "0", "1", ...,
+    and `set_weights` may change their weights.
+    Raises UserError for files that do not fit the model.
+    """
+    parts = networks(pipeline)
+    for i, (path, weight) in enumerate(loras):
+        for part, branches in read_lora(path, parts).items():
+            lora.load(parts[part], branches, str(i), weight)
+    if embeddings and "text_encoder" not in parts:
+        raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
+    if embeddings:
+        add_embeddings(pipeline.text.tokenizer, parts["text_encoder"], embeddings)
+    if merged:
+        for network in parts.values():
+            if next(network.parameters()).dtype == torch.float32:
+                lora.merge(network)
+    return pipeline
+
+
+def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
+    """Of LoRAs that are not merged, by their names."""
+    for network in networks(pipeline).values():
+        lora.set_weights(network, weights)
+    pipeline.forget()
+
+
+def add_embeddings(tokenizer: Tokenizer, text: CLIPTextModel, paths: Sequence[str | Path]) -> None:
+    """Put textual inversions into a vocabulary and its text encoder, and print their names.
+
+    Raises UserError for files that do not fit, and for names that no prompt can hold.
+    """
+    for found in read_embeddings(paths, text.config.hidden_size, lambda m: log(f"warning: {m}")):
+        names = [name for name in found.names if tokenizer.can_hold(name)]
+        if odd := [name for name in found.names if name not in names]:
+            message = f"{found.path}: {odd[0]!r} cannot be typed in a prompt"
+            if not names:
+                raise UserError(f"{message}: rename the file")
+            log(f"warning: {message}; use {names[0]!r}")
+        first = len(tokenizer)
+        count = len(found.vectors)
+        try:
+            tokenizer.add_embedding(names, count)
+            extend(text, found.vectors, first)
+        except ValueError as error:
+            raise UserError(f"{found.path}: {error}") from None
+        known = " or ".join(map(repr, names))
+        log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
+
+
+def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """Print a warning for each embedding that none of these prompts names."""
+    tokenizer = getattr(getattr(pipeline, "text", None), "tokenizer", None)
+    if tokenizer is None or not tokenizer.embeddings:
+        return
+    used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
+    names: dict[int, list[str]] = {}  # the first id of each embedding -> its names
+    for name, ids in tokenizer.embeddings.items():
+        names.setdefault(ids[0], []).append(name)
+    for first, known in names.items():
+        if first not in used:
+            log(
+                f"warning: no prompt has {' or '.join(map(repr, known))}: this --embedding does "
+                "nothing"
+            )

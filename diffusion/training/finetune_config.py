@@ -1,0 +1,120 @@
+"""The configuration of a run that begins with a finished model: which of it the model decides."""
+
+import dataclasses
+from pathlib import Path
+
+from .. import UserError, rules
+from ..config import Config
+from ..files.checkpoint import load_weights
+from ..files.sd_files import check_averaged, read_image_size, stated_objective
+
+# what a base model's own configuration decides; the second row unless it is given
+DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
+           "clip_skip", "layers_per_block", "unet_dim", "dim_mults", "heads", "time_steps",
+           "schedule", "zero_snr", "objective")  # fmt: skip
+USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config", "sampler", "sample_steps",
+         "guidance_scale")  # fmt: skip
+DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
+
+
+def based_on(config: Config, given: set[str] | None = None) -> Config:
+    """The configuration with what the base model, or Stable Diffusion's, decides.
+
+    given: names of the options that were given; None: those that differ from the defaults.
+    Captions are not hidden (condition_dropout 0) unless asked for: without a caption the model is
+    to stay what it is. Raises UserError for options that contradict the base or each other.
+    """
+    if given is None:
+        given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
+    if not config.adapts:
+        config = dataclasses.replace(config, **own_settings(config, given))
+        return check_used(config, given)
+    values: dict = {"condition_dropout": 0.0}
+    if config.load_path is not None:
+        theirs = load_weights(Path(config.load_path))[1]
+        if theirs.mode == "vae":
+            raise UserError(f"--load_path {config.load_path} is a VAE: give a model on its latents")
+        told = [f"--{n} {getattr(config, n)} (it has {getattr(theirs, n)})" for n in DECIDED
+                if n in given and getattr(config, n) != getattr(theirs, n)]  # fmt: skip
+        if theirs.sd_path is None and config.sd_path is not None:
+            told.append(f"--sd_path {config.sd_path} (it was trained from scratch)")
+        if told:
+            raise UserError(f"--load_path {config.load_path} contradicts {', '.join(told)}: leave "
+                            "that out")  # fmt: skip
+        values |= {n: getattr(theirs, n) for n in USUAL}
+        decided = {n: getattr(theirs, n) for n in DECIDED}
+    elif config.sd_path is not None:
+        values |= {"condition": "text", "loss": "l2", "guidance_scale": 7.5}
+        values |= own_settings(config, given)
+        decided = {"mode": "latent"}
+    else:
+        raise UserError("an adapter or --instance_prompt needs a model to start from: give "
+                        "--load_path FILE, or --sd_path PATH")  # fmt: skip
+    if config.sd_path is not None and "condition" in given and config.condition != "text":
+        raise UserError("--sd_path is trained on captions: give --condition text")
+    values = {n: v for n, v in values.items() if n not in given}
+    config = dataclasses.replace(config, **values | decided)
+    check(config)
+    return check_used(config, given)
+
+
+def own_settings(config: Config, given: set[str]) -> dict:
+    """What a Stable Diffusion model predicts and the size it was trained for, unless given."""
+    if config.sd_path is None:
+        return {}
+    if config.sd_weights == "ema" and config.load_path is None:
+        check_averaged(config.sd_path, "--sd_weights")
+    own: dict = {}
+    if "objective" not in given:
+        own["objective"] = stated_objective(config.sd_path, config.sd_config)
+    if config.image_size == DEFAULTS["image_size"]:
+        own["image_size"] = read_image_size(config.sd_path, config.sd_config)
+    return {n: v for n, v in own.items() if n not in given}
+
+
+def check_used(config: Config, given: set[str]) -> Config:
+    """Raises UserError for options that were given and would do nothing."""
+    rules.check_used(config, {name: DEFAULTS[name] for name in given & set(DEFAULTS)}, rules.USES)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises UserError for options that do not go together."""
+    inverts = config.adapter == "textual_inversion"
+    reads = config.condition == "text"
+    wants_text = {"--adapter textual_inversion": inverts,
+                  "--instance_prompt": config.instance_prompt is not None,
+                  "--train_text_encoder": config.train_text_encoder}  # fmt: skip
+    for option in (o for o, on in wants_text.items() if on and not reads):
+        raise UserError(f"{option} needs a model that reads prompts; this one is of --mode "
+                        f"{config.mode} --condition {config.condition}")  # fmt: skip
+    if inverts and not (config.token and config.init_word):
+        raise UserError("--adapter textual_inversion needs --token, the new word, and --init_word, "
+                        "the one it starts from")  # fmt: skip
+    if (config.token or config.init_word) and not inverts:
+        raise UserError("--token and --init_word are options of --adapter textual_inversion")
+    if config.class_prompt is not None and config.instance_prompt is None:
+        raise UserError(
+            "--class_prompt preserves what --instance_prompt would overwrite: give both"
+        )
+    if inverts and config.train_text_encoder:
+        raise UserError("--adapter textual_inversion trains its vectors only: drop "
+                        "--train_text_encoder")  # fmt: skip
+    if config.class_data:
+        folder = Path(config.class_data).resolve()
+        for data in (Path(config.data), Path("data") / config.data):
+            if data.is_dir() and data.resolve().is_relative_to(folder):
+                same = "is --data itself" if data.resolve() == folder else f"holds --data {data}"
+                raise UserError(
+                    f"--class_data {config.class_data} {same}: class images and instance images "
+                    "would be one set; give another folder"
+                )
+    prompt = config.instance_prompt
+    if inverts and prompt is not None and config.token.lower() not in prompt.lower():
+        raise UserError(f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that "
+                        "is trained")  # fmt: skip
+    if config.train_text_encoder and config.adapter == "none" and config.sd_path is not None:
+        raise UserError("--train_text_encoder trains Stable Diffusion's by LoRA only: give "
+                        "--adapter lora")  # fmt: skip
+    if config.streaming and (inverts or prompt is not None or config.condition == "class"):
+        raise UserError("captions and classes are replaced before training: drop --streaming")

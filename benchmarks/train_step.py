@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import int_list  # noqa: E402
+from diffusion.models.cond import NOTHING  # noqa: E402
 from diffusion.models.unet import UNet  # noqa: E402
-from diffusion.process.objective import training_loss  # noqa: E402
+from diffusion.process.objective import training_coefficients, training_loss  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.runtime.distributed import setup  # noqa: E402
 from diffusion.training.ema import EMA  # noqa: E402
@@ -38,11 +39,11 @@ def ours(args, dim: int, update_only: bool = False):
     device = setup(args.device)
     torch.manual_seed(0)
     model = UNet(dim, args.mults).to(device, memory_format=torch.channels_last)
-    levels = make_schedule("cosine", 1000).to(device)
     optimizer = AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99))
     ema, n = EMA(model, 0.9999), [0]
     x0, eps = images(args), images(args)
-    t = torch.randint(1000, (args.batch_size,), device=device)
+    t = torch.randint(1000, (args.batch_size,))
+    levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(device)
     if args.compile:
         model.compile()
 
@@ -59,7 +60,7 @@ def ours(args, dim: int, update_only: bool = False):
 
     def step() -> None:
         with torch.autocast(args.device, torch.bfloat16):
-            loss = training_loss(model, levels, "v", x0, t, eps).mean()
+            loss = training_loss(model, levels, x0, eps, NOTHING).mean()
         loss.backward()
         update()
 

@@ -110,7 +110,6 @@ def read_start(
 
     from ..data.images import BadImage, read_image, read_mask
     from ..runtime.distributed import log
-    from ..sampling.conditioning import LatentPipeline
 
     if init_image is None:
         return {}
@@ -122,7 +121,7 @@ def read_start(
             raise UserError(f"{path}: {error}") from None
 
     image = read(init_image, lambda path: read_image(path, None))
-    if isinstance(pipeline, LatentPipeline):
+    if pipeline.codec.factor > 1:
         pipeline.set_size(*size_like(image, pipeline, height, width))
     H, W = pipeline.image_hw
     scale = max(W / image.width, H / image.height)
@@ -160,7 +159,7 @@ def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[i
     One that is given stays; sides are multiples of the VAE's factor.
     """
     aspect = image.width / image.height
-    factor = pipeline.vae.factor
+    factor = pipeline.codec.factor
     side = pipeline.config.image_size
 
     def rounded(pixels: float) -> int:

@@ -5,6 +5,7 @@ permutation per (seed, epoch) after another. So a resumed run, another number of
 another number of micro-batches see the same samples.
 """
 
+import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Batch:
     labels: Tensor
     moments: Tensor | None = None
     text: Tensor | None = None
+    empty: Tensor | None = None  # the text of no caption
     captions: list[str] | None = None  # of a stream, whose text is not encoded beforehand
 
 
@@ -54,6 +56,12 @@ class Pixels:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def with_images(self, images: ImageSet) -> "Pixels":
+        """Give the same pixels with other labels, classes or texts."""
+        other = copy.copy(self)
+        other.images = images
+        return other
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """(n, size, size, 3) uint8."""

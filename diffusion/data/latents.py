@@ -206,8 +206,9 @@ def caption_embeddings(
 class EncodedBatches(Batches):
     """`Batches` of latents, and of what the network is told of each image's caption.
 
-    text: by caption, either ids (U, L) or embeddings. text_of: (N, K) each image's captions, at
-    least one and then -1, of which a step draws one; the first is a held-out image's.
+    text: by caption, either ids (U, L) or embeddings; the last is that of no caption. text_of:
+    (N, K) each image's captions, at least one and then -1, of which a step samples one; the first
+    is a held-out image's.
     """
 
     def __init__(
@@ -225,6 +226,9 @@ class EncodedBatches(Batches):
         self.text = text
         self.text_of = text_of
         self.counts = None if text_of is None else (text_of >= 0).sum(1)
+        if text is not None:
+            last = len(text) if isinstance(text, Tensor) else text.count
+            self.empty = self.entries(np.array([last - 1]))[0]
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         chosen = self.indices(step)
@@ -252,11 +256,13 @@ class EncodedBatches(Batches):
         moments = torch.from_numpy(views[np.arange(len(chosen)), flips.astype(int)])
         shown = self.pixels.shown(chosen)
         labels = torch.from_numpy(self.labels[shown])
-        return Batch(None, labels, moments, self.told(shown, which))
-
-    def told(self, chosen: list[int], which: np.ndarray) -> Tensor | None:
         if self.text is None:
-            return None
+            return Batch(None, labels, moments)
         # a stand-in for a damaged image may have fewer captions than the image
-        text = self.text[self.text_of[chosen, which % self.counts[chosen]]]
+        text = self.entries(self.text_of[shown, which % self.counts[shown]])
+        return Batch(None, labels, moments, text, self.empty)
+
+    def entries(self, indices: np.ndarray) -> Tensor:
+        """Give texts by the number of their caption."""
+        text = self.text[indices]
         return text if isinstance(text, Tensor) else torch.from_numpy(text)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cond import NOTHING, Cond
 from .configs import UNetConfig
 from .sd_blocks import (
     Attention,
@@ -123,10 +124,10 @@ def sinusoids(t: Tensor, dim: int, flip: bool, shift: float) -> Tensor:
 
 
 class SDUNet(nn.Module):
-    """x (B, C, H, W), t (B,) real, told -> (B, out_channels, H, W).
+    """Predict from x (B, C, H, W), t (B,) real and cond -> (B, out_channels, H, W).
 
-    told: the context (B, L, D) of a network with cross-attention; of others the labels (B,) int64,
-        None means the null label. A network with both takes its labels as the last argument.
+    cond: the context (B, L, D) of a network with cross-attention; the labels (B,) int64 of one
+        with classes, None means the null label.
     Any H and W: odd sides are rounded up on the way down.
     A new network's output is zero, and so is every branch beside a skip: as LDM starts training.
     Raises ValueError for a missing context.
@@ -198,17 +199,18 @@ class SDUNet(nn.Module):
             elif isinstance(module, AttnBlock):
                 zero_init(module.to_out[0])
 
-    def forward(
-        self, x: Tensor, t: Tensor, told: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        context = told if self.takes_context else None
-        labels = labels if self.takes_context or told is None else told
+    def use_checkpointing(self, on: bool) -> None:
+        """Recompute activations in backward: a third slower, in less memory."""
+        self.checkpointing = on
+
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = NOTHING) -> Tensor:
+        context = cond.context if self.takes_context else None
         if self.takes_context and context is None:
             raise ValueError(
                 f"this network attends to a context: give one (B, L, "
                 f"{self.config.cross_attention_dim}), got None"
             )
-        emb = self.embed(x, t, labels)
+        emb = self.embed(x, t, cond.labels)
 
         x = self.conv_in(x)
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cond import NOTHING, Cond
 from .layers import WSConv3x3
 
 SILU_GAIN = 1.68  # 1 / sqrt(E[silu(z)^2]), z standard normal
@@ -150,7 +151,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class UNet(nn.Module):
-    """x (B, channels, H, W), t (B,) real, labels (B,) int64 or None -> (B, channels, H, W).
+    """Predict from x (B, channels, H, W), t (B,) real and cond.labels -> (B, channels, H, W).
 
     dim: channels of the first level; dim_mults: each level's multiple of it.
     heads: of every attention; each has dim / heads channels, at least min_dim_head.
@@ -205,7 +206,7 @@ class UNet(nn.Module):
         self.last = res(2 * dim, dim)
         self.out = zero_init(nn.Conv2d(dim, channels, 1))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = NOTHING) -> Tensor:
         H, W = x.shape[-2:]
         pad_h = -H % self.factor
         pad_w = -W % self.factor
@@ -213,6 +214,7 @@ class UNet(nn.Module):
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
         emb = self.time(t)
         if self.label is not None:
+            labels = cond.labels
             if labels is None:
                 labels = torch.full_like(t, self.null_label, dtype=torch.long)
             emb = emb + self.label(labels)

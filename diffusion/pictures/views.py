@@ -20,7 +20,7 @@ from ..data.images import BadImage
 from ..files.checkpoint import read_lines
 from ..process.objective import q_sample
 from ..process.samplers import SAMPLERS, Table
-from ..process.schedule import Schedule
+from ..process.schedule import NoisePath
 from ..runtime.distributed import log, progress
 from ..runtime.seeding import ImageNoise
 from ..sampling.pipeline import Pipeline
@@ -101,10 +101,11 @@ def forward(pipeline: Pipeline, images: Tensor, timesteps: list[int], seed: int 
     """q_sample of images (B, 3, H, W) in [-1, 1], each with one noise for all timesteps."""
     x0 = pipeline.encode(images)
     eps = ImageNoise(seed, range(len(images)), pipeline.shape)(pipeline.device)
-    levels = pipeline.schedule.to(pipeline.device)
     frames = []
     for t in timesteps:
-        x_t = q_sample(levels, x0, torch.full((len(x0),), t, device=pipeline.device), eps)
+        x_t = q_sample(
+            pipeline.schedule, x0, torch.full((len(x0),), t, device=pipeline.device), eps
+        )
         frames.append(to_uint8(pipeline.decode(x_t)))
     return Trajectory("forward", [float(t) for t in timesteps], np.stack(frames))
 
@@ -224,7 +225,9 @@ def last(pipeline: Pipeline, indices, options, **sampling) -> np.ndarray:
 # --- plots ---------------------------------------------------------------------------------------
 
 
-def schedule_plot(schedule: Schedule, table: Table | None = None, sampler: str = "") -> Image.Image:
+def schedule_plot(
+    schedule: NoisePath, table: Table | None = None, sampler: str = ""
+) -> Image.Image:
     """alpha_bar and log-SNR over t; a table's steps as dots on both."""
     t = list(range(len(schedule)))
     bars = [Line(t, schedule.alpha_bar.tolist(), "alpha_bar")]

@@ -4,15 +4,14 @@ One row takes x from noise level (alpha_t, sigma_t) to the next, (alpha_s, sigma
 
     x_s = k_x x_t  +  k_x0 x0  +  k_prev x0_prev  +  k_eps noise
 
-x0 is what the network predicts at x_t (clipped if asked), x0_prev what it predicted a row
-earlier. Tables are built in float64 on the CPU and cast once. A row evaluates the network once,
+x0 is what the denoiser predicts at x_t (clipped if asked), x0_prev what it predicted a row
+earlier. Tables are built in float64 on the CPU and cast once. A row evaluates the denoiser once,
 reads nothing from the device and has no branch.
 
 In this form a clipped x0 changes the noise that goes with it too (diffusers'
 use_clipped_model_output=True): x_t is always alpha_t x0 + sigma_t eps.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +19,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .objective import x0_coefficients
-from .schedule import Schedule, timesteps
+from .schedule import NoisePath, timesteps
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """t: (N,); rows: (N, 4) k_x k_x0 k_prev k_eps; levels: (N+1, 2) alpha sigma. All float64.
+    """A sampler's rows: t (N,); rows (N, 4) k_x k_x0 k_prev k_eps; levels (N+1, 2) alpha sigma.
 
-    The rest is what it was made of, see `make_table`. steps: with a strength below 1, those of
-    which the last N are run.
+    All float64. The rest is what it was made of, see `make_table`. steps: with a strength below
+    1, those of which the last N are run.
     """
 
     t: Tensor
@@ -46,8 +44,9 @@ class Table:
 
 
 def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> Tensor:
-    """DDIM (arXiv:2010.02502, eq. 12 and 16); eta = 1 is DDPM's posterior (DDPM eq. 7).
+    """Make the rows of DDIM (arXiv:2010.02502, eq. 12 and 16).
 
+    eta = 1 is DDPM's posterior (DDPM eq. 7).
     variance "beta" keeps eta = 1's mean but adds noise of variance beta (DDPM section 3.2).
     """
     (alpha_t, sigma_t) = levels[:-1].T
@@ -61,9 +60,10 @@ def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> 
 
 
 def dpmpp_2m(levels: Tensor, eta: float = 0.0) -> Tensor:
-    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2); eta = 1 is its SDE form, midpoint rule.
+    """Make the rows of DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2).
 
-    The first row, and the last where it ends at sigma = 0, are of first order.
+    eta = 1 is its SDE form; midpoint rule. The first row, and the last where it ends at sigma = 0,
+    are of first order.
     """
     sigma_t = levels[:-1, 1]
     (alpha_s, sigma_s) = levels[1:].T
@@ -85,21 +85,22 @@ class Sampler:
     rows: Callable[..., Tensor]
     eta: float
     etas: tuple[float, float]  # what eta may be set to
+    title: str  # the name that other programs write into their pictures
     spacing: str = "trailing"
     extra: int = 0  # see `timesteps`
 
 
 SAMPLERS = {
-    "ddpm": Sampler(ancestral, eta=1.0, etas=(1, 1)),
-    "ddpm_large": Sampler(partial(ancestral, variance="beta"), eta=1.0, etas=(1, 1)),
-    "ddim": Sampler(ancestral, eta=0.0, etas=(0, 1)),
-    "dpmpp_2m": Sampler(dpmpp_2m, eta=0.0, etas=(0, 0), extra=1),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m, eta=1.0, etas=(0, 1), extra=1),
+    "ddpm": Sampler(ancestral, 1.0, (1, 1), "DDPM"),
+    "ddpm_large": Sampler(partial(ancestral, variance="beta"), 1.0, (1, 1), "DDPM large"),
+    "ddim": Sampler(ancestral, 0.0, (0, 1), "DDIM"),
+    "dpmpp_2m": Sampler(dpmpp_2m, 0.0, (0, 0), "DPM++ 2M", extra=1),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m, 1.0, (0, 1), "DPM++ 2M SDE", extra=1),
 }
 
 
 def make_table(
-    schedule: Schedule,
+    schedule: NoisePath,
     sampler: str,
     steps: int,
     *,
@@ -109,12 +110,12 @@ def make_table(
     final: str = "zero",
     strength: float = 1.0,
 ) -> Table:
-    """The table of a sampler for exactly `steps` network evaluations.
+    """Make the table of a sampler for exactly `steps` network evaluations.
 
     spacing, eta: None means the sampler's own. offset: see `timesteps`.
     final: where the last row ends, "zero" (sigma = 0) or "alpha_bar_0" (the schedule's first
         level, diffusers' set_alpha_to_one=False).
-    strength: for image to image, the share of the steps that is run, from the noisier end cut;
+    strength: for image to image, the fraction of the steps that is run, from the noisier end cut;
         a table of int(steps * strength) rows, whose start is `levels[0]`.
     Raises ValueError for unknown names, more steps than the schedule has, strength outside (0, 1].
     """
@@ -143,7 +144,7 @@ def make_table(
 
 
 def start_row(steps: int, strength: float) -> int:
-    """The first row that image to image runs. Raises ValueError if no row would be left."""
+    """Choose the first row that image to image runs. Raises ValueError if no row would be left."""
     rows = int(steps * strength + 1e-9)
     if not 0 < strength <= 1 or rows < 1:
         raise ValueError(
@@ -156,31 +157,33 @@ def start_row(steps: int, strength: float) -> int:
 # --- guidance ------------------------------------------------------------------------------------
 
 
-def guided(model, scale: float, rescale: float = 0.0, batched: bool = True):
-    """A denoiser (x_t, t, cond, uncond) -> out with classifier-free guidance.
+def guided(network, scale: float, rescale: float = 0.0, batched: bool = True):
+    """Guide a network without a classifier: (x, t, *cond) -> out becomes (x, t, *cond, *uncond).
 
-    Scale 1 means none; uncond is not needed then.
+    Scale 1 means none, and takes no uncond.
 
     out = uncond + scale (cond - uncond), arXiv:2207.12598 eq. 6 with scale = 1 + w; then its
-    standard deviation is drawn towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
-    batched: one call of the model with both, or two calls in half the memory.
+    standard deviation is moved towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
+    batched: one call of the network with both, or two calls in half the memory.
     """
     if scale == 1:
-        return lambda x, t, cond, uncond=None: model(x, t, cond)
+        return network
 
-    def denoise(x: Tensor, t: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, *both: Tensor) -> Tensor:
+        cond = both[: len(both) // 2]
+        uncond = both[len(both) // 2 :]
         if batched:
-            twice = (torch.cat(pair) for pair in ((x, x), (t, t), (cond, uncond)))
-            out_c, out_u = model(*twice).float().chunk(2)
+            twice = (torch.cat(pair) for pair in ((x, x), (t, t), *zip(cond, uncond)))
+            out_c, out_u = network(*twice).float().chunk(2)
         else:
-            out_c, out_u = (model(x, t, told).float() for told in (cond, uncond))
+            out_c, out_u = (network(x, t, *one).float() for one in (cond, uncond))
         out = out_u + scale * (out_c - out_u)
         if rescale:
             std_c, std = (o.std((1, 2, 3), keepdim=True) for o in (out_c, out))
             out = out * (rescale * std_c / std + (1 - rescale))
         return out
 
-    return denoise
+    return predict
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -203,13 +206,13 @@ class Inpaint:
 
 
 def step(
-    denoise, clip: bool, x: Tensor, x0_prev: Tensor, noise: Tensor, t: Tensor, k: Tensor, *told
+    denoise, clip: bool, x: Tensor, x0_prev: Tensor, noise: Tensor, k: Tensor, *cond
 ) -> tuple[Tensor, Tensor]:
-    """One row. k: (6,) = c_x c_out k_x k_x0 k_prev k_eps on the device. Returns x_s and x0."""
-    c_x, c_out, k_x, k_x0, k_prev, k_eps = k
-    x0 = c_x * x + c_out * denoise(x, t, *told).float()
+    """Run one row. k: (M + 4,) on the device, the denoiser's coefficients and the row's."""
+    x0 = denoise(x, k[:-4], *cond)
     if clip:
         x0 = x0.clamp(-1, 1) + 0 * x0  # infinity becomes NaN: a picture that is none must show
+    k_x, k_x0, k_prev, k_eps = k[-4:]
     return k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * noise, x0
 
 
@@ -218,9 +221,8 @@ def sample_loop(
     denoise,
     x: Tensor,
     table: Table,
-    objective: str,
     *,
-    told: tuple[Tensor, ...] = (),
+    cond: tuple[Tensor, ...] = (),
     noise: Callable[[], Tensor] | None = None,
     clip: bool = True,
     inpaint: Inpaint | None = None,
@@ -228,38 +230,41 @@ def sample_loop(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run a table from x at its first level; yields (x_s, x0) after each row.
 
-    denoise(x, t, *told): x (B, C, H, W) and t (B,) float32 to the network's output, (B, C, H, W).
+    denoise(x, k, *cond) -> x0, each (B, C, H, W), for a row k of its `coefficients(t, alpha,
+        sigma)` (N, M), which are computed once, in float64 (`objective.Denoiser`).
     noise(): fresh (B, C, H, W) noise on x's device; needed by stochastic tables only.
-    capture: makes of the step, a function of tensors, one that does the same (graph.py).
-    Raises ValueError if the objective cannot start at the table's level or noise is missing.
+    capture: makes of the step, a function of tensors, one that does the same (cuda_graph.py).
+    Raises ValueError if the denoiser says nothing at the table's first level, or noise is missing.
     """
-    alpha, sigma = table.levels.T
-    if objective == "eps" and alpha[0] == 0:
+    known = denoise.coefficients(table.t, *table.levels[:-1].T)
+    if not known.isfinite().all():
         raise ValueError(
-            "a zero-terminal-SNR schedule needs objective v or x0: eps says nothing "
-            "about x0 where alpha is 0"
+            "a zero-terminal-SNR schedule needs objective v or x0: eps says nothing about x0 "
+            "where alpha is 0"
         )
     random = (table.rows[:, 3] != 0).tolist()  # read on the CPU, before the loop
     if any(random) and noise is None:
         raise ValueError("this table adds noise in its rows; pass noise=")
-    k = torch.cat([torch.stack(x0_coefficients(objective, alpha, sigma), 1)[:-1], table.rows], 1)
-    k, levels, t = (v.to(x.device, torch.float32) for v in (k, table.levels, table.t))
+    k = torch.cat([known, table.rows], 1).to(x.device, torch.float32)
+    levels = table.levels.to(x.device, torch.float32)
     x0 = torch.zeros_like(x)
     zero = torch.zeros_like(x)
-    row = partial(step, denoise, clip)
-    row = row if capture is None else capture(row)
+    run = partial(step, denoise, clip)
+    run = run if capture is None else capture(run)
     if inpaint is not None:
         x = inpaint.blend(x, *levels[0])
     for i in range(len(table)):
         eps = noise() if random[i] else zero
-        x, x0 = row(x, x0, eps, t[i].expand(len(x)), k[i], *told)
+        x, x0 = run(x, x0, eps, k[i], *cond)
         if inpaint is not None:
             # the image itself stays in the end, also where the last row leaves some noise
             x = inpaint.blend(x, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))
         yield x, x0
 
 
-def sample(denoise, x: Tensor, table: Table, objective: str, **options) -> Tensor:
-    """The end of `sample_loop`: (B, C, H, W)."""
-    [(x, _)] = deque(sample_loop(denoise, x, table, objective, **options), maxlen=1)
+def sample(denoise, x: Tensor, table: Table, **options) -> Tensor:
+    """Give the end of `sample_loop`: (B, C, H, W)."""
+    states = sample_loop(denoise, x, table, **options)
+    for x, _ in states:  # noqa: B007
+        pass
     return x

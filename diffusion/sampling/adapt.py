@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .. import UserError
 from ..files.adapter_files import read_lora
@@ -14,21 +13,7 @@ from ..models.clip import CLIPTextModel
 from ..models.textual_inversion import extend
 from ..models.tokenizer import Tokenizer
 from ..runtime.distributed import log
-from .conditioning import TextConditioned, TextEncoder
 from .pipeline import Pipeline
-
-
-def networks(pipeline: Pipeline) -> dict[str, nn.Module]:
-    """The parts that adapter files name: unet and, where there is one, text_encoder."""
-    text = getattr(pipeline, "text", None)
-    apart = {"text_encoder": text.model} if isinstance(text, TextEncoder) else {}
-    return parts_of(pipeline.model) | apart
-
-
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
-    if isinstance(model, TextConditioned):
-        return {"unet": model.unet, "text_encoder": model.text}
-    return {"unet": model}
 
 
 def adapt(
@@ -37,21 +22,21 @@ def adapt(
     embeddings: Sequence[str | Path] = (),
     merged: bool = True,
 ) -> Pipeline:
-    """The pipeline with these LoRAs, each with its weight, and these textual inversions.
+    """Put LoRAs into a pipeline, each with its weight, and textual inversions.
 
     merged: into the weights, at the speed of the model without them, where these are float32 (in
     bfloat16 small changes would be rounded away); else they stand beside them, named "0", "1", ...,
     and `set_weights` may change their weights.
     Raises UserError for files that do not fit the model.
     """
-    parts = networks(pipeline)
+    parts = pipeline.networks
     for i, (path, weight) in enumerate(loras):
         for part, branches in read_lora(path, parts).items():
             lora.load(parts[part], branches, str(i), weight)
     if embeddings and "text_encoder" not in parts:
         raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
     if embeddings:
-        add_embeddings(pipeline.text.tokenizer, parts["text_encoder"], embeddings)
+        add_embeddings(pipeline.conditioning.tokenizer, parts["text_encoder"], embeddings)
     if merged:
         for network in parts.values():
             if next(network.parameters()).dtype == torch.float32:
@@ -60,8 +45,8 @@ def adapt(
 
 
 def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
-    """Of LoRAs that are not merged, by their names."""
-    for network in networks(pipeline).values():
+    """Set the weights of LoRAs that are not merged, by their names."""
+    for network in pipeline.networks.values():
         lora.set_weights(network, weights)
     pipeline.forget()
 
@@ -91,9 +76,9 @@ def add_embeddings(tokenizer: Tokenizer, text: CLIPTextModel, paths: Sequence[st
 
 def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:
     """Print a warning for each embedding that none of these prompts names."""
-    tokenizer = getattr(getattr(pipeline, "text", None), "tokenizer", None)
-    if tokenizer is None or not tokenizer.embeddings:
+    if not pipeline.reads_prompts:
         return
+    tokenizer = pipeline.conditioning.tokenizer
     used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
     names: dict[int, list[str]] = {}  # the first id of each embedding -> its names
     for name, ids in tokenizer.embeddings.items():

@@ -1,22 +1,22 @@
-"""A model from what a configuration, a checkpoint or a Stable Diffusion file names.
+"""A pipeline from what a configuration, a checkpoint or a Stable Diffusion file names.
 
-open_pipeline      for the scripts: any model, pixel or latent, as something to sample from
-open_parts         for training: what of a latent model is not trained, and the network that is
+load               any model, by its path
+open_pipeline      the same for the commands, with all their options
+open_stack         for training: what of a latent model is not trained
+build_network      the network that is
 """
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..data.latents import weights_digest
-from ..files.checkpoint import load_weights
+from ..files.checkpoint import FORMAT, load_weights
 from ..files.sd_files import (
     OBJECTIVES,
     PREDICTIONS,
@@ -26,14 +26,17 @@ from ..files.sd_files import (
     stated_objective,
 )
 from ..files.strict import build, fit
+from ..files.tensors import read_metadata
 from ..files.vae_files import load_vae
+from ..models.build import blank
 from ..models.clip import CLIPTextModel
 from ..models.configs import CLIPTextConfig
 from ..models.sd_unet import SDUNet
+from ..models.text_unet import TextUNet
 from ..models.tokenizer import byte_level
-from ..models.vae import AutoencoderKL
+from ..models.unet import UNet
 from ..process.schedule import (
-    Schedule,
+    NoisePath,
     from_betas,
     linear,
     make_schedule,
@@ -41,16 +44,18 @@ from ..process.schedule import (
     zero_terminal_snr,
 )
 from ..runtime.distributed import log
+from ..runtime.precision import amp_dtype
 from .adapt import adapt
-from .conditioning import LatentPipeline, TextConditioned, TextEncoder, TextIds
-from .pipeline import Pipeline, amp_dtype
+from .codec import LatentCodec
+from .conditioning import ClassLabels, Prompts, Unconditional
+from .pipeline import Pipeline
 from .sizes import text_config, unet_config
 
 TILE = 64  # latent pixels of a tile's side
 
 
-def schedule_of(scheduler: dict) -> Schedule:
-    """The noise schedule of a scheduler_config.json. Raises UserError for one not known here."""
+def schedule_of(scheduler: dict) -> NoisePath:
+    """Make the noise path of a scheduler_config.json. Raises UserError for one not known here."""
     T = scheduler["num_train_timesteps"]
     kind = scheduler["beta_schedule"]
     first = scheduler["beta_start"]
@@ -77,81 +82,28 @@ def schedule_of(scheduler: dict) -> Schedule:
     return zero_terminal_snr(schedule) if rescale else schedule
 
 
-@dataclass(eq=False)
-class Parts:
-    """What a latent model consists of beside the network that is trained."""
+@dataclass(frozen=True, eq=False)
+class FrozenStack:
+    """What a latent model needs beside the network that is trained.
 
-    config: Config
-    device: torch.device
-    vae: AutoencoderKL
-    schedule: Schedule
+    scheduler: what a scheduler_config.json says of timesteps; {} without one.
+    prompts: what reads texts, of a model with --condition text. text_config: the sizes of a text
+    encoder that is trained from scratch.
+    unet: Stable Diffusion's, where that is wanted.
+    """
+
+    codec: LatentCodec
+    schedule: NoisePath
     scheduler: dict = field(default_factory=dict)
-    text: TextEncoder | TextIds | None = None
-    unet: SDUNet | None = None  # Stable Diffusion's
-    text_config: CLIPTextConfig | None = None  # of one that is trained along
-    reader: CLIPTextModel | None = None  # Stable Diffusion's, where it runs in the step
-
-    @cached_property
-    def frozen(self) -> dict:
-        """What a checkpoint remembers of the networks that are not in it, by digest."""
-        scale = [self.vae.config.scaling_factor, self.vae.config.shift_factor]
-        found = {"VAE": weights_digest(self.vae), "VAE's scale": scale}
-        if isinstance(self.text, TextEncoder):
-            found["text encoder"] = weights_digest(self.text.model)
-        return found
-
-    def changed(self, frozen: dict | None) -> list[str]:
-        """Which of them are not those that a checkpoint remembers."""
-        return [name for name, kept in (frozen or {}).items() if self.frozen.get(name) != kept]
-
-    def compare(self, frozen: dict | None, other_vae: bool, where: str) -> None:
-        """Warn of what the model was not trained with, unless another VAE was asked for."""
-        names = [n for n in self.changed(frozen) if not (other_vae and n.startswith("VAE"))]
-        if names:
-            log(
-                f"warning: {where} was trained with another {' and '.join(names)} than is there "
-                "now, its pictures will be wrong: give --vae or --sd_path"
-            )
-
-    def build(self, num_classes: int) -> nn.Module:
-        """The network that is trained: Stable Diffusion's U-Net, or a new one."""
-        c = self.config
-        if self.unet is not None:
-            self.unet.checkpointing = c.checkpointing
-            unet = self.unet.float().requires_grad_(True)
-            text = self.reader
-            return (unet if text is None else TextConditioned(unet, text, c.clip_skip)).train()
-        classes = num_classes if c.condition == "class" else 0
-        unet = SDUNet(unet_config(c, self.vae, classes), c.checkpointing)
-        unet = unet.to(memory_format=torch.channels_last)
-        if self.text_config is None:
-            return unet
-        return TextConditioned(unet, CLIPTextModel(self.text_config))
-
-    def networks(self, model: nn.Module) -> dict:
-        """What a checkpoint must tell to build the network again."""
-        if isinstance(model, TextConditioned):
-            return {"unet": model.unet.config.to_dict(), "text": model.text.config.to_dict()}
-        return {"unet": model.config.to_dict()}
-
-    def pipeline(self, model: nn.Module, classes: list[str], **options) -> LatentPipeline:
-        return LatentPipeline(
-            self.config,
-            model,
-            self.schedule,
-            classes,
-            self.device,
-            vae=self.vae,
-            text=self.text,
-            scheduler=self.scheduler,
-            **options,
-        )
+    prompts: Prompts | None = None
+    text_config: CLIPTextConfig | None = None
+    unet: SDUNet | None = None
 
 
-def open_parts(config: Config, device: torch.device) -> Parts:
-    """What the configuration of a latent model names. Raises UserError for what does not fit."""
+def open_stack(config: Config, device: torch.device, tile: int | None = None) -> FrozenStack:
+    """Open what the configuration of a latent model names. Raises UserError for what is missing."""
     if config.sd_path is not None:
-        return sd_parts(config, device)
+        return open_sd_stack(config, device, tile)
     if config.vae is None:
         raise UserError(
             "--mode latent needs latents: give --sd_path, or the --vae of a model from "
@@ -163,62 +115,105 @@ def open_parts(config: Config, device: torch.device) -> Parts:
         if not config.adapts:
             raise
         raise UserError(f"{error}; say with --vae where the one of --load_path is now") from None
-    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-    parts = Parts(config, device, vae, schedule)
+    prompts = None
+    sizes = None
     if config.condition == "text":
         if config.text_encoder != "scratch":
             raise UserError(
                 "--condition text without --sd_path has no text encoder: give "
                 "--text_encoder scratch"
             )
-        tokenizer = byte_level(config.text_length)
-        parts.text = TextIds(tokenizer)
-        parts.text_config = text_config(config, tokenizer)
-    return parts
+        prompts = Prompts(byte_level(config.text_length), None, joint=True, device=device)
+        sizes = text_config(config, prompts.tokenizer)
+    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+    codec = LatentCodec(vae, device, tile=tile)
+    return FrozenStack(codec, schedule, prompts=prompts, text_config=sizes)
 
 
-def sd_parts(
+def open_sd_stack(
     config: Config,
     device: torch.device,
+    tile: int | None = None,
     vae: str | None = None,
     unet: bool = True,
     override: bool = False,
-) -> Parts:
-    """Stable Diffusion's, VAE and text encoder in float32.
+) -> FrozenStack:
+    """Open Stable Diffusion's, VAE and text encoder in float32.
 
     vae: another one than its own. unet: whether its U-Net is used. override: whether the
     configuration's objective may contradict what the model states.
     """
     other = None if vae is None else load_vae(vae)
     sd = load_sd(config.sd_path, config.sd_config, config.sd_weights if unet else "raw", other)
+    report = [line for line in sd.report if unet or not line.startswith("unet:")]
     if unet:
-        sd.report.append(check_objective(config, override))
-    else:
-        sd.report = [line for line in sd.report if not line.startswith("unet:")]
-    sd.scheduler = read_scheduler(config.sd_path, config.sd_config, PREDICTIONS[config.objective])
+        report.append(check_objective(config, override))
+    scheduler = read_scheduler(config.sd_path, config.sd_config, PREDICTIONS[config.objective])
     layers = sd.text_encoder.config.num_hidden_layers
     if config.clip_skip > layers:
         raise UserError(
             f"clip_skip is {config.clip_skip}; this text encoder has layers 1 (the "
             f"last) to {layers}"
         )
-    layout = torch.channels_last
-    text = TextEncoder(sd.tokenizer, sd.text_encoder.float().to(device), config.clip_skip)
-    own = sd.vae.float().to(device).to(memory_format=layout)
-    network = sd.unet.to(device).to(memory_format=layout) if unet else None
     if unet:
-        check_channels(network, own, config.sd_path)
-    for line in sd.report:
+        check_channels(sd.unet, sd.vae.config.latent_channels, config.sd_path)
+    for line in report:
         log(line)
-    parts = Parts(config, device, own, schedule_of(sd.scheduler), sd.scheduler, text, network)
-    if config.adapter == "textual_inversion" or config.train_text_encoder:
-        parts.text = TextIds(text.tokenizer)
-        parts.reader = text.model
-    return parts
+    joint = config.adapter == "textual_inversion" or config.train_text_encoder
+    encoder = sd.text_encoder.float().to(device)
+    layout = torch.channels_last
+    return FrozenStack(
+        LatentCodec(sd.vae.float().to(device).to(memory_format=layout), device, tile=tile),
+        schedule_of(scheduler),
+        scheduler,
+        Prompts(sd.tokenizer, encoder, config.clip_skip, joint, device=device),
+        unet=sd.unet.to(device).to(memory_format=layout) if unet else None,
+    )
+
+
+def conditioning_of(
+    config: Config, classes: Sequence[str], device: torch.device, prompts: Prompts | None = None
+) -> Unconditional | ClassLabels | Prompts:
+    """Choose what the network of a configuration is conditioned on."""
+    if config.condition == "text":
+        return dataclasses.replace(prompts, classes=classes)
+    return ClassLabels(classes, device) if config.condition == "class" else Unconditional(classes)
+
+
+def build_network(config: Config, num_classes: int, stack: FrozenStack | None = None) -> nn.Module:
+    """Build the network that is trained: Stable Diffusion's U-Net of the stack, or a new one.
+
+    stack: of a latent model. With a text encoder that runs along, the two are one module.
+    """
+    classes = num_classes if config.condition == "class" else 0
+    prompts = None if stack is None else stack.prompts
+    if stack is None:
+        unet = UNet(
+            config.unet_dim,
+            config.dim_mults,
+            heads=config.heads,
+            dropout=config.dropout,
+            num_classes=classes,
+            checkpointing=config.checkpointing,
+        )
+    elif stack.unet is not None:
+        unet = stack.unet.float().requires_grad_(True).train()
+        unet.use_checkpointing(config.checkpointing)
+    else:
+        codec = stack.codec
+        sizes = unet_config(config, codec.channels, codec.factor, classes)
+        unet = SDUNet(sizes, config.checkpointing)
+    unet = unet.to(memory_format=torch.channels_last)
+    if prompts is None or not prompts.joint:
+        return unet
+    text = prompts.encoder
+    if text is None:
+        text = CLIPTextModel(stack.text_config)
+    return TextUNet(unet, text, prompts.skip).train()
 
 
 def check_objective(config: Config, override: bool) -> str:
-    """Why a Stable Diffusion model is taken to predict what the configuration says, for people.
+    """Say why a Stable Diffusion model is taken to predict what the configuration says.
 
     Raises UserError if it states otherwise, unless override.
     """
@@ -241,8 +236,8 @@ def check_objective(config: Config, override: bool) -> str:
     return f"warning: --objective {own} overrides {stated}, which {path} states ({found.source})"
 
 
-def check_channels(unet: SDUNet, vae: AutoencoderKL, where: str) -> None:
-    made = vae.config.latent_channels
+def check_channels(unet: SDUNet, made: int, where: str) -> None:
+    """Raise UserError for a U-Net that does not diffuse latents of `made` channels."""
     taken = (unet.config.in_channels, unet.config.out_channels)
     if taken != (made, made):
         kind = "; 9 are those of an inpainting model: sample.py --mask inpaints with any other"
@@ -252,71 +247,36 @@ def check_channels(unet: SDUNet, vae: AutoencoderKL, where: str) -> None:
         )
 
 
-def load_latent(
-    path: Path,
-    weights: str,
-    device: torch.device,
-    *,
-    sd_path: str | None = None,
-    sd_config: str | None = None,
-    vae: str | None = None,
-    clip_skip: int | None = None,
-    **options,
-) -> LatentPipeline:
-    """A latent model that was trained here. sd_path, vae: where those that it needs are now."""
-    tensors, config, metadata = load_weights(path, weights)
-    foreign = config.sd_path is not None
-    new = {"vae": vae}
-    if foreign:
-        new = {"sd_path": sd_path, "sd_config": sd_config, "clip_skip": clip_skip}
-    given = {"--sd_path": sd_path, "--config": sd_config, "--clip_skip": clip_skip}
-    if not foreign and (useless := [k for k, v in given.items() if v is not None]):
-        raise UserError(f"{path} was trained from scratch: {', '.join(useless)} have no meaning")
-    config = dataclasses.replace(config, **{k: v for k, v in new.items() if v is not None})
-    try:
-        if foreign:
-            parts = sd_parts(config, device, vae=vae, unet=False)
-        else:
-            parts = open_parts(config, device)
-    except UserError as error:
-        needed = "--sd_path" if foreign else "--vae"
-        raise UserError(
-            f"{error}; {path} was trained with it: say with {needed} where it is now"
-        ) from None
-    networks = metadata["networks"]
-    unet = build("unet", networks["unet"], str(path))
-    check_channels(unet, parts.vae, str(path))
-    parts.compare(metadata.get("frozen"), vae is not None, str(path))
-    model = unet
-    if "text" in networks:
-        model = TextConditioned(unet, build("text_encoder", networks["text"], str(path)))
-    model = fit(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
-    return parts.pipeline(model, metadata["classes"], **options)
+def check_digests(found: dict, saved: dict | None) -> list[str]:
+    """Name the frozen networks that are not those that a checkpoint was trained with."""
+    return [name for name, digest in (saved or {}).items() if found.get(name) != digest]
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path, weights: str | None = None, device: str | torch.device = "cpu", **options
+) -> Pipeline:
+    """Open any model as a `Pipeline`.
+
+    path: a model.pt or ema.safetensors, the folder of a run, or Stable Diffusion 1.x as a
+    diffusers folder or a single file.
+    weights: "ema" or "raw"; None: EMA weights of a model that was trained here, and the plain ones
+    of Stable Diffusion. options: loras, embeddings, vae, height, ..., see `open_pipeline`.
+    Raises UserError for files that are none, and for options that the model has no use for.
+    """
+    path = Path(path)
+    if (path / "model.pt").is_file():
+        path = path / "model.pt"
+    foreign = path.is_dir() or path.suffix == ".ckpt"
+    if path.suffix == ".safetensors" and path.is_file():
+        foreign = read_metadata(path).get("format") != FORMAT
+    where = (None, str(path)) if foreign else (str(path), None)
+    return open_pipeline(*where, weights, torch.device(device), **options)
 
 
 def open_pipeline(
-    load_path: str | None,
-    sd_path: str | None,
-    weights: str | None,
-    device: torch.device,
-    *,
-    loras: Sequence[tuple[str | Path, float]] = (),
-    embeddings: Sequence[str | Path] = (),
-    merged: bool = True,
-    **options,
-) -> Pipeline:
-    """The pipeline of a trained model, pixel or latent, or of Stable Diffusion itself.
-
-    weights: "ema" or "raw"; None: averaged ones of a model that was trained here, and the plain
-    ones of Stable Diffusion. loras, embeddings, merged: adapters, see `adapt`. options: see
-    `open_base`.
-    Raises UserError for options that the model has no use for.
-    """
-    pipeline = open_base(load_path, sd_path, weights, device, **options)
-    return adapt(pipeline, loras, embeddings, merged)
-
-
-def open_base(
     load_path: str | None,
     sd_path: str | None,
     weights: str | None,
@@ -330,38 +290,38 @@ def open_base(
     width: int | None = None,
     tiling: bool = False,
     objective: str | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+    embeddings: Sequence[str | Path] = (),
+    merged: bool = True,
 ) -> Pipeline:
-    """`open_pipeline` without adapters."""
-    options = {"height": height or 0, "width": width or 0, "tile": TILE if tiling else None}
+    """Open a trained model, pixel or latent, or Stable Diffusion itself, with adapters put in.
+
+    weights: see `load`. loras, embeddings, merged: see `adapt`. The other options are those of
+    sample.py. Raises UserError for options that the model has no use for.
+    """
+    size = {"height": height or 0, "width": width or 0}
+    tile = TILE if tiling else None
     if load_path is None and sd_path is not None:
-        return load_stable_diffusion(
-            sd_path, device, amp, config, weights or "raw", vae, clip_skip, objective, options
+        pipeline = load_stable_diffusion(
+            sd_path, weights or "raw", device, amp, config, vae, clip_skip, objective, tile, size
         )
-    weights = weights or "ema"
+        return adapt(pipeline, loras, embeddings, merged)
     path = Path("results/model.pt" if load_path is None else load_path)
-    trained = load_weights(path, weights)[1]
+    tensors, trained, metadata = load_weights(path, weights or "ema")
     if objective is not None:
         raise UserError(
             f"--objective {objective}: {path} predicts what it was trained on, "
             f"{trained.objective}: leave that out"
         )
-    mode = trained.mode
-    if mode == "latent":
-        return load_latent(
-            path,
-            weights,
-            device,
-            sd_path=sd_path,
-            sd_config=config,
-            vae=vae,
-            clip_skip=clip_skip,
-            **options,
-        )
-    if mode == "vae":
+    if trained.mode == "vae":
         raise UserError(
-            f"{path} is a VAE, which draws nothing by itself: train a model on its "
+            f"{path} is a VAE, which samples nothing by itself: train a model on its "
             f"latents, python train.py --mode latent --vae {path.parent}"
         )
+    if trained.mode == "latent":
+        given = {"sd_path": sd_path, "sd_config": config, "vae": vae, "clip_skip": clip_skip}
+        pipeline = load_latent(path, tensors, trained, metadata, device, given, tile, size)
+        return adapt(pipeline, loras, embeddings, merged)
     named = {
         "sd_path": sd_path,
         "vae": vae,
@@ -372,33 +332,125 @@ def open_base(
         "config": config,
     }
     if given := [f"--{name}" for name, value in named.items() if value is not None]:
-        raise UserError(f"{path} is a pixel model: {', '.join(given)}: nothing of that is in it")
-    return Pipeline.load(path, weights, device)
+        raise UserError(f"{', '.join(given)}: {path} is a pixel model, which has no use for that")
+    pipeline = load_pixel(path, tensors, trained, metadata, device)
+    return adapt(pipeline, loras, embeddings, merged)
 
 
-def load_stable_diffusion(path, device, amp, config, weights, vae, clip_skip, objective, options):
-    """As it is, its weights in the precision of --amp."""
-    if config is not None and Path(path).is_dir():
+def load_pixel(
+    path: Path, tensors: dict[str, Tensor], config: Config, metadata: dict, device: torch.device
+) -> Pipeline:
+    """Make the pipeline of a model of --mode pixel from what its file holds."""
+    classes = metadata["classes"]
+    try:
+        with blank():  # what a file claims costs nothing until it fits
+            model = build_network(config, len(classes))
+        model.load_state_dict(tensors, assign=True)
+        own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}
+        model.load_state_dict(own, assign=True)  # the file itself may go
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not fit its own configuration: {reason}") from None
+    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+    model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    conditioning = conditioning_of(config, classes, device)
+    return Pipeline(config, model, schedule, conditioning=conditioning, device=device)
+
+
+def load_latent(
+    path: Path,
+    tensors: dict[str, Tensor],
+    config: Config,
+    metadata: dict,
+    device: torch.device,
+    given: dict,
+    tile: int | None,
+    size: dict,
+) -> Pipeline:
+    """Make the pipeline of a model of --mode latent from what its file holds.
+
+    given: sd_path, sd_config, vae: where what the model needs is now; clip_skip; None: as saved.
+    """
+    foreign = config.sd_path is not None
+    given = {name: value for name, value in given.items() if value is not None}
+    other_vae = given.get("vae")
+    if foreign:
+        given.pop("vae", None)
+    elif useless := [f"--{n.replace('sd_config', 'config')}" for n in given if n != "vae"]:
+        raise UserError(f"{', '.join(useless)}: {path} was trained from scratch and needs none")
+    config = dataclasses.replace(config, **given)
+    try:
+        if foreign:
+            stack = open_sd_stack(config, device, tile, other_vae, unet=False)
+        else:
+            stack = open_stack(config, device, tile)
+    except UserError as error:
+        needed = "--sd_path" if foreign else "--vae"
+        raise UserError(
+            f"{error}; {path} was trained with it: say with {needed} where it is now"
+        ) from None
+    networks = metadata["networks"]
+    model = build("unet", networks["unet"], str(path))
+    check_channels(model, stack.codec.channels, str(path))
+    prompts = stack.prompts
+    if "text" in networks:
+        model = TextUNet(model, build("text_encoder", networks["text"], str(path)))
+    model = fit(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
+    if "text" in networks:
+        prompts = dataclasses.replace(prompts, encoder=model.text)
+    conditioning = conditioning_of(config, metadata["classes"], device, prompts)
+    changed = check_digests(stack.codec.digests | conditioning.digests, metadata.get("frozen"))
+    if names := [n for n in changed if other_vae is None or not n.startswith("VAE")]:
+        log(
+            f"warning: {path} was trained with another {' and '.join(names)} than is there "
+            "now, its pictures will be wrong: give --vae or --sd_path"
+        )
+    return Pipeline(
+        config, model, stack.schedule, stack.codec, conditioning, device, stack.scheduler, **size
+    )
+
+
+def load_stable_diffusion(
+    path: str,
+    weights: str,
+    device: torch.device,
+    amp: str,
+    sd_config: str | None,
+    vae: str | None,
+    clip_skip: int | None,
+    objective: str | None,
+    tile: int | None,
+    size: dict,
+) -> Pipeline:
+    """Make the pipeline of Stable Diffusion as it is, its weights in the precision of --amp."""
+    if sd_config is not None and Path(path).is_dir():
         raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(amp, device)
-    override = objective is not None
-    objective = objective if override else stated_objective(path, config)
-    settings = Config(
+    config = Config(
         mode="latent",
         condition="text",
-        sd_path=str(path),
-        sd_config=config,
+        sd_path=path,
+        sd_config=sd_config,
         sd_weights=weights,
-        objective=objective,
+        objective=stated_objective(path, sd_config) if objective is None else objective,
         clip_skip=1 if clip_skip is None else clip_skip,
     )
-    parts = sd_parts(settings, device, vae, override=override)
-    size = parts.unet.config.sample_size or 64
-    size = (size if isinstance(size, int) else max(size)) * parts.vae.factor
-    parts.config = dataclasses.replace(settings, image_size=size)
-    parts.unet.to(dtype or torch.float32)
+    stack = open_sd_stack(config, device, tile, vae, override=objective is not None)
+    side = stack.unet.config.sample_size or 64
+    side = side if isinstance(side, int) else max(side)
+    config = dataclasses.replace(config, image_size=side * stack.codec.factor)
+    stack.unet.to(dtype or torch.float32)
     if dtype is not None:
-        parts.text.model.to(dtype)
+        stack.prompts.encoder.to(dtype)
     if dtype == torch.bfloat16:  # float16 is too narrow for the VAE's activations
-        parts.vae.to(dtype)
-    return parts.pipeline(parts.unet, [], **options)
+        stack.codec.vae.to(dtype)
+    return Pipeline(
+        config,
+        stack.unet,
+        stack.schedule,
+        stack.codec,
+        stack.prompts,
+        device,
+        stack.scheduler,
+        **size,
+    )

@@ -1,104 +1,90 @@
-"""The parts put together: configuration or checkpoint -> network, schedule -> images.
+"""A model as something to sample from: network, noise path, codec and conditioning.
 
-pipeline = Pipeline.load("results/model.pt")
+pipeline = diffusion.load("results/model.pt")
 images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..files.checkpoint import load_weights
-from ..models.build import blank
+from ..models.cond import Cond
 from ..models.layers import folded
-from ..models.unet import UNet
+from ..models.text_unet import networks_of
+from ..process.objective import Denoiser
 from ..process.samplers import Inpaint, Table, guided, make_table, sample_loop
-from ..process.schedule import Schedule, make_schedule
+from ..process.schedule import NoisePath
 from ..runtime.cuda_graph import Graphs
+from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
-
-
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype of --amp on a device, None for float32. Raises UserError if it has none.
-
-    auto: bf16 on CUDA from sm_80 and on CPUs with AMX, fp16 on older CUDA, else float32.
-    """
-    if amp == "auto":
-        if device.type == "cuda":
-            new = torch.cuda.get_device_capability(device) >= (8, 0)
-            return torch.bfloat16 if new else torch.float16
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        return torch.bfloat16 if device.type == "cpu" and amx() else None
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use auto, bf16 or no")
-    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+from .codec import LatentCodec, PixelCodec
+from .conditioning import ClassLabels, Prompts, Request, Unconditional
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a whole number in plain digits."""
+    """Tell whether a text is a whole number in plain digits."""
     return text.isascii() and text.isdigit() and len(text) < 20
-
-
-def build_model(config: Config, num_classes: int) -> UNet:
-    return UNet(
-        config.unet_dim,
-        config.dim_mults,
-        heads=config.heads,
-        dropout=config.dropout,
-        num_classes=num_classes if config.condition == "class" else 0,
-        checkpointing=config.checkpointing,
-    ).to(memory_format=torch.channels_last)
 
 
 @dataclass(eq=False)
 class Pipeline:
-    """A network and what is needed to sample from it.
+    """A trained module and what is needed to sample from it.
 
-    classes: their names in label order; empty for an unconditional network.
+    model: what was trained: a U-Net, or one with its text encoder.
+    scheduler: what a scheduler_config.json says of timesteps; {} without one.
+    height, width: of the images, in pixels; 0: the size that the model was trained on.
+    compiled: whether to torch.compile the network.
+    Raises UserError for sizes that the codec cannot make.
     """
 
     config: Config
     model: nn.Module
-    schedule: Schedule
-    classes: list[str] = field(default_factory=list)
+    schedule: NoisePath
+    codec: PixelCodec | LatentCodec = PixelCodec()
+    conditioning: Unconditional | ClassLabels | Prompts = Unconditional()
     device: torch.device = torch.device("cpu")
-    compiled: bool = False  # whether to torch.compile the network
+    scheduler: dict = field(default_factory=dict)
+    height: int = 0
+    width: int = 0
+    compiled: bool = False
     graphs: Graphs = field(default_factory=Graphs, repr=False)
     ready: dict[torch.dtype | None, nn.Module] = field(default_factory=dict, repr=False)
-    clip = True  # x0 is known to lie in [-1, 1]
 
-    @classmethod
-    def load(cls, path: str | Path, weights: str = "ema", device: str | torch.device = "cpu"):
-        """From a model.pt or .safetensors file of --mode pixel. Raises UserError for others."""
-        tensors, config, metadata = load_weights(Path(path), weights)
-        if config.mode != "pixel":
-            raise UserError(
-                f"{path} is of --mode {config.mode}: open it with open_pipeline of "
-                "diffusion/sampling/load.py"
-            )
-        try:
-            with blank():  # what a file claims costs nothing until it fits
-                model = build_model(config, len(metadata["classes"]))
-            model.load_state_dict(tensors, assign=True)
-            own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}
-            model.load_state_dict(own, assign=True)  # the file itself may go
-        except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{path} does not fit its own configuration: {reason}") from None
-        schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-        model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-        return cls(config, model, schedule, metadata["classes"], torch.device(device))
+    def __post_init__(self):
+        size = self.config.image_size
+        self.set_size(self.height or size, self.width or size)
+
+    def set_size(self, height: int, width: int) -> None:
+        """Choose the images' size in pixels. Raises UserError for what the codec cannot make."""
+        factor = self.codec.factor
+        for name, side in (("height", height), ("width", width)):
+            if side % factor or side < factor:
+                low = max(factor, side // factor * factor)
+                raise UserError(
+                    f"{name} is {side}; it must be a multiple of {factor}, such as {low} or "
+                    f"{low + factor}"
+                )
+        self.height = height
+        self.width = width
+
+    # --- what kind of model it is
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that adapters go into, by name: unet, and text_encoder if it reads text."""
+        own = networks_of(self.model)
+        if self.reads_prompts:
+            own = {"text_encoder": self.conditioning.encoder} | own
+        return own
 
     @property
     def conditional(self) -> bool:
-        """Whether the network is told a class."""
+        """Whether the network is conditioned on a class."""
         return self.config.condition == "class"
 
     @property
@@ -106,9 +92,35 @@ class Pipeline:
         return self.config.condition == "text"
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, in label order."""
+        return self.conditioning.classes
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.height, self.width)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what is diffused: (C, H, W)."""
-        return (3, self.config.image_size, self.config.image_size)
+        """(C, h, w) of x0."""
+        factor = self.codec.factor
+        return (self.codec.channels, self.height // factor, self.width // factor)
+
+    @property
+    def clip_skip(self) -> int | None:
+        """Which layer of a text encoder is read, from the end; None where that is the last."""
+        skip = self.conditioning.skip if self.reads_prompts else 1
+        return skip if skip > 1 else None
+
+    def precision(self, amp: str) -> str:
+        """Name the floating-point type that the network computes in."""
+        dtype = next(self.model.parameters()).dtype
+        if dtype == torch.float32:
+            dtype = amp_dtype(amp, self.device) or dtype
+        return str(dtype).removeprefix("torch.")
+
+    # --- sampling
 
     def frames(
         self,
@@ -119,34 +131,46 @@ class Pipeline:
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
-        amp: str = "auto",
+        strength: float = 1.0,
+        table: Table | None = None,
+        labels: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        chunks: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        batched: bool = True,
         eps: Tensor | None = None,
         init: Tensor | None = None,
-        strength: float = 1.0,
         mask: Tensor | None = None,
+        amp: str = "auto",
         cuda_graph: bool = False,
-        table: Table | None = None,
-        **told,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
-        50, or all of a shorter schedule. eps: the noise to start from instead, (B, C, H, W).
+        50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
+        eta and strength.
+        labels, prompts, negative_prompts, chunks: see `conditioning.Request`.
+        batched: guidance evaluates both in one call; else in two, in half the memory.
+        eps: the noise to start from instead, (B, C, h, w).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
-        (arXiv:2108.01073); with a mask (B, 1, H, W) it stays where the mask is 0, and at
+        (arXiv:2108.01073); with a mask (B, 1, h, w) it stays where the mask is 0, and at
         strength 1 nothing of it is in the noise that the rest starts from.
         cuda_graph: each step is one launch, captured at the first call with its settings; the
         network is then as it was at that call.
-        table: what is run, in place of sampler, steps, spacing, eta and strength.
-        told: what the network is told, see `denoiser`.
         Raises ValueError for settings that do not go together.
         """
         if table is None:
             table = self.table(sampler, steps, spacing, eta, strength)
         noise = ImageNoise(seed, indices, self.shape)
-        draw = lambda: noise(self.device).contiguous(memory_format=torch.channels_last)  # noqa: E731
+
+        def draw() -> Tensor:
+            return noise(self.device).contiguous(memory_format=torch.channels_last)
+
         start = draw()  # also where another noise is given: the rows' noise is then the same
-        x = eps = start if eps is None else eps.to(self.device)
+        eps = start if eps is None else eps.to(self.device)
+        x = self.schedule.prior_std * eps
         inpaint = None
         if init is not None:
             alpha, sigma = table.levels[0].tolist()
@@ -154,64 +178,53 @@ class Pipeline:
                 x = alpha * init.to(self.device) + sigma * eps
             if mask is not None:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
-        denoise, inputs = self.denoiser(len(x), amp, **told)
+        dtype = amp_dtype(amp, self.device)
+        request = Request(len(x), labels, prompts, negative_prompts, chunks, dtype)
+        cond, uncond = self.conditioning.of_request(request, guidance_scale != 1)
+        network = guided(self.network(cond, dtype), guidance_scale, guidance_rescale, batched)
         capture = None
         if cuda_graph:
-            settings = {k: v for k, v in told.items() if isinstance(v, (bool, int, float))}
-            capture = partial(self.graphs.wrap, key=(amp, *sorted(settings.items())))
+            key = (amp, guidance_scale, guidance_rescale, batched)
+            capture = partial(self.graphs.wrap, key=key)
         return sample_loop(
-            denoise,
+            Denoiser(network, self.schedule, self.config.objective),
             x,
             table,
-            self.config.objective,
-            told=inputs,
+            cond=cond.tensors() + (uncond.tensors() if guidance_scale != 1 else ()),
             noise=draw,
-            clip=self.clip,
+            clip=self.codec.clip,
             inpaint=inpaint,
             capture=capture,
         )
 
-    def denoiser(
-        self,
-        n: int,
-        amp: str,
-        labels: Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_rescale: float = 0.0,
-        batched: bool = True,
-        **other,
-    ):
-        """(x, t, *inputs) -> the network's output, for n images; and the inputs.
-
-        labels: (n,) int64, the null label where there is none; None means no label at all.
-        batched: guidance evaluates both in one call; else in two, in half the memory.
-        """
-        if other:
-            raise UserError(f"this model reads no text: it takes no {', '.join(other)}")
-        model = self.autocast(amp)
-        if not self.conditional:
-            if labels is not None or guidance_scale != 1:
-                raise UserError(
-                    "this model was trained without --condition class: it takes no "
-                    "class label and no guidance"
-                )
-            return model, ()
-        if labels is None and guidance_scale != 1:
-            raise UserError("guidance leads towards a class: give a class label with it")
-        null = torch.full((n,), self.model.null_label, device=self.device)
-        labels = null if labels is None else labels.to(self.device)
-        return guided(model, guidance_scale, guidance_rescale, batched), (labels, null)
+    def sample(self, indices, **options) -> Tensor:
+        """Decode the last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
+        states = self.frames(indices, **options)
+        for x, _ in states:  # noqa: B007
+            pass
+        return self.decode(x)
 
     def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
-        """What `frames` runs."""
+        """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps."""
         steps = min(50, len(self.schedule)) if steps is None else steps
-        options = dict(spacing=spacing, eta=eta, strength=strength)
+        options = {"strength": strength, "eta": eta, "spacing": spacing}
+        if spacing is None and self.scheduler:
+            options["spacing"] = self.scheduler["timestep_spacing"]
+        if self.scheduler and options["spacing"] == "leading":
+            options["offset"] = self.scheduler["steps_offset"]
+        if sampler == "ddim" and self.scheduler and not self.scheduler["set_alpha_to_one"]:
+            options["final"] = "alpha_bar_0"  # as CompVis; diffusers' others end at 0
         return make_table(self.schedule, sampler, steps, **options)
 
-    def sample(self, indices, **options) -> Tensor:
-        """The last x of `frames`, decoded: (B, 3, H, W) float32 in [-1, 1]."""
-        [(x, _)] = deque(self.frames(indices, **options), maxlen=1)
-        return self.decode(x)
+    def encode(self, images: Tensor) -> Tensor:
+        """Turn images (B, 3, H, W) in [-1, 1] into x0."""
+        return self.codec.encode(images.to(self.device))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Turn x0 into images (B, 3, H, W) float32."""
+        return self.codec.decode(x)
+
+    # --- classes and prompts by name
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
         """Find the class labels of images `indices`, (B,), by a class's name or number.
@@ -221,7 +234,7 @@ class Pipeline:
         """
         if choice is None:
             return None
-        names = self.classes
+        names = list(self.classes)
         if choice in names:
             return torch.full((len(indices),), names.index(choice))
         if choice == "all" and names:
@@ -236,68 +249,55 @@ class Pipeline:
         )
 
     def labels_in_turn(self, indices) -> Tensor | None:
-        """Class labels of images `indices`, (B,), of which each class has as many; None without."""
+        """Give the class labels of images `indices`, (B,), the classes in turn; None without."""
         return torch.tensor([i % len(self.classes) for i in indices]) if self.conditional else None
 
     def prompted(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
-        """indices -> options of `frames`: the images take turns with these prompts.
+        """Make a function of indices that gives the options of `frames` for prompts in turn.
 
-        All are read in as many pieces as the longest needs, so that batch mates change nothing.
+        All are read in as many chunks as the longest needs, so that batch mates change nothing.
         Raises UserError for a model that reads none.
         """
-        raise UserError("this model reads no text: it takes no prompts")
+        if not self.reads_prompts:
+            raise UserError("this model reads no text: it takes no prompts")
+        chunks = self.conditioning.chunks([*prompts, negative])
+        return lambda indices: {
+            "prompts": [prompts[i % len(prompts)] for i in indices],
+            "negative_prompts": [negative] * len(indices),
+            "chunks": chunks,
+        }
 
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.config.image_size, self.config.image_size)
-
-    @property
-    def clip_skip(self) -> int | None:
-        """Which layer of a text encoder is read, from the end; None where that is the last."""
-        return None
-
-    def precision(self, amp: str) -> str:
-        """Name the floating-point type that the network computes in."""
-        dtype = next(self.model.parameters()).dtype
-        if dtype == torch.float32:
-            dtype = amp_dtype(amp, self.device) or dtype
-        return str(dtype).removeprefix("torch.")
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to what is diffused: in pixel mode, themselves."""
-        return images.to(self.device)
-
-    def decode(self, x: Tensor) -> Tensor:
-        """The inverse of `encode`."""
-        return x
+    # --- the network, ready for sampling
 
     def forget(self) -> None:
         """Drop what was captured or compiled of the model: it has changed."""
         self.graphs.graphs.clear()
         self.ready.clear()
 
-    @property
-    def stepped(self) -> nn.Module:
-        """What of the model runs at every step."""
-        return self.model
-
-    def network(self, dtype: torch.dtype | None) -> nn.Module:
-        """As it is now, ready for sampling; a compiled one as it was when first asked for."""
+    def inference_network(self, dtype: torch.dtype | None) -> nn.Module:
+        """Prepare the network that runs at every step; a compiled one as when first asked for."""
+        unet = networks_of(self.model)["unet"]
         if not self.compiled:
-            return folded(self.stepped, dtype)
+            return folded(unet, dtype)
         if dtype not in self.ready:
-            self.ready[dtype] = folded(self.stepped, dtype)
+            self.ready[dtype] = folded(unet, dtype)
             self.ready[dtype].compile(dynamic=False)
         return self.ready[dtype]
 
-    def autocast(self, amp: str):
-        """The network as a function (x, t, labels=None) under mixed precision."""
-        dtype = amp_dtype(amp, self.device)
-        network = self.network(dtype)
+    def network(self, cond: Cond, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+        """Make the network a function (x, t, *tensors) of tensors like those in cond.
 
-        def call(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        A network in float32 runs under autocast in dtype, another in its own precision.
+        """
+        own = next(self.model.parameters()).dtype
+        dtype = dtype if own == torch.float32 else None
+        network = self.inference_network(dtype)
+
+        def call(x: Tensor, t: Tensor, *tensors: Tensor) -> Tensor:
+            cast = (
+                v.to(own) if v.is_floating_point() and own != torch.float32 else v for v in tensors
+            )
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                return network(x, t, labels)
+                return network(x.to(own), t, cond.refilled(cast))
 
         return call

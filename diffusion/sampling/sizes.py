@@ -5,19 +5,18 @@ import math
 from ..config import Config
 from ..models.configs import CLIPTextConfig, UNetConfig, VAEConfig
 from ..models.tokenizer import Tokenizer
-from ..models.vae import AutoencoderKL
 
 
-def unet_config(config: Config, vae: AutoencoderKL, classes: int) -> UNetConfig:
+def unet_config(config: Config, channels: int, factor: int, classes: int) -> UNetConfig:
     """Of a network trained from scratch; attention at all levels but the outermost."""
     dims = tuple(config.unet_dim * m for m in config.dim_mults)
     kind = "CrossAttnDownBlock2D" if config.condition == "text" else "AttnDownBlock2D"
     down = ("DownBlock2D", *[kind] * (len(dims) - 1))
     text = config.condition == "text"
     return UNetConfig(
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        sample_size=config.image_size // vae.factor,
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=config.image_size // factor,
         block_out_channels=dims,
         layers_per_block=config.layers_per_block,
         down_block_types=down,

@@ -1,4 +1,4 @@
-"""What `train.py --dry_run` prints: configuration, size, cost and data of a run."""
+"""Describe a run without starting it, for `train.py --dry_run`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,61 +13,61 @@ from .. import UserError
 from ..config import Config
 from ..data.batches import open_batches
 from ..models import lora
+from ..models.cond import Cond
+from ..models.text_unet import networks_of
 from ..models.textual_inversion import extend
-from ..sampling.adapt import parts_of
-from ..sampling.conditioning import TextConditioned
-from ..sampling.load import open_parts
-from ..sampling.pipeline import build_model
+from ..sampling.load import build_network, open_stack
 from ..sampling.sizes import vae_config
 from .autoencoder import KLAutoencoder
-from .finetune_config import based_on
-from .steps import rank_share, total_steps
+from .finetune_config import open_base, resolve_config
+from .steps import split_batch, total_steps
 
 
-def network(config: Config, classes: int) -> tuple[nn.Module, tuple]:
-    """What is trained, and what it takes of one image; without memory, on the meta device, but for
-    the pixel network, whose attention turns autocast off."""
+def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple]:
+    """Build what is trained, and its inputs for one image, both without memory on the meta device.
+
+    The pixel network is built in memory: its attention turns autocast off.
+    """
     side = config.image_size
-    told = None
     if config.mode == "vae":
-        made = vae_config(config)
         with torch.device("meta"):
-            model = KLAutoencoder(made)
-            latent = (1, made.latent_channels, side // model.vae.factor, side // model.vae.factor)
-            return model, (torch.zeros(1, 3, side, side), torch.zeros(latent))
+            model = KLAutoencoder(vae_config(config))
+            factor = model.vae.factor
+            latent = torch.zeros(1, config.latent_channels, side // factor, side // factor)
+            return model, (torch.zeros(1, 3, side, side), latent)
     if config.mode == "pixel":
-        model = build_model(config, classes)
-        x = torch.zeros(1, 3, side, side)
-    else:
-        parts = open_parts(config, torch.device("cpu"))
-        with torch.device("meta"):
-            model = parts.build(classes).to("meta")
-            side //= parts.vae.factor
-            x = torch.zeros(1, parts.vae.config.latent_channels, side, side)
-            if isinstance(model, TextConditioned):
-                told = torch.zeros(1, parts.text.tokenizer.context_length, dtype=torch.long)
-            elif config.condition == "text":
-                width = parts.text.model.config.hidden_size
-                told = torch.zeros(1, parts.text.tokenizer.context_length, width)
-    t = torch.zeros(1, device=x.device)
-    return model, (x, t) if told is None else (x, t, told)
+        return build_network(config, num_classes), (torch.zeros(1, 3, side, side), torch.zeros(1))
+    stack = open_stack(config, torch.device("cpu"))
+    with torch.device("meta"):
+        model = build_network(config, num_classes, stack).to("meta")
+        factor = stack.codec.factor
+        x = torch.zeros(1, stack.codec.channels, side // factor, side // factor)
+        cond = Cond()
+        if stack.prompts is not None:
+            length = stack.prompts.tokenizer.context_length
+            if stack.prompts.joint:
+                cond = Cond(context=torch.zeros(1, length, dtype=torch.long))
+            else:
+                cond = Cond(torch.zeros(1, length, stack.prompts.encoder.config.hidden_size))
+        return model, (x, torch.zeros(1), cond)
 
 
 def adapted(model: nn.Module, config: Config) -> None:
-    """As training/adapters.py does: what is trained, and branches where there are some."""
-    parts = parts_of(model)
-    if not config.train_text_encoder:
-        parts = {"unet": parts["unet"]}
+    """Freeze the network and put in what trains, as finetune.py does, without memory."""
+    networks = networks_of(model)
     model.requires_grad_(False)
-    for part in parts.values():
-        if config.adapter == "none":
-            part.requires_grad_(True)
-        elif config.adapter == "lora":
-            with torch.device("meta"):
-                lora.inject(part, lora.find(part, config.targets), config.rank)
     if config.adapter == "textual_inversion":
-        text = model.text
+        text = networks["text_encoder"]
         extend(text, torch.zeros(config.vectors, text.config.hidden_size), text.config.vocab_size)
+        return
+    for part, network in networks.items():
+        if part == "text_encoder" and not config.train_text_encoder:
+            continue
+        if config.adapter == "none":
+            network.requires_grad_(True)
+        else:
+            with torch.device("meta"):
+                lora.inject(network, lora.find(network, config.targets), config.rank)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -139,9 +139,10 @@ def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
 
 
 def describe(config: Config, given: set[str] | None = None) -> str:
-    config = based_on(config, given)
+    """Describe the run that a configuration would start, without starting it."""
+    config = resolve_config(config, given, open_base(config) if config.adapts else None)
     data = open_batches(config)
-    share = rank_share(config)
+    split = split_batch(config)
     total = total_steps(config, data.length)
     try:
         parameters, trained, flops, activations = forward_cost(config, len(data.classes))
@@ -157,7 +158,7 @@ def describe(config: Config, given: set[str] | None = None) -> str:
             f"length: {total:,} steps of {config.batch_size}{epochs}",
             f"network: {parameters:,} parameters{part}, {flops / 1e9:.3f} GFLOP forward per image",
             f"memory: about {fixed / 1e9:.2f} GB for weights, gradients, Adam and EMA, and "
-            f"{share.micro * activations / 1e9:.2f} GB for the activations of a micro-batch of "
-            f"{share.micro} in float32 (about half in bf16)",
+            f"{split.micro * activations / 1e9:.2f} GB for the activations of a micro-batch of "
+            f"{split.micro} in float32 (about half in bf16)",
         ]
     )

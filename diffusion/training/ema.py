@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """ema <- ema + (1 - decay) (weights - ema), decay = min(ema_decay, (1 + n) / (10 + n)).
+    """Average weights: ema += (1 - decay) (weights - ema), decay = min(ema_decay, (1+n) / (10+n)).
 
     n is the number of optimizer steps so far, so the average follows a short run and smooths a
     long one, and resuming needs no counter. It is a model of its own: sampling from it swaps
-    nothing, and a checkpoint can be written at any time. What is not trained, it shares.
+    nothing, and a checkpoint can be written at any time. Frozen parameters are shared with the
+    model, not copied.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -25,7 +26,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self, n: int, ok: Tensor) -> None:
-        """After step n, from 0. ok: () bool on the device; where it is False nothing happens."""
+        """Follow the weights after step n, from 0.
+
+        ok: () bool on the device; where it is False nothing happens.
+        """
         weight = ok * (1 - min(self.decay, (1 + n) / (10 + n)))
         if weight.device.type == "cpu":
             for e, w in zip(self.ema, self.weights):

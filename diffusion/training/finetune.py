@@ -4,40 +4,38 @@
                        encoder; pixel models too (models/lora.py)
     textual_inversion  the vectors of a new token (models/textual_inversion.py)
     DreamBooth         --instance_prompt is every image's caption (arXiv:2208.12242); with
-                       --class_prompt images that the model itself draws of it are learnt as well,
-                       so that it does not forget them
+                       --class_prompt images that the model itself samples of it are trained on as
+                       well, so that it does not forget them
 
 The last goes with either, or with neither: then the U-Net itself is trained. The loop is the one
 of trainer.py: what differs is which parameters train, which batches come and what is written.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..data.batches import open_batches
+from ..data.batches import Batches, open_batches
 from ..data.folder import scan
 from ..data.image_set import ImageSet, digest
 from ..data.latents import EncodedBatches, weights_digest
-from ..files import adapter_files as adapters
-from ..files import embedding_files as embeddings
-from ..files import output, owned
-from ..files.checkpoint import load_weights
+from ..files import adapter_files, embedding_files, output, owned
 from ..files.sd_files import OBJECTIVES, find_prediction
 from ..models import lora
+from ..models.text_unet import networks_of
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..pictures.grid import NonFinite, save_png, to_uint8
 from ..runtime import distributed as dist
 from ..runtime.seeding import seed_of
-from ..sampling.adapt import parts_of
-from .latent_task import ENCODE_BATCH, LatentDiffusion
-from .recipe import Diffusion, Task, start_from
+from ..sampling.load import FrozenStack, build_network
+from .finetune_config import Base
+from .latent_batches import ENCODE_BATCH, encode_images
 
 # captions of textual inversion where the data has none, after the paper's
 TEMPLATES = (
@@ -56,74 +54,35 @@ TEMPLATES = (
 CLASS_PROMPT = "class_prompt"  # the text of a PNG that says what a class image was sampled for
 
 
-# --- the tasks -----------------------------------------------------------------------------------
+# --- what trains, and what is written of it ------------------------------------------------------
 
 
-class Adapted(Task):
-    """Before a task's own class: what trains, and what is kept and written of it."""
+class Adapter:
+    """Train a small part of a frozen model, and save that part only.
 
-    def start(self, model: nn.Module, fresh: bool) -> None:
-        """The base's weights, then what is trained: the rest takes no gradients."""
-        c = self.config
-        if c.load_path is not None:
-            start_from(model, *load_weights(Path(c.load_path))[:2])
-        self.before(model)
-        self.base = weights_digest(model) if c.adapter != "none" else None
+    kind: a row of ADAPTERS. stack: of a latent model.
+    Raises UserError for options that do not fit the model.
+    """
+
+    def __init__(self, config: Config, stack: FrozenStack | None):
+        self.config = config
+        self.attach, self.save = ADAPTERS[config.adapter](config, stack)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze the model and put in what trains."""
+        self.base = weights_digest(model)
         model.requires_grad_(False)
-        if c.adapter == "lora":
-            for part, names in self.targets(model).items():
-                network = self.networks(model)[part]
-                lora.inject(network, names, c.rank, c.alpha, c.lora_dropout)
-        elif c.adapter == "textual_inversion":
-            text = self.networks(model)["text_encoder"]
-            try:
-                extend(text, initial_rows(text, self.word, c.vectors), self.first)
-            except ValueError as error:
-                raise UserError(f"--token: {error}") from None
-        else:
-            self.networks(model)["unet"].requires_grad_(True)
-            if c.train_text_encoder:
-                model.text.requires_grad_(True)
+        self.attach(networks_of(model))
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
-    def before(self, model: nn.Module) -> None:
-        """While the model is still the base."""
-
-    def networks(self, model: nn.Module) -> dict[str, nn.Module]:
-        return parts_of(model)
-
-    def targets(self, model: nn.Module) -> dict[str, list[str]]:
-        """The layers that a LoRA is put on, by part. Raises UserError if there are none."""
-        parts = self.networks(model)
-        if not self.config.train_text_encoder:
-            parts = {"unet": parts["unet"]}
-        try:
-            found = {p: lora.find(network, self.config.targets) for p, network in parts.items()}
-        except ValueError as error:
-            raise UserError(f"--targets: {error}") from None
-        if (skipped := self.config.clip_skip - 1) and "text_encoder" in found:
-            # layers behind the one that is read: no gradient reaches them
-            used = parts["text_encoder"].config.num_hidden_layers - skipped
-            layer = lambda name: int(re.search(r"layers\.(\d+)", name)[1])  # noqa: E731
-            found["text_encoder"] = [n for n in found["text_encoder"] if layer(n) < used]
-        return found
-
-    # --- what is kept and written
-
-    def told(self, model: nn.Module) -> dict:
-        if self.config.adapter == "none":
-            return super().told(model)
-        return super().told(model) | {"base": self.base}
+    def metadata(self) -> dict:
+        return {"base": self.base}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        if self.config.adapter == "none":
-            return super().state(model)
         values = model.state_dict()
         return {name: values[name] for name in self.trained}
 
-    def restore(self, model: nn.Module, kept: dict[str, Tensor], checkpoint: dict) -> None:
-        if self.config.adapter == "none":
-            return super().restore(model, kept, checkpoint)
+    def restore(self, model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> None:
         if checkpoint["base"] != self.base:
             raise UserError(
                 f"the model that the run in {self.config.save_folder} began with has "
@@ -131,32 +90,17 @@ class Adapted(Task):
                 "model_ema.* and the run is of an earlier version, which took these), "
                 "or start from scratch with --overwrite"
             )
-        assert kept.keys() == set(self.trained)
-        model.load_state_dict(kept, strict=False)
+        assert state.keys() == set(self.trained)
+        model.load_state_dict(state, strict=False)
 
-    def write(self, folder: Path, model: nn.Module, step: int, told: dict, improved: bool) -> None:
-        """adapter.safetensors, and adapter_kohya.safetensors where other programs have a use."""
-        c = self.config
+    def write(self, folder: Path, model: nn.Module, step: int, metadata: dict, best: bool) -> None:
+        """Write adapter.safetensors, and adapter_kohya.safetensors for other programs."""
         about = {"config": self.config.to_json(), "step": str(step)}
-        own = folder / "adapter.safetensors"
-        other = folder / "adapter_kohya.safetensors"
-        if c.adapter == "none":
-            super().write(folder, model, step, told, improved)
-        elif c.adapter == "textual_inversion":
-            rows = new_rows(self.networks(model)["text_encoder"])
-            embeddings.write_diffusers(own, c.token, rows, **about)
-            embeddings.write_a1111(other, c.token, rows, **about)
-        else:
-            states = {part: lora.state(network) for part, network in self.networks(model).items()}
-            states = {part: branches for part, branches in states.items() if branches}
-            adapters.write_diffusers(own, states, **about)
-            if c.mode == "latent":
-                adapters.write_kohya(other, states, **about)
+        files = (folder / "adapter.safetensors", folder / "adapter_kohya.safetensors")
+        self.save(*files, networks_of(model), about)
 
     def result(self, folder: Path) -> str:
         c = self.config
-        if c.adapter == "none":
-            return super().result(folder)
         base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
         if c.load_path is None:
             stated = OBJECTIVES.get(find_prediction(c.sd_path, c.sd_config).type)
@@ -169,113 +113,139 @@ class Adapted(Task):
         return f"{file}; python sample.py {base} {option} {file}"
 
 
-class AdaptedDiffusion(Adapted, Diffusion):
-    """A pixel model and a LoRA. Classes are the base's: of images in other folders it is told
-    none."""
-
-    def __init__(self, config: Config, device: torch.device):
-        super().__init__(config, device)
-        use_classes(self.data, load_weights(Path(config.load_path))[2]["classes"])
-        with torch.device("meta"):
-            self.targets(self.build())
+def open_adapter(config: Config, stack: FrozenStack | None) -> Adapter | None:
+    """Open the adapter that is trained; None if whole networks are."""
+    return None if config.adapter == "none" else Adapter(config, stack)
 
 
-class AdaptedLatents(Adapted, LatentDiffusion):
-    """A latent model and any of them."""
+def open_lora(config: Config, stack: FrozenStack | None) -> tuple[Callable, Callable]:
+    """Make (attach, save) of low-rank branches. Raises UserError if no layer is a target."""
 
-    prior: EncodedBatches | None = None
-
-    def __init__(self, config: Config, device: torch.device):
-        super().__init__(config, device)
-        if config.condition == "class":
-            use_classes(self.data, load_weights(Path(config.load_path))[2]["classes"])
-        if self.captions is not None:  # for what else looks at them
-            images = self.data.pixels.images
-            self.data.pixels.images = replace(images, texts=[(text,) for text in self.captions])
-
-    def prepare(self) -> None:
-        """What can be wrong is looked at before images are encoded; the token is added."""
-        c = self.config
-        tokenizer = getattr(self.parts.text, "tokenizer", None)
-        if c.adapter == "lora":
-            with torch.device("meta"):
-                self.targets(self.parts.build(0))
-        if c.adapter != "textual_inversion":
-            return
-        self.first = len(tokenizer)
-        self.word = tokenizer.encode(c.init_word)
-        if not self.word:
-            raise UserError(f"--init_word {c.init_word!r} is blank; give a word, such as face")
+    def targets(networks: dict[str, nn.Module]) -> dict[str, list[str]]:
+        """Find the layers that get branches, by network."""
+        if not config.train_text_encoder:
+            networks = {"unet": networks["unet"]}
         try:
-            tokenizer.add_tokens([c.token], c.vectors)
+            found = {part: lora.find(net, config.targets) for part, net in networks.items()}
+        except ValueError as error:
+            raise UserError(f"--targets: {error}") from None
+        if (skipped := config.clip_skip - 1) and "text_encoder" in found:
+            # layers behind the one that is read: no gradient reaches them
+            used = networks["text_encoder"].config.num_hidden_layers - skipped
+            number = re.compile(r"layers\.(\d+)")
+            found["text_encoder"] = [
+                name for name in found["text_encoder"] if int(number.search(name)[1]) < used
+            ]
+        return found
+
+    def attach(networks: dict[str, nn.Module]) -> None:
+        for part, names in targets(networks).items():
+            lora.inject(networks[part], names, config.rank, config.alpha, config.lora_dropout)
+
+    def save(own: Path, other: Path, networks: dict[str, nn.Module], about: dict) -> None:
+        states = {part: lora.state(network) for part, network in networks.items()}
+        states = {part: branches for part, branches in states.items() if branches}
+        adapter_files.write_diffusers(own, states, **about)
+        if config.mode == "latent":
+            adapter_files.write_kohya(other, states, **about)
+
+    with torch.device("meta"):  # mistakes show before images are encoded
+        targets(networks_of(build_network(config, 0, stack)))
+    return attach, save
+
+
+def open_token(config: Config, stack: FrozenStack) -> tuple[Callable, Callable]:
+    """Make (attach, save) of a new token's vectors, and add it to the vocabulary."""
+    tokenizer = stack.prompts.tokenizer
+    first = len(tokenizer)
+    word = tokenizer.encode(config.init_word)
+    if not word:
+        raise UserError(f"--init_word {config.init_word!r} is blank; give a word, such as face")
+    try:
+        tokenizer.add_tokens([config.token], config.vectors)
+    except ValueError as error:
+        raise UserError(f"--token: {error}") from None
+
+    def attach(networks: dict[str, nn.Module]) -> None:
+        text = networks["text_encoder"]
+        try:
+            extend(text, initial_rows(text, word, config.vectors), first)
         except ValueError as error:
             raise UserError(f"--token: {error}") from None
 
-    def described(self, images: ImageSet) -> list[tuple[str, ...]] | None:
-        """The instance prompt; or with a new token in front of each caption, in its place where it
-        has a {}, and in templates where there are no captions."""
-        c = self.config
-        if c.instance_prompt is not None:
-            return [(c.instance_prompt,)] * len(images)
-        if c.adapter != "textual_inversion":
-            return super().described(images)
-        if images.texts is None:
-            return [tuple(template.format(c.token) for template in TEMPLATES)] * len(images)
-        put = lambda text: text if "{}" in text else f"{{}}, {text}".rstrip(", ")  # noqa: E731
-        return [tuple(put(text).replace("{}", c.token) for text in own) for own in images.texts]
+    def save(own: Path, other: Path, networks: dict[str, nn.Module], about: dict) -> None:
+        rows = new_rows(networks["text_encoder"])
+        embedding_files.write_diffusers(own, config.token, rows, **about)
+        embedding_files.write_a1111(other, config.token, rows, **about)
 
-    # --- prior preservation
-
-    def before(self, model: nn.Module) -> None:
-        c = self.config
-        if c.class_prompt is None:
-            return
-        folder = class_images(self, model)
-        own = dict(
-            data=str(folder), data_class="all", split="all", image_column=None, caption_column=None
-        )
-        images = open_batches(replace(c, **own)).pixels
-        told = [(c.class_prompt,)] * len(images)
-        self.prior = EncodedBatches(
-            images,
-            c.batch_size,
-            seed_of(c.seed, "class"),
-            c.flip,
-            self._latents(images),
-            *self._text(told),
-        )
-
-    def draw(self, step: int, config: Config | None = None):
-        if self.config.class_prompt is None:
-            return super().draw(step, config)
-        other = replace(self.config, seed=seed_of(self.config.seed, "class"))
-        return super().draw(step), super().draw(step, other), step
-
-    def loss(self, model, batch, drawn, low: int, high: int) -> Tensor:
-        """(high - low,): with prior preservation a class image stands beside each sample."""
-        if self.prior is None:
-            return super().loss(model, batch, drawn, low, high)
-        own, prior, step = drawn
-        both = zip(
-            self.inputs(batch, own, low, high),
-            self.inputs(self.prior(step, low, high), prior, low, high),
-        )
-        losses = self.diffusion_loss(model, *(torch.cat(pair) for pair in both))
-        instance, kept = losses.chunk(2)
-        return instance + self.config.prior_weight * kept
+    return attach, save
 
 
-def use_classes(data, classes: list[str]) -> None:
-    """Label the images by a model's classes, by name; by its null label where it has no such."""
-    null = len(classes)
-    names = [classes.index(name) if name in classes else null for name in data.classes] + [null]
-    data.labels = np.array([names[label] for label in data.labels], np.int64)  # -1: the last
-    data.classes = classes
+ADAPTERS = {"lora": open_lora, "textual_inversion": open_token}
 
 
-def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
-    """The folder of prior preservation; what is missing of its images is drawn, on all ranks."""
-    c = task.config
+# --- the data ------------------------------------------------------------------------------------
+
+
+def relabelled(config: Config, batches: Batches, base: Base | None) -> Batches:
+    """Give the images the base's classes, by name, and the captions that fine-tuning uses.
+
+    An image of no such class has none.
+    """
+    images = batches.pixels.images
+    if base is not None and (config.mode == "pixel" or config.condition == "class"):
+        classes = base.metadata["classes"]
+        names = [images.classes[label] if label >= 0 else None for label in images.labels]
+        labels = [classes.index(name) if name in classes else -1 for name in names]
+        images = replace(images, labels=labels, classes=classes)
+    if config.condition == "text":
+        images = replace(images, texts=texts_of(config, images))
+    pixels = batches.pixels.with_images(images)
+    return Batches(pixels, config.batch_size, config.seed, config.flip)
+
+
+def texts_of(config: Config, images: ImageSet) -> list[tuple[str, ...]] | None:
+    """Give each image's captions: the instance prompt, or with a new token in front of each.
+
+    The token goes where a caption has a {}; templates stand in where there are no captions.
+    """
+    if config.instance_prompt is not None:
+        return [(config.instance_prompt,)] * len(images)
+    if config.adapter != "textual_inversion":
+        return images.texts
+    if images.texts is None:
+        return [tuple(template.format(config.token) for template in TEMPLATES)] * len(images)
+
+    def with_token(text: str) -> str:
+        text = text if "{}" in text else f"{{}}, {text}".rstrip(", ")
+        return text.replace("{}", config.token)
+
+    return [tuple(map(with_token, own)) for own in images.texts]
+
+
+# --- prior preservation --------------------------------------------------------------------------
+
+
+def prior_batches(recipe, model: nn.Module) -> EncodedBatches:
+    """Sample the class images that are missing, and encode all of them."""
+    c = recipe.config
+    own = dict(
+        data=str(sample_class_images(recipe, model)),
+        data_class="all",
+        split="all",
+        image_column=None,
+        caption_column=None,
+    )
+    pixels = open_batches(replace(c, **own)).pixels
+    images = replace(pixels.images, texts=[(c.class_prompt,)] * len(pixels))
+    pixels = pixels.with_images(images)
+    prompts = recipe.stack.prompts
+    return encode_images(c, pixels, recipe.codec, prompts, seed_of(c.seed, "class"))
+
+
+def sample_class_images(recipe, model: nn.Module) -> Path:
+    """Fill the folder of class images up, on all ranks, and give its path."""
+    c = recipe.config
     wanted = c.class_prompt.strip()
     key = digest(
         "class",
@@ -309,8 +279,8 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
     free = [i for i in range(2 * c.class_images) if not image_of(folder, i).exists()][:missing]
     dist.barrier()  # all ranks have counted
     if free:
-        dist.log(f"{folder}: {len(free)} of {c.class_images} class images are drawn")
-    pipeline = task.pipeline(model)
+        dist.log(f"{folder}: {len(free)} of {c.class_images} class images are sampled")
+    pipeline = recipe.pipeline(model)
     bad = None
     for low in range(0, len(free), ENCODE_BATCH)[dist.rank() :: dist.world_size()]:
         indices = free[low : low + ENCODE_BATCH]
@@ -320,7 +290,7 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
             sampler=c.sampler,
             amp=c.amp,
             guidance_scale=c.guidance_scale,
-            steps=min(c.sample_steps, len(task.schedule)),
+            steps=min(c.sample_steps, len(recipe.schedule)),
             prompts=[wanted] * len(indices),
         )
         try:
@@ -337,6 +307,3 @@ def class_images(task: AdaptedLatents, model: nn.Module) -> Path:
 
 def image_of(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
-
-
-ADAPTED = {"pixel": AdaptedDiffusion, "latent": AdaptedLatents}

@@ -1,7 +1,10 @@
-"""The configuration of a run that begins with a finished model: which of it the model decides."""
+"""Resolve the configuration of a run that begins with a finished model."""
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from .. import UserError, rules
 from ..config import Config
@@ -9,20 +12,59 @@ from ..files.checkpoint import load_weights
 from ..files.sd_files import check_averaged, read_image_size, stated_objective
 
 # what a base model's own configuration decides; the second row unless it is given
-DECIDED = ("mode", "condition", "text_encoder", "text_dim", "text_layers", "text_length",
-           "clip_skip", "layers_per_block", "unet_dim", "dim_mults", "heads", "time_steps",
-           "schedule", "zero_snr", "objective")  # fmt: skip
-USUAL = ("image_size", "loss", "dropout", "vae", "sd_path", "sd_config", "sampler", "sample_steps",
-         "guidance_scale")  # fmt: skip
+DECIDED = (
+    "mode",
+    "condition",
+    "text_encoder",
+    "text_dim",
+    "text_layers",
+    "text_length",
+    "clip_skip",
+    "layers_per_block",
+    "unet_dim",
+    "dim_mults",
+    "heads",
+    "time_steps",
+    "schedule",
+    "zero_snr",
+    "objective",
+)
+USUAL = (
+    "image_size",
+    "loss",
+    "dropout",
+    "vae",
+    "sd_path",
+    "sd_config",
+    "sampler",
+    "sample_steps",
+    "guidance_scale",
+)
 DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
-def based_on(config: Config, given: set[str] | None = None) -> Config:
-    """The configuration with what the base model, or Stable Diffusion's, decides.
+class Base(NamedTuple):
+    """The finished model that training begins with: what `load_weights` reads."""
+
+    weights: dict[str, Tensor]
+    config: Config
+    metadata: dict
+
+
+def open_base(config: Config) -> Base | None:
+    """Read the model of --load_path, once for all that asks. Raises UserError if it cannot be."""
+    return None if config.load_path is None else Base(*load_weights(Path(config.load_path)))
+
+
+def resolve_config(
+    config: Config, given: set[str] | None = None, base: Base | None = None
+) -> Config:
+    """Fill in what the base model, or Stable Diffusion, decides of a configuration.
 
     given: names of the options that were given; None: those that differ from the defaults.
-    Captions are not hidden (condition_dropout 0) unless asked for: without a caption the model is
-    to stay what it is. Raises UserError for options that contradict the base or each other.
+    base: the model of config.load_path. Captions are not dropped (condition_dropout 0) unless
+    asked for: without a caption the model is to stay what it is.
+    Raises UserError for options that contradict the base or each other.
     """
     if given is None:
         given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
@@ -31,16 +73,20 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
         return check_used(config, given)
     values: dict = {"condition_dropout": 0.0}
     if config.load_path is not None:
-        theirs = load_weights(Path(config.load_path))[1]
+        theirs = base.config
         if theirs.mode == "vae":
             raise UserError(f"--load_path {config.load_path} is a VAE: give a model on its latents")
-        told = [f"--{n} {getattr(config, n)} (it has {getattr(theirs, n)})" for n in DECIDED
-                if n in given and getattr(config, n) != getattr(theirs, n)]  # fmt: skip
+        against = [
+            f"--{n} {getattr(config, n)} (it has {getattr(theirs, n)})"
+            for n in DECIDED
+            if n in given and getattr(config, n) != getattr(theirs, n)
+        ]
         if theirs.sd_path is None and config.sd_path is not None:
-            told.append(f"--sd_path {config.sd_path} (it was trained from scratch)")
-        if told:
-            raise UserError(f"--load_path {config.load_path} contradicts {', '.join(told)}: leave "
-                            "that out")  # fmt: skip
+            against.append(f"--sd_path {config.sd_path} (it was trained from scratch)")
+        if against:
+            raise UserError(
+                f"--load_path {config.load_path} contradicts {', '.join(against)}: leave that out"
+            )
         values |= {n: getattr(theirs, n) for n in USUAL}
         decided = {n: getattr(theirs, n) for n in DECIDED}
     elif config.sd_path is not None:
@@ -48,8 +94,10 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
         values |= own_settings(config, given)
         decided = {"mode": "latent"}
     else:
-        raise UserError("an adapter or --instance_prompt needs a model to start from: give "
-                        "--load_path FILE, or --sd_path PATH")  # fmt: skip
+        raise UserError(
+            "an adapter or --instance_prompt needs a model to start from: give "
+            "--load_path FILE, or --sd_path PATH"
+        )
     if config.sd_path is not None and "condition" in given and config.condition != "text":
         raise UserError("--sd_path is trained on captions: give --condition text")
     values = {n: v for n, v in values.items() if n not in given}
@@ -59,7 +107,7 @@ def based_on(config: Config, given: set[str] | None = None) -> Config:
 
 
 def own_settings(config: Config, given: set[str]) -> dict:
-    """What a Stable Diffusion model predicts and the size it was trained for, unless given."""
+    """Give what a Stable Diffusion model predicts and its training size, unless given."""
     if config.sd_path is None:
         return {}
     if config.sd_weights == "ema" and config.load_path is None:
@@ -73,24 +121,30 @@ def own_settings(config: Config, given: set[str]) -> dict:
 
 
 def check_used(config: Config, given: set[str]) -> Config:
-    """Raises UserError for options that were given and would do nothing."""
+    """Raise UserError for options that were given and would do nothing."""
     rules.check_used(config, {name: DEFAULTS[name] for name in given & set(DEFAULTS)}, rules.USES)
     return config
 
 
 def check(config: Config) -> None:
-    """Raises UserError for options that do not go together."""
+    """Raise UserError for options that do not go together."""
     inverts = config.adapter == "textual_inversion"
     reads = config.condition == "text"
-    wants_text = {"--adapter textual_inversion": inverts,
-                  "--instance_prompt": config.instance_prompt is not None,
-                  "--train_text_encoder": config.train_text_encoder}  # fmt: skip
+    wants_text = {
+        "--adapter textual_inversion": inverts,
+        "--instance_prompt": config.instance_prompt is not None,
+        "--train_text_encoder": config.train_text_encoder,
+    }
     for option in (o for o, on in wants_text.items() if on and not reads):
-        raise UserError(f"{option} needs a model that reads prompts; this one is of --mode "
-                        f"{config.mode} --condition {config.condition}")  # fmt: skip
+        raise UserError(
+            f"{option} needs a model that reads prompts; this one is of --mode "
+            f"{config.mode} --condition {config.condition}"
+        )
     if inverts and not (config.token and config.init_word):
-        raise UserError("--adapter textual_inversion needs --token, the new word, and --init_word, "
-                        "the one it starts from")  # fmt: skip
+        raise UserError(
+            "--adapter textual_inversion needs --token, the new word, and --init_word, "
+            "the one it starts from"
+        )
     if (config.token or config.init_word) and not inverts:
         raise UserError("--token and --init_word are options of --adapter textual_inversion")
     if config.class_prompt is not None and config.instance_prompt is None:
@@ -98,8 +152,9 @@ def check(config: Config) -> None:
             "--class_prompt preserves what --instance_prompt would overwrite: give both"
         )
     if inverts and config.train_text_encoder:
-        raise UserError("--adapter textual_inversion trains its vectors only: drop "
-                        "--train_text_encoder")  # fmt: skip
+        raise UserError(
+            "--adapter textual_inversion trains its vectors only: drop --train_text_encoder"
+        )
     if config.class_data:
         folder = Path(config.class_data).resolve()
         for data in (Path(config.data), Path("data") / config.data):
@@ -111,10 +166,12 @@ def check(config: Config) -> None:
                 )
     prompt = config.instance_prompt
     if inverts and prompt is not None and config.token.lower() not in prompt.lower():
-        raise UserError(f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that "
-                        "is trained")  # fmt: skip
+        raise UserError(
+            f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that is trained"
+        )
     if config.train_text_encoder and config.adapter == "none" and config.sd_path is not None:
-        raise UserError("--train_text_encoder trains Stable Diffusion's by LoRA only: give "
-                        "--adapter lora")  # fmt: skip
+        raise UserError(
+            "--train_text_encoder trains Stable Diffusion's by LoRA only: give --adapter lora"
+        )
     if config.streaming and (inverts or prompt is not None or config.condition == "class"):
         raise UserError("captions and classes are replaced before training: drop --streaming")

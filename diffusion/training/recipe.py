@@ -1,19 +1,17 @@
-"""What --mode changes: the batches that come in, what is trained, its loss, its pictures.
+"""A run as a recipe: batches, codec, conditioning and what is trained.
 
-The loop in trainer.py is the same for all. A task has
+    batch  = batches(step, low, high)                images, or their latents and captions
+    x0     = codec.x0(batch)                         pixels in [-1, 1], or scaled latents
+    cond   = conditioning.of_batch(batch, drop)      nothing, classes or texts
+    loss   = training_loss(network, levels, x0, eps, cond)
+    trainable                                        which parameters train, what is saved of them
 
-    data                        batches by step, and the held-out images
-    build()                     the network that is trained
-    draw(step)                  the random numbers of a global batch
-    loss(model, batch, drawn, low, high)     of samples low ... high-1, (high - low,)
-    heldout_loss(model, micro)  of the averaged weights
-    sheet(model, micro)         a picture of what the averaged weights can do
-    told(model)                 what a checkpoint must tell besides the configuration
-    start, state, restore, write, result      see Task
+The pipeline that makes the sample grids is put together from the same parts.
 """
 
-from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,57 +20,305 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..data.batches import Batch, move, open_batches, to_unit
-from ..files import checkpoint
+from ..data.batches import Batch, open_batches
+from ..data.latents import EncodedBatches
+from ..files.checkpoint import save_weights
+from ..models.cond import Cond
+from ..models.text_unet import TextUNet, networks_of
 from ..pictures.grid import NonFinite, grid, to_uint8
-from ..process.objective import training_loss
-from ..process.schedule import make_schedule
+from ..process.objective import training_coefficients, training_loss
+from ..process.schedule import NoisePath, make_schedule
 from ..runtime import distributed as dist
-from ..runtime.seeding import generator
-from ..sampling.conditioning import TextConditioned
-from ..sampling.pipeline import Pipeline, amp_dtype, build_model
-from .steps import draw
+from ..runtime.precision import amp_dtype
+from ..runtime.seeding import generator, seed_of
+from ..sampling.codec import LatentCodec, PixelCodec
+from ..sampling.conditioning import ClassLabels, Prompts, Unconditional
+from ..sampling.load import (
+    FrozenStack,
+    build_network,
+    check_digests,
+    conditioning_of,
+    open_stack,
+)
+from ..sampling.pipeline import Pipeline
+from . import finetune
+from .finetune import Adapter
+from .finetune_config import Base
+from .latent_batches import encode_batches, grid_prompts
+from .steps import Draw, draw
 
 
-class Task:
-    """What most tasks share: the whole network is trained, and written."""
+@dataclass(frozen=True, eq=False)
+class Everything:
+    """Train whole networks. parts: by name, those that train; None: all that there is."""
 
     config: Config
+    parts: tuple[str, ...] | None = None
 
-    def start(self, model: nn.Module, fresh: bool) -> None:
-        """Bring the built network to where training begins. fresh: no checkpoint follows."""
-        if fresh and self.config.load_path is not None:
-            start_from(model, *checkpoint.load_weights(Path(self.config.load_path))[:2])
+    def prepare(self, model: nn.Module) -> None:
+        """Freeze what does not train."""
+        if self.parts is not None:
+            model.requires_grad_(False)
+            networks = networks_of(model)
+            for part in self.parts:
+                networks[part].requires_grad_(True)
+
+    def metadata(self) -> dict:
+        return {}
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the network."""
+        """Give what a checkpoint keeps of the network."""
         return model.state_dict()
 
-    def recognise(self, checkpoint: dict) -> None:
-        """Raises UserError if a checkpoint was made with other networks than are there now."""
+    def restore(self, model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> None:
+        """Undo `state`. checkpoint: all that it holds."""
+        model.load_state_dict(state)
 
-    def restore(self, model: nn.Module, kept: dict[str, Tensor], checkpoint: dict) -> None:
-        """The inverse of `state`. checkpoint: all that it holds."""
-        model.load_state_dict(kept)
-
-    def write(self, folder: Path, model: nn.Module, step: int, told: dict, improved: bool) -> None:
-        """The averaged weights, to share: ema.safetensors, and best.safetensors if this is it."""
-        for name in ("ema", *(["best"] if improved else [])):
+    def write(self, folder: Path, model: nn.Module, step: int, metadata: dict, best: bool) -> None:
+        """Write the EMA weights, to share: ema.safetensors, and best.safetensors if they are."""
+        for name in ("ema", *(["best"] if best else [])):
             path = folder / f"{name}.safetensors"
-            checkpoint.save_weights(path, model.state_dict(), self.config, step=step, **told)
+            save_weights(path, model.state_dict(), self.config, step=step, **metadata)
 
     def result(self, folder: Path) -> str:
+        """Say where the result is, and how to use it."""
+        if self.config.mode == "vae":
+            return f"{folder / 'model.pt'}; python train.py --mode latent --vae {folder} --data ..."
         prompt = ' --prompt "..."' if self.config.condition == "text" else ""
         return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}{prompt}"
 
 
-def start_from(model: nn.Module, weights: dict[str, Tensor], theirs: Config) -> None:
-    """Take weights of another run. Raises UserError if they are of another architecture."""
-    whole = any(name.startswith("unet.") for name in weights)
-    if isinstance(model, TextConditioned) and not whole:
+@dataclass(eq=False)
+class Recipe:
+    """Diffusion in pixels or latents.
+
+    batches: (step, low, high, then) -> Batch, and the held-out images.
+    prompts: those of the sample grids. stack: of a latent model, what is not trained.
+    prior: the class images of DreamBooth, one beside each sample.
+    """
+
+    config: Config
+    device: torch.device
+    schedule: NoisePath
+    batches: EncodedBatches
+    codec: PixelCodec | LatentCodec
+    conditioning: Unconditional | ClassLabels | Prompts
+    trainable: Everything | Adapter
+    prompts: list[str]
+    stack: FrozenStack | None = None
+    prior: EncodedBatches | None = None
+
+    # --- the network
+
+    def build(self) -> nn.Module:
+        """Build the network that is trained, with new weights or Stable Diffusion's."""
+        return build_network(self.config, len(self.batches.classes), self.stack)
+
+    def start(self, model: nn.Module, base: Base | None, fresh: bool) -> None:
+        """Bring the built network to where training begins.
+
+        base: the finished model that it begins with. fresh: no checkpoint follows.
+        """
+        if base is not None and (fresh or self.config.adapts):
+            start_from(model, base)
+        if self.config.class_prompt is not None:
+            self.prior = finetune.prior_batches(self, model)
+        self.trainable.prepare(model)
+
+    def pipeline(self, model: nn.Module) -> Pipeline:
+        """Put together what samples from the network as it is now."""
+        networks = networks_of(model)
+        conditioning = self.conditioning.of_networks(networks)
+        scheduler = {} if self.stack is None else self.stack.scheduler
+        parts = (self.codec, conditioning, self.device, scheduler)
+        return Pipeline(self.config, model, self.schedule, *parts)
+
+    def metadata(self, model: nn.Module) -> dict:
+        """Describe in a checkpoint what its configuration does not."""
+        about = {"classes": list(self.batches.classes)}
+        if self.stack is not None:
+            networks = networks_of(model)
+            names = {"unet": "unet", "text_encoder": "text"}  # as checkpoints name them
+            about["networks"] = {names[n]: net.config.to_dict() for n, net in networks.items()}
+            about["frozen"] = self.codec.digests | self.conditioning.digests
+        return about | self.trainable.metadata()
+
+    def check_checkpoint(self, state: dict) -> None:
+        """Raise UserError if a checkpoint was trained with other frozen networks."""
+        if self.stack is None:
+            return
+        digests = self.codec.digests | self.conditioning.digests
+        if names := check_digests(digests, state.get("frozen")):
+            raise UserError(
+                f"the run in {self.config.save_folder} was trained with another "
+                f"{' and '.join(names)} than there is now; bring that back, or start "
+                "from scratch with --overwrite"
+            )
+
+    # --- a step
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of x0."""
+        side = self.config.image_size // self.codec.factor
+        return (self.codec.channels, side, side)
+
+    def draw(self, step: int) -> list[Draw]:
+        """Sample the random numbers of a step's global batch; with a prior those of both."""
+        seeds = [self.config.seed]
+        if self.prior is not None:
+            seeds.append(seed_of(self.config.seed, "class"))
+        rest = (self.schedule, self.shape, step, self.device)
+        return [draw(self.config, *rest, seed) for seed in seeds]
+
+    def loss(self, network, step: int, batch: Batch, draws: list[Draw], low: int, high: int):
+        """Give (high - low,): the losses of samples low ... high-1 of a step, which are in batch.
+
+        With a prior a class image stands beside each sample, and its loss is added.
+        """
+        own = self.inputs(batch, draws[0][low:high])
+        if self.prior is None:
+            return training_loss(network, *own, self.config.loss)
+        prior = self.inputs(self.prior(step, low, high), draws[1][low:high])
+        both = own.beside(prior)
+        instance, prior_loss = training_loss(network, *both, self.config.loss).chunk(2)
+        return instance + self.config.prior_weight * prior_loss
+
+    def inputs(self, batch: Batch, draw: Draw) -> "Inputs":
+        """Put together what the loss of the samples of a batch needs."""
+        x0 = self.codec.x0(batch, draw.vae_eps)
+        return Inputs(draw.levels, x0, draw.eps, self.conditioning.of_batch(batch, draw.drop))
+
+    # --- every few hundred steps
+
+    def heldout_losses(self, network, low: int, high: int) -> Tensor:
+        """Give (high - low,): the losses of held-out images, each at its fixed t and noise."""
+        c = self.config
+        n = len(self.batches.held_out)
+        order = torch.randperm(n, generator=generator(c.seed, "held out t"))
+        t = self.schedule.stratified_t(order, n)[low:high]
+        levels = training_coefficients(self.schedule, c.objective, t, c.min_snr_gamma)
+        eps = heldout_noise(c.seed, low, high, self.shape)
+        drop = torch.zeros(high - low, dtype=torch.bool)
+        fixed = Draw(levels.to(self.device), eps.to(self.device), drop)
+        batch = self.batches.held_out_batch(low, high)
+        return training_loss(network, *self.inputs(batch, fixed), c.loss)
+
+    def frames(self, model: nn.Module, indices):
+        """Sample with the run's own settings: prompts in turn, or a block for each class."""
+        c = self.config
+        pipeline = self.pipeline(model)
+        options = {}
+        if pipeline.reads_prompts:
+            options = pipeline.prompted(self.prompts)(indices)
+        elif pipeline.conditional:
+            labels = [i * len(pipeline.classes) // c.num_samples for i in indices]
+            options = {"labels": torch.tensor(labels)}
+        return pipeline.frames(
+            indices,
+            seed=c.seed,
+            sampler=c.sampler,
+            steps=min(c.sample_steps, len(self.schedule)),
+            guidance_scale=c.guidance_scale,
+            amp=c.amp,
+            **options,
+        )
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UserError now for settings that would end the first sample grid."""
+        try:
+            if self.config.num_samples:
+                next(self.frames(model, [0]))
+        except ValueError as error:
+            raise UserError(f"sample grids: {error}") from None
+
+    def sample_grid(self, model: nn.Module, micro: int) -> Image.Image | None:
+        """Sample config.num_samples images, on all ranks; give them to rank 0, None elsewhere.
+
+        Raises NonFinite on all ranks where a picture of one of them is none.
+        """
+        size = self.config.image_size
+        images = [np.empty((0, size, size, 3), np.uint8)]
+        every = np.arange(self.config.num_samples)
+        mine = np.array_split(every, dist.world_size())[dist.rank()].tolist()
+        bad = None
+        for low in range(0, len(mine), micro):
+            indices = mine[low : low + micro]
+            states = self.frames(model, indices)
+            for x, _ in states:  # noqa: B007
+                pass
+            try:
+                images.append(to_uint8(self.codec.decode(x), indices))
+            except NonFinite as error:
+                bad = error
+        if dist.any_rank(bad is not None):  # all ranks, or the others would wait
+            raise bad or NonFinite([], "pictures of another rank")
+        parts = dist.gather(torch.from_numpy(np.concatenate(images)))
+        return grid(torch.cat(parts).numpy()) if parts is not None else None
+
+
+def open_recipe(config: Config, device: torch.device, base: Base | None = None) -> Recipe:
+    """Open all that a configuration of --mode pixel or latent names.
+
+    base: the model of --load_path. Raises UserError for what is missing or does not fit.
+    """
+    c = config
+    stack = open_stack(c, device) if c.mode == "latent" else None
+    codec = PixelCodec(device)
+    schedule = make_schedule(c.schedule, c.time_steps, c.zero_snr)
+    if stack is not None:
+        dtype = amp_dtype(c.amp, device)
+        # the VAE's activations overflow float16
+        codec = replace(stack.codec, amp=None if dtype == torch.float16 else dtype)
+        schedule = stack.schedule
+    trainable = finetune.open_adapter(c, stack)
+    if trainable is None:
+        parts = ("unet", "text_encoder") if c.train_text_encoder else ("unet",)
+        trainable = Everything(c, parts if c.adapts else None)
+    if c.image_size % codec.factor:
+        raise UserError(
+            f"image_size {c.image_size} is no multiple of {codec.factor}, what this VAE divides "
+            "it by"
+        )
+    batches = open_batches(c)
+    if c.adapts and not c.streaming:
+        batches = finetune.relabelled(c, batches, base)
+    prompts = []
+    if stack is not None:
+        batches = encode_batches(c, batches, codec, stack.prompts)
+        prompts = grid_prompts(c, batches, stack.prompts)
+    conditioning = conditioning_of(c, batches.classes, device, stack and stack.prompts)
+    parts = (batches, codec, conditioning, trainable)
+    return Recipe(c, device, schedule, *parts, prompts, stack)
+
+
+class Inputs(NamedTuple):
+    """What `training_loss` takes beside the network: b samples, levels (7, b)."""
+
+    levels: Tensor
+    x0: Tensor
+    eps: Tensor
+    cond: Cond
+
+    def beside(self, other: "Inputs") -> "Inputs":
+        """Put other samples behind these."""
+        pairs = zip(self.cond, other.cond)
+        return Inputs(
+            torch.cat([self.levels, other.levels], 1),
+            torch.cat([self.x0, other.x0]),
+            torch.cat([self.eps, other.eps]),
+            Cond(*(None if a is None else torch.cat([a, b]) for a, b in pairs)),
+        )
+
+
+def start_from(model: nn.Module, base: Base) -> None:
+    """Take the weights of another run. Raises UserError if they are of another architecture."""
+    complete = any(name.startswith("unet.") for name in base.weights)
+    if isinstance(model, TextUNet) and not complete:
         model = model.unet  # fine-tuned Stable Diffusion, whose text encoder was not
+    theirs = base.config
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(base.weights)
     except RuntimeError as error:
         raise UserError(
             f"--load_path does not fit this network (it was trained with unet_dim "
@@ -81,128 +327,20 @@ def start_from(model: nn.Module, weights: dict[str, Tensor], theirs: Config) -> 
         ) from None
 
 
-class Diffusion(Task):
-    """--mode pixel: from x_t, predict what `objective` says."""
+def heldout_noise(seed: int, low: int, high: int, shape: tuple[int, ...]) -> Tensor:
+    """Give the fixed noise of held-out images low ... high-1, (high - low, *shape)."""
+    return torch.stack(
+        [torch.randn(shape, generator=generator(seed, "held out", i)) for i in range(low, high)]
+    )
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config = config
-        self.device = device
-        self.data = open_batches(config)
-        self.schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-        self.levels = self.schedule.to(device)
 
-    def build(self) -> nn.Module:
-        return build_model(self.config, len(self.data.classes))
-
-    def pipeline(self, model: nn.Module) -> Pipeline:
-        return Pipeline(self.config, model, self.schedule, self.data.classes, self.device)
-
-    def told(self, model: nn.Module) -> dict:
-        return {"classes": list(self.data.classes)}
-
-    # --- a step
-
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """t (B,), eps (B, C, H, W), and which conditions are hidden (B,)."""
-        shape = (3, self.config.image_size, self.config.image_size)
-        return draw(self.config, step, len(self.schedule), shape, self.device)
-
-    def loss(self, model, batch: Batch, drawn, low: int, high: int) -> Tensor:
-        return self.diffusion_loss(model, *self.inputs(batch, drawn, low, high))
-
-    def inputs(self, batch: Batch, drawn, low: int, high: int) -> tuple:
-        """x0, t, eps and what the network is told, of samples low ... high-1."""
-        t, eps, hidden = (value[low:high] for value in drawn)
-        return self.x0(batch), t, eps, self.condition(batch, hidden)
-
-    def diffusion_loss(self, model, x0, t, eps, cond) -> Tensor:
-        c = self.config
-        return training_loss(
-            model, self.levels, c.objective, x0, t, eps, cond, c.loss, c.min_snr_gamma
-        )
-
-    def x0(self, batch: Batch) -> Tensor:
-        return to_unit(batch.pixels, self.device)
-
-    def condition(self, batch: Batch, hidden: Tensor) -> Tensor | None:
-        """What the network is told: None, or labels of which the hidden ones are the null label."""
-        if self.config.condition == "none":
-            return None
-        hidden = hidden | (batch.labels < 0)  # images without a label
-        return move(batch.labels.masked_fill(hidden, len(self.data.classes)), self.device)
-
-    # --- every few hundred steps
-
-    @torch.no_grad()
-    def heldout_loss(self, model: nn.Module, micro: int) -> float:
-        """The averaged weights' loss on the held-out images, each with its fixed t and noise."""
-        n = len(self.data.held_out)
-        T = len(self.schedule)
-        seed = self.config.seed
-        shuffled = torch.randperm(n, generator=generator(seed, "held out t"))
-        t = (shuffled.double() + 0.5).mul(T / n).long().to(self.device)  # stratified over 0 ... T-1
-        total = torch.zeros((), device=self.device)
-        pieces = [(low, min(low + micro, n)) for low in range(0, n, micro)]
-        dtype = amp_dtype(self.config.amp, self.device)
-
-        def network(*inputs: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                return model(*inputs)
-
-        for low, high in pieces[dist.rank() :: dist.world_size()]:
-            batch = self.data.held_out_batch(low, high)
-            x0 = self.x0(batch)
-            generators = [generator(seed, "held out", i) for i in range(low, high)]
-            eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-            shown = torch.zeros(high - low, dtype=torch.bool)
-            cond = self.condition(batch, shown)
-            total += self.diffusion_loss(network, x0, t[low:high], eps.to(self.device), cond).sum()
-        return float(dist.all_reduce_sum(total)) / n
-
-    def frames(self, model: nn.Module, indices):
-        """`Pipeline.frames` with the run's own settings; a block of the sheet for each class."""
-        c = self.config
-        pipeline = self.pipeline(model)
-        labels = None
-        if pipeline.conditional:
-            labels = torch.tensor([i * len(pipeline.classes) // c.num_samples for i in indices])
-        return pipeline.frames(
-            indices,
-            seed=c.seed,
-            sampler=c.sampler,
-            amp=c.amp,
-            labels=labels,
-            steps=min(c.sample_steps, c.time_steps),
-            guidance_scale=c.guidance_scale,
-        )
-
-    def check(self, model: nn.Module) -> None:
-        """Raises UserError now for settings that would end the first sample grid."""
-        try:
-            if self.config.num_samples:
-                next(self.frames(model, [0]))
-        except ValueError as error:
-            raise UserError(f"sample grids: {error}") from None
-
-    def sheet(self, model: nn.Module, micro: int) -> Image.Image | None:
-        """config.num_samples images on rank 0, which all ranks draw; None elsewhere.
-
-        Raises NonFinite on all ranks where a picture of one of them is none.
-        """
-        size = self.config.image_size
-        decode = self.pipeline(model).decode
-        images = [np.empty((0, size, size, 3), np.uint8)]
-        every = np.arange(self.config.num_samples)
-        mine = np.array_split(every, dist.world_size())[dist.rank()].tolist()
-        bad = None
-        for low in range(0, len(mine), micro):
-            indices = mine[low : low + micro]
-            [(x, _)] = deque(self.frames(model, indices), maxlen=1)
-            try:
-                images.append(to_uint8(decode(x), indices))
-            except NonFinite as error:
-                bad = error
-        if dist.any_rank(bad is not None):  # all ranks, or the others would wait
-            raise bad or NonFinite([], "pictures of another rank")
-        parts = dist.gather(torch.from_numpy(np.concatenate(images)))
-        return grid(torch.cat(parts).numpy()) if parts is not None else None
+@torch.no_grad()
+def heldout_loss(recipe, model: nn.Module, micro: int, device: torch.device) -> float:
+    """Give the mean loss of the held-out images, which the ranks share."""
+    n = len(recipe.batches.held_out)
+    dtype = amp_dtype(recipe.config.amp, device)
+    total = torch.zeros((), device=device)
+    for low in range(0, n, micro)[dist.rank() :: dist.world_size()]:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            total += recipe.heldout_losses(model, low, min(low + micro, n)).sum()
+    return float(dist.all_reduce_sum(total)) / n

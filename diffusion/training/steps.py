@@ -1,4 +1,4 @@
-"""The parts of a training step: how a batch is split, what is drawn for it, what is counted."""
+"""The parts of a training step: how a batch is split, what is sampled for it, what is counted."""
 
 import math
 from dataclasses import dataclass
@@ -9,25 +9,31 @@ from torch import Tensor
 from .. import UserError
 from ..config import Config
 from ..data.batches import move
+from ..process.objective import training_coefficients
+from ..process.schedule import NoisePath
 from ..runtime import distributed as dist
 from ..runtime.seeding import generator
 
 
 @dataclass(frozen=True)
-class Share:
-    """How a batch is split: `ranks` times `accum` pieces of `micro` samples."""
+class BatchSplit:
+    """How a global batch is split: `ranks` times `accum` micro-batches of `micro` samples."""
 
     ranks: int
     accum: int
     micro: int
 
-    def pieces(self, rank: int) -> list[tuple[int, int]]:
+    def micro_batches(self, rank: int) -> list[tuple[int, int]]:
+        """List a rank's parts of the global batch, as (first sample, one behind the last)."""
         first = rank * self.accum
         return [(i * self.micro, (i + 1) * self.micro) for i in range(first, first + self.accum)]
 
 
-def rank_share(config: Config) -> Share:
-    """Raises UserError if the batch does not divide, naming the nearest sizes that do."""
+def split_batch(config: Config) -> BatchSplit:
+    """Split config.batch_size over ranks and micro-batches.
+
+    Raises UserError if it does not divide, naming the nearest sizes that do.
+    """
     ranks = dist.world_size()
     B = config.batch_size
     parts = ranks * config.grad_accum
@@ -38,35 +44,72 @@ def rank_share(config: Config) -> Share:
             f"batch_size {B} does not divide by {ranks} ranks x {config.grad_accum} "
             f"micro-batches; the nearest that do: {sizes}"
         )
-    return Share(ranks, config.grad_accum, B // parts)
+    return BatchSplit(ranks, config.grad_accum, B // parts)
+
+
+# --- randomness ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The random numbers of B samples.
+
+    levels: (7, B), see `training_coefficients`; eps (B, C, h, w); drop (B,) bool on the CPU, whose
+    condition is dropped; vae_eps: eps's shape, what samples latents from the VAE's distribution.
+    """
+
+    levels: Tensor
+    eps: Tensor
+    drop: Tensor
+    vae_eps: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "Draw":
+        vae_eps = None if self.vae_eps is None else self.vae_eps[part]
+        return Draw(self.levels[:, part], self.eps[part], self.drop[part], vae_eps)
 
 
 def draw(
-    config: Config, step: int, T: int, shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """t (B,) int64, eps (B, *shape) and which conditions to hide (B,) bool, for a global batch."""
-    B = config.batch_size
-    t = move(torch.randint(T, (B,), generator=generator(config.seed, "t", step)), device)
-    hidden = (
-        torch.rand(B, generator=generator(config.seed, "hide", step)) < config.condition_dropout
-    )
-    g = generator(config.seed, "noise", step, device=device)
+    config: Config,
+    schedule: NoisePath,
+    shape: tuple[int, ...],
+    step: int,
+    device: torch.device,
+    seed: int | None = None,
+) -> Draw:
+    """Sample the random numbers of a step's global batch; each depends on (seed, step, j) only.
+
+    shape: (C, h, w) of x0. seed: config.seed unless given.
+    """
+    c = config
+    B = c.batch_size
+    seed = c.seed if seed is None else seed
+    t = schedule.sample_t(B, generator(seed, "t", step))
+    levels = training_coefficients(schedule, c.objective, t, c.min_snr_gamma)
+    drop = torch.rand(B, generator=generator(seed, "hide", step)) < c.condition_dropout
+    g = generator(seed, "noise", step, device=device)
     eps = torch.randn((B, *shape), generator=g, device=device)
-    if config.noise_offset:
-        g = generator(config.seed, "noise offset", step, device=device)
-        eps = eps + config.noise_offset * torch.randn(
-            (B, shape[0], 1, 1), generator=g, device=device
-        )
-    return t, eps.contiguous(memory_format=torch.channels_last), hidden
+    if c.noise_offset:
+        g = generator(seed, "noise offset", step, device=device)
+        offset = torch.randn((B, shape[0], 1, 1), generator=g, device=device)
+        eps = eps + c.noise_offset * offset
+    vae_eps = None
+    if c.mode == "latent":
+        g = generator(seed, "latents", step, device=device)
+        vae_eps = torch.randn(eps.shape, generator=g, device=device)
+    eps = eps.contiguous(memory_format=torch.channels_last)
+    return Draw(move(levels, device), eps, drop, vae_eps)
 
 
-def clip_factor(norm: Tensor, most: float) -> Tensor:
-    """(): what gradients of this norm are multiplied with, so that it is at most `most`."""
-    return (most / (norm + 1e-6)).clamp(max=1)
+# --- the update ----------------------------------------------------------------------------------
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Give (): what gradients of this norm are multiplied with, so that it is at most max_norm."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1)
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
-    """Of the update that leads from `step` to step + 1: warm-up, then the schedule down to 0."""
+    """Give the learning rate of update `step`: linear warm-up, then decay to 0 as scheduled."""
     warmup = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     left = 1 - max(0, step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
     shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
@@ -74,6 +117,7 @@ def learning_rate(config: Config, step: int, total: int) -> float:
 
 
 def total_steps(config: Config, epoch_length: int | None) -> int:
+    """Give the number of steps of a run. Raises UserError for epochs of an unknown length."""
     if config.epochs is None:
         return config.train_steps
     if epoch_length is None:
@@ -81,36 +125,43 @@ def total_steps(config: Config, epoch_length: int | None) -> int:
     return math.ceil(config.epochs * epoch_length / config.batch_size)
 
 
-class Tally:
-    """Sums since the last log line, on the device: nothing is read until a line is written.
-
-    sums: loss and number of the good steps, norm of the last gradient, skipped steps in all, bad
-        streak, worst streak; then the loss of the step that is being summed.
-    """
+class StepStats:
+    """Sums since the last log line, on the device: nothing is read until a line is written."""
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(7, dtype=dtype, device=device)
+        self.values = torch.zeros(7, dtype=dtype, device=device)  # what a checkpoint holds
+        (
+            self.loss_sum,  # of the good steps
+            self.good_steps,
+            self.grad_norm,  # of the last step
+            self.skipped,  # steps with non-finite gradients, in all
+            self.streak,  # of them in a row, until now
+            self.worst_streak,
+            self.step_loss,  # of the step that is being summed
+        ) = self.values.unbind()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Of a micro-batch: its share of the step's loss."""
-        self.sums[6] += loss.detach()
+        """Add a micro-batch's part of the step's loss."""
+        self.step_loss += loss.detach()
 
     def add_step(self, norm: Tensor, ok: Tensor) -> None:
-        self.sums[0] += torch.where(ok, self.sums[6], 0)
-        self.sums[1] += ok
-        self.sums[2] = norm
-        self.sums[3] += ~ok
-        self.sums[4] = (self.sums[4] + 1) * ~ok
-        self.sums[5] = torch.maximum(self.sums[5], self.sums[4])
-        self.sums[6:].zero_()  # `self.sums[6] = 0` would wait for a GPU
+        """Count a step by the norm of its gradient, (), and whether that was finite."""
+        self.loss_sum += torch.where(ok, self.step_loss, 0)
+        self.good_steps += ok
+        self.grad_norm.copy_(norm)
+        self.skipped += ~ok
+        self.streak.add_(1).mul_(~ok)
+        torch.maximum(self.worst_streak, self.streak, out=self.worst_streak)
+        self.step_loss.zero_()
 
     def read(self) -> dict[str, float]:
-        """The means over ranks and steps (NaN if every step was bad); the sums start again."""
-        loss = float(dist.all_reduce_sum(self.sums[0].clone())) / dist.world_size()
-        _, good, norm, skipped, _, worst, _ = self.sums.tolist()
-        self.sums[:2].zero_()
-        self.sums[5:6].zero_()
+        """Give the means over ranks and steps (NaN if every step was bad); the sums restart."""
+        loss = float(dist.all_reduce_sum(self.loss_sum.clone())) / dist.world_size()
+        _, good, norm, skipped, _, worst, _ = self.values.tolist()
+        self.loss_sum.zero_()
+        self.good_steps.zero_()
+        self.worst_streak.zero_()
         return {
             "loss": loss / good if good else math.nan,
             "grad_norm": norm,

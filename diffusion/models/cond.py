@@ -1,0 +1,29 @@
+"""What a network is conditioned on: the third argument of every `net(x, t, cond)`."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cond(NamedTuple):
+    """Conditioning of a batch; None means that there is none of that kind.
+
+    context: (B, L, D) embeddings of a text, or (B, L) its ids for a network that embeds them.
+    vector: (B, V) one embedding for the whole image. labels: (B,) int64 classes.
+    """
+
+    context: Tensor | None = None
+    vector: Tensor | None = None
+    labels: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """List those that are there."""
+        return tuple(value for value in self if value is not None)
+
+    def refilled(self, tensors: tuple[Tensor, ...]) -> "Cond":
+        """Put other tensors, in the order of `tensors`, in place of those that are there."""
+        values = iter(tensors)
+        return Cond(*(None if value is None else next(values) for value in self))
+
+
+NOTHING = Cond()

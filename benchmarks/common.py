@@ -110,11 +110,11 @@ def lucidrains_flops(dim: int, mults, size: int) -> int:
 
 def our_width(target: int, mults, size: int) -> tuple[int, int]:
     """The width, a multiple of 8, whose forward pass costs nearest to `target`; and its FLOPs."""
-    from diffusion.models.unet import UNet
+    from diffusion.models.build import build_pixel_unet
 
     x, t, costs = torch.zeros(1, 3, size, size), torch.zeros(1), {}
     for dim in range(8, 257, 8):
-        unet = UNet(dim, mults)
+        unet = build_pixel_unet(dim, mults)
         costs[dim] = flops_of(lambda unet=unet: unet(x, t))
         if costs[dim] > 1.5 * target:
             break

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import Config, int_list  # noqa: E402
-from diffusion.models.unet import UNet  # noqa: E402
+from diffusion.models.build import build_pixel_unet  # noqa: E402
 from diffusion.pictures.grid import to_uint8  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.runtime.distributed import setup  # noqa: E402
@@ -33,7 +33,7 @@ def ours(args, dim: int, n: int, compiled: bool = False, **options):
     """A call that draws n images."""
     device = setup(args.device)
     torch.manual_seed(0)
-    model = UNet(dim, args.mults).to(device, memory_format=CL).eval().requires_grad_(False)
+    model = build_pixel_unet(dim, args.mults).to(device).eval().requires_grad_(False)
     config = Config(image_size=args.size, unet_dim=dim, dim_mults=args.mults)
     pipeline = Pipeline(config, model, make_schedule("cosine", 1000), device=device)
     pipeline.compiled = compiled

@@ -17,10 +17,9 @@ import torch
 
 sys.path.insert(0, str(common.ROOT))
 
-from diffusion.models.clip import CLIPTextModel  # noqa: E402
+from diffusion.models.build import build  # noqa: E402
+from diffusion.models.cond import Cond  # noqa: E402
 from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
-from diffusion.models.sd_unet import SDUNet  # noqa: E402
-from diffusion.models.vae import AutoencoderKL  # noqa: E402
 
 
 def fill(model: torch.nn.Module, device, dtype) -> torch.nn.Module:
@@ -45,13 +44,13 @@ def pair(part: str, device, dtype):
 
     with torch.device("meta"):
         if part == "unet":
-            ours = SDUNet(UNetConfig())
+            ours = build("unet", UNetConfig())
             theirs = diffusers.UNet2DConditionModel.from_config(ours.config.to_dict())
         elif part == "vae":
-            ours = AutoencoderKL(VAEConfig())
+            ours = build("vae", VAEConfig())
             theirs = diffusers.AutoencoderKL.from_config(ours.config.to_dict())
         else:
-            ours = CLIPTextModel(CLIPTextConfig())
+            ours = build("text_encoder", CLIPTextConfig())
             config = transformers.CLIPTextConfig(**CLIPTextConfig().to_dict())
             theirs = transformers.CLIPTextModel(config)
     theirs = fill(theirs, device, dtype)
@@ -73,7 +72,7 @@ def run_part(part: str, repeats: int, device, dtype) -> tuple[dict[str, float], 
         context = torch.randn(2, 77, 768, device=device, dtype=dtype)
         mine = x.contiguous(memory_format=torch.channels_last)
         calls = {
-            "ours": lambda: ours(mine, t, context),
+            "ours": lambda: ours(mine, t, Cond(context)),
             "diffusers": lambda: theirs(x, t, context).sample,
         }
     elif part == "vae":

@@ -29,9 +29,9 @@ def first_step(options: list[str], folder: Path) -> float:
     while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.01)
     seconds = time.perf_counter() - began
-    _, told = process.communicate()
+    _, errors = process.communicate()
     if process.returncode:
-        sys.exit(told.decode())
+        sys.exit(errors.decode())
     return seconds
 
 

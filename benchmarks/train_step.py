@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import int_list  # noqa: E402
+from diffusion.models.build import build_pixel_unet  # noqa: E402
 from diffusion.models.cond import NOTHING  # noqa: E402
-from diffusion.models.unet import UNet  # noqa: E402
 from diffusion.process.objective import training_coefficients, training_loss  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.runtime.distributed import setup  # noqa: E402
@@ -38,7 +38,7 @@ BYTES = 52  # of a parameter: norm 4, clip 8, AdamW 16 + 12, EMA 12
 def ours(args, dim: int, update_only: bool = False):
     device = setup(args.device)
     torch.manual_seed(0)
-    model = UNet(dim, args.mults).to(device, memory_format=torch.channels_last)
+    model = build_pixel_unet(dim, args.mults).to(device)
     optimizer = AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99))
     ema, n = EMA(model, 0.9999), [0]
     x0, eps = images(args), images(args)
@@ -164,7 +164,7 @@ def main() -> None:
     seconds, memory = common.in_turn(sides, device, args.repeats)
     peak, speed = common.peak_flops(device), common.bandwidth(device)
     update = seconds.pop("ours_update")
-    parameters = sum(p.numel() for p in UNet(dim, args.mults).parameters())
+    parameters = sum(p.numel() for p in build_pixel_unet(dim, args.mults).parameters())
     mfu = {name: 3 * flops[name.split("_")[0]] * args.batch_size / s / peak
            for name, s in seconds.items()}  # fmt: skip
     ratio = {name: s / seconds["ours"] for name, s in seconds.items() if name != "ours"}

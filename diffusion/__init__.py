@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 class UserError(ValueError):
-    """A mistake of the user's, in one line: what was got, what was expected, what to do.
+    """Report a mistake of the user's in one line: what was got, what was expected, what to do.
 
     The scripts print it without a traceback; in a notebook it is an ordinary ValueError.
     """

@@ -1,164 +1,303 @@
-"""Everything one can set: a frozen dataclass, presets as differences, command line, JSON.
+"""Every option of training, and how all scripts read theirs: one row an option.
 
-A field is declared once, with its default, its help and what it does to a run that is continued:
-fields marked `free` may differ between a run and its continuation, all others may not.
+A row has the option's default, help, bounds and what it requires. `Config` is a frozen dataclass
+of such rows; presets are differences from its defaults. Fields marked `free` may differ between a
+run and the run that resumes it, all others may not. An option that would do nothing is an error.
 """
 
 import argparse
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import json
+import math
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
 
 from . import UserError
 from .presets import PRESET_OF_DATA, PRESETS
-from .rules import SAMPLERS, check_bounds
 
 
-def opt(default, group: str, help: str, choices: tuple[str, ...] = (), free: bool = False):
-    metadata = {"group": group, "help": help, "choices": choices, "free": free}
-    return field(default=default, metadata=metadata)
+def names_in(module: str, table: str) -> tuple[str, ...]:
+    """Read the keys of a module's table from its source: importing it takes torch's seconds."""
+    name = f"{__package__}.{module}"
+    source = importlib.util.find_spec(name).loader.get_source(name)
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", None) == table:
+            return tuple(map(ast.literal_eval, node.value.keys))
+    raise LookupError(f"{name} has no table {table}")
+
+
+# what these options may be is a row where it is made
+SAMPLERS = names_in("process.samplers", "SAMPLERS")
+SPACINGS = names_in("process.schedule", "SPACINGS")
+SCHEDULES = names_in("process.schedule", "SCHEDULES")
+OBJECTIVES = names_in("process.objective", "OBJECTIVES")
+LOSSES = names_in("process.objective", "LOSSES")
+ADAPTERS = names_in("training.finetune", "ADAPTERS")
+AMP = ("auto", "no", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+class Rule(NamedTuple):
+    """Hold a condition on a value (bounds) or on all options (what an option requires).
+
+    typed: asked of the command line only; configurations from before there was the rule are read.
+    """
+
+    text: str
+    holds: Callable[[typing.Any], bool]
+    typed: bool = False
+
+    def __and__(self, other: "Rule") -> "Rule":
+        return Rule(f"{self.text} and {other.text}", lambda v: self.holds(v) and other.holds(v))
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def at_least(low: int) -> Rule:
+    return Rule(f"at least {low}", lambda v: v >= low)
+
+
+def between(low: float, high: float, typed: bool = False) -> Rule:
+    return Rule(f"from {low:,} to {high:,}", lambda v: low <= v <= high, typed)
+
+
+def is_text(value: str) -> bool:
+    """Check that a text can be encoded: the shell may pass on bytes that are not UTF-8."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+POSITIVE = Rule("above 0", lambda v: v > 0)
+NOT_NEGATIVE = Rule("0 or more", lambda v: v >= 0)
+FRACTION = between(0, 1)
+BELOW_ONE = Rule("from 0 to below 1", lambda v: 0 <= v < 1)
+STEPS = between(1, 1_000_000)
+SIDE = between(1, 16_384)  # pixels
+GUIDANCE = between(0, 1000, typed=True)  # far beyond it pictures saturate, then numbers overflow
+SEED = Rule("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, typed=True)
+SEEDS = Rule("whole numbers from 0 to 2**63 - 1", lambda v: v and all(map(SEED.holds, v)), True)
+COUNTS = Rule("whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0)
+UTF8 = Rule("text in UTF-8", lambda v: is_text("".join(v)))
+
+
+def check_bounds(
+    values: Mapping[str, object], bounds: Mapping[str, Rule | None], typed: bool = True
+) -> None:
+    """Check values of options against their bounds; None is an option that was not given.
+
+    typed: whether they come from a command line; a stored configuration may hold infinity.
+    Raises UserError for the first value out of bounds, and for floats that are not finite.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not (math.isfinite(value) or not typed and value == value):
+            raise UserError(f"{name} is {value}; it must be a finite number")
+        rule = bounds.get(name)
+        if value is None or rule is None or rule.typed > typed or rule.holds(value):
+            continue
+        raise UserError(f"{name} is {value}; it must be {rule.text}")
+
+
+def check_use(options, defaults: Mapping[str, object], requires: Mapping[str, Rule | None]) -> None:
+    """Raise UserError for options that differ from these defaults and would do nothing."""
+    useless: dict[str, list[str]] = {}
+    for name, default in defaults.items():
+        rule = requires.get(name)
+        if rule is not None and getattr(options, name) != default and not rule.holds(options):
+            useless.setdefault(rule.text, []).append(f"--{name}")
+    for text, names in useless.items():
+        raise UserError(f"{', '.join(names)}: no effect without {text}")
+
+
+# --- what options of training require -------------------------------------------------------------
+
+DIFFUSION = Rule("--mode pixel or latent", lambda c: c.mode != "vae")
+PIXEL = Rule("--mode pixel", lambda c: c.mode == "pixel")
+LATENT = Rule("--mode latent", lambda c: c.mode == "latent")
+VAE = Rule("--mode vae", lambda c: c.mode == "vae")
+SCRATCH = Rule("a network from scratch", lambda c: c.sd_path is None)
+OTHER_DATA = Rule("--data FOLDER or hf:owner/name, not toy", lambda c: c.data != "toy")
+CONDITION = Rule("--condition class or text", lambda c: c.condition != "none")
+TEXT = Rule("--condition text", lambda c: c.condition == "text")
+SD_PATH = Rule("--sd_path", lambda c: c.sd_path is not None)
+SD_FILE = Rule("--sd_path FILE", lambda c: c.sd_path and not Path(c.sd_path).is_dir())
+SD_START = Rule("a start from --sd_path itself", lambda c: c.load_path is None)
+LORA = Rule("--adapter lora", lambda c: c.adapter == "lora")
+INVERSION = Rule("--adapter textual_inversion", lambda c: c.adapter == "textual_inversion")
+ADAPTS = Rule("--adapter or --instance_prompt", lambda c: c.adapts)
+CLASS_PROMPT = Rule("--class_prompt", lambda c: c.class_prompt is not None)
+
+
+# the first field of each section of --help
+SECTIONS = {
+    "mode": "run",
+    "data": "data",
+    "unet_dim": "model",
+    "time_steps": "diffusion",
+    "adapter": "adapter",
+    "batch_size": "optimisation",
+    "save_and_sample_every": "output",
+}
+
+
+def opt(
+    default,
+    help: str,
+    allowed: Rule | tuple[str, ...] | None = None,
+    requires: Rule | None = None,
+    free: bool = False,
+):
+    """Declare a field. allowed: its bounds, or the texts to choose from."""
+    choices = () if allowed is None or isinstance(allowed, Rule) else allowed
+    bounds = allowed if isinstance(allowed, Rule) else None
+    row = dict(help=help, bounds=bounds, choices=choices, requires=requires, free=free)
+    return field(default=default, metadata=row)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A training run. Lengths in pixels, `step` means optimizer step, batch sizes are global."""
+    """Hold the options of a training run. Lengths in pixels, `step` means optimizer step, batch sizes are global."""
 
     # fmt: off
-    mode: str = opt("pixel", "run", "what is diffused, or vae: the network that makes latents is trained", ("pixel", "latent", "vae"))
-    save_folder: str = opt("results", "run", "where the run lives; a run found there is continued", free=True)
-    overwrite: bool = opt(False, "run", "start anew in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "run", "start from these weights, at step 0")
-    sd_path: str | None = opt(None, "run", "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", free=True)
-    sd_config: str | None = opt(None, "run", "folder with the configs and tokenizer of a single file of other sizes", free=True)
-    sd_weights: str = opt("raw", "run", "of a single file with both: its plain weights, or its averaged ones (model_ema.*), which merged files carry stale", ("raw", "ema"), free=True)
-    vae: str | None = opt(None, "run", "VAE of a latent model trained from scratch: a run of --mode vae, or a diffusers VAE folder", free=True)
-    seed: int = opt(0, "run", "of everything random")
-    device: str = opt("auto", "run", "where to compute", ("auto", "cpu", "cuda", "mps"), free=True)
-    amp: str = opt("auto", "run", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA, else no", ("auto", "no", "bf16", "fp16"))
-    compile: bool = opt(False, "run", "torch.compile the network (minutes of start-up, then faster on GPUs)")
-    num_workers: int = opt(2, "run", "threads that decode images", free=True)
-    rank_timeout: float = opt(3600.0, "run", "seconds that ranks wait for one before it is named and all stop", free=True)
-    wandb: bool = opt(False, "run", "sync TensorBoard to Weights & Biases (pip install wandb)", free=True)
+    mode: str = opt("pixel", "what to train: a diffusion model of pixels, one of latents, or the VAE that makes latents", ("pixel", "latent", "vae"))
+    save_folder: str = opt("results", "folder of the run; a run found there is resumed", free=True)
+    overwrite: bool = opt(False, "start from scratch in save_folder, deleting the run found there", free=True)
+    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0")
+    sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT, free=True)
+    sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE, free=True)
+    sd_weights: str = opt("raw", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*, which merged files carry stale", ("raw", "ema"), SD_FILE & SD_START, free=True)
+    vae: str | None = opt(None, "VAE of a latent model trained from scratch: the folder of a run of --mode vae, or a diffusers VAE folder", requires=LATENT, free=True)
+    seed: int = opt(0, "seed of all random numbers", SEED)
+    device: str = opt("auto", "device to compute on", DEVICES, free=True)
+    amp: str = opt("auto", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs, else no", AMP)
+    compile: bool = opt(False, "torch.compile the network: minutes of start-up, then faster on GPUs")
+    num_workers: int = opt(2, "number of threads that decode images", NOT_NEGATIVE, free=True)
+    rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
+    wandb: bool = opt(False, "sync TensorBoard to Weights & Biases (pip install wandb)", free=True)
 
-    data: str = opt("toy", "data", "toy, a folder, a set's name (looked up under data/, then fetched) or hf:owner/name")
-    data_class: str = opt("all", "data", "use one class folder only, such as cat")
-    split: str | None = opt(None, "data", "part of the data: a folder such as valid, a hub set's split, or all (default: train where there are splits)")
-    image_column: str | None = opt(None, "data", "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)")
-    caption_column: str | None = opt(None, "data", "column of a hub set's captions, or of those in metadata.* (default: text, caption or prompt)")
-    image_size: int = opt(64, "data", "height and width")
-    default_caption: str = opt("", "data", "caption of images that have none")
-    flip: bool = opt(True, "data", "mirror half of the images, drawn anew at each step")
-    cache: bool = opt(True, "data", "decode images once, into cache_dir, not at every use", free=True)
-    cache_dir: str = opt("data/.cache", "data", "where decoded images are kept", free=True)
-    streaming: bool = opt(False, "data", "read a hub set as a stream instead of downloading it")
+    data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name")
+    data_class: str = opt("all", "the one class folder to use, such as cat, or all")
+    split: str | None = opt(None, "part of the data to use: a folder such as valid, a hub set's split, or all (default: train where there are splits)", requires=OTHER_DATA)
+    image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
+    caption_column: str | None = opt(None, "column of a hub set's captions, or of the captions in a folder's metadata.* (default: text, caption or prompt)", requires=OTHER_DATA)
+    image_size: int = opt(64, "height and width of the images, in pixels", POSITIVE)
+    default_caption: str = opt("", "caption of images that have none", UTF8)
+    flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
+    cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
+    cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents", free=True)
+    streaming: bool = opt(False, "read a hub set as a stream instead of downloading it")
 
-    unet_dim: int = opt(64, "model", "channels of the first level")
-    dim_mults: tuple[int, ...] = opt((1, 2, 4, 8), "model", "channels of each level, in units of unet_dim")
-    heads: int = opt(4, "model", "attention heads")
-    dropout: float = opt(0.0, "model", "inside ResBlocks")
-    condition: str = opt("none", "model", "what the network is told: nothing, the class folder, or the caption (latent mode)", ("none", "class", "text"))
-    text_encoder: str = opt("clip", "model", "of captions: that of sd_path, frozen, or scratch: a small one trained along", ("clip", "scratch"))
-    text_dim: int = opt(128, "model", "width of a text encoder from scratch")
-    text_layers: int = opt(4, "model", "its layers")
-    text_length: int = opt(256, "model", "its context length, in bytes of the caption")
-    clip_skip: int = opt(1, "model", "text encoder layer that is used, from the end; 1: the last")
-    layers_per_block: int = opt(2, "model", "ResBlocks of a level (latent mode, from scratch)")
-    latent_channels: int = opt(4, "model", "channels of a VAE's latents (mode vae)")
-    condition_dropout: float = opt(0.1, "model", "share of samples whose condition is hidden, for guidance")
-    checkpointing: bool = opt(False, "model", "recompute activations in backward: less memory, a third more time")
+    unet_dim: int = opt(64, "number of channels of the network's first level", Rule("above 0 and even", lambda v: v > 0 and v % 2 == 0), SCRATCH)
+    dim_mults: tuple[int, ...] = opt((1, 2, 4, 8), "number of channels of each level, in units of unet_dim", COUNTS, SCRATCH)
+    heads: int = opt(4, "number of attention heads", POSITIVE, PIXEL)
+    dropout: float = opt(0.0, "dropout rate inside ResBlocks", BELOW_ONE, PIXEL)
+    condition: str = opt("none", "conditioning of the network: none, the class folder's label, or the caption (latent mode)", ("none", "class", "text"))
+    text_encoder: str = opt("clip", "text encoder: clip, that of a Stable Diffusion model, frozen, or scratch, a small one that is trained too", ("clip", "scratch"), TEXT & SCRATCH)
+    text_dim: int = opt(128, "width of a text encoder from scratch", POSITIVE, TEXT & SCRATCH)
+    text_layers: int = opt(4, "number of layers of a text encoder from scratch", POSITIVE, TEXT & SCRATCH)
+    text_length: int = opt(256, "context length of a text encoder from scratch, in bytes of the caption", at_least(3), TEXT & SCRATCH)
+    clip_skip: int = opt(1, "layer of the text encoder to read, counted from the end; 1: the last", POSITIVE, SD_PATH)
+    layers_per_block: int = opt(2, "number of ResBlocks of each level of a latent network", POSITIVE, LATENT & SCRATCH)
+    latent_channels: int = opt(4, "number of channels of a VAE's latents", POSITIVE, VAE)
+    condition_dropout: float = opt(0.1, "probability of dropping the condition of a sample, for classifier-free guidance", FRACTION, DIFFUSION & CONDITION)
+    checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time", requires=DIFFUSION)
 
-    time_steps: int = opt(1000, "diffusion", "T, the length of the forward process")
-    schedule: str = opt("cosine", "diffusion", "noise schedule", ("cosine", "linear", "sigmoid", "scaled_linear"))
-    zero_snr: bool = opt(False, "diffusion", "rescale the schedule so that x_T is pure noise (needs objective v or x0)")
-    objective: str = opt("v", "diffusion", "what the network predicts", ("eps", "x0", "v"))
-    loss: str = opt("l1", "diffusion", "distance to the target", ("l1", "l2", "huber"))
-    noise_offset: float = opt(0.0, "diffusion", "noise added to whole channels, for very dark and bright images")
-    kl_weight: float = opt(1e-6, "diffusion", "of the KL term of a VAE (mode vae)")
-    perceptual_weight: float = opt(0.0, "diffusion", "of LPIPS in a VAE's loss (mode vae; pip install lpips)")
-    min_snr_gamma: float = opt(0.0, "diffusion", "min-SNR loss weights (5 in the paper); 0: equal weights")
+    time_steps: int = opt(1000, "T, the length of the forward process", between(2, 1_000_000), DIFFUSION & SCRATCH)
+    schedule: str = opt("cosine", "noise schedule", SCHEDULES, DIFFUSION & SCRATCH)
+    zero_snr: bool = opt(False, "rescale the schedule so that x_T is pure noise (objective v or x0 only)", requires=DIFFUSION & SCRATCH)
+    objective: str = opt("v", "what the network predicts", OBJECTIVES, DIFFUSION)
+    loss: str = opt("l1", "distance between prediction and target", LOSSES, DIFFUSION)
+    noise_offset: float = opt(0.0, "standard deviation of noise added to whole channels, for very dark and bright images", NOT_NEGATIVE, DIFFUSION)
+    kl_weight: float = opt(1e-6, "weight of the KL term in a VAE's loss", NOT_NEGATIVE, VAE)
+    perceptual_weight: float = opt(0.0, "weight of LPIPS in a VAE's loss (pip install lpips)", NOT_NEGATIVE, VAE)
+    min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DIFFUSION)
 
-    adapter: str = opt("none", "adapter", "what is trained beside the model of load_path or sd_path, which is left as it is", ("none", "lora", "textual_inversion"))
-    rank: int = opt(4, "adapter", "of a LoRA's branches")
-    alpha: float | None = opt(None, "adapter", "a LoRA's scale times its rank (default: the rank)")
-    targets: str = opt("attention", "adapter", "a LoRA's layers: attention,mlp,conv or all, or a regular expression over module names")
-    lora_dropout: float = opt(0.0, "adapter", "of what a LoRA's branches see")
-    train_text_encoder: bool = opt(False, "adapter", "train the text encoder as well, by LoRA too where the U-Net is")
-    token: str | None = opt(None, "adapter", "the word that textual inversion adds, such as <my-style>")
-    init_word: str | None = opt(None, "adapter", "the word whose vectors it starts from")
-    vectors: int = opt(1, "adapter", "how many vectors the token has")
-    instance_prompt: str | None = opt(None, "adapter", "DreamBooth: the caption of all images, such as 'a photo of sks dog'")
-    class_prompt: str | None = opt(None, "adapter", "prior preservation: what the images are cases of, such as 'a photo of a dog'")
-    class_images: int = opt(100, "adapter", "its images, drawn by the model itself where they are missing")
-    class_data: str | None = opt(None, "adapter", "folder for them (default: one in cache_dir)")
-    prior_weight: float = opt(1.0, "adapter", "of their loss")
+    adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", *ADAPTERS))
+    rank: int = opt(4, "rank of the LoRA", POSITIVE, LORA)
+    alpha: float | None = opt(None, "alpha of the LoRA, its scale times its rank (default: the rank)", POSITIVE, LORA)
+    targets: str = opt("attention", "layers that get a LoRA: attention,mlp,conv or all, or a regular expression over module names", requires=LORA)
+    lora_dropout: float = opt(0.0, "dropout rate on the LoRA's inputs", BELOW_ONE, LORA)
+    train_text_encoder: bool = opt(False, "train the text encoder as well, by LoRA if the U-Net is", requires=ADAPTS)
+    token: str | None = opt(None, "new word that textual inversion learns, such as <my-style>", UTF8, INVERSION)
+    init_word: str | None = opt(None, "word whose vectors textual inversion starts from", UTF8, INVERSION)
+    vectors: int = opt(1, "number of vectors of textual inversion's word", POSITIVE, INVERSION)
+    instance_prompt: str | None = opt(None, "DreamBooth: the caption of all images, such as 'a photo of sks dog'", UTF8)
+    class_prompt: str | None = opt(None, "DreamBooth's prior preservation: caption of the class images, such as 'a photo of a dog'", UTF8, ADAPTS)
+    class_images: int = opt(100, "number of class images; the model samples those that are missing", POSITIVE, CLASS_PROMPT)
+    class_data: str | None = opt(None, "folder of the class images (default: one in cache_dir)", requires=CLASS_PROMPT)
+    prior_weight: float = opt(1.0, "weight of the class images' loss", NOT_NEGATIVE, CLASS_PROMPT)
 
-    batch_size: int = opt(32, "optimisation", "samples per step, over all ranks and accumulation")
-    train_steps: int = opt(100_000, "optimisation", "length of the run", free=True)
-    epochs: float | None = opt(None, "optimisation", "length of the run in passes over the data, instead of train_steps", free=True)
-    learning_rate: float = opt(1e-3, "optimisation", "of AdamW, at its highest")
-    lr_schedule: str = opt("constant", "optimisation", "after the warm-up", ("constant", "linear", "cosine"))
-    lr_warmup_steps: int = opt(20, "optimisation", "steps over which the learning rate rises from 0")
-    weight_decay: float = opt(0.0, "optimisation", "of AdamW")
-    grad_accum: int = opt(1, "optimisation", "micro-batches per step and rank")
-    grad_clip: float = opt(1.0, "optimisation", "largest gradient norm; 0: no clipping")
-    ema_decay: float = opt(0.9999, "optimisation", "largest decay of the averaged weights; (1+n)/(10+n) before")
+    batch_size: int = opt(32, "number of samples per step, over all ranks and micro-batches", POSITIVE)
+    train_steps: int = opt(100_000, "length of the run in steps", POSITIVE, free=True)
+    epochs: float | None = opt(None, "length of the run in passes over the data, instead of train_steps", POSITIVE, free=True)
+    learning_rate: float = opt(1e-3, "AdamW's highest learning rate", POSITIVE)
+    lr_schedule: str = opt("constant", "course of the learning rate after the warm-up", ("constant", "linear", "cosine"))
+    lr_warmup_steps: int = opt(20, "number of steps over which the learning rate rises from 0", NOT_NEGATIVE)
+    weight_decay: float = opt(0.0, "AdamW's weight decay", NOT_NEGATIVE)
+    grad_accum: int = opt(1, "number of micro-batches per step and rank", POSITIVE)
+    grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", NOT_NEGATIVE)
+    ema_decay: float = opt(0.9999, "largest decay of the EMA weights; the decay after n steps is at most (1+n)/(10+n)", BELOW_ONE)
 
-    save_and_sample_every: int = opt(1000, "output", "steps between checkpoints, held-out losses and sample grids", free=True)
-    log_every: int = opt(10, "output", "steps between lines of metrics.jsonl", free=True)
-    keep_last: int = opt(3, "output", "checkpoints kept", free=True)
-    num_samples: int = opt(64, "output", "images in a sample grid; 0: none", free=True)
-    sampler: str = opt("ddim", "output", "for sample grids", SAMPLERS, free=True)
-    sample_steps: int = opt(50, "output", "network evaluations per sample, at most time_steps", free=True)
-    fid: bool = opt(False, "output", "measure FID during training (evaluation/metrics.py)", free=True)
-    fid_every: int = opt(5000, "output", "steps between FID measurements", free=True)
-    fid_num_images: int = opt(10_000, "output", "samples of an FID measurement", free=True)
-    fid_features: str | None = opt(None, "output", "TorchScript network instead of Inception, a program that is run; the distance is named after the file", free=True)
-    validation_prompts: str | None = opt(None, "output", "file with a prompt per line for sample grids (default: captions of the data)", free=True)
-    guidance_scale: float = opt(1.0, "output", "classifier-free guidance of sample grids; 1: none", free=True)
+    save_and_sample_every: int = opt(1000, "number of steps between checkpoints, held-out losses and sample grids", POSITIVE, free=True)
+    log_every: int = opt(10, "number of steps between lines of metrics.jsonl", POSITIVE, free=True)
+    keep_last: int = opt(3, "number of checkpoints to keep", POSITIVE, free=True)
+    num_samples: int = opt(64, "number of images in a sample grid; 0: no sample grids", NOT_NEGATIVE, free=True)
+    sampler: str = opt("ddim", "sampler of the sample grids", SAMPLERS, DIFFUSION, free=True)
+    sample_steps: int = opt(50, "number of network evaluations per sample of a grid, at most time_steps", POSITIVE, DIFFUSION, free=True)
+    fid: bool = opt(False, "measure FID during training", free=True)
+    fid_every: int = opt(5000, "number of steps between FID measurements", POSITIVE, free=True)
+    fid_num_images: int = opt(10_000, "number of samples of an FID measurement", at_least(2), free=True)
+    fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file", free=True)
+    validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT, free=True)
+    guidance_scale: float = opt(1.0, "classifier-free guidance scale of the sample grids; 1: no guidance", GUIDANCE, DIFFUSION, free=True)
     # fmt: on
 
     def __post_init__(self):
         for f in fields(self):
             _check_field(f, getattr(self, f.name))
+        check_bounds(vars(self), BOUNDS, typed=False)
         self._check_together()
 
     def _check_together(self) -> None:
-        check_bounds(vars(self))
         if self.mode != "latent" and self.condition == "text":
-            raise UserError(
-                "condition text needs --mode latent: the pixel network reads no captions"
-            )
+            raise UserError("--condition text requires --mode latent: pixel networks read no text")
         if self.sd_path is not None and self.vae is not None and self.mode == "latent":
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
         if self.mode == "vae" and (self.fid or self.condition != "none"):
-            raise UserError("--mode vae trains no sampler: it takes no --fid and no --condition")
+            raise UserError("--mode vae trains no sampler: leave out --fid and --condition")
         if self.sd_path is not None and self.condition != "text" and not self.adapts:
-            raise UserError("--sd_path fine-tunes on captions: give --condition text")
+            raise UserError("--sd_path is fine-tuned on captions: give --condition text")
         if self.zero_snr and self.objective == "eps":
-            raise UserError("zero_snr needs objective v or x0: where there is only noise, eps says "
-                            "nothing about x0")  # fmt: skip
+            raise UserError(
+                "--zero_snr requires --objective v or x0: where there is only noise, eps says "
+                "nothing about x0"
+            )
         if self.fid_features is not None and not self.fid:
-            raise UserError("fid_features is the network of --fid: give --fid as well")
+            raise UserError("--fid_features requires --fid")
         if self.streaming and not self.data.startswith("hf:"):
-            raise UserError("streaming reads hub sets only; give --data hf:owner/name")
+            raise UserError("--streaming requires a hub set: give --data hf:owner/name")
 
     @property
     def adapts(self) -> bool:
-        """Whether a finished model is the start, whose own settings count (training/adapters.py)."""
+        """Tell whether the run starts from a finished model, whose own settings count."""
         return self.adapter != "none" or self.instance_prompt is not None
 
-    # --- JSON and continuation ---------------------------------------------------------------
+    # --- JSON and resuming --------------------------------------------------------------------
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """Raises UserError for fields that this version does not know or cannot use."""
+        """Read a stored configuration. Raises UserError for unknown fields and bad values."""
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise UserError(f"configuration has unknown fields: {', '.join(sorted(unknown))}")
@@ -168,10 +307,19 @@ class Config:
         return cls(**values)
 
     def differences(self, other: "Config") -> dict[str, tuple]:
-        """{field: (mine, the other's)} for fields that a continued run may not change."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name))
-                 for f in fields(self) if not f.metadata["free"]}  # fmt: skip
+        """Return {field: (mine, the other's)} of fields that a resumed run may not change."""
+        names = [f.name for f in fields(self) if not f.metadata["free"]]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def check_use(self, given: Iterable[str]) -> None:
+        """Raise UserError for options that were given and would do nothing."""
+        check_use(self, {n: default for n, default in DEFAULTS.items() if n in given}, REQUIRES)
+
+
+DEFAULTS = {f.name: f.default for f in fields(Config)}
+BOUNDS = {f.name: f.metadata["bounds"] for f in fields(Config)}
+REQUIRES = {f.name: f.metadata["requires"] for f in fields(Config)}
 
 
 def _types(f: dataclasses.Field) -> tuple[type, ...]:
@@ -197,23 +345,64 @@ def _choose(value, choices) -> str:
     return f"{guess}choose one of {', '.join(choices)}"
 
 
-# --- command line -----------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the description's lines, and adds defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        unsaid = action.default in (None, "", False, argparse.SUPPRESS)
+        unsaid = action.default in (None, "", False, argparse.SUPPRESS) or action.default == []
         return action.help if unsaid else f"{action.help} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that never guesses an abbreviation, but says which option may have been meant."""
+    """argparse that never guesses an abbreviation, but says which option may have been meant.
+
+    `option` adds an option with its bounds and what it requires, `section` begins a group of
+    them, and `check` checks the values of all.
+    """
 
     def __init__(self, **options):
         options = dict(usage="%(prog)s [options]", formatter_class=HelpFormatter) | options
         super().__init__(allow_abbrev=False, **options)
+        self.target = self
+        self.bounds: dict[str, Rule] = {}
+        self.requires: dict[str, Rule | None] = {}
+
+    def section(self, title: str) -> None:
+        self.target = self.add_argument_group(title)
+
+    def option(
+        self,
+        usage: str,
+        help: str,
+        bounds: Rule | None = None,
+        requires: Rule | None = None,
+        **settings,
+    ) -> None:
+        """Add an option. usage: as --help shows it; N is an int, X a float, other words texts.
+
+        One with neither a value nor choices is a flag.
+        """
+        name, *values = usage.split()
+        if len(values) > 1:
+            settings |= dict(nargs=len(values), metavar=tuple(values))
+        elif values:
+            kind = {"N": int, "X": float}.get(values[0], str)
+            settings = dict(type=kind, metavar=values[0]) | settings
+        elif "choices" not in settings:
+            settings["action"] = "store_true"
+        if requires is not None:
+            help += f" (requires {requires.text})"
+        action = self.target.add_argument(name, help=help, **settings)
+        self.bounds[action.dest] = bounds
+        self.requires[action.dest] = requires
+
+    def check(self, values: argparse.Namespace) -> None:
+        """Raise UserError for an option out of bounds, and for one that would do nothing."""
+        check_use(values, self.defaults, self.requires)
+        check_bounds(vars(values), self.bounds)
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)
@@ -230,8 +419,8 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def defaults(self) -> dict:
-        """{option: what it is where it is not given}."""
-        return {action.dest: action.default for action in self._actions}
+        """Return {option: its value where it is not given}."""
+        return {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
 
     def error(self, message: str):
         self.exit(2, f"error: {message}\n")
@@ -241,39 +430,46 @@ def int_list(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+def add_runtime_arguments(
+    parser: Parser, weights: str | None = "ema", more: str = "", requires: Rule | None = None
+) -> None:
+    """Add --weights, --amp and --device. weights, more, requires: default, help, need of --weights."""
+    text = "weights to use: the EMA weights, or raw, those of the last step"
+    choices = ("ema", "raw")
+    parser.option("--weights", text + more, None, requires, default=weights, choices=choices)
+    parser.option("--amp", "mixed precision; no: float32", default="auto", choices=AMP)
+    parser.option("--device", "device to compute on", default="auto", choices=DEVICES)
+
+
 def add_config_arguments(parser: Parser) -> None:
-    """One option per field, grouped; an option not given does not appear in the namespace."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    """Add an option per field, by sections; one that is not given is not in the namespace."""
     for f in fields(Config):
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        text = f.metadata["help"].replace("%", "%%")
+        row = f.metadata
+        if f.name in SECTIONS:
+            section = parser.add_argument_group(SECTIONS[f.name])
+        shown = ",".join(map(str, f.default)) if f.name == "dim_mults" else f.default
+        notes = [] if f.default is None or shown == "" or f.type is bool else [f"default: {shown}"]
+        notes += [f"requires {row['requires'].text}"] if row["requires"] else []
+        text = row["help"].replace("%", "%%") + (f" ({'; '.join(notes)})" if notes else "")
         options = dict(dest=f.name, default=argparse.SUPPRESS)
         if f.type is bool:  # help shows the one that changes the default
             for name, value in ((f"--{f.name}", True), (f"--no_{f.name}", False)):
-                line = text if value else f"do not {text}"
-                options["help"] = argparse.SUPPRESS if value == f.default else line
-                groups[group].add_argument(name, action="store_const", const=value, **options)
+                options["help"] = argparse.SUPPRESS if value == f.default else text
+                section.add_argument(name, action="store_const", const=value, **options)
             continue
         kind = int_list if f.name == "dim_mults" else _types(f)[0]
-        shown = ",".join(map(str, f.default)) if f.name == "dim_mults" else f.default
-        if f.metadata["choices"]:
-            options["metavar"] = "|".join(f.metadata["choices"])
-        else:
-            options["metavar"] = {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
+        metavar = "|".join(row["choices"]) or {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
         names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])
-        default = "" if f.default is None or f.default == "" else f" (default: {shown})"
-        groups[group].add_argument(*names, type=kind, help=text + default, **options)
+        section.add_argument(*names, type=kind, metavar=metavar, help=text, **options)
 
 
 def config_from_args(values: dict, preset: str | None = None) -> Config:
-    """Defaults, then the preset, then what was given.
+    """Build the configuration: defaults, then the preset, then what was given.
 
     With no preset named, --sd_path brings fine_tune, unless an adapter is trained, and --data NAME
     its own (PRESET_OF_DATA); preset "none" prevents that.
     """
-    check_bounds(values, "train")
+    check_bounds(values, BOUNDS)
     if preset is None and values.get("sd_path") is not None:
         preset = "fine_tune" if values.get("adapter", "none") == "none" else "none"
     if preset is None:
@@ -285,7 +481,10 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     base = dict(PRESETS.get(preset, {}))
     if "train_steps" in values:
         base.pop("epochs", None)
-    return Config(**base | values)
+    values = base | values
+    if values.get("data", "") is None:
+        raise UserError(f"preset {preset} has no data of its own: give --data FOLDER")
+    return Config(**values)
 
 
 def run_script(main) -> None:

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict] = {
     ),
     # fine-tuning, 4 GPUs: torchrun --nproc_per_node=4 train.py --preset anime_sd15 --sd_path PATH
     "anime_sd15": dict(
-        mode="latent", data="hf:none-yet/anime-captions", image_size=512, condition="text",
+        mode="latent", data=None, image_size=512, condition="text",
         objective="eps", loss="l2", batch_size=128, train_steps=50_000,
         learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995, amp="fp16",
         save_and_sample_every=500, num_samples=4, guidance_scale=7.5,

@@ -1,7 +1,8 @@
 """What processes do that are forked from a server that has imported everything (warm.py).
 
-Scripts, or a training that dies where it is told to (test_faults.py): real signals. Dying at a place (half a checkpoint on the disk, the hundredth image
-of a cache, the third step of a sampler) is done from within: from outside one would hit it by luck.
+Scripts, or a training that dies at a chosen point (test_faults.py): real signals. Dying at a point
+(half a checkpoint on the disk, the hundredth image of a cache, the third step of a sampler) is done
+from within: from outside one would hit it by luck.
 """
 
 import os
@@ -15,12 +16,11 @@ import torch._dynamo  # noqa: F401 - what takes seconds is imported before the f
 import torch.utils.tensorboard  # noqa: F401
 
 from diffusion.config import Config, run_script
-from diffusion.data import cache
 from diffusion.data import latents as encoded
-from diffusion.evaluation import metrics  # noqa: F401
+from diffusion.data import pixels
+from diffusion.evaluation import __main__ as metrics  # noqa: F401
 from diffusion.runtime import distributed  # noqa: F401
-from diffusion.training import recipe as tasks
-from diffusion.training import trainer
+from diffusion.training import recipe, trainer
 
 
 def settle(output: str, errors: str) -> None:
@@ -82,14 +82,13 @@ def at_checkpoint(n: int) -> None:
 
 
 def at_image(n: int) -> None:
-    tick, real = countdown(n), cache.decode_all
+    tick, real = countdown(n), pixels.read_noting
 
-    def decode_all(*args):
-        for image in real(*args):
-            tick()
-            yield image
+    def read_noting(*args):
+        tick()
+        return real(*args)
 
-    cache.decode_all = decode_all
+    pixels.read_noting = read_noting
 
 
 def at_latents(n: int) -> None:
@@ -103,14 +102,14 @@ def at_latents(n: int) -> None:
 
 
 def at_sampling(n: int) -> None:
-    tick, real = countdown(n), tasks.Diffusion.frames
+    tick, real = countdown(n), recipe.Recipe.frames
 
     def frames(self, *args):
         for frame in real(self, *args):
             tick()
             yield frame
 
-    tasks.Diffusion.frames = frames
+    recipe.Recipe.frames = frames
 
 
 PLACES = {"checkpoint": at_checkpoint, "cache": at_image, "latents": at_latents,

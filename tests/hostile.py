@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import time
 import zipfile
@@ -231,6 +232,36 @@ def odd_state(kind: str):
     return lambda file: change_state(file, change)
 
 
+def claims(text: bytes) -> bytes:
+    """A pickle of torch.save's whose first tensor, and its storage, has 2^28 rows."""
+    sizes = {"BININT": 5, "BININT1": 2, "BININT2": 3}
+    found = [(at, op.name) for op, _, at in pickletools.genops(text)
+             if op.name in sizes or op.name == "BINPERSID"]  # fmt: skip
+    first = [name for _, name in found].index("BINPERSID")
+    for at, name in (found[first + 2], found[first - 1]):  # the offset lies between them
+        text = text[:at] + b"J\0\0\0\x10" + text[at + sizes[name] :]
+    return text
+
+
+def giant_storage(file: Path) -> None:
+    with zipfile.ZipFile(file) as z:
+        entries = {e.filename: z.read(e) for e in z.infolist()}
+    with zipfile.ZipFile(file, "w") as z:
+        for name, data in entries.items():
+            z.writestr(name, claims(data) if name.endswith("data.pkl") else data)
+
+
+def old_giant_storage(file: Path) -> None:
+    """The same as it was saved before torch 1.6: five pickles, then the numbers."""
+    state = torch.load(file, weights_only=True)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    data = file.read_bytes()
+    text = io.BytesIO(data)
+    for _ in range(3):
+        pickle.load(text)
+    file.write_bytes(data[: text.tell()] + claims(data[text.tell() :]))
+
+
 BYTEARRAY = b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x40\x85R."
 BYTES = {
     "empty": b"", "one byte": b"\x80", "noise": bytes(range(256)) * 40, "text": b"hello\n" * 99,
@@ -246,6 +277,7 @@ PICKLES = {
     "hex of hex, zip": zipped(hexes(20)),
     "bytearray in data.PKL": zipped(BYTEARRAY, "archive/data.PKL"),
     "names from the stack": zipped(pickle.dumps(bytearray(b"a"), 4)),
+    "typed storage": zipped(b"\x80\x02ctorch.storage\nTypedStorage\nJ\0\0\0\x40\x85R."),
     "calls a tensor": zipped(b"\x80\x02ctorch\nTensor\nJ\0\0\0\x40\x85R."),
 }
 SAFETENSORS = {
@@ -288,14 +320,15 @@ EDITS: dict[str, dict[str, Callable[[Path], None]]] = {
         "holds itself": lambda f: torch.save(itself(), f),
         "no weights": lambda f: change_state(f, lambda s: s | {"ema": {}, "model": 3}),
         "no dictionary": lambda f: torch.save([1], f),
-        "compressed": packed, "zip bomb": zip_bomb,
+        "compressed": packed, "zip bomb": zip_bomb, "giant storage": giant_storage,
         "long pickle": lambda f: f.write_bytes(long_pickle()),
         **{f"{kind} tensor": odd_state(kind) for kind in ODD},
     },
     "weights": {
         "code inside": lambda f: change_state(f, lambda s: s | {"x": RUNS["os.system"]}),
         "no dictionary": lambda f: torch.save([1], f),
-        "compressed": packed, "zip bomb": zip_bomb,
+        "compressed": packed, "zip bomb": zip_bomb, "giant storage": giant_storage,
+        "giant storage of before torch 1.6": old_giant_storage,
         "long pickle": lambda f: f.write_bytes(long_pickle()),
     },
     "network": {"NaN weights": with_nan},

@@ -1,5 +1,6 @@
 """What goes in: images of all kinds, folders, captions, the cache, batches, archives and the hub."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,11 +17,13 @@ from conftest import ROOT
 from PIL import Image
 
 from diffusion import UserError
-from diffusion.data import cache, hub, toy
-from diffusion.data import image_set as datasets
-from diffusion.data.batches import Batches, Pixels, to_unit
-from diffusion.data.image_set import folder_set, held_out, open_data
+from diffusion.data import cache, sources, toy
+from diffusion.data.batches import Batches, to_unit
+from diffusion.data.image_set import digest, held_out
 from diffusion.data.images import BadImage, read_image, to_pixels
+from diffusion.data.pixels import Pixels
+from diffusion.data.sources import folder_set, open_data
+from diffusion.data.stream import StreamBatches
 
 
 def pixels_of(folder, size=16, cache_dir=None, **options):
@@ -52,8 +55,8 @@ def scanned(bad, tmp_path_factory):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         images = folder_set(bad)
-        _, kept = cache.cached(images, 96, tmp_path_factory.mktemp("cache"))
-    return images, {images.names[i] for i in kept}, out.getvalue()
+        pixels = Pixels(images, 96, tmp_path_factory.mktemp("cache"))
+    return images, set(pixels.images.names), out.getvalue()
 
 
 @pytest.mark.parametrize("entry", MANIFEST, ids=lambda e: ascii(e["path"]))
@@ -117,12 +120,12 @@ def test_no_cache_puts_a_good_image_in_place_of_a_bad_one(bad, capsys):
 
 
 def test_nothing_usable_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no images below"):
+    with pytest.raises(UserError, match=tmp_path.name):
         folder_set(tmp_path)
     (tmp_path / "a.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="1 images of .*" + tmp_path.name):
         pixels_of(tmp_path, 16, tmp_path / "cache")
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="1 images of .*" + tmp_path.name):
         pixels_of(tmp_path, 16)[np.array([0])]
 
 
@@ -165,6 +168,8 @@ def test_toy_is_deterministic_and_captioned():
         assert all(w in caption for w in words)
         background = toy.draw(i, 64)[1, 1]
         assert abs(background.astype(int) - toy.BACKGROUND[attributes["background"]]).max() <= 4
+    shown = b"".join(toy.draw(i, size).tobytes() for i in range(8) for size in (16, 64))
+    assert hashlib.sha256(shown).hexdigest().startswith("1cdb9e860b09e0ce468088b713d2f5b2")
     bob = open_data("toy", data_class="bob")
     assert set(bob.labels) == {0} and all("bob" in c for c in bob.captions)
 
@@ -181,7 +186,7 @@ def test_class_folders(faces):
     )
     one = folder_set(faces, data_class="bob")
     assert len(one) == 40 and one.classes == ["bob"] and set(one.labels) == {0}
-    with pytest.raises(UserError, match="bald, bob, spiky"):
+    with pytest.raises(UserError, match="bald.*bob.*spiky"):
         folder_set(faces, data_class="dog")
 
 
@@ -224,7 +229,7 @@ def test_what_data_can_mean(tmp_path, monkeypatch, faces):
     with pytest.raises(UserError, match="anime_faces, pokemon"):
         open_data("anime_face")
     (tmp_path / "x.zip").write_text("")
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="x.zip"):
         open_data("x.zip")
 
 
@@ -236,39 +241,55 @@ def test_cache_is_used_and_noticed_to_be_stale(tmp_path, monkeypatch):
     root.mkdir()
     for i in range(5):
         Image.new("RGB", (8, 8), (i * 50, 0, 0)).save(root / f"{i}.png")
-    first, kept = cache.cached(folder_set(root), 8, tmp_path / "c")
-    assert kept == [0, 1, 2, 3, 4] and first[:, 0, 0, 0].tolist() == [0, 50, 100, 150, 200]
-    monkeypatch.setattr(cache, "_build", None)  # a second build would fail
-    again, _ = cache.cached(folder_set(root), 8, tmp_path / "c")
-    assert np.array_equal(first, again) and isinstance(again, np.memmap)
+    every = np.arange(5)
+    first = pixels_of(root, 8, tmp_path / "c")
+    assert first[every][:, 0, 0, 0].tolist() == [0, 50, 100, 150, 200]
+    monkeypatch.setattr(cache.Cache, "_write", None)  # a second build would fail
+    again = pixels_of(root, 8, tmp_path / "c")
+    assert np.array_equal(first[every], again[every]) and not again.cache.built
     monkeypatch.undo()
     Image.new("RGB", (8, 8), (9, 9, 9)).save(root / "2.png")
     os.utime(root / "2.png", ns=(1, 1))
-    assert cache.cached(folder_set(root), 8, tmp_path / "c")[0][2, 0, 0, 0] == 9
-    assert cache.cached(folder_set(root), 4, tmp_path / "c")[0].shape == (5, 4, 4, 3)
+    assert pixels_of(root, 8, tmp_path / "c")[every][2, 0, 0, 0] == 9
+    assert pixels_of(root, 4, tmp_path / "c")[every].shape == (5, 4, 4, 3)
 
 
-def test_a_broken_cache_is_rebuilt(tmp_path, faces):
-    folder = tmp_path / "c"
-    good, _ = cache.cached(folder_set(faces), 16, folder)
-    good = np.array(good)
-    (data,) = folder.glob("*.u8")
+def test_a_truncated_cache_is_computed_again(tmp_path, faces):
+    every = np.arange(120)
+    good = pixels_of(faces, 16, tmp_path)[every]
+    (data,) = tmp_path.glob("*/*.npy")
     os.truncate(data, 1000)
-    assert np.array_equal(cache.cached(folder_set(faces), 16, folder)[0], good)
-    (index,) = folder.glob("*.json")
-    index.write_text("{")
-    assert np.array_equal(cache.cached(folder_set(faces), 16, folder)[0], good)
+    assert np.array_equal(pixels_of(faces, 16, tmp_path)[every], good)
 
 
-def _build_cache(root, folder, started):
-    images = folder_set(Path(root))
-    started.set()
-    pixels, kept = cache.cached(images, 48, Path(folder), workers=1)
-    assert len(pixels) == len(kept) == 120
+def test_what_is_skipped_is_said_at_every_start(tmp_path, capsys):
+    """From the cache, too; its reasons are stored with it."""
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i * 50, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    for _ in range(2):
+        pixels = pixels_of(tmp_path, 8, tmp_path / ".c")
+        assert pixels.images.names == ["0.png", "2.png"]
+        assert pixels[np.arange(2)][:, 0, 0, 0].tolist() == [0, 100]
+        assert "1 of 3 images cannot be used" in capsys.readouterr().out
+
+
+def test_caches_of_the_first_edition_do_no_harm(tmp_path, faces):
+    """They had one file of pixels and one of indices under the same key."""
+    images = folder_set(faces)
+    good = Pixels(images, 16, tmp_path)[np.arange(120)]
+    (folder,) = (f for f in tmp_path.iterdir() if f.is_dir())
+    (tmp_path / f"{folder.name}.u8").write_bytes(bytes(120 * 16 * 16 * 3))
+    (tmp_path / f"{folder.name}.json").write_text('{"kept": [0], "skipped": []}')
+    assert np.array_equal(Pixels(images, 16, tmp_path)[np.arange(120)], good)
+
+
+def _build_cache(root, folder):
+    assert len(pixels_of(root, 48, Path(folder))) == 120
 
 
 def test_several_builders_and_a_killed_one(faces, tmp_path):
-    """Five processes at once, after one was killed midway: one cache, whole, and no leftovers."""
+    """Five processes at once, after one was killed midway: one cache, complete, and no leftovers."""
     spawn = multiprocessing.get_context("fork")
     slow, started = tmp_path / "slow", spawn.Event()
     slow.mkdir()
@@ -278,36 +299,34 @@ def test_several_builders_and_a_killed_one(faces, tmp_path):
     time.sleep(0.3)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    assert list(slow.glob("*.tmp")) and not list(slow.glob("*.json"))
-    several = [
-        spawn.Process(target=_build_cache, args=(faces, slow, spawn.Event())) for _ in range(5)
-    ]
+    assert list(slow.glob("*/.*.tmp")) and not list(slow.glob("*/*.npy"))
+    several = [spawn.Process(target=_build_cache, args=(faces, slow)) for _ in range(5)]
     for p in several:
         p.start()
     for p in several:
         p.join(60)
     assert [p.exitcode for p in several] == [0] * 5
-    assert len(list(slow.glob("*.u8"))) == 1 and not list(slow.glob("*.tmp"))
+    assert [f.name for f in slow.glob("*/*")] == ["00000.npy"]
 
 
 def _slow_build(root, folder, started):
     images = folder_set(Path(root))
     read = images.read
 
-    def slowly(i, size):
+    def slowly(*args):
         started.set()
         time.sleep(0.05)
-        return read(i, size)
+        return read(*args)
 
     object.__setattr__(images, "read", slowly)
-    cache.cached(images, 48, Path(folder), workers=1)
+    Pixels(images, 48, Path(folder), workers=1)
 
 
 def test_too_little_disk(tmp_path, faces, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda p: type("U", (), {"free": 1000}))
     with pytest.raises(UserError, match="--no_cache"):
-        cache.cached(folder_set(faces), 16, tmp_path)
-    assert not list(tmp_path.glob("*.u8*"))
+        pixels_of(faces, 16, tmp_path)
+    assert not list(tmp_path.glob("*/*"))
 
 
 # --- batches ----------------------------------------------------------------------------------------
@@ -377,7 +396,7 @@ def test_cifar_binary_archive(tmp_path, monkeypatch):
     (folder / "batches.meta.txt").write_text("\n".join(names) + "\n")
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         tar.add(folder, folder.name)
-    monkeypatch.setitem(hub.NAMED, "cifar10", hub.Archive((tmp_path / "c.tar.gz").as_uri()))
+    monkeypatch.setitem(sources.NAMED, "cifar10", (tmp_path / "c.tar.gz").as_uri())
     monkeypatch.chdir(tmp_path)
     images = open_data("cifar10")
     assert len(images) == 40 and images.classes == names and images.labels == rows[:, 0].tolist()
@@ -390,38 +409,10 @@ def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 half of it")
     for url in ((tmp_path / "broken.zip").as_uri(), "http://127.0.0.1:9/afhq.zip"):
-        monkeypatch.setitem(hub.NAMED, "afhq", hub.Archive(url))
-        with pytest.raises(UserError, match="unpack it to data/afhq"):
+        monkeypatch.setitem(sources.NAMED, "afhq", url)
+        with pytest.raises(UserError, match="data/afhq"):
             open_data("afhq")
     assert [p.name for p in Path("data").iterdir()] == [".afhq.lock"]
-
-
-@pytest.fixture(scope="module")
-def parquet(tmp_path_factory, faces):
-    """A hub repository as the datasets library sees one: parquet shards with images and captions."""
-    library = pytest.importorskip(
-        "datasets", reason="optional extra not installed: pip install datasets"
-    )
-    root = tmp_path_factory.mktemp("hub")
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    library.config.HF_DATASETS_CACHE = Path(tmp_path_factory.mktemp("hf_cache"))
-    files = sorted(faces.rglob("*.png")) * 3
-    columns = {
-        "image": [str(f) for f in files],
-        "text": [f"caption {i}" for i in range(len(files))],
-        "label": [i % 2 for i in range(len(files))],
-    }
-    features = library.Features(
-        {
-            "image": library.Image(),
-            "text": library.Value("string"),
-            "label": library.ClassLabel(names=["a", "b"]),
-        }
-    )
-    made = library.Dataset.from_dict(columns, features=features)
-    for i in range(2):
-        made.shard(2, i, contiguous=True).to_parquet(root / f"train-0000{i}-of-00002.parquet")
-    return root, files
 
 
 def test_hub_set_downloaded(parquet):
@@ -435,9 +426,9 @@ def test_hub_set_downloaded(parquet):
 def test_hub_stream(parquet, monkeypatch):
     """Every image once an epoch, in shuffled blocks; any step can be asked for first."""
     root, files = parquet
-    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 50)
-    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 60)
-    stream = hub.StreamBatches(str(root), 16, 20, seed=0, flip=False)
+    monkeypatch.setattr(StreamBatches, "BLOCK", 50)
+    monkeypatch.setattr(StreamBatches, "HELD_OUT", 60)
+    stream = StreamBatches(str(root), 16, 20, seed=0, flip=False)
     assert stream.length is None and len(stream.held_out) == 60
     steps = [stream(s, 0, 20).pixels for s in range(30)]  # two epochs of 15
     assert stream.length == 300
@@ -448,7 +439,7 @@ def test_hub_stream(parquet, monkeypatch):
     for epoch in (steps[:15], steps[15:]):
         assert sorted(key(p.contiguous()) for batch in epoch for p in batch) == wanted
     assert not torch.equal(steps[0], steps[15])
-    resumed = hub.StreamBatches(str(root), 16, 20, seed=0, flip=False)
+    resumed = StreamBatches(str(root), 16, 20, seed=0, flip=False)
     resumed.length = 300  # from the checkpoint
     for s in (8, 9, 22):
         assert torch.equal(resumed(s, 0, 20).pixels, steps[s])
@@ -462,7 +453,7 @@ def test_hub_errors(tmp_path, monkeypatch):
     )
     table = library.Dataset.from_dict({"words": ["a"]})
     table.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="no image column.*words"):
+    with pytest.raises(UserError, match="words"):
         open_data(f"hf:{tmp_path}")
     with pytest.raises(UserError, match="HF_ENDPOINT"):
         open_data(f"hf:{tmp_path / 'nowhere'}")
@@ -479,7 +470,7 @@ def test_the_errors_are_one_line_for_a_user(tmp_path):
     done = warm.script("train.py", "--data", "nowhere", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: --data 'nowhere'")
     assert "Traceback" not in done.stderr
-    assert datasets.digest("a") != datasets.digest("b")
+    assert digest("a") != digest("b")
 
 
 def test_an_archive_is_the_same_set_at_every_opening(tmp_path, monkeypatch):
@@ -492,7 +483,7 @@ def test_an_archive_is_the_same_set_at_every_opening(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8)).save(image)
             z.write(image, name)
         z.writestr("__MACOSX/x", "")
-    monkeypatch.setitem(hub.NAMED, "afhq", hub.Archive((tmp_path / "afhq.zip").as_uri()))
+    monkeypatch.setitem(sources.NAMED, "afhq", (tmp_path / "afhq.zip").as_uri())
     monkeypatch.chdir(tmp_path)
     first, second = open_data("afhq"), open_data("afhq")
     assert first.names == second.names == ["cat/1.png", "dog/1.png"] and first.classes == [
@@ -513,9 +504,9 @@ def test_data_class_holds_for_every_kind_of_set(parquet):
 def test_stream_length_is_found_wherever_one_reads_first(parquet, monkeypatch, n, batch):
     """A rank whose first sample lies beyond the end learns the same length as the others."""
     root, _ = parquet
-    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 50)
-    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 360 - n)
-    whole, late = (hub.StreamBatches(str(root), 16, batch, seed=0) for _ in range(2))
+    monkeypatch.setattr(StreamBatches, "BLOCK", 50)
+    monkeypatch.setattr(StreamBatches, "HELD_OUT", 360 - n)
+    whole, late = (StreamBatches(str(root), 16, batch, seed=0) for _ in range(2))
     pictures = [whole(s, 0, batch).pixels for s in range(8)]
     assert torch.equal(late(4, batch // 2, batch).pixels, pictures[4][batch // 2 :])
     late(7, 0, 1)

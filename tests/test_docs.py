@@ -1,6 +1,7 @@
 """What the documents promise and calculate is so."""
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -33,12 +34,14 @@ def test_what_the_scaling_table_starts_from():
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from diffusion.models.cond import Cond
     from diffusion.models.configs import UNetConfig
     from diffusion.models.sd_unet import SDUNet
 
     with torch.device("meta"):
         unet = SDUNet(UNetConfig())
-        x, t, text = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
+        x, t = torch.empty(1, 4, 64, 64), torch.empty(1)
+        text = Cond(context=torch.empty(1, 77, 768))
         with FlopCounterMode(display=False) as counter:
             unet(x, t, text)
     assert sum(p.numel() for p in unet.parameters()) == P
@@ -55,3 +58,36 @@ def test_the_table_of_faults_names_tests_that_exist():
             assert any(f"def {name}(" in code for code in tests.values()), name
     for name in re.findall(r"tests/(test_\w+\.py)", text):
         assert name in tests, name
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_tour_names_what_exists():
+    """Files of the package are links, and functions and classes in backticks are defined."""
+    text = (ROOT / "docs" / "tour.md").read_text()
+    code = "\n".join(p.read_text() for p in (ROOT / "diffusion").rglob("*.py"))
+    for shown, target in re.findall(r"\[([\w/]+\.py)\]\(([^)]+)\)", text):
+        assert target.endswith(shown)
+    named = re.findall(r"`(?:\w+\.)?(\w+)(?:\([^`]*\))?`", text)
+    names = {n for n in named if re.search(r"[A-Z]|_[a-z]", n)} - {"x_t", "C", "H", "W", "B"}
+    assert len(names) > 50
+    for name in names:
+        assert re.search(rf"(def|class) {name}\b|^ *{name}\b.* = ", code, re.M), name

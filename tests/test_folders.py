@@ -16,8 +16,8 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
 from diffusion.data.captions import Selection
-from diffusion.data.folder import scan
-from diffusion.data.image_set import configured, folder_set, open_data
+from diffusion.data.folder import scan, scan_split
+from diffusion.data.sources import configured, folder_set, open_data
 from diffusion.files import owned
 from diffusion.study.styles import read_style, style_folders
 
@@ -71,7 +71,7 @@ def test_a_run_inside_its_own_data_continues(tmp_path, args):
     again = train(pics, *args, "--train_steps", "4")
     for out in (first, again):
         assert "7 images to train on" in out
-    assert "continuing the run" in again and "samples" in again and "left out" in again
+    assert "from step 2" in again and "samples" in again and "left out" in again
     run = pics / (args[args.index("--save_folder") + 1] if "--save_folder" in args else "results")
     found = json.loads((run / "metadata.json").read_text())
     assert (found["step"], found["num_train_images"], found["num_held_out"]) == (4, 7, 0)
@@ -93,7 +93,7 @@ def test_what_other_commands_write_is_left_out(tmp_path, capsys):
     assert sorted(folder_set(tmp_path).names) == sorted(mine)
     out = capsys.readouterr().out
     assert "left out: 8 images" in out
-    for part in ("2 in out/images/", "1 in old/", "1 in study/", "a/grid_2.png"):
+    for part in ("2 in out/images/", "1 in old/", "1 in study/", "2 in a/"):
         assert part in out, part
 
 
@@ -112,10 +112,13 @@ SAMPLED = ("images/000000.png", "images/000001.png")  # as sample.py names them
     "written, named",
     [
         (SAMPLED, "2 in images/"),
-        (("results/metrics/quality.png", "results/metrics/quality_2.png"), "quality_2.png"),
-        (("results/samples/step_00000002.png", "old/samples/step_100000000.png"), "step_00000002"),
+        (("results/metrics/quality.png", "results/metrics/quality_2.png"), "2 in results/metrics/"),
+        (
+            ("results/samples/step_00000002.png", "old/samples/step_100000000.png"),
+            "1 in old/samples/",
+        ),
         (("reg/00000.png", "cache/class-1f/00001.png"), "1 in reg/"),
-        (("viz/forward.png", "viz/forward_t05.png", "viz/curves.png"), "viz/forward.png"),
+        (("viz/forward.png", "viz/forward_t05.png", "viz/curves.png"), "3 in viz/"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -135,7 +138,7 @@ def test_sampled_pictures_alone_are_a_data_set(tmp_path):
     pictures(tmp_path / "a", "cat/000000.png", "dog/000001.png", ours=True)
     assert folder_set(tmp_path / "a").classes == ["cat", "dog"]
     pictures(tmp_path / "b", "grid.png", "images/000000.png", ours=True)
-    with pytest.raises(UserError, match="no images below.*2 images.*grid.png.*images/"):
+    with pytest.raises(UserError, match="no images below.*2 images.*1 in ./.*1 in images/"):
         folder_set(tmp_path / "b")
     owned.mark(tmp_path / "c" / "images")  # and with others, where the folder that is named is ours
     pictures(tmp_path / "c" / "images", "000000.png", "000001.png", ours=True)
@@ -229,7 +232,7 @@ def test_the_train_split_is_used_alone(tmp_path, train, other, capsys):
         f"{train}/ (3 images)",
         f"{other}/ (2)",
         "extra/ (1)",
-        "beside them (1)",
+        "./ (1)",
         "cat (2)",
     ):
         assert part in out, part
@@ -262,7 +265,12 @@ def test_splits_inside_class_folders(tmp_path, capsys):
     assert images.names == ["bird/3.png", "cat/train/0.png", "dog/train/a/2.png"]
     assert [images.classes[label] for label in images.labels] == ["bird", "cat", "dog"]
     out = capsys.readouterr().out
-    assert "cat/Test/ (1)" in out and "fish/valid/ (1)" in out and "beside them (2)" in out
+    assert (
+        "cat/Test/ (1)" in out
+        and "fish/valid/ (1)" in out
+        and "cat/ (1)" in out
+        and "./ (1)" in out
+    )
     test = folder_set(tmp_path, selection=Selection(split="test"))
     assert test.names == ["cat/Test/1.png"]
 
@@ -278,7 +286,7 @@ def test_without_a_train_split_nothing_is_guessed(tmp_path, capsys):
         assert folder_set(tmp_path / "b", selection=Selection("train")).names == ["0.png"]
     pictures(tmp_path / "c", "train/0.png", "bus/1.png", "car/2.png")  # a class named train
     assert folder_set(tmp_path / "c").classes == ["bus", "car", "train"]
-    assert "train/ taken for a class" in capsys.readouterr().out
+    assert "train/ used" in capsys.readouterr().out
     pictures(tmp_path / "d", "train/cat/0.png", "1.png")
     assert folder_set(tmp_path / "d").names == ["cat/0.png"]
 
@@ -355,22 +363,20 @@ def test_test_splits_alone_inside_classes(tmp_path, capsys):
     capsys.readouterr()
     pictures(tmp_path / "c", "cat/0.png", "dog/test/1.png")
     assert len(folder_set(tmp_path / "c")) == 2
-    assert "dog/test/ used, too" in capsys.readouterr().out
+    assert "dog/test/ used" in capsys.readouterr().out
 
 
 def test_metrics_and_styles_use_the_train_split(tmp_path, capsys):
-    from diffusion.evaluation import metrics
-
     for folder in ("real/train", "real/test", "fake"):
         pictures(tmp_path / folder, *(f"{i}.png" for i in range(4)))
-    assert len(metrics.real_files(tmp_path / "real", None)) == 4
+    assert len(scan_split(tmp_path / "real", None)) == 4
     assert "test/ (4)" in capsys.readouterr().out
-    assert len(metrics.real_files(tmp_path / "real", "all")) == 8
+    assert len(scan_split(tmp_path / "real", "all")) == 8
 
     pictures(tmp_path / "styles", *(f"manga/train/{i}.png" for i in range(9)), "manga/test/0.png")
     (folder,) = style_folders(str(tmp_path / "styles"))
     style = read_style(folder, "manga", 8)
-    assert len(style.files) == 9 and "test/ (1)" in capsys.readouterr().out
+    assert len(style.train) + len(style.held_out) == 9 and "test/ (1)" in capsys.readouterr().out
     pictures(tmp_path / "styles", "comic/test/0.png")
     with pytest.raises(UserError, match="comic.*no train split"):
         read_style(tmp_path / "styles" / "comic", "comic", 8)

@@ -24,7 +24,7 @@ LOAD = """
 import json, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
-from diffusion.files import loader
+from diffusion.files import sd_files as loader
 def rss():  # the most so far; getrusage would count the parent's
     line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -13,10 +13,9 @@ import pytest
 import warm
 from PIL import Image, ImageCms, features
 
-from diffusion.data import cache
-from diffusion.data.batches import Pixels
-from diffusion.data.image_set import folder_set
-from diffusion.data.images import BadImage, formats, notes, read_image, read_mask
+from diffusion.data.images import TRANSFORM, BadImage, formats, read_image, read_mask
+from diffusion.data.pixels import Pixels
+from diffusion.data.sources import folder_set
 
 # --- files, written by hand ----------------------------------------------------------------------
 
@@ -429,8 +428,8 @@ def test_a_profile_that_turns_colours_black_is_broken(mode, dark):
     tags |= {f"{c}TRC".encode(): power(2.2) for c in "rgb"}
     tags |= {f"{c}XYZ".encode(): xyz(0, 0, 0) for c in dark}
     image = Image.new("RGB", (4, 4), (200, 120, 40)).convert(mode)
-    with notes() as found:
-        pixels = read_image(saved(image, "PNG", icc_profile=icc(b"RGB ", tags)), 4)
+    found = []
+    pixels = read_image(saved(image, "PNG", icc_profile=icc(b"RGB ", tags)), 4, found.append)
     near(pixels, np.asarray(image.convert("RGB")), 0)
     assert len(found) == 1 and "black" in found[0]
 
@@ -472,7 +471,7 @@ def test_greys_are_scaled_by_their_declared_range(dtype, scale, shift, options, 
         found = read_image(tiff(values, 1, order=order, zip=zip, **options), None)
     except BadImage as error:
         bits = options.get("bits", values.dtype.itemsize * 8)
-        assert order == ">" and bits in (12, 32) and f"{bits}-bit" in str(error)
+        assert order == ">" and bits in (12, 32) and "save it as PNG" in str(error)
         return
     near(found[..., 0], GREYS)
 
@@ -483,7 +482,7 @@ def test_greys_are_scaled_by_their_declared_range(dtype, scale, shift, options, 
 def test_white_is_zero(dtype, most, kind, order, zip):
     values = (most - GREYS / 255 * most).astype(dtype)
     if (dtype, order) == ("u2", ">"):
-        with pytest.raises(BadImage, match="16-bit.*photometric 0"):
+        with pytest.raises(BadImage, match="Pillow.*PNG"):
             read_image(tiff(values, 0, kind=kind, order=order, zip=zip), None)
     else:
         near(read_image(tiff(values, 0, kind=kind, order=order, zip=zip), None)[..., 0], GREYS)
@@ -515,17 +514,17 @@ def test_colours_of_a_tiff(dtype, scale, channels, order, planar, zip):
     (tiff(GREYS.astype("f4"), 1, kind=3), "from 0 to 255.*0 to 1"),
     (tiff(-GREYS.astype("f4"), 1, kind=3), "from -255 to (-)?0.*0 to 1"),
     (tiff(np.float32([[0, np.nan]]), 1, kind=3), "NaN"), (tiff(np.float32([[0, np.inf]]), 1, kind=3), "infinite"),
-    (tiff(GREYS / 255, 1, kind=3), "64-bit floating point"),
-    (tiff((GREYS / 255).astype("f2"), 1, kind=3), "16-bit floating point"),
-    (tiff((RGBA[..., :3] / 255).astype("f4"), 2, kind=3), "3 x 32-bit floating point"),
-    (tiff(RGBA.astype("u2"), 5, planar=2), "16-bit CMYK planes"),
+    (tiff(GREYS / 255, 1, kind=3), "Pillow can read.*PNG"),
+    (tiff((GREYS / 255).astype("f2"), 1, kind=3), "Pillow can read.*PNG"),
+    (tiff((RGBA[..., :3] / 255).astype("f4"), 2, kind=3), "Pillow can read.*PNG"),
+    (tiff(RGBA.astype("u2"), 5, planar=2), "16-bit.*CMYK in planes"),
     (tiff(np.zeros((4, 6), "u1"), 6, tags={258: ("H", [8] * 3), 277: ("H", [3])}), "YCbCr"),
     (b"Pf 2 1 -1.0\n" + struct.pack("<2f", 0, 255), "from 0 to 255"),
-    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,)), "8-bit LA planes"),
-    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,), zip=True), "8-bit LA planes"),
-    (tiff(RGBA[..., :2].astype("u1"), 0, planar=2, extra=(0,)), "8-bit L planes"),
-    (tiff(RGBA[..., :2].astype("u1"), 0, extra=(2,)), "WhiteIsZero, with alpha.*PNG"),
-    (tiff(GREYS.astype("u2"), 0, order=">"), "16-bit.*WhiteIsZero, big-endian.*PNG"),
+    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,)), "8-bit.*LA in planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 1, planar=2, extra=(2,), zip=True), "8-bit.*LA in planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 0, planar=2, extra=(0,)), "8-bit.*L in planes"),
+    (tiff(RGBA[..., :2].astype("u1"), 0, extra=(2,)), "Pillow can read.*PNG"),
+    (tiff(GREYS.astype("u2"), 0, order=">"), "Pillow can read.*PNG"),
 ], ids=range(20))  # fmt: skip
 def test_what_has_no_certain_range_is_refused_by_name(data, match):
     with pytest.raises(BadImage, match=match):
@@ -621,7 +620,7 @@ ODD = {"junk.jpg": "profile", "other.png": "profile.*GRAY", "red.png": "one colo
 
 
 def test_odd_images_are_used_counted_and_named(odd, tmp_path, capsys):
-    pixels, kept = cache.cached(folder_set(odd), 16, tmp_path / "cache")
+    kept = Pixels(folder_set(odd), 16, tmp_path / "cache")
     said = "".join(capsys.readouterr())
     assert len(kept) == 18 and f"{len(ODD)} of 19 images are used" in said
     for name, why in ODD.items():
@@ -654,7 +653,7 @@ def test_the_command_says_it_and_trains(odd, tmp_path):
 
 def test_old_caches_are_not_used(odd, tmp_path):
     """A picture decoded by what read pixels before would be another one."""
-    assert int(cache.TRANSFORM.rpartition(";")[2]) >= 2
+    assert int(TRANSFORM.rpartition(";")[2]) >= 2
 
 
 # --- masks ---------------------------------------------------------------------------------------

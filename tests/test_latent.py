@@ -10,83 +10,26 @@ import numpy as np
 import pytest
 import torch
 import warm
+from helpers import CPU, UNREAD, flags, options_of, plain, run_lines, same
 from PIL import Image
-from test_data import parquet  # noqa: F401
-from test_training import flags, run_lines, same, tiny  # noqa: F401
 from torch.testing import assert_close
 
 from diffusion import UserError
 from diffusion.config import Config
-from diffusion.data import latents as encoded
 from diffusion.data import toy
-from diffusion.data.latents import Shards, weights_digest
+from diffusion.data.cache import Cache
+from diffusion.data.latents import weights_digest
 from diffusion.files import checkpoint
 from diffusion.models.vae import sample as draw_latent
-from diffusion.sampling.load import load_latent, load_vae, open_pipeline
-from diffusion.training.autoencoder import Autoencoding
-from diffusion.training.latent_task import LatentDiffusion
+from diffusion.sampling.load import load, load_vae, open_pipeline
+from diffusion.training.autoencoder import AutoencoderRecipe
+from diffusion.training.recipe import open_recipe
 from diffusion.training.trainer import train
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def vae(tmp_path_factory, faces):
-    """A run of --mode vae of a few steps."""
-    folder = tmp_path_factory.mktemp("vae")
-    train(Config(
-        mode="vae", data=str(faces), image_size=16, unet_dim=16, dim_mults=(1, 2), batch_size=8,
-        train_steps=30, save_and_sample_every=15, log_every=5, num_samples=4, device="cpu", amp="no",
-        cache_dir=str(folder / "cache"), save_folder=str(folder / "run"), latent_channels=3,
-    ))  # fmt: skip
-    return folder / "run"
-
-
-@pytest.fixture
-def latent(tiny, vae) -> dict:  # noqa: F811
-    """The options of a text-conditioned run of seconds."""
-    return plain(tiny) | dict(
-        mode="latent", vae=str(vae), condition="text", text_encoder="scratch", text_dim=32,
-        text_layers=1, text_length=64, layers_per_block=1, unet_dim=16,
-    )  # fmt: skip
-
-
-def plain(options: dict, *more: str) -> dict:
-    """Without what only the pixel network has, and more."""
-    return {k: v for k, v in options.items() if k not in ("heads", "dropout", *more)}
-
-
-def options_of(sd: str) -> dict:
-    scratch = usual(
-        "text_encoder text_dim text_layers text_length layers_per_block unet_dim dim_mults time_steps"
-    )
-    return scratch | dict(
-        mode="latent", sd_path=sd, vae=None, condition="text", objective="eps", image_size=32
-    )
-
-
-def usual(names: str) -> dict:
-    return {f.name: f.default for f in dataclasses.fields(Config) if f.name in names.split()}
-
-
-UNREAD = usual(
-    "text_encoder text_dim text_layers text_length"
-)  # beside a condition other than text
-
-
-@pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory):
-    pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
-    pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")
-    from test_stable_diffusion import make_pipeline
-
-    return str(make_pipeline(tmp_path_factory.mktemp("sd"), "small")[1])
-
 
 # --- the VAE ---------------------------------------------------------------------------------------
 
 
-def test_a_vae_learns_and_tells_its_scale(vae, faces):
+def test_a_vae_learns_and_knows_its_scale(vae, faces):
     lines = run_lines(vae)
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert lines[-1]["heldout_loss"] < lines[0]["loss"]
@@ -103,20 +46,20 @@ def test_a_vae_learns_and_tells_its_scale(vae, faces):
         same(load_vae(str(path)).state_dict(), network.state_dict())
 
 
-def test_the_loss_is_its_formula(tiny):  # noqa: F811
+def test_the_loss_is_its_formula(tiny):
     config = Config(**tiny | dict(mode="vae", condition="none", kl_weight=0.3, unet_dim=16))
-    task = Autoencoding(config, CPU)
-    model = task.build().eval()
+    recipe = AutoencoderRecipe(config, CPU)
+    model = recipe.build().eval()
     x, eps = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
     decoded, mean, logvar = model(x, eps)
     z = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     kl = torch.distributions.kl_divergence(z, torch.distributions.Normal(0, 1)).sum((1, 2, 3))
     expected = (x - decoded).abs().mean((1, 2, 3)) + 0.3 * kl / (3 * 16 * 16)
-    assert_close(task.terms(model, x, eps), expected)
+    assert_close(recipe.losses(model, x, eps), expected)
     assert_close(decoded, model.vae.decode(mean + (0.5 * logvar).exp() * eps))
 
 
-def test_a_vae_resumes_exactly(tiny, tmp_path):  # noqa: F811
+def test_a_vae_resumes_exactly(tiny, tmp_path):
     options = plain(tiny, "time_steps", "sample_steps") | dict(
         mode="vae", condition="none", unet_dim=16
     )
@@ -129,22 +72,25 @@ def test_a_vae_resumes_exactly(tiny, tmp_path):  # noqa: F811
 
 
 def test_a_vae_draws_nothing_by_itself(vae):
-    with pytest.raises(UserError, match="train a model on its latents"):
+    with pytest.raises(UserError, match="model.pt .*--mode latent --vae"):
         open_pipeline(str(vae / "model.pt"), None, "ema", CPU)
 
 
 # --- what is computed once ------------------------------------------------------------------------
 
 
-def test_shards_are_computed_once_and_where_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoded, "SHARD", 10)
+def numbers(folder, compute, count=4, shape=(2,), chunk=4, **options):
+    return Cache(folder, count, shape, np.float16, compute, chunk, "numbers", **options)
+
+
+def test_shards_are_computed_once_and_where_missing(tmp_path):
     calls = []
 
     def compute(indices):
         calls.extend(indices)
-        return torch.arange(len(indices))[:, None] + torch.tensor([indices.start, 0.5])
+        return np.arange(len(indices))[:, None] + np.array([indices.start, 0.5])
 
-    build = lambda: Shards(tmp_path / "x", 25, (2,), compute, 4, "numbers")  # noqa: E731
+    build = lambda: numbers(tmp_path / "x", compute, 25, shard=10)  # noqa: E731
     shards = build()
     assert calls == list(range(25)) and len(list((tmp_path / "x").glob("*.npy"))) == 3
     expected = np.array([[i, i % 10 % 4 + 0.5] for i in (24, 3, 11)])
@@ -161,28 +107,33 @@ def test_shards_are_computed_once_and_where_missing(tmp_path, monkeypatch):
 
 def test_non_finite_latents_are_refused(tmp_path):
     with pytest.raises(UserError, match="non-finite"):
-        Shards(tmp_path, 3, (1,), lambda i: torch.full((len(i), 1), 1e6), 2, "large numbers")
+        numbers(tmp_path, lambda i: np.full((len(i), 1), np.inf), shape=(1,))
 
 
-def test_kept_latents_are_those_of_the_vae(latent, tmp_path):
-    task = LatentDiffusion(Config(**latent), CPU)
-    network, images = task.parts.vae, task.data.pixels
+def test_cached_latents_are_those_of_the_vae(latent, tmp_path):
+    recipe = open_recipe(Config(**latent), CPU)
+    batches = recipe.batches
+    network, images = recipe.codec.vae, batches.pixels
     chosen = np.array([5, 77, 119])
     x = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
     for flip, view in enumerate((x, x.flip(3))):
         mean, logvar = network.encode(view)
-        kept = torch.from_numpy(task.data.latents[chosen][:, flip]).float()
-        assert_close(kept, torch.stack([mean, logvar], 1), rtol=2e-3, atol=2e-3)
-    # a step's x0: drawn from mean and deviation, scaled; flips as in pixel mode
-    step, drawn = 3, task.draw(3)
-    batch = task.data(step, 2, 6)
-    flips = task.data.flips(step)[2:6]
-    indices = task.data.indices(step)[2:6]
-    moments = task.data.latents[indices][np.arange(4), flips.astype(int)]
+        cached = torch.from_numpy(batches.latents[chosen][:, flip]).float()
+        assert_close(cached, torch.stack([mean, logvar], 1), rtol=2e-3, atol=2e-3)
+    # a step's x0: sampled from mean and deviation, scaled; flips as in pixel mode
+    step = 3
+    [draw] = recipe.draw(step)
+    batch = batches(step, 2, 6)
+    flips = batches.flips(step)[2:6]
+    indices = batches.indices(step)[2:6]
+    moments = batches.latents[indices][np.arange(4), flips.astype(int)]
     mean, logvar = torch.from_numpy(moments).float().unbind(1)
-    expected = network.scale(mean + (0.5 * logvar).exp() * drawn[3][2:6])
-    assert_close(task.x0(batch, drawn[3][2:6]), expected)
-    assert flips.any() or task.data.flips(step).any()
+    expected = network.scale(mean + (0.5 * logvar).exp() * draw.vae_eps[2:6])
+    found = recipe.inputs(batch, draw[2:6])
+    assert_close(found.x0, expected)
+    assert_close(recipe.codec.x0(batch), network.scale(mean))  # without noise: the mean
+    assert torch.equal(found.eps, draw.eps[2:6]) and torch.equal(found.levels, draw.levels[:, 2:6])
+    assert flips.any() or batches.flips(step).any()
 
 
 def test_another_vae_has_other_latents(vae, tmp_path):
@@ -194,19 +145,26 @@ def test_another_vae_has_other_latents(vae, tmp_path):
     assert weights_digest(a) != before
 
 
-def test_captions_are_hidden_for_guidance(latent):
-    task = LatentDiffusion(Config(**latent), CPU)
-    batch = task.data(0, 0, 8)
-    hidden = torch.tensor([True, False] * 4)
-    told = task.condition(batch, hidden)
-    tokenizer = task.parts.text.tokenizer
-    captions = [task.captions[i] for i in task.data.indices(0)]
-    for row, hide, caption in zip(told, hidden, captions):
-        assert torch.equal(row, tokenizer([""] if hide else [caption])[0])
+def captions_of(recipe) -> list[str]:
+    """The first caption of each image."""
+    return recipe.batches.pixels.images.captions
+
+
+def test_captions_are_dropped_for_guidance(latent):
+    recipe = open_recipe(Config(**latent), CPU)
+    batch = recipe.batches(0, 0, 8)
+    drop = torch.tensor([True, False] * 4)
+    cond = recipe.conditioning.of_batch(batch, drop)
+    assert cond.labels is None and cond.vector is None
+    tokenizer = recipe.conditioning.tokenizer
+    captions = [captions_of(recipe)[i] for i in recipe.batches.indices(0)]
+    for ids, dropped, caption in zip(cond.context, drop, captions):
+        assert torch.equal(ids, tokenizer([""] if dropped else [caption])[0])
 
 
 def test_noise_offset_moves_whole_channels(latent):
-    plain, moved = (LatentDiffusion(Config(**latent | dict(noise_offset=o)), CPU).draw(1)[1] for o in (0.0, 0.5))  # fmt: skip
+    recipes = (open_recipe(Config(**latent | dict(noise_offset=o)), CPU) for o in (0.0, 0.5))
+    plain, moved = (recipe.draw(1)[0].eps for recipe in recipes)
     difference = moved - plain
     assert_close(difference, difference[:, :, :1, :1].expand_as(difference))
     assert 0.2 < difference.std() < 1
@@ -224,15 +182,15 @@ def test_from_scratch(latent, tmp_path, condition):
     lines = run_lines(tmp_path / "run")
     assert all(np.isfinite(line["loss"]) for line in lines) and "heldout_loss" in lines[-1]
     pipeline = open_pipeline(str(tmp_path / "run" / "model.pt"), None, "ema", CPU)
-    told = {"text": {"prompts": ["bald", "red hair"], "guidance_scale": 2.0}, "none": {},
+    options = {"text": {"prompts": ["bald", "red hair"], "guidance_scale": 2.0}, "none": {},
             "class": {"labels": torch.tensor([0, 2]), "guidance_scale": 2.0}}[condition]  # fmt: skip
-    a = pipeline.sample(range(2), steps=4, amp="no", **told)
+    a = pipeline.sample(range(2), steps=4, amp="no", **options)
     assert a.shape == (2, 3, 16, 16)
-    again = pipeline.sample([1], steps=4, amp="no", **{k: v[1:] if k != "guidance_scale" else v for k, v in told.items()})  # fmt: skip
+    again = pipeline.sample([1], steps=4, amp="no", **{k: v[1:] if k != "guidance_scale" else v for k, v in options.items()})  # fmt: skip
     assert_close(a[1:], again, atol=2 / 127.5, rtol=0)
     if condition == "class":
         shown = pipeline.sample(
-            range(2), steps=4, amp="no", **told | {"labels": torch.tensor([2, 0])}
+            range(2), steps=4, amp="no", **options | {"labels": torch.tensor([2, 0])}
         )
         assert (shown - a).abs().amax((1, 2, 3)).min() > 1e-3
     if condition == "text":
@@ -272,14 +230,14 @@ def test_two_ranks_share_the_encoding(latent, tmp_path):
 def test_validation_prompts(latent, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("bald\n\nred hair\n")
-    task = LatentDiffusion(Config(**latent | dict(validation_prompts=str(file))), CPU)
-    assert task.prompts == ["bald", "red hair"]
+    recipe = open_recipe(Config(**latent | dict(validation_prompts=str(file))), CPU)
+    assert recipe.prompts == ["bald", "red hair"]
     for content in (None, "\n"):
         file.unlink(missing_ok=True)
         if content:
             file.write_text(content)
-        with pytest.raises(UserError, match="validation_prompts"):
-            LatentDiffusion(Config(**latent | dict(validation_prompts=str(file))), CPU)
+        with pytest.raises(UserError, match="prompts.txt"):
+            open_recipe(Config(**latent | dict(validation_prompts=str(file))), CPU)
 
 
 def test_fine_tuning_stable_diffusion(latent, sd_folder, tmp_path):
@@ -296,11 +254,12 @@ def test_fine_tuning_stable_diffusion(latent, sd_folder, tmp_path):
     images = [p.sample([0], steps=3, eps=eps, prompts=["a fox"], guidance_scale=2.0, amp="no")
               for p in (before, after)]  # fmt: skip
     assert images[0].shape == (1, 3, 32, 32) and not torch.allclose(*images, atol=1e-4)
-    # the embeddings that were kept are the text encoder's
-    task = LatentDiffusion(Config(**options), CPU)
-    batch = task.data(0, 0, 2)
-    captions = [task.captions[i] for i in task.data.indices(0)[:2]]
-    assert_close(batch.text.float(), before.text(captions), rtol=2e-3, atol=2e-3)
+    # the cached embeddings are the text encoder's
+    recipe = open_recipe(Config(**options), CPU)
+    batch = recipe.batches(0, 0, 2)
+    captions = [captions_of(recipe)[i] for i in recipe.batches.indices(0)[:2]]
+    expected = before.conditioning.embed(captions)
+    assert_close(batch.text.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -333,10 +292,10 @@ def test_export_for_other_programs(latent, sd_folder, tmp_path, monkeypatch):
     half = open_pipeline(None, str(tmp_path / "file.safetensors"), "ema", CPU, config=sd_folder, amp="no")  # fmt: skip
     *_, (again, _) = half.frames([0], eps=eps, steps=3, prompts=["a fox"], guidance_scale=3.0, amp="no")  # fmt: skip
     assert (again - found).abs().mean() < 0.05
-    with pytest.raises(UserError, match="exists; give a new name"):
+    with pytest.raises(UserError, match=str(tmp_path / "folder")):
         run(model, tmp_path / "folder")
     train(Config(**latent | dict(train_steps=2, save_folder=str(tmp_path / "scratch"))))
-    with pytest.raises(UserError, match="not trained from a Stable Diffusion"):
+    with pytest.raises(UserError, match="model.pt .*Stable Diffusion"):
         run(tmp_path / "scratch" / "model.pt", tmp_path / "x")
 
 
@@ -347,12 +306,12 @@ def test_streaming_is_encoded_as_it_comes_and_resumes(
     tmp_path,
     monkeypatch,
     kind,
-    parquet,  # noqa: F811
+    parquet,
 ):
-    from diffusion.data import hub
+    from diffusion.data.stream import StreamBatches
 
-    monkeypatch.setattr(hub.StreamBatches, "BLOCK", 16)
-    monkeypatch.setattr(hub.StreamBatches, "HELD_OUT", 20)
+    monkeypatch.setattr(StreamBatches, "BLOCK", 16)
+    monkeypatch.setattr(StreamBatches, "HELD_OUT", 20)
     options = latent | (options_of(sd_folder) if kind == "sd" else {})
     options |= dict(data=f"hf:{parquet[0]}", streaming=True)
     train(Config(**options))
@@ -360,13 +319,13 @@ def test_streaming_is_encoded_as_it_comes_and_resumes(
     train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
     a, b = (checkpoint.read(tmp_path / f / "model.pt") for f in ("run", "again"))
     same({k: a[k] for k in ("model", "optimizer")}, {k: b[k] for k in ("model", "optimizer")})
-    task = LatentDiffusion(Config(**options), CPU)
-    batch, drawn = task.data(0, 0, 4), task.draw(0)
+    recipe = open_recipe(Config(**options), CPU)
+    batch, [draw] = recipe.batches(0, 0, 4), recipe.draw(0)
     assert len(batch.captions) == 4 and all(batch.captions)
-    told = task.condition(batch, torch.tensor([True, False, False, True]))
-    expected = task.parts.text(["", batch.captions[1], batch.captions[2], ""])
-    assert_close(told.float(), expected.float())
-    assert task.x0(batch, drawn[3][:4]).shape[0] == 4
+    cond = recipe.conditioning.of_batch(batch, torch.tensor([True, False, False, True]))
+    expected = recipe.conditioning.encode(["", batch.captions[1], batch.captions[2], ""])
+    assert_close(cond.context.float(), expected.float())
+    assert recipe.codec.x0(batch, draw.vae_eps[:4]).shape[0] == 4
 
 
 def test_a_model_that_has_moved(latent, vae, tmp_path):
@@ -374,57 +333,58 @@ def test_a_model_that_has_moved(latent, vae, tmp_path):
     train(Config(**latent | dict(vae=str(tmp_path / "vae"), train_steps=2)))
     (tmp_path / "vae").rename(tmp_path / "moved")
     model = tmp_path / "run" / "model.pt"
-    with pytest.raises(UserError, match="say with --vae where it is now"):
-        load_latent(model, "ema", CPU)
-    assert load_latent(model, "ema", CPU, vae=str(tmp_path / "moved")).shape == (3, 8, 8)
-    with pytest.raises(UserError, match="--clip_skip have no meaning"):
-        load_latent(model, "ema", CPU, clip_skip=2)
+    with pytest.raises(UserError, match=f"{tmp_path / 'vae'} .*--vae"):
+        load(model)
+    assert load(model, vae=str(tmp_path / "moved")).shape == (3, 8, 8)
+    with pytest.raises(UserError, match="--clip_skip"):
+        load(model, clip_skip=2)
 
 
 def test_another_vae_for_a_fine_tuned_model(latent, sd_folder, tmp_path):
     train(Config(**latent | options_of(sd_folder) | dict(train_steps=2)))
     model = tmp_path / "run" / "model.pt"
-    made = load_latent(model, "ema", CPU, vae=sd_folder, clip_skip=2)
-    same(made.vae.state_dict(), load_latent(model, "ema", CPU).vae.state_dict())
-    assert made.text.skip == 2
-    with pytest.raises(UserError, match="say with --sd_path where it is now"):
-        load_latent(model, "ema", CPU, sd_path=str(tmp_path / "nowhere"))
+    made = open_pipeline(str(model), None, "ema", CPU, vae=sd_folder, clip_skip=2)
+    same(made.codec.vae.state_dict(), load(model).codec.vae.state_dict())
+    assert made.conditioning.skip == made.clip_skip == 2 and load(model).clip_skip is None
+    with pytest.raises(UserError, match="nowhere.*--sd_path"):
+        open_pipeline(str(model), str(tmp_path / "nowhere"), "ema", CPU)
 
 
-def test_perceptual_loss_is_told_where_its_weights_are_missing(tiny, monkeypatch, tmp_path):  # noqa: F811
+def test_perceptual_loss_says_where_its_weights_are_missing(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="pip install lpips|could not load its network"):
-        Autoencoding(
+    with pytest.raises(UserError, match="(?i)lpips"):
+        AutoencoderRecipe(
             Config(**tiny | dict(mode="vae", condition="none", perceptual_weight=0.1)), CPU
         )
 
 
-def test_mistakes(latent, tiny, tmp_path, vae):  # noqa: F811
-    for change, told in (
-        (dict(vae=None), "give --sd_path, or the --vae"),
-        (dict(vae=str(tmp_path / "none")), "does not exist"),
-        (dict(image_size=17), "no multiple of 2"),
-        (dict(text_encoder="clip"), "give --text_encoder scratch"),
+def test_mistakes(latent, tiny, tmp_path, vae):
+    for change, named in (
+        (dict(vae=None), "--sd_path.*--vae"),
+        (dict(vae=str(tmp_path / "none")), str(tmp_path / "none")),
+        (dict(image_size=17), "image_size 17 .* 2"),
+        (dict(text_encoder="clip"), "--text_encoder scratch"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             train(Config(**latent | change))
-    for change, told in (
-        (dict(mode="pixel", condition="text"), "needs --mode latent"),
-        (dict(mode="vae", condition="class"), "no --condition"),
-        (dict(mode="latent", sd_path="a", vae="b", condition="text"), "either --sd_path or --vae"),
-        (dict(mode="latent", sd_path="a", condition="none"), "give --condition text"),
+    for change, named in (
+        (dict(mode="pixel", condition="text"), "--mode latent"),
+        (dict(mode="vae", condition="class"), "--condition"),
+        (dict(mode="latent", sd_path="a", vae="b", condition="text"), "--sd_path.*--vae"),
+        (dict(mode="latent", sd_path="a", condition="none"), "--condition text"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             Config(**tiny | change)
     plain = tmp_path / "plain"
     plain.mkdir()
     for i in range(4):
         Image.fromarray(toy.draw(i, 16)).save(plain / f"{i}.png")
-    with pytest.raises(UserError, match="has no captions"):
+    with pytest.raises(UserError, match=f"{plain} .*--default_caption"):
         train(Config(**latent | dict(data=str(plain))))
     (plain / "0.txt").write_bytes("a caf\xe9".encode("latin-1"))
     (plain / "1.txt").write_text("")
-    assert LatentDiffusion(Config(**latent | dict(data=str(plain), batch_size=2)), CPU).captions[0] == "a café"  # fmt: skip
+    recipe = open_recipe(Config(**latent | dict(data=str(plain), batch_size=2)), CPU)
+    assert captions_of(recipe)[0] == "a café"
 
 
 # --- sample.py ------------------------------------------------------------------------------------
@@ -447,6 +407,7 @@ def test_sample_with_prompts(sd_folder, tmp_path):
 
 def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
     from diffusion.commands import sample
+    from diffusion.sampling.init_image import read_init_image
 
     photo, mask = tmp_path / "photo.png", tmp_path / "mask.png"
     Image.fromarray(toy.draw(3, 64)).save(photo)
@@ -462,7 +423,7 @@ def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
 
     whole = run("a", "--init_image", photo, "--strength", 0.3)
     pipeline = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
-    start = sample.read_start(pipeline, str(photo), str(mask))
+    start = read_init_image(pipeline, str(photo), str(mask))
     assert start["init"].shape == (1, 4, 16, 16) and start["mask"].mean() == 0.5
     table = pipeline.table("ddim", 10, strength=0.3)
     assert len(table) == 3
@@ -473,16 +434,16 @@ def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
     *_, (last, _) = x
     assert_close(last[..., :8], start["init"][..., :8], rtol=1e-3, atol=1e-4)
     assert (last[..., 8:] - start["init"][..., 8:]).abs().mean() > 0.1
-    for args, told in (
-        (("--mask", mask), "give --init_image as well"),
+    for args, named in (
+        (("--mask", mask), "--mask.*--init_image"),
         (("--init_image", tmp_path / "none.png"), "no such file"),
         (("--init_image", photo, "--strength", 0.01), "strength"),
-        (("--height", 33), "multiple of 2"),
+        (("--height", 33), "height is 33.* 2"),
         (("--clip_skip", 9), "clip_skip is 9"),
-        (("--class_label", "cat"), "class_label|no class"),
+        (("--class_label", "cat"), "class_label"),
         (("--prompt", "@none.txt"), "none.txt"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             run("c", *args)
     assert not (tmp_path / "c").exists()
 
@@ -490,16 +451,18 @@ def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
 def test_long_prompts_are_read_in_chunks(sd_folder):
     pipeline = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
     long = "a very long prompt " * 12
-    n = pipeline.text.chunks([long])
-    assert n > 2 and pipeline.text([long, ""], n).shape == (2, n * 75 + 2, 32)
+    n = pipeline.conditioning.chunks([long])
+    assert n > 2 and pipeline.conditioning.embed([long, ""], n).shape == (2, n * 75 + 2, 32)
     a, b = (pipeline.sample([0], steps=2, prompts=[p], guidance_scale=3.0, amp="no") for p in (long, long[:60]))  # fmt: skip
     assert not torch.allclose(a, b, atol=1e-4)
 
 
 def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monkeypatch):
     eps = torch.randn(1, 4, 16, 16)
-    told = dict(steps=2, eps=eps, prompts=["x"], guidance_scale=3.0, amp="no")
-    make = lambda **o: open_pipeline(None, sd_folder, "ema", CPU, amp="no", **o).sample([0], **told)  # noqa: E731
+    options = dict(steps=2, eps=eps, prompts=["x"], guidance_scale=3.0, amp="no")
+    make = lambda **o: open_pipeline(None, sd_folder, "ema", CPU, amp="no", **o).sample(
+        [0], **options
+    )  # noqa: E731
     plain = make()
     assert not torch.allclose(make(clip_skip=2), plain, atol=1e-5)
     assert_close(make(tiling=True), plain)  # smaller than one tile
@@ -510,7 +473,8 @@ def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monke
 
 def test_a_pixel_model_has_no_use_for_prompts(model, sd_folder):
     for option in (dict(height=8), dict(clip_skip=2), dict(vae="x")):
-        with pytest.raises(UserError, match="is a pixel model"):
+        [name] = option
+        with pytest.raises(UserError, match=f"--{name}.*model.pt"):
             open_pipeline(str(model), None, "ema", CPU, **option)
     pipeline = open_pipeline(str(model), None, "ema", CPU)
     with pytest.raises(UserError, match="prompt"):
@@ -519,11 +483,11 @@ def test_a_pixel_model_has_no_use_for_prompts(model, sd_folder):
 
 def test_bfloat16_is_close(sd_folder):
     eps = torch.randn(1, 4, 16, 16)
-    told = dict(steps=3, eps=eps, prompts=["x"], guidance_scale=2.0)
-    full = open_pipeline(None, sd_folder, "ema", CPU, amp="no").sample([0], amp="no", **told)
+    options = dict(steps=3, eps=eps, prompts=["x"], guidance_scale=2.0)
+    full = open_pipeline(None, sd_folder, "ema", CPU, amp="no").sample([0], amp="no", **options)
     half = open_pipeline(None, sd_folder, "ema", CPU, amp="bf16")
     assert next(half.model.parameters()).dtype == torch.bfloat16
-    assert (half.sample([0], amp="bf16", **told) - full).abs().mean() < 0.01
+    assert (half.sample([0], amp="bf16", **options) - full).abs().mean() < 0.01
 
 
 @pytest.mark.slow
@@ -546,22 +510,21 @@ def test_presets_are_whole():
     for name in ("sd_tiny", "sd_tiny_vae"):
         config = config_from_args({}, name)
         assert dataclasses.asdict(config)["mode"] == PRESETS[name]["mode"]
-    made = config_from_args({"sd_path": "x"}, "anime_sd15")
+    made = config_from_args({"sd_path": "x", "data": "y"}, "anime_sd15")
     assert (made.learning_rate, made.batch_size, made.train_steps) == (1e-4, 128, 50_000)
     assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "fp16", 3, 512)
 
 
-def test_damaged_latents_are_not_trained_on(tmp_path, monkeypatch):
-    """Large ones are not looked through when they are opened, but when they are read."""
-    make = lambda: Shards(tmp_path, 4, (2,), lambda i: torch.ones(len(i), 2), 2, "latents")  # noqa: E731
+def test_damaged_latents_are_not_trained_on(tmp_path):
+    """They are looked at when they are read, and named."""
+    make = lambda: numbers(tmp_path, lambda i: np.ones((len(i), 2)))  # noqa: E731
     assert make()[np.arange(4)].tolist() == [[1, 1]] * 4
     data = np.ones((4, 2), np.float16)
     data[2, 1] = np.nan
     np.save(tmp_path / "00000.npy", data)
-    monkeypatch.setattr(encoded, "SCANNED", 4)
-    large = make()
-    assert np.isfinite(large[np.array([0, 3])]).all()
-    with pytest.raises(UserError, match="00000.npy is damaged: .*delete it"):
-        large[np.array([3, 2])]
-    monkeypatch.undo()
+    damaged = make()
+    assert np.isfinite(damaged[np.array([0, 3])]).all()
+    with pytest.raises(UserError, match="00000.npy .*delete it"):
+        damaged[np.array([3, 2])]
+    (tmp_path / "00000.npy").unlink()
     assert np.isfinite(make()[np.arange(4)]).all()  # made again

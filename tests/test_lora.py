@@ -5,27 +5,17 @@ import re
 
 import pytest
 import torch
+from helpers import sd_unet
 from torch import nn
 from torch.testing import assert_close
 
 from diffusion.models import lora
 from diffusion.models.clip import CLIPTextModel
+from diffusion.models.cond import Cond
 from diffusion.models.configs import CLIPTextConfig, UNetConfig
 from diffusion.models.layers import WSConv3x3
 from diffusion.models.sd_unet import SDUNet
 from diffusion.models.unet import UNet
-
-
-def sd_unet() -> SDUNet:
-    torch.manual_seed(0)
-    unet = SDUNet(UNetConfig(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
-        attention_head_dim=2, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ))  # fmt: skip
-    for p in unet.parameters():  # its zeros would hide what branches do
-        nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
-    return unet.eval()
 
 
 def pixel_unet() -> UNet:
@@ -41,7 +31,7 @@ def text() -> CLIPTextModel:
 
 
 NETWORKS = {
-    "sd": (sd_unet, lambda: (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24))),
+    "sd": (sd_unet, lambda: (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), Cond(torch.randn(2, 5, 24)))),
     "pixel": (pixel_unet, lambda: (torch.randn(2, 3, 8, 8), torch.tensor([3, 700]))),
     "text": (text, lambda: (torch.randint(50, (2, 12)),)),
 }  # fmt: skip
@@ -63,9 +53,9 @@ def network(request):
 
 @torch.no_grad()
 def test_injecting_changes_nothing_and_merging_neither(network):
-    """Bit for bit at injection; merged within float32 rounding; unmerged the weights are back."""
+    """Bit for bit at injection; merged within float32 rounding; once."""
     model, inputs = network
-    plain, before = model(*inputs), copy.deepcopy(model.state_dict())
+    plain = model(*inputs)
     lora.inject(model, lora.find(model, "all"), 3, 6.0)
     assert torch.equal(model(*inputs), plain)
     scramble(model)
@@ -75,13 +65,8 @@ def test_injecting_changes_nothing_and_merging_neither(network):
     assert_close(model(*inputs), apart, rtol=1e-4, atol=1e-5)
     lora.merge(model)  # once is enough
     assert_close(model(*inputs), apart, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="unmerge before"):
+    with pytest.raises(ValueError, match="'default' is merged"):
         lora.set_weights(model, {"default": 0.5})
-    lora.unmerge(model)
-    after = model.state_dict()
-    for name, value in before.items():
-        assert_close(after[name], value, rtol=0, atol=1e-6)
-    assert_close(model(*inputs), apart, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -117,9 +102,9 @@ def test_state_and_load_are_inverse():
     low = lora.state(model)
     name = next(iter(low))
     wrong = {name: low[name]._replace(down=torch.zeros(2, 99))}
-    with pytest.raises(ValueError, match=re.escape(f"{name}: down is (2, 99), this network's layer takes")):  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(f"{name}: down is (2, 99)")):  # fmt: skip
         lora.load(again, wrong, "y")
-    with pytest.raises(ValueError, match="'x' already"):
+    with pytest.raises(ValueError, match="'x'"):
         lora.load(again, low, "x")
 
 
@@ -145,9 +130,12 @@ def test_targets():
     assert "down.0.2.to_qkv" in lora.find(pixel, "attention")
     assert {"down.0.3", "up.0.0.skip", "up.0.3.1"} <= set(lora.find(pixel, "conv"))
     for targets, told in (
-        ("attentoin", "matches none of the .* layers.*use attention, mlp, conv, all.*to_q"),
-        ("block1.conv", "matches none"),  # weight-standardised
-        ("(", "nor a regular expression"),
+        (
+            "attentoin",
+            "attentoin.* none of the .* layers.*attention, mlp, conv, all.*time_embedding.linear_1",
+        ),
+        ("block1.conv", "block1.conv.* none"),  # weight-standardised
+        ("(", "regular expression"),
     ):
         with pytest.raises(ValueError, match=told):
             lora.find(pixel if targets.startswith("block") else unet, targets)
@@ -161,35 +149,36 @@ def test_only_branches_learn_and_stay_float32_beside_half_precision():
     scramble(unet)
     learning = [p for p in unet.parameters() if p.requires_grad]
     assert learning and all(p.dtype == torch.float32 for p in learning)
-    x, t, context = NETWORKS["sd"][1]()
-    out = unet(x.bfloat16(), t, context.bfloat16())
+    x, t, cond = NETWORKS["sd"][1]()
+    x, cond = x.bfloat16(), Cond(cond.context.bfloat16())
+    out = unet(x, t, cond)
     assert out.dtype == torch.bfloat16
     out.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learning)
     # dropout: another mask each time in training, none in evaluation
-    assert not torch.equal(unet(x.bfloat16(), t, context.bfloat16()), out)
+    assert not torch.equal(unet(x, t, cond), out)
     unet.eval()
-    a, b = (unet(x.bfloat16(), t, context.bfloat16()) for _ in range(2))
+    a, b = (unet(x, t, cond) for _ in range(2))
     assert torch.equal(a, b)
 
 
 def test_gradients_flow_through_checkpoints_and_copies_are_apart():
-    x, t, context = NETWORKS["sd"][1]()
+    x, t, cond = NETWORKS["sd"][1]()
     grads = []
     for checkpointing in (False, True):
         unet = sd_unet().requires_grad_(False).train()
         unet.checkpointing = checkpointing
         lora.inject(unet, lora.find(unet, "all"), 2)
         scramble(unet)
-        unet(x, t, context).square().mean().backward()
+        unet(x, t, cond).square().mean().backward()
         grads.append([p.grad for p in unet.parameters() if p.requires_grad])
     assert_close(*grads)
     other = copy.deepcopy(unet).eval()
-    before = unet.eval()(x, t, context)
+    before = unet.eval()(x, t, cond)
     with torch.no_grad():
         for *_, branch in lora.branches(other):
             branch.up.weight.zero_()
-    assert torch.equal(unet(x, t, context), before) and not torch.equal(other(x, t, context), before)  # fmt: skip
+    assert torch.equal(unet(x, t, cond), before) and not torch.equal(other(x, t, cond), before)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diffusion.config import Config
-from diffusion.pictures.page import embed, film_strip, write_page
-from diffusion.pictures.views import Picked, Trajectory
+from diffusion.pictures.grid import Picked, Trajectory
+from diffusion.pictures.page import embed, frame_strip, write_page
 from diffusion.process.schedule import make_schedule
 from diffusion.sampling.pipeline import Pipeline
 
@@ -50,7 +50,7 @@ def play(page, script: str) -> dict:
       const slide = v => { $("time").value = v; $("time").dispatchEvent(new Event("input")); };
       setTimeout(() => { const out = {}; @@SCRIPT@@; out.errors = errors; out.evil = window.evil || 0;
         for (const p of [D.forward, ...D.runs]) for (const s of [...p.x, ...(p.x0 || [])])
-          if (!s.naturalWidth) errors.push("a film strip does not load");
+          if (!s.naturalWidth) errors.push("a strip does not load");
         const e = document.createElement("pre"); e.id = "out"; e.textContent = JSON.stringify(out);
         document.body.append(e); }, 800);
     </script></body>"""
@@ -125,7 +125,7 @@ def test_nothing_of_a_caption_is_markup(tmp_path):
 
 
 def test_large_pictures_are_reduced_to_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion.pictures.page.MOST_BYTES", 150_000)
+    monkeypatch.setattr("diffusion.pictures.page.MAX_BYTES", 150_000)
     noise = np.random.default_rng(0).integers(0, 256, (20, 2, 64, 64, 3), np.uint8)
     pipeline = Pipeline(Config(image_size=64), torch.nn.Identity(), make_schedule("cosine", 1000))
     t = [float(v) for v in range(950, -50, -50)]
@@ -136,13 +136,13 @@ def test_large_pictures_are_reduced_to_fit(tmp_path, monkeypatch):
     assert len(page) < 150_000 and '"size": 32' in page
 
 
-def test_a_film_strip_holds_its_frames():
+def test_a_strip_holds_its_frames():
     import base64
     import io
 
     from PIL import Image
 
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    uri = film_strip(frames, 128, {"lossless": True})
+    uri = frame_strip(frames, 128, {"lossless": True})
     picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
     np.testing.assert_array_equal(np.asarray(picture.convert("RGB")).reshape(3, 8, 8, 3), frames)

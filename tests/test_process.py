@@ -1,23 +1,55 @@
-"""Schedules, forward process, posterior and loss against closed forms."""
+"""Noise paths, the forward process, its posterior, objectives and the loss against closed forms."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.process import objective as gaussian
-from diffusion.process import schedule
-from diffusion.process.schedule import SCHEDULES, make_schedule, timesteps
+from diffusion.process.objective import (
+    LOSSES,
+    OBJECTIVES,
+    Denoiser,
+    gather,
+    min_snr_weight,
+    p_sample,
+    posterior,
+    q_sample,
+    row,
+    space_weight,
+    training_coefficients,
+    training_loss,
+    x0_coefficients,
+)
+from diffusion.process.samplers import make_table, sample
+from diffusion.process.schedule import (
+    MAX_BETA,
+    SCHEDULES,
+    SPACINGS,
+    NoisePath,
+    make_schedule,
+    timesteps,
+)
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
+
+
+def previous(s: NoisePath) -> torch.Tensor:
+    """alpha_bar of the step before, 1 before the first."""
+    return torch.cat([torch.ones(1, dtype=torch.float64), s.alpha_bar[:-1]])
+
+
+def betas(s: NoisePath) -> torch.Tensor:
+    """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} (DDPM eq. 4)."""
+    return 1 - s.alpha_bar / previous(s)
 
 
 def test_linear_is_ddpm():
     s = make_schedule("linear", 1000)
     beta = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
     bar = math.exp(math.fsum(math.log1p(-b) for b in beta))
-    assert_close(s.beta, torch.tensor(beta, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    assert_close(betas(s), torch.tensor(beta, dtype=torch.float64), rtol=1e-9, atol=1e-12)
     assert_close(s.alpha_bar[-1].item(), bar, rtol=1e-10, atol=0)
     assert_close(bar, 4.04e-5, rtol=1e-2, atol=0)
 
@@ -38,7 +70,7 @@ def test_cosine_closed_form():
     f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)]
     expected = torch.tensor([v / f[0] for v in f[1:]], dtype=torch.float64)
     assert_close(s.alpha_bar[:-1], expected[:-1], **EXACT)
-    assert s.beta[-1] <= 0.999
+    assert betas(s)[-1] <= 0.999
 
 
 def test_sigmoid_closed_form():
@@ -55,7 +87,7 @@ def test_schedules_fall_and_stay_inside(name, T):
     s = make_schedule(name, T)
     assert s.alpha_bar.dtype == torch.float64 and len(s) == T
     assert (s.alpha_bar.diff() < 0).all() and 0 < s.alpha_bar[-1] and s.alpha_bar[0] < 1
-    assert (s.beta <= schedule.MAX_BETA + 1e-12).all()
+    assert (betas(s) <= MAX_BETA + 1e-12).all()
 
 
 def test_zero_terminal_snr():
@@ -68,7 +100,7 @@ def test_zero_terminal_snr():
 def test_unknown_schedule_names_the_choices():
     with pytest.raises(ValueError, match="cosine, linear"):
         make_schedule("cosin", 10)
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="time_steps is 1"):
         make_schedule("cosine", 1)
 
 
@@ -97,7 +129,7 @@ def test_spacing(steps, spacing, offset, expected):
     assert t[: len(expected)].tolist() == expected and len(t) == steps
 
 
-@pytest.mark.parametrize("spacing", schedule.SPACINGS)
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 7, 13, 30, 50])
 def test_steps_are_exact_distinct_and_inside(spacing, zero_snr, steps):
@@ -116,7 +148,7 @@ def test_logsnr_is_uniform():
 
 def test_impossible_spacings_are_refused():
     s = make_schedule("linear", 100)
-    with pytest.raises(ValueError, match="at most 100"):
+    with pytest.raises(ValueError, match="101.* 100"):
         timesteps(s, 101, "trailing")
     with pytest.raises(ValueError, match="offset"):
         timesteps(s, 100, "leading", offset=1)
@@ -135,15 +167,11 @@ def case():
     return make_schedule("linear", 100), x0, eps, torch.tensor([0, 1, 17, 50, 98, 99])
 
 
-def test_q_sample_and_back(case):
+def test_q_sample_is_the_forward_process(case):
     s, x0, eps, t = case
-    x_t = gaussian.q_sample(s, x0, t, eps)
     bar = s.alpha_bar[t].view(-1, 1, 1, 1)
-    assert_close(x_t, bar.sqrt() * x0 + (1 - bar).sqrt() * eps, **EXACT)
-    for objective in gaussian.OBJECTIVES:
-        out = gaussian.target(s, objective, x0, t, eps)
-        assert_close(gaussian.predict_x0(s, objective, out, x_t, t), x0, **EXACT)
-    assert_close(gaussian.predict_eps(s, x0, x_t, t), eps, **EXACT)
+    expected = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+    assert_close(q_sample(s, x0, t, eps), expected, **EXACT)
 
 
 def test_forward_moments():
@@ -151,7 +179,7 @@ def test_forward_moments():
     s = make_schedule("cosine", 10)
     g = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(10, 1, 200, 200, generator=g) for _ in range(2))
-    std = gaussian.q_sample(s, x0, torch.arange(10), eps).std((1, 2, 3))
+    std = q_sample(s, x0, torch.arange(10), eps).std((1, 2, 3))
     assert_close(std, torch.ones(10), rtol=0.02, atol=0)
 
 
@@ -159,10 +187,9 @@ def test_posterior_is_bayes(case):
     """q(x_{t-1} | x_t, x0) from the product of the two Gaussians that it is made of."""
     s, x0, eps, t = case
     t = t.clamp(min=1)
-    x_t = gaussian.q_sample(s, x0, t, eps)
-    mean, variance = gaussian.posterior(s, x0, x_t, t)
-    v = lambda table: table[t].view(-1, 1, 1, 1)
-    beta, prev = v(s.beta), v(s.alpha_bar_prev)
+    x_t = q_sample(s, x0, t, eps)
+    mean, variance = posterior(s, x0, x_t, t)
+    beta, prev = gather(betas(s), t, x0), gather(previous(s), t, x0)
     precision = (1 - beta) / beta + 1 / (1 - prev)  # likelihood and prior of x_{t-1}
     expected = ((1 - beta).sqrt() / beta * x_t + prev.sqrt() / (1 - prev) * x0) / precision
     assert_close(mean, expected, rtol=1e-9, atol=1e-9)
@@ -172,54 +199,293 @@ def test_posterior_is_bayes(case):
 def test_last_p_sample_adds_no_noise(case):
     s, x0, eps, _ = case
     t = torch.zeros(6, dtype=torch.long)
-    a, b = (gaussian.p_sample(s, x0, eps, t, noise) for noise in (eps, 5 * eps))
+    a, b = (p_sample(s, x0, eps, t, noise) for noise in (eps, 5 * eps))
     assert_close(a, b, rtol=0, atol=0)
     assert_close(a, x0, **EXACT)
 
 
 # --- the loss ------------------------------------------------------------------------------------
 
+TARGETS = {
+    "eps": lambda alpha, sigma, x0, eps: eps,
+    "x0": lambda alpha, sigma, x0, eps: x0,
+    "v": lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0,
+}
 
-@pytest.mark.parametrize("loss", gaussian.LOSSES)
-@pytest.mark.parametrize("objective", gaussian.OBJECTIVES)
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_of_a_perfect_network_is_zero(case, objective, loss):
     s, x0, eps, t = case
     x0, eps = x0.float(), eps.float()
-    perfect = lambda x, t_, cond: gaussian.target(s, objective, x0, t, eps)
-    value = gaussian.training_loss(perfect, s, objective, x0, t, eps, loss=loss, min_snr_gamma=5)
+    target = TARGETS[objective](gather(s.alpha, t, x0), gather(s.sigma, t, x0), x0, eps)
+    given = []
+
+    def perfect(x, c_noise, cond):
+        given.append((x, c_noise, cond))
+        return target
+
+    levels = training_coefficients(s, objective, t, min_snr_gamma=5)
+    assert levels.shape == (7, 6) and levels.dtype == torch.float32
+    value = training_loss(perfect, levels, x0, eps, "condition", loss)
     assert value.shape == (6,) and value.abs().max() < 1e-6
-    off = lambda x, t_, cond: perfect(x, t_, cond) + 0.5
+    [(x, c_noise, cond)] = given
+    assert_close(x, q_sample(s, x0, t, eps))
+    assert c_noise.tolist() == t.tolist() and cond == "condition"
+    levels = training_coefficients(s, objective, t)
+    value = training_loss(lambda *args: target + 0.5, levels, x0, eps, loss=loss)
     expected = {"l1": 0.5, "l2": 0.25, "huber": 0.125}[loss]
-    value = gaussian.training_loss(off, s, objective, x0, t, eps, loss=loss)
     assert_close(value, torch.full((6,), expected), rtol=1e-4, atol=1e-5)
-
-
-def test_min_snr_weights():
-    """The same loss in terms of x0, whichever the objective (arXiv:2303.09556, section 3.4)."""
-    snr = torch.tensor([1e-4, 0.5, 5.0, 80.0], dtype=torch.float64)
-    w = {o: gaussian.min_snr_weight(o, snr, 5.0) for o in gaussian.OBJECTIVES}
-    assert_close(w["eps"] * snr, snr.clamp(max=5), **EXACT)
-    assert_close(w["v"] * (snr + 1), snr.clamp(max=5), **EXACT)
-    zero = torch.zeros(1, dtype=torch.float64)
-    assert [gaussian.min_snr_weight(o, zero, 5.0).item() for o in ("eps", "v")] == [1, 0]
 
 
 def test_min_snr_weight_in_the_loss(case):
     s, x0, eps, t = case
-    x0, eps = x0.float(), eps.float()
-    zeros = lambda x, t_, cond: torch.zeros_like(x)
-    plain = gaussian.training_loss(zeros, s, "v", x0, t, eps)
-    weighted = gaussian.training_loss(zeros, s, "v", x0, t, eps, min_snr_gamma=5)
+    zeros = lambda x, c_noise, cond: torch.zeros_like(x)
+    plain, weighted = (
+        training_loss(zeros, training_coefficients(s, "v", t, gamma), x0.float(), eps.float())
+        for gamma in (0, 5)
+    )
     snr = s.snr[t].float()
     assert_close(weighted, plain * snr.clamp(max=5) / (snr + 1))
 
 
 def test_unknown_names_are_refused(case):
     s, x0, eps, t = case
-    with pytest.raises(ValueError, match="l1, l2, huber"):
-        gaussian.training_loss(None, s, "v", x0, t, eps, loss="l3")
-    with pytest.raises(ValueError, match="eps, x0, v"):
-        gaussian.target(s, "score", x0, t, eps)
+    with pytest.raises(ValueError, match="'l3'.*l1, l2, huber"):
+        training_loss(None, training_coefficients(s, "v", t), x0, eps, loss="l3")
+    with pytest.raises(ValueError, match="'score'.*eps, x0, v"):
+        training_coefficients(s, "score", t)
+
+
+# --- any objective on any path -------------------------------------------------------------------
+
+DATA_STD = 0.5  # of EDM's preconditioning, and of the closed-form data below
+DATA_MEAN = 0.3
+
+
+def edm_row(alpha, sigma):
+    """EDM's F (arXiv:2206.00364, eq. 7 and 8), for x / alpha at noise level sigma / alpha."""
+    level = sigma / alpha
+    c_skip = DATA_STD**2 / (level**2 + DATA_STD**2)
+    c_out = level * DATA_STD / (level**2 + DATA_STD**2).sqrt()
+    return (1 - c_skip) / c_out, -c_skip * level / c_out
+
+
+MORE = {
+    "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),
+    "edm": edm_row,
+}
+ALL = [*OBJECTIVES, *MORE]
+
+
+@pytest.fixture
+def more_objectives(monkeypatch):
+    """Two more rows of the table of objectives."""
+    for name, values in MORE.items():
+        monkeypatch.setitem(OBJECTIVES, name, values)
+
+
+def flow_path(T: int = 1000) -> NoisePath:
+    """x_u = (1 - u) x0 + u eps, u = 1 / T ... 1."""
+    u = torch.arange(1, T + 1, dtype=torch.float64) / T
+    return NoisePath(
+        1 - u,
+        u,
+        (1 - u).log() - u.log(),
+        between=lambda lam: (torch.sigmoid(lam), torch.sigmoid(-lam)),
+    )
+
+
+def edm_path(T: int = 1000, low: float = 0.002, high: float = 80.0) -> NoisePath:
+    """EDM's: alpha 1, ln sigma linear in t, trained on a log-normal sigma (table 1)."""
+    first, last = math.log(low), math.log(high)
+    sigma = torch.linspace(first, last, T, dtype=torch.float64).exp()
+
+    def inputs(t, alpha, sigma):
+        return 1 / (sigma**2 + DATA_STD**2).sqrt(), sigma.log() / 4
+
+    def quantile(u):
+        wanted = -1.2 + 1.2 * torch.special.ndtri(u)
+        return ((wanted - first) / (last - first)).clamp(0, 1) * (T - 1)
+
+    return NoisePath(
+        torch.ones_like(sigma),
+        sigma,
+        -sigma.log(),
+        between=lambda lam: (torch.ones_like(lam), torch.exp(-lam)),
+        inputs=inputs,
+        quantile=quantile,
+        prior_std=high,
+    )
+
+
+PATHS = {
+    "variance preserving": partial(make_schedule, "cosine", 1000),
+    "flow": flow_path,
+    "edm": edm_path,
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request) -> NoisePath:
+    return PATHS[request.param]()
+
+
+@pytest.fixture
+def somewhere(path):
+    """(alpha, sigma, x0, eps, x_t) at 64 levels, all but the ends; (64, 1) and (64, 8) float64."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(64, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    t = (0.1 + 0.8 * torch.rand(64, generator=g, dtype=torch.float64)) * (len(path) - 1)
+    alpha, sigma = (v[:, None] for v in path.at(t))
+    return alpha, sigma, x0, eps, alpha * x0 + sigma * eps
+
+
+def test_real_valued_t_of_every_path(path):
+    t = torch.tensor([0.0, 3.0, 420.25, len(path) - 2.0], dtype=torch.float64)
+    alpha, sigma = path.at(t)
+    assert_close(alpha[1], path.alpha[3], rtol=0, atol=0)
+    lam = (alpha / sigma).log()
+    assert_close(lam[2], 0.75 * path.lam[420] + 0.25 * path.lam[421], **EXACT)
+    assert_close(path.t_of(lam), t, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", ALL)
+def test_any_output_gives_x0(more_objectives, somewhere, objective):
+    alpha, sigma, x0, eps, x_t = somewhere
+    a, b = row(objective, alpha, sigma)
+    c_x, c_out = x0_coefficients(objective, alpha, sigma)
+    assert_close(c_x * x_t + c_out * (a * x0 + b * eps), x0, rtol=0, atol=1e-9)
+    if objective in TARGETS:
+        assert_close(a * x0 + b * eps, TARGETS[objective](alpha, sigma, x0, eps), **EXACT)
+
+
+@pytest.mark.parametrize("space", ALL)
+@pytest.mark.parametrize("objective", ALL)
+def test_a_loss_in_any_space_is_the_networks_own_weighted(
+    more_objectives, somewhere, objective, space
+):
+    alpha, sigma, x0, eps, x_t = somewhere
+    a, b = row(objective, alpha, sigma)
+    target = a * x0 + b * eps
+    out = target + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    c_x, c_out = x0_coefficients(objective, alpha, sigma)
+    their_x0 = c_x * x_t + c_out * out
+    their_eps = (x_t - alpha * their_x0) / sigma
+    a, b = row(space, alpha, sigma)
+    direct = (a * their_x0 + b * their_eps - (a * x0 + b * eps)) ** 2
+    weighted = space_weight(objective, space, alpha, sigma) * (out - target) ** 2
+    assert_close(weighted, direct, rtol=1e-7, atol=1e-9 * float(direct.max()))
+
+
+def test_edms_own_weight_is_the_loss_of_its_row(more_objectives, somewhere):
+    """(sigma^2 + s^2) / (sigma s)^2 of the error of x0 (table 1)."""
+    alpha, sigma, *_ = somewhere
+    level = sigma / alpha
+    expected = (level**2 + DATA_STD**2) / (level * DATA_STD) ** 2
+    assert_close(space_weight("x0", "edm", alpha, sigma), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights(gamma):
+    """arXiv:2303.09556, section 3.4; at SNR = 0 their limits."""
+    snr = torch.tensor([0.0, 1e-4, 0.5, 5.0, 80.0, 1e6], dtype=torch.float64)
+    alpha, sigma = (snr / (snr + 1)).sqrt(), (1 / (snr + 1)).sqrt()
+    expected = {
+        "eps": (gamma / snr).clamp(max=1),
+        "v": snr.clamp(max=gamma) / (snr + 1),
+        "x0": snr.clamp(max=gamma),
+    }
+    assert expected.keys() == OBJECTIVES.keys()
+    for objective, weight in expected.items():
+        assert_close(min_snr_weight(objective, alpha, sigma, gamma), weight, **EXACT)
+    assert [float(weight[0]) for weight in expected.values()] == [1, 0, 0]
+
+
+# --- a run on any path, with a denoiser in closed form ----------------------------------------------
+
+
+def ideal(path: NoisePath, objective: str):
+    """The network E[target | x_t] of data N(DATA_MEAN, DATA_STD^2), in float64.
+
+    It knows its level from c_noise alone, as a trained one does.
+    """
+    _, known = path.inputs(torch.arange(len(path)).double(), path.alpha, path.sigma)
+
+    def network(scaled, c_noise, cond=None):
+        t = torch.searchsorted(known, c_noise.double().contiguous()).clamp(1, len(path) - 1)
+        low, high = known[t - 1], known[t]
+        t = t - 1 + ((c_noise.double() - low) / (high - low)).clamp(0, 1)
+        t = torch.where((t - t.round()).abs() < 1e-3, t.round(), t)  # c_noise was float32
+        alpha, sigma = path.at(t)
+        c_in, _ = path.inputs(t, alpha, sigma)
+        alpha, sigma, c_in = (v.view(-1, 1, 1, 1) for v in (alpha, sigma, c_in))
+        x = scaled.double() / c_in
+        variance = alpha**2 * DATA_STD**2 + sigma**2
+        x0 = DATA_MEAN + alpha * DATA_STD**2 / variance * (x - alpha * DATA_MEAN)
+        a, b = row(objective, alpha, sigma)
+        return a * x0 + b * (x - alpha * x0) / sigma
+
+    return network
+
+
+ON_PATHS = [
+    ("variance preserving", "v"),
+    ("variance preserving", "edm"),
+    ("flow", "flow"),
+    ("flow", "v"),
+    ("edm", "edm"),
+    ("edm", "eps"),
+]
+
+
+@pytest.mark.parametrize("name, objective", ON_PATHS)
+def test_the_loss_of_an_ideal_network(more_objectives, name, objective):
+    """Var(x0 | x_t), in the space of the objective; t is drawn as the path says."""
+    path = PATHS[name]()
+    g = torch.Generator().manual_seed(0)
+    t = path.sample_t(40, g).double()
+    t = t.clamp(1, 0.98 * len(path))  # at the ends float32 cancels
+    x0 = DATA_MEAN + DATA_STD * torch.randn(40, 1, 64, 64, generator=g)
+    eps = torch.randn(x0.shape, generator=g)
+    levels = training_coefficients(path, objective, t)
+    found = training_loss(ideal(path, objective), levels, x0, eps).double()
+    alpha, sigma = path.at(t)
+    variance = DATA_STD**2 * sigma**2 / (alpha**2 * DATA_STD**2 + sigma**2)
+    expected = variance * space_weight("x0", objective, alpha, sigma)
+    assert_close(found / expected, torch.ones(40).double(), rtol=0, atol=0.12)
+    assert_close((found / expected).mean().item(), 1.0, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 400), ("dpmpp_2m", 50), ("dpmpp_2m_sde", 100)])
+@pytest.mark.parametrize("name, objective", ON_PATHS)
+def test_an_ideal_network_samples_its_data(more_objectives, name, objective, sampler, steps):
+    path = PATHS[name]()
+    g = torch.Generator().manual_seed(2)
+    draw = lambda: torch.randn(8, 1, 40, 40, generator=g)
+    denoise = Denoiser(ideal(path, objective), path, objective)
+    table = make_table(path, sampler, steps, spacing="logsnr")
+    x = sample(denoise, path.prior_std * draw(), table, noise=draw, clip=False)
+    assert_close(x.mean().item(), DATA_MEAN, rtol=0, atol=0.02)
+    assert_close(x.std().item(), DATA_STD, rtol=0.03, atol=0)
+
+
+def test_a_quantile_spreads_training_over_the_levels():
+    """EDM's log-normal: the median is exp(-1.2), one deviation is 1.2; all of it, evenly."""
+    path = edm_path()
+    drawn = path.sample_t(20_000, torch.Generator().manual_seed(0))
+    even = path.stratified_t(torch.randperm(2000, generator=torch.Generator().manual_seed(0)), 2000)
+    for t, tolerance in ((drawn, 0.03), (even, 0.005)):
+        assert 0 <= t.min() and t.max() <= len(path) - 1
+        log_sigma = path.at(t)[1].log()
+        assert log_sigma.mean().item() == pytest.approx(-1.2, abs=tolerance)
+        assert log_sigma.std().item() == pytest.approx(1.2, abs=tolerance)
+    plain = make_schedule("cosine", 50)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    t = plain.stratified_t(order, 100)
+    assert t.dtype == torch.int64 and t.sort().values.tolist() == [i // 2 for i in range(100)]
+    drawn = plain.sample_t(5000, torch.Generator().manual_seed(0))
+    assert drawn.unique().tolist() == list(range(50))
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
@@ -240,12 +506,11 @@ def test_schedules_and_posterior_are_lucidrains(name):
     g = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(4, 3, 8, 8, generator=g) for _ in range(2))
     t = torch.tensor([1, 20, 60, 98])
-    x_t = gaussian.q_sample(s, x0, t, eps)
+    x_t = q_sample(s, x0, t, eps)
     assert_close(x_t, theirs.q_sample(x0, t, eps), rtol=1e-4, atol=1e-5)
-    mean, variance = gaussian.posterior(s, x0, x_t, t)
+    mean, variance = posterior(s, x0, x_t, t)
     their_mean, their_variance, _ = theirs.q_posterior(x0, x_t, t)
     assert_close(mean, their_mean, rtol=1e-3, atol=1e-4)
     assert_close(variance, their_variance, rtol=1e-3, atol=1e-7)
-    assert_close(
-        gaussian.target(s, "v", x0, t, eps), theirs.predict_v(x0, t, eps), rtol=1e-4, atol=1e-5
-    )
+    a, b = (v.float().view(-1, 1, 1, 1) for v in row("v", s.alpha[t], s.sigma[t]))
+    assert_close(a * x0 + b * eps, theirs.predict_v(x0, t, eps), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import warm
 from conftest import ROOT, environment, script
-from test_training import flags, run_lines, same_runs, tiny, wait_for_step  # noqa: F401
+from helpers import flags, same_runs, wait_for_step
 from torch.distributed import HashStore, PrefixStore
 
 from diffusion import UserError
@@ -23,18 +23,15 @@ from diffusion.config import Config
 from diffusion.data.batches import open_batches
 from diffusion.files import checkpoint
 from diffusion.runtime import distributed
-from diffusion.runtime import watchdog as ranks
 from diffusion.runtime.seeding import permutation
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-# train.py with something done to one rank: where = (rank, step, what), and each batch told to a file
+# train.py with something done to one rank, and each batch written to a file
 PATCHED = f"""
 import json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from diffusion.data.batches import Batches
-from diffusion.training import steps
-from diffusion import distributed
-import diffusion.training.trainer as trainer
+from diffusion.runtime import distributed
 real = Batches._load
 rank = int(os.environ.get("RANK", 0))
 plan = json.loads(os.environ.get("PLAN", "null"))
@@ -103,13 +100,13 @@ def test_each_start_of_a_group_has_a_store_of_its_own():
 
     def start() -> list:
         with ThreadPoolExecutor(size) as pool:
-            came = [pool.submit(ranks.own_name, store, r, size, 20.0) for r in (2, 1, 0)]
+            came = [pool.submit(distributed.agree_on_name, store, r, size, 20.0) for r in (2, 1, 0)]
             return [PrefixStore(rank.result(), store) for rank in came]
 
     first = start()
     first[0].set("address", "old")
     with ThreadPoolExecutor(1) as pool:  # rank 1 comes, and dies before the others come
-        pool.submit(ranks.own_name, Stop(store), 1, size, 20.0).exception(10)
+        pool.submit(distributed.agree_on_name, Stop(store), 1, size, 20.0).exception(10)
     second = start()
     assert not second[0].check(["address"])
     second[0].set("address", "new")
@@ -130,11 +127,11 @@ class Stop:
 def test_a_rank_that_does_not_come_is_named():
     store = HashStore()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(ranks.own_name, store, 1, 3, 5.0)
+        pool.submit(distributed.agree_on_name, store, 1, 3, 5.0)
         with pytest.raises(UserError, match=r"rank 2 has not come within 1 s \(1 of 3 ranks"):
-            ranks.own_name(store, 0, 3, 1.0)
+            distributed.agree_on_name(store, 0, 3, 1.0)
     with pytest.raises(UserError, match="rank 0 has not come within 1 s"):
-        ranks.own_name(HashStore(), 1, 2, 1.0)
+        distributed.agree_on_name(HashStore(), 1, 2, 1.0)
 
 
 @pytest.mark.slow
@@ -144,21 +141,74 @@ def test_one_rank_killed_and_the_group_restarts(two, tmp_path, patched, rank):
     plan = json.dumps({"rank": rank, "step": 14, "what": "kill"})
     done = launched(patched, options, tmp_path, 2, "--max_restarts=2", PLAN=plan)
     assert done.returncode == 0, done.stderr
-    assert "continuing the run" in done.stdout
+    assert "from step" in done.stdout
     same_runs(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_and_the_group_restarts(two, tmp_path, patched):
+def test_a_rank_that_hangs_ends_the_others_and_the_group_restarts(two, tmp_path, patched):
     """It sleeps while it reads a batch, in a call that nothing interrupts."""
     options, whole = two
     plan = json.dumps({"rank": 1, "step": 14, "what": "hang"})
     done = launched(patched, options, tmp_path, 2, "--max_restarts=2", PLAN=plan)
     assert done.returncode == 0, done.stderr
-    told = re.search(r"error: rank 0 has waited \d+ s at .*: rank 1 \(last at step 14, reading the "
-                     r"batch\) does not go on", done.stderr)  # fmt: skip
-    assert told, done.stderr
+    assert re.search(r"error: step 14: rank 0 lost another rank", done.stderr), done.stderr
     same_runs(tmp_path / "run", whole)
+
+
+FAULTS = """
+import os, sys, time
+from diffusion.config import run_script
+from diffusion.runtime import distributed as dist
+import torch
+
+def main():
+    dist.setup("cpu", 3.0)
+    dist.any_rank(False)
+    bad = dist.rank() == int(os.environ["BAD"])
+    if bad and os.environ["WHAT"] == "dies":
+        os._exit(9)
+    if bad:
+        time.sleep(600)
+    if os.environ["WHERE"] == "milestone":
+        dist.barrier("step 4")
+    try:
+        dist.all_reduce_sum(torch.ones(3))
+    except RuntimeError as error:
+        sys.exit("error: " + dist.describe_comm_error(error))
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("where", ["milestone", "step"])
+@pytest.mark.parametrize("what, count, bad", [
+    pytest.param("hangs", 3, 1, marks=pytest.mark.slow), ("dies", 3, 2), ("hangs", 2, 0), ("dies", 2, 0),
+])  # fmt: skip
+def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, where, what, count, bad):
+    """At a milestone rank 0 names it; in a step each says that it lost another rank."""
+    (tmp_path / "work.py").write_text(FAULTS)
+    env = {"BAD": str(bad), "WHAT": what, "WHERE": where}
+    group = warm.Process(str(tmp_path / "work.py"), cwd=tmp_path, ranks=count, env=env)
+    good = [rank for rank in range(count) if rank != bad]
+    try:
+        for rank in good:
+            group.processes[rank].join(20)
+            assert group.processes[rank].exitcode == 1, group.read(rank)
+    finally:
+        group.kill()  # the one that sleeps
+    for process in group.processes:
+        process.join(20)
+        assert not process.is_alive()
+    said = [group.read(rank)[1] for rank in good]
+    if where == "step":
+        assert all(
+            f"error: rank {rank} lost another rank" in text for rank, text in zip(good, said)
+        )
+    elif bad == 0:
+        assert all("step 4" in text and "rank 0" in text for text in said)
+    else:
+        assert re.search(rf"error: rank 0 .*step 4: rank {bad} ", said[0]), said
 
 
 def children(pid: int) -> list[int]:
@@ -167,7 +217,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_is_named(tiny, tmp_path):  # noqa: F811
+def test_a_rank_that_is_frozen_ends_the_others(tiny, tmp_path):
     """As by a debugger, or a machine that swaps: it is not dead, and does nothing."""
     options = tiny | dict(train_steps=4000, rank_timeout=12.0, num_samples=0)
     command = [
@@ -185,25 +235,24 @@ def test_a_rank_that_is_stopped_is_named(tiny, tmp_path):  # noqa: F811
     began = time.monotonic()
     printed, _ = process.communicate(timeout=150)
     assert process.returncode != 0
-    assert re.search(
-        r"rank 0 has waited .* rank 1 \(last at .*\) gives no sign of life", printed
-    ), printed
+    assert re.search(r"error: step \d+: rank 0 lost another rank|error: rank 0 .*rank 1", printed), printed  # fmt: skip
     assert time.monotonic() - began < 120
     assert checkpoint.newest(tmp_path / "run", print)["step"] >= 4
 
 
 @pytest.mark.slow
-def test_the_order_of_the_data_over_changing_world_sizes(tiny, tmp_path, patched):  # noqa: F811
+def test_the_order_of_the_data_over_changing_world_sizes(tiny, tmp_path, patched):
     """1, 2, 4 and 1 ranks, one of them killed: each epoch is a permutation, nothing twice."""
     seen = tmp_path / "seen.jsonl"
     options = tiny | dict(num_samples=0, save_and_sample_every=4)
+    before = 0
     for n, steps in ((1, 10), (2, 20), (4, 28), (1, 44)):
         done = launched(patched, options | dict(train_steps=steps), tmp_path, n, SEEN=str(seen))
         assert done.returncode == 0, done.stderr
-        if steps > 10:
-            assert re.search(r"from step \d+; \d ranks saved it, \d go on", done.stdout), (
-                done.stdout
-            )
+        if before:
+            found = rf"from step \d+; {before} ranks .*, {n} "
+            assert re.search(found, done.stdout), done.stdout
+        before = n
     table: dict[tuple, set] = {}
     for line in seen.read_text().splitlines():
         step, low, chosen = json.loads(line)
@@ -231,37 +280,9 @@ def test_machines_that_do_not_share_the_folder_are_told(two, tmp_path, patched):
     assert done.returncode != 0 and "not all ranks find the same run in run" in done.stderr
 
 
-def test_who_is_waited_for():
-    """The verdict by itself: who has passed the fewest places, or gives no sign of life."""
-    watch = ranks.Watch.__new__(ranks.Watch)
-    watch.timeout, watch.place, now = 10.0, "step 7, forward and backward", time.monotonic()
-    watch.rank = 0
-
-    def told(places, where, age=0.0, idle=11.0):
-        return [1, places, where, idle], now - age
-
-    watch.seen = {
-        0: told(50, "step 7"),
-        1: told(49, "step 7, reading the batch"),
-        2: told(50, "step 7"),
-    }
-    assert "rank 1 (last at step 7, reading the batch) does not go on" in watch.verdict(11)
-    watch.seen[1] = told(49, "step 7, reading the batch", idle=2.0)
-    assert watch.verdict(11) is None and watch.verdict(1000) is None  # it works
-    watch.seen[1] = told(49, "step 7, reading the batch", age=9, idle=2.0)
-    assert "rank 1 (last at step 7, reading the batch) gives no sign of life" in watch.verdict(11)
-    watch.seen = {0: told(50, "step 7"), 1: told(50, "step 7", age=9), 2: told(50, "step 7")}
-    assert "rank 1 (last at step 7) gives no sign of life" in watch.verdict(11)
-    watch.seen = {0: told(49, "start"), 1: told(50, "step 7"), 2: told(50, "step 7")}
-    assert watch.verdict(11) is None  # rank 1 tells it, not all of them
-    assert watch.verdict(20) == "ended with the others"
-    watch.seen = {r: told(50, "step 7") for r in range(3)}
-    assert "rank 0 (last at step 7), rank 1" in watch.verdict(11)
-
-
 LONG_WORK = """
 import os, sys, time
-from diffusion import distributed as dist
+from diffusion.runtime import distributed as dist
 dist.setup("cpu", 3.0)
 if dist.rank() == int(os.environ["WORKER"]):
     for _ in dist.progress(range(40), disable=False):
@@ -286,10 +307,11 @@ def test_a_rank_that_works_for_long_is_waited_for(tmp_path, worker):
     assert done.returncode == 0 and "done" in done.stdout, done.stderr
 
 
-def test_small_worlds_ask_at_each_step(monkeypatch):
-    assert all(distributed.asks(step) for step in range(9))
+def test_small_worlds_poll_for_a_stop_at_each_step(monkeypatch):
+    assert all(distributed.should_poll_stop(step) for step in range(9))
     monkeypatch.setattr(distributed, "world_size", lambda: 512)
-    assert [step for step in range(1, 97) if distributed.asks(step)] == list(range(8, 97, 8))
+    polled = [step for step in range(1, 97) if distributed.should_poll_stop(step)]
+    assert polled == list(range(8, 97, 8))
 
 
 # --- two machines --------------------------------------------------------------------------------------
@@ -346,7 +368,9 @@ def test_two_machines_one_cut_off_and_brought_back(two, tmp_path):
             time.sleep(0.01)
         cable("down")
         began = time.monotonic()
-        said = [rf"error: (rank {r} has waited|step \d+: rank {r} lost the others)" for r in (0, 1)]
+        said = [
+            rf"error: (rank {r} has finished|step \d+: rank {r} lost another rank)" for r in (0, 1)
+        ]
         while not all(re.search(line, logs(tmp_path)) for line in said):
             assert time.monotonic() - began < 90, logs(tmp_path)
             time.sleep(0.1)

@@ -7,6 +7,7 @@ import warm
 from PIL import Image
 
 from diffusion.files import owned
+from diffusion.files.atomic import locked
 
 QUICK = ["--preset", "none", "--image_size", 16, "--unet_dim", 8, "--dim_mults", "1,2", "--heads", 2, "--batch_size", 4,
          "--time_steps", 10, "--save_and_sample_every", 2, "--log_every", 2, "--num_samples", 1, "--sample_steps", 2,
@@ -171,3 +172,12 @@ def test_visualize_keeps_notes(tmp_path):
     done = warm.script("visualize.py", *args, "--overwrite", cwd=tmp_path)
     assert done.returncode == 0 and notes.exists()
     assert (tmp_path / "results" / "viz_2" / "index.html").exists()
+
+
+def test_a_lock_is_held_once(tmp_path):
+    """On a file, which is created, and on a folder."""
+    for path in (tmp_path / "file", tmp_path):
+        with locked(path) as first, locked(path, wait=False) as second:
+            assert first is True and second is False
+        with locked(path, wait=False) as again:
+            assert again is True

@@ -13,15 +13,15 @@ import warm
 from conftest import script
 from PIL import Image
 from safetensors.torch import save_file
-from test_training import tiny  # noqa: F401
 
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import checkpoint
 from diffusion.pictures import grid as viz
 from diffusion.runtime import cuda_graph as graph
+from diffusion.runtime.precision import amp_dtype
 from diffusion.runtime.seeding import ImageNoise
-from diffusion.sampling.pipeline import Pipeline, amp_dtype, build_model
+from diffusion.sampling.load import build_network, load
 from diffusion.training.trainer import train
 
 
@@ -59,21 +59,21 @@ def call(monkeypatch):
 def test_noise_of_an_image_depends_on_seed_and_index_only():
     a = ImageNoise(3, range(5), (3, 4, 4))
     b = ImageNoise(3, [4, 2], (3, 4, 4))
-    for _ in range(3):  # each image's own stream goes on
+    for _ in range(3):  # each image's own stream advances
         x, y = a(), b()
         assert torch.equal(x[[4, 2]], y)
     assert not torch.equal(ImageNoise(4, [2], (3, 4, 4))(), ImageNoise(3, [2], (3, 4, 4))())
 
 
 def test_images_grid_and_seeds(model, tmp_path):
-    whole = run(model, tmp_path / "a", "--num_images", 6, "--batch_size", 6, "--sampler", "ddpm")
-    assert whole.shape == (6, 16, 16, 3)
+    six = run(model, tmp_path / "a", "--num_images", 6, "--batch_size", 6, "--sampler", "ddpm")
+    assert six.shape == (6, 16, 16, 3)
     assert sorted(p.name for p in (tmp_path / "a" / "images").iterdir()) == [
         f"{i:06d}.png" for i in range(6)
     ]
     assert Image.open(tmp_path / "a" / "grid.png").size == (3 * 18 + 2, 2 * 18 + 2)
     cut = run(model, tmp_path / "b", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm")
-    assert abs(whole[:5] - cut).max() <= 2
+    assert abs(six[:5] - cut).max() <= 2
     ranks = run(
         model, tmp_path / "c", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm", ranks=2
     )
@@ -89,14 +89,14 @@ def test_images_grid_and_seeds(model, tmp_path):
     dict(guidance_scale=3.0, guidance_rescale=0.7), dict(amp="bf16"),
 ], ids=str)  # fmt: skip
 def test_settings(model, settings):
-    pipeline = Pipeline.load(model)
+    pipeline = load(model)
     labels = torch.tensor([0, 1, 2])
     x = pipeline.sample(range(3), labels=labels, **{"amp": "no"} | settings)
     assert x.shape == (3, 3, 16, 16) and x.isfinite().all() and x.abs().max() <= 1.01
 
 
 def test_exactly_as_many_evaluations_as_asked(model):
-    pipeline = Pipeline.load(model)
+    pipeline = load(model)
     calls = []
     pipeline.model.register_forward_hook(lambda *_: calls.append(1))
     for sampler in ("ddpm", "ddpm_large", "ddim", "dpmpp_2m", "dpmpp_2m_sde"):
@@ -107,7 +107,7 @@ def test_exactly_as_many_evaluations_as_asked(model):
 
 
 def test_labels_and_guidance_change_the_picture(model):
-    pipeline = Pipeline.load(model)
+    pipeline = load(model)
     draw = lambda label, scale: pipeline.sample(
         [0], labels=torch.tensor([label]), guidance_scale=scale, amp="no"
     )
@@ -130,12 +130,12 @@ def test_class_label_by_name_and_number(model, tmp_path, call):
 
 
 def test_weights_ema_raw_and_safetensors(model):
-    ema, raw = Pipeline.load(model), Pipeline.load(model, "raw")
-    file = Pipeline.load(model.parent / "ema.safetensors")
+    ema, raw = load(model), load(model, "raw")
+    file = load(model.parent / "ema.safetensors")
     draw = lambda p: p.sample([0], amp="no")
     assert torch.equal(draw(ema), draw(file)) and not torch.equal(draw(ema), draw(raw))
-    with pytest.raises(UserError, match="averaged weights only"):
-        Pipeline.load(model.parent / "ema.safetensors", "raw")
+    with pytest.raises(UserError, match="ema.safetensors .*--weights raw"):
+        load(model.parent / "ema.safetensors", "raw")
 
 
 # --- files that are no checkpoints -----------------------------------------------------------------------
@@ -149,75 +149,78 @@ class Evil:
 def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def refused(path, told):
-        with pytest.raises(UserError, match=told):
-            Pipeline.load(path)
+    def refused(path, named=""):
+        with pytest.raises(UserError, match=f"^{path} .*{named}"):
+            load(path)
 
-    refused("nowhere.pt", "does not exist")
+    refused("nowhere.pt")
     (tmp_path / "empty.pt").touch()
-    refused("empty.pt", "damaged|not a checkpoint")
+    refused("empty.pt")
     (tmp_path / "text.pt").write_text("hello")
-    refused("text.pt", "not a checkpoint|damaged")
+    refused("text.pt")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps({"format": Evil()}))
-    refused("evil.pt", "would run code")
+    refused("evil.pt")
     torch.save({"model": Evil()}, "evil2.pt")
-    refused("evil2.pt", "would run code")
+    refused("evil2.pt")
     assert not (tmp_path / "pwned").exists()
     torch.save({"state_dict": {}}, "other.pt")
-    refused("other.pt", "not written by this version")
+    refused("other.pt", "None")
     torch.save([1], "list.pt")
     refused("list.pt", "'list'")
     data = model.read_bytes()
     for percent in (1, 10, 50, 90, 99):
         (tmp_path / "cut.pt").write_bytes(data[: len(data) * percent // 100])
-        refused("cut.pt", "damaged|not a checkpoint")
+        refused("cut.pt")
     with zipfile.ZipFile("plain.pt", "w") as z:
         z.writestr("a", "b")
-    refused("plain.pt", "damaged|not a checkpoint")
+    refused("plain.pt")
     file = (model.parent / "ema.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(file[:5000])
-    refused("cut.safetensors", "damaged")
+    refused("cut.safetensors")
     save_file({"a": torch.zeros(1)}, "lora.safetensors")
-    refused("lora.safetensors", "not written by this version")
+    refused("lora.safetensors")
     state = checkpoint.read(model)
     state["config"]["unet_dim"] = 16
     torch.save(state, "misfit.pt")
-    refused("misfit.pt", "does not fit")
+    refused("misfit.pt", r" is \(.*\), expected \(")
+    torch.save(state | {"ema": {1: torch.zeros(1)}}, "number.pt")
+    refused("number.pt", "left over 1: 1")
     state["config"]["colour"] = 1
     torch.save(state, "newer.pt")
-    refused("newer.pt", "unknown fields: colour")
+    with pytest.raises(UserError, match="colour"):
+        load("newer.pt")
 
 
-@pytest.mark.parametrize("args, told", [
-    (["--steps", "21"], "at most 20"),
+@pytest.mark.parametrize("args, named", [
+    (["--steps", "21"], "20"),
     (["--sampler", "euler"], "ddpm, ddpm_large"),
     (["--spacing", "karras"], "leading, trailing"),
     (["--class_label", "cat"], "0 bald, 1 bob, 2 spiky"),
-    (["--num_images", "0"], "above 0"),
-    (["--stepz", "3"], "did you mean --steps"),
-    (["--amp", "fp16"], "needs a GPU"),
-    (["--sampler", "ddpm_large", "--eta", "0"], "takes only 1"),
-    (["--guidance_scale", "3"], "give a class label"),
-    (["--load_path", "gone.pt"], "does not exist"),
+    (["--num_images", "0"], "num_images"),
+    (["--stepz", "3"], "--steps"),
+    (["--amp", "fp16"], "fp16"),
+    (["--sampler", "ddpm_large", "--eta", "0"], "eta is 0.0; ddpm_large"),
+    (["--guidance_scale", "3"], "class label"),
+    (["--load_path", "gone.pt"], "gone.pt"),
 ], ids=str)  # fmt: skip
-def test_mistakes_are_told_before_any_picture(model, tmp_path, args, told, call, capsys):
+def test_mistakes_show_before_any_picture(model, tmp_path, args, named, call, capsys):
     with pytest.raises((UserError, SystemExit)) as caught:
         call("--load_path", model, "--save_folder", tmp_path / "out", "--device", "cpu", *args)
-    assert told in str(caught.value) + capsys.readouterr().err
+    assert named in str(caught.value) + capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_mistake_is_one_line_on_stderr(tmp_path):
     done = script("sample.py", "--load_path", "gone.pt", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: gone.pt does not exist") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: gone.pt ") and done.stderr.count("\n") == 1
 
 
 def test_an_unconditional_model_takes_no_label(tmp_path, faces):
     train(Config(data=str(faces), image_size=8, unet_dim=8, dim_mults=(1,), heads=1, train_steps=1, num_samples=0,
                  device="cpu", save_folder=str(tmp_path / "r"), cache_dir=str(tmp_path / "c")))  # fmt: skip
-    with pytest.raises(UserError, match="without --condition class"):
-        Pipeline.load(tmp_path / "r" / "model.pt").sample([0], guidance_scale=2.0)
+    with pytest.raises(UserError, match="--condition class"):
+        load(tmp_path / "r" / "model.pt").sample([0], guidance_scale=2.0)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------
@@ -237,14 +240,9 @@ def test_pictures(tmp_path):
     x = torch.tensor([-2.0, -1, 0, 1, 2]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
     images = viz.to_uint8(x)
     assert images[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
-    sheet = np.asarray(viz.grid(images, columns=3, gap=1))
-    assert sheet.shape == (2 * 3 + 1, 3 * 3 + 1, 3)
-    assert (
-        sheet[1, 1, 0] == 0
-        and sheet[4, 4, 0] == 255
-        and sheet[0, 0, 0] == 255
-        and sheet[1, 7, 0] == 128
-    )
+    grid = np.asarray(viz.grid(images, columns=3, gap=1))
+    assert grid.shape == (2 * 3 + 1, 3 * 3 + 1, 3)
+    assert [grid[y, x, 0] for y, x in ((1, 1), (4, 4), (0, 0), (1, 7))] == [0, 255, 255, 128]
 
 
 @pytest.mark.parametrize("given, needed", [
@@ -262,13 +260,13 @@ def test_amp_choices():
     cpu = torch.device("cpu")
     assert amp_dtype("no", cpu) is None and amp_dtype("bf16", cpu) == torch.bfloat16
     assert amp_dtype("auto", cpu) in (None, torch.bfloat16)
-    with pytest.raises(UserError, match="fp16 needs a GPU"):
+    with pytest.raises(UserError, match="fp16"):
         amp_dtype("fp16", cpu)
 
 
 def test_null_label_is_beyond_the_classes():
-    assert build_model(Config(condition="class"), 7).null_label == 7
-    assert build_model(Config(), 7).label is None
+    assert build_network(Config(condition="class"), 7).null_label == 7
+    assert build_network(Config(), 7).label is None
 
 
 def test_graphs_are_captured_once_and_used_again(model, monkeypatch):
@@ -284,7 +282,7 @@ def test_graphs_are_captured_once_and_used_again(model, monkeypatch):
             return self.function(*inputs)
 
     monkeypatch.setattr(graph, "Graph", Recorded)
-    plain, pipeline = Pipeline.load(model), Pipeline.load(model)
+    plain, pipeline = load(model), load(model)
     options = dict(sampler="dpmpp_2m_sde", steps=4, labels=torch.tensor([1, 0, 2]))
     for seed, scale, count in ((0, 1.0, 1), (1, 1.0, 1), (1, 3.0, 2), (2, 3.0, 2)):
         options |= dict(seed=seed, guidance_scale=scale)
@@ -297,15 +295,15 @@ def test_graphs_are_captured_once_and_used_again(model, monkeypatch):
 
 
 def test_graphs_need_cuda(model, call, tmp_path):
-    with pytest.raises(ValueError, match="CUDA device"):
-        Pipeline.load(model).sample([0], cuda_graph=True)
-    with pytest.raises(UserError, match="--cuda_graph on needs"):
+    with pytest.raises(ValueError, match="CUDA.* cpu"):
+        load(model).sample([0], cuda_graph=True)
+    with pytest.raises(UserError, match="--cuda_graph"):
         call(*arguments(model, tmp_path / "s"), "--cuda_graph", "on")
 
 
 @pytest.mark.gpu
 def test_gpu_graphs_draw_the_same_pictures(model):
-    pipeline = Pipeline.load(model, device="cuda")
+    pipeline = load(model, device="cuda")
     for sampler in ("ddim", "ddpm", "dpmpp_2m_sde"):
         for amp in ("no", "auto"):
             for seed, n in ((0, 4), (1, 4), (2, 3)):
@@ -319,7 +317,7 @@ def test_gpu_graphs_draw_the_same_pictures(model):
 
 @pytest.mark.gpu
 def test_gpu_pictures_are_those_of_the_cpu(model):
-    cpu, gpu = (Pipeline.load(model, device=d) for d in ("cpu", "cuda"))
+    cpu, gpu = (load(model, device=d) for d in ("cpu", "cuda"))
     for sampler in ("ddim", "ddpm", "dpmpp_2m"):
         a, b = (p.sample(range(4), sampler=sampler, amp="no").cpu() for p in (cpu, gpu))
         assert (a - b).abs().max() * 127.5 < 2
@@ -328,7 +326,7 @@ def test_gpu_pictures_are_those_of_the_cpu(model):
 def test_the_folder_is_not_needed_after_loading(model, tmp_path):
     copy = tmp_path / "model.pt"
     shutil.copyfile(model, copy)
-    pipeline = Pipeline.load(copy)
+    pipeline = load(copy)
     copy.unlink()
     assert pipeline.sample([0], steps=2).isfinite().all()
 
@@ -337,7 +335,7 @@ def test_a_loaded_model_is_its_own(model, tmp_path):
     """The weights stay as they were when the file is written over in place."""
     file = tmp_path / "model.pt"
     shutil.copyfile(model, file)
-    pipeline = Pipeline.load(file)
+    pipeline = load(file)
     before = {k: v.clone() for k, v in pipeline.model.state_dict().items()}
     with open(file, "r+b") as out:
         out.write(bytes(file.stat().st_size))

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from diffusion.process import objective as gaussian
+from diffusion.models.build import for_inference
+from diffusion.models.cond import Cond
 from diffusion.process import samplers
+from diffusion.process.objective import OBJECTIVES, Denoiser, p_sample
 from diffusion.process.samplers import (
     Inpaint,
     Table,
@@ -54,7 +56,7 @@ def test_ddpm_is_p_sample(x):
     for i, t in enumerate(reversed(range(60))):
         t = torch.full((len(x),), t)
         x0 = toy_x0(x, s.alpha[t[0]], s.sigma[t[0]])
-        x = gaussian.p_sample(s, x0, x, t, noise[i])
+        x = p_sample(s, x0, x, t, noise[i])
         assert_close(states[i + 1], x, rtol=1e-12, atol=1e-12)
 
 
@@ -62,7 +64,8 @@ def test_ddpm_large_has_variance_beta():
     s = make_schedule("linear", 60)
     small, large = (make_table(s, name, 60).rows for name in ("ddpm", "ddpm_large"))
     assert_close(small[:, :3], large[:, :3], rtol=0, atol=0)
-    assert_close(large[:-1, 3] ** 2, s.beta.flip(0)[:-1], rtol=1e-10, atol=1e-12)
+    beta = (1 - s.alpha_bar[1:] / s.alpha_bar[:-1]).flip(0)  # DDPM eq. 4
+    assert_close(large[:-1, 3] ** 2, beta, rtol=1e-10, atol=1e-12)
     assert large[-1, 3] == 0 and (large[:-1, 3] > small[:-1, 3]).all()
 
 
@@ -223,26 +226,26 @@ def test_ddpm_is_diffusers(x, monkeypatch):
 # --- the loop ---------------------------------------------------------------------------------
 
 
-def network(schedule, objective):
-    """The toy denoiser as a float32 network that puts out `objective`."""
+def denoiser(schedule, objective) -> Denoiser:
+    """The toy denoiser by a float32 network that puts out `objective`."""
 
-    def call(x, t, cond=None):
+    def network(x, t):
         alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in schedule.at(t.double()))
         x0 = toy_x0(x, alpha, sigma)
         eps = (x - alpha * x0) / sigma
         return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[objective]
 
-    return call
+    return Denoiser(network, schedule, objective)
 
 
-@pytest.mark.parametrize("objective", gaussian.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_loop_runs_the_table(x, name, objective):
     s = make_schedule("linear", 100)
     table, noise = make_table(s, name, 25), draws(25, x)
     queue = iter(noise)
-    got = sample(network(s, objective), x.float(), table, objective, clip=False,
-                 noise=lambda: next(queue).float())  # fmt: skip
+    noise_of_row = lambda: next(queue).float()
+    got = sample(denoiser(s, objective), x.float(), table, clip=False, noise=noise_of_row)
     assert_close(got, run(table, x, noise=noise)[-1].float(), rtol=1e-4, atol=1e-4)
 
 
@@ -250,8 +253,8 @@ def test_clipping_rederives_the_noise(x):
     """With a clipped x0, x_t stays alpha_t x0 + sigma_t eps (use_clipped_model_output)."""
     s = make_schedule("linear", 100)
     table = make_table(s, "ddim", 10)
-    far = lambda x, t: torch.full_like(x, 3.0)
-    (x1, x0), *_ = sample_loop(far, x.float(), table, "x0")
+    far = Denoiser(lambda x, t: torch.full_like(x, 3.0), s, "x0")
+    (x1, x0), *_ = sample_loop(far, x.float(), table)
     assert x0.max() == 1
     (a, b), (c, d) = table.levels[:2].float()
     assert_close(x1, c * 1 + d * (x.float() - a) / b)
@@ -259,10 +262,11 @@ def test_clipping_rederives_the_noise(x):
 
 def test_missing_noise_and_impossible_objective_are_refused(x):
     s = make_schedule("linear", 100, zero_snr=True)
-    with pytest.raises(ValueError, match="noise"):
-        sample(lambda x, t: x, x, make_table(s, "ddpm", 10), "v")
-    with pytest.raises(ValueError, match="zero-terminal"):
-        sample(lambda x, t: x, x, make_table(s, "ddim", 10), "eps")
+    v, eps = (Denoiser(lambda x, t: x, s, objective) for objective in ("v", "eps"))
+    with pytest.raises(ValueError, match="noise="):
+        sample(v, x.float(), make_table(s, "ddpm", 10))
+    with pytest.raises(ValueError, match="objective v or x0"):
+        sample(eps, x.float(), make_table(s, "ddim", 10))
     with pytest.raises(ValueError, match="ddpm, ddpm_large"):
         make_table(s, "euler", 10)
     with pytest.raises(ValueError, match="eta"):
@@ -289,10 +293,10 @@ def test_guidance_scale_one_is_conditional(x):
 
 def test_image_to_image_starts_later(x):
     s = make_schedule("linear", 1000)
-    whole, late = make_table(s, "dpmpp_2m", 20), make_table(s, "dpmpp_2m", 20, strength=0.5)
-    assert len(late) == 10 and late.t.tolist() == whole.t[10:].tolist()
+    complete, late = make_table(s, "dpmpp_2m", 20), make_table(s, "dpmpp_2m", 20, strength=0.5)
+    assert len(late) == 10 and late.t.tolist() == complete.t[10:].tolist()
     assert late.rows[0, 2] == 0, "no x0 stands before the first row that is run"
-    assert_close(late.rows[1:], whole.rows[11:], rtol=0, atol=0)
+    assert_close(late.rows[1:], complete.rows[11:], rtol=0, atol=0)
     with pytest.raises(ValueError, match="strength"):
         make_table(s, "ddim", 20, strength=0.01)
 
@@ -305,12 +309,12 @@ def test_inpainting_keeps_what_the_mask_keeps(x):
     mask[..., :2] = 1
     inpaint = Inpaint(known, mask, noise)
     seen = []
-    net = network(s, "v")
-    for state, _ in sample_loop(net, x.float(), make_table(s, "ddim", 10), "v", inpaint=inpaint):
+    table = make_table(s, "ddim", 10)
+    for state, _ in sample_loop(denoiser(s, "v"), x.float(), table, inpaint=inpaint):
         seen.append(state)
     assert_close(seen[-1][..., 2:], known[..., 2:])
     assert not torch.allclose(seen[-1][..., :2], known[..., :2], atol=0.1)
-    a, b = make_table(s, "ddim", 10).levels[5].float()
+    a, b = table.levels[5].float()
     assert_close(seen[4][..., 2:], (a * known + b * noise)[..., 2:])
 
 
@@ -325,29 +329,23 @@ def test_step_reads_nothing_and_compiles_whole(x):
             assert "local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
             return func(*args, **(kwargs or {}))
 
-    from diffusion.models.layers import folded
     from diffusion.models.unet import UNet
 
     unet = UNet(8, (1, 2), heads=2, num_classes=1).eval()
     torch.nn.init.normal_(unet.out.weight)
-    k = torch.cat(
-        [torch.ones(2), make_table(make_schedule("linear", 100), "ddim", 10).rows[3].float()]
-    )
+    s = make_schedule("linear", 100)
+    table = make_table(s, "ddim", 10)
     zeros = torch.zeros(4, 3, 4, 4)
-    args = (
-        True,
-        x.float(),
-        zeros,
-        zeros,
-        torch.zeros(4),
-        k,
-        torch.zeros(4, dtype=torch.long),
-        torch.ones(4, dtype=torch.long),
-    )
-    for network in (guided(unet, 3.0, 0.7), guided(folded(unet), 3.0)):
+    labels = (torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
+    for ready, scale, rescale in ((unet, 3.0, 0.7), (for_inference(unet), 3.0, 0.0)):
+        network = lambda x, t, label, ready=ready: ready(x, t, Cond(labels=label))
+        denoise = Denoiser(guided(network, scale, rescale), s, "v")
+        known = denoise.coefficients(table.t, *table.levels[:-1].T)
+        k = torch.cat([known, table.rows], 1)[3].float()
+        args = (denoise, True, x.float(), zeros, zeros, k, *labels)
         with torch.inference_mode(), NoReads():
-            eager = samplers.step(network, *args)
+            eager = samplers.step(*args)
         torch._dynamo.reset()  # else torch 2.6 takes the scales, which differ, for inputs
-        whole = torch.compile(samplers.step, fullgraph=True, backend="eager")
+        compiled = torch.compile(samplers.step, fullgraph=True, backend="eager")
         with torch.inference_mode():
-            assert_close(whole(network, *args), eager)
+            assert_close(compiled(*args), eager)

@@ -13,19 +13,17 @@ import torch
 import warm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_latent import sd_folder  # noqa: F401
 
-from diffusion import UserError
+from diffusion import UserError, config
 from diffusion.config import Config, config_from_args
 from diffusion.data import toy
-from diffusion.evaluation.clip_score import count_calls, read_parameters
 from diffusion.files import adapter_files as adapters
 from diffusion.files import owned
 from diffusion.models import lora
-from diffusion.pictures.grid import parameters_text
+from diffusion.pictures.grid import count_calls, parameters_text, read_parameters
 from diffusion.process.samplers import SAMPLERS
 from diffusion.process.schedule import SPACINGS
-from diffusion.sampling.load import open_pipeline
+from diffusion.sampling.load import load, open_pipeline
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.training.trainer import train
 
@@ -69,7 +67,7 @@ def lora_files(model, tmp_path):
     """Two LoRAs of the pixel model."""
     files = []
     for name, value in (("a", 0.0), ("b", 0.1)):
-        parts = {"unet": Pipeline.load(model).model}
+        parts = {"unet": load(model).model}
         lora.inject(parts["unet"], lora.find(parts["unet"], "attention"), 1, 1.0)
         states = lora.state(parts["unet"])
         for branch in states.values():
@@ -182,6 +180,7 @@ def test_a_stopped_call_leaves_whole_pictures(model, tmp_path, number):
     assert f"{count:06d}.png" in contents(images) and len(list(images.iterdir())) == count + 1
 
 
+@pytest.mark.slow
 def test_visualize_leaves_what_is_there(model, tmp_path, call, capsys):
     args = [*plain(model, tmp_path), "--num_images", 1, "--html"]
     call("visualize", *args)
@@ -204,7 +203,7 @@ def test_visualize_leaves_what_is_there(model, tmp_path, call, capsys):
 
 def low_rank(path, model, value: float, seed: int):
     """A LoRA of every layer of a pixel model."""
-    network = Pipeline.load(model).model
+    network = load(model).model
     torch.manual_seed(seed)
     lora.inject(network, lora.find(network, "all"), 1)
     parts = {"unet": lora.state(network)}
@@ -285,7 +284,7 @@ def photo(path, width, height):
     ((96, 48), ("--height", 32), (64, 32)), ((96, 48), ("--width", 20), (20, 10)),
     ((96, 48), ("--height", 32, "--width", 16), (16, 32)),
 ])  # fmt: skip
-def test_an_image_takes_its_own_aspect(sd_folder, tmp_path, call, size, given, expected):  # noqa: F811
+def test_an_image_takes_its_own_aspect(sd_folder, tmp_path, call, size, given, expected):
     """About 32 x 32 pixels, the model's own number, sides multiples of the VAE's 2."""
     image = photo(tmp_path / "photo.png", *size)
     call("sample", "--sd_path", sd_folder, "--prompt", "x", "--num_images", 1, "--steps", 2,
@@ -324,7 +323,7 @@ def test_a_mask_goes_with_its_image(model, tmp_path, call, capsys):
 
 def test_inpainting_at_strength_1_starts_from_noise(model):
     """What is to be repainted depends on the image no more, where it is repainted whole."""
-    pipeline = Pipeline.load(model)
+    pipeline = load(model)
     options = dict(steps=4, amp="no", spacing="leading", strength=1.0, mask=torch.ones(1, 1, 16, 16))  # fmt: skip
     black, white = (pipeline.sample([0], init=torch.full((1, 3, 16, 16), v), **options) for v in (-1.0, 1.0))  # fmt: skip
     assert torch.equal(black, white)
@@ -343,7 +342,8 @@ def test_inpainting_at_strength_1_starts_from_noise(model):
     (["all", "cat"], "all", 0), (["0", "all"], "all", 1), (["cat", "007"], "7", None),
 ])  # fmt: skip
 def test_names_of_classes_come_before_numbers(model, classes, choice, label):
-    pipeline = dataclasses.replace(Pipeline.load(model), classes=classes)
+    pipeline = load(model)
+    pipeline.conditioning = dataclasses.replace(pipeline.conditioning, classes=classes)
     if label is None:
         with pytest.raises(UserError, match=classes[0]):
             pipeline.labels(choice, range(3))
@@ -368,7 +368,7 @@ def test_a_class_with_a_number_for_a_name(tmp_path, faces, call):
         with pytest.raises(UserError, match="class_label '2' is unknown.*1, 10, 9"):
             call(script, *plain(model, tmp_path / "x"), "--class_label", "2")
     # without a label all classes are shown, not the one that is called "all"
-    labels = Pipeline.load(model).labels_in_turn(range(5)).tolist()
+    labels = load(model).labels_in_turn(range(5)).tolist()
     assert labels == [0, 1, 2, 3, 0]
 
 
@@ -400,7 +400,7 @@ def test_good_batches_before_a_bad_one_stay(model, tmp_path, call, monkeypatch):
 
 def test_infinity_is_not_clipped_to_a_picture(model):
     """x0 is clipped to [-1, 1]: what the network overflowed to must not pass for white."""
-    pipeline = Pipeline.load(model)
+    pipeline = load(model)
     with torch.no_grad():
         pipeline.model.out.bias.fill_(torch.inf)
     assert not pipeline.sample([0], steps=2, amp="no").isfinite().any()
@@ -506,7 +506,7 @@ def test_options_of_visualize_without_a_model(tmp_path, call, args, monkeypatch)
     ("{model} --guidance_scale inf", "guidance_scale is"), ("{model} --batch_size 0", "batch_size is"),
 ])  # fmt: skip
 def test_options_of_metrics(model, faces, args, name):
-    from diffusion.evaluation.metrics import parse
+    from diffusion.evaluation.__main__ import parse
 
     with pytest.raises(UserError, match=name):
         parse([str(faces), *args.format(folder=faces, model=model).split()])
@@ -542,7 +542,7 @@ def test_models_trained_before_there_were_bounds_are_read():
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--negative_prompt"])
-def test_prompts_in_another_encoding_are_refused(sd_folder, tmp_path, call, option):  # noqa: F811
+def test_prompts_in_another_encoding_are_refused(sd_folder, tmp_path, call, option):
     args = {"--prompt": "a", option: "caf\udce9"}
     with pytest.raises(UserError, match=f"{option[2:]} .*UTF-8"):
         call("sample", "--sd_path", sd_folder, "--save_folder", tmp_path, *sum(args.items(), ()))
@@ -550,16 +550,14 @@ def test_prompts_in_another_encoding_are_refused(sd_folder, tmp_path, call, opti
         config_from_args({"instance_prompt": "caf\udce9"})
 
 
-def test_prompts_that_are_left_over_are_named(sd_folder, tmp_path, call, capsys):  # noqa: F811
+def test_prompts_that_are_left_over_are_named(sd_folder, tmp_path, call, capsys):
     call("sample", "--sd_path", sd_folder, "--save_folder", tmp_path, "--prompt", "a", "--prompt", "b",
          "--num_images", 1, "--steps", 2)  # fmt: skip
     assert "1 of 2 prompts" in capsys.readouterr().out
 
 
 def test_names_in_help_are_those_of_the_tables():
-    from diffusion import rules
-
-    assert rules.SAMPLERS == tuple(SAMPLERS) and rules.SPACINGS == tuple(SPACINGS)
+    assert config.SAMPLERS == tuple(SAMPLERS) and config.SPACINGS == tuple(SPACINGS)
 
 
 # --- what is written in the picture --------------------------------------------------------------
@@ -581,7 +579,7 @@ def test_the_text_says_what_ran(model, tmp_path, call, args, expected):
     assert {name: found.get(name) for name in expected} == expected
     assert found["Objective"] == "v" and found["Precision"] == "float32"
     # the settings that it names give the picture again
-    pipeline = Pipeline.load(model, found["Weights"])
+    pipeline = load(model, found["Weights"])
     sampler = {"DDIM": "ddim", "DPM++ 2M SDE": "dpmpp_2m_sde"}[found["Sampler"]]
     labels = pipeline.labels(found.get("Class"), [int(found["Image"])])
     again = pipeline.sample(
@@ -594,7 +592,7 @@ def test_the_text_says_what_ran(model, tmp_path, call, args, expected):
     assert abs(image.numpy() - pixels(tmp_path / "images" / "000000.png")).max() <= 1
 
 
-def test_the_text_of_a_latent_model(sd_folder, tmp_path, call):  # noqa: F811
+def test_the_text_of_a_latent_model(sd_folder, tmp_path, call):
     image = photo(tmp_path / "photo.png", 64, 32)
     Image.new("L", (64, 32), 255).save(tmp_path / "mask.png")
     call("sample", "--sd_path", sd_folder, "--prompt", "a fox, red", "--prompt", "Steps: 3\nb", "--steps", 5,
@@ -619,10 +617,10 @@ def test_names_in_the_text_tell_files_apart(tmp_path):
 
     for name in ("sd-v1.5", "runs/cats", "runs/dogs"):
         (tmp_path / name).mkdir(parents=True)
-    found = [sample.name_of(tmp_path / name) for name in (
+    found = [sample.short_name(tmp_path / name) for name in (
         "sd-v1.5", "sd-v1.5/vae", "runs/cats/model.pt", "runs/dogs/adapter.safetensors", "fox.v2.safetensors")]  # fmt: skip
     assert found == ["sd-v1.5", "sd-v1.5/vae", "cats/model", "dogs/adapter", "fox.v2"]
-    assert sample.weight_of(("fox.safetensors", 0.123456789)) == "fox:0.123456789"
+    assert sample.lora_name(("fox.safetensors", 0.123456789)) == "fox:0.123456789"
 
 
 def test_the_text_of_an_interpolation(model, lora_files, tmp_path, call):
@@ -635,14 +633,13 @@ def test_the_text_of_an_interpolation(model, lora_files, tmp_path, call):
 
 def test_class_names_that_are_no_text(model, tmp_path, call, monkeypatch):
     """A folder from a Latin-1 archive: the picture is saved, its text names what can be named."""
-    load = Pipeline.load.__func__
 
-    def renamed(cls, *args, **options):
-        pipeline = load(cls, *args, **options)
+    def renamed(*args, **options):
+        pipeline = open_pipeline(*args, **options)
         pipeline.classes[0] = "caf\udce9"
         return pipeline
 
-    monkeypatch.setattr(Pipeline, "load", classmethod(renamed))
+    monkeypatch.setattr("diffusion.sampling.load.open_pipeline", renamed)
     call("sample", *plain(model, tmp_path), "--num_images", 1, "--class_label", "all")
     assert "udce9" in text_of(tmp_path / "images" / "000000.png")["Class"]
 
@@ -658,7 +655,7 @@ def test_prompts_are_read_back(tmp_path, prompt, negative):
 
 
 def test_measuring_several_calls_at_once_is_said(model, faces, tmp_path, call, monkeypatch, capsys):
-    from diffusion.evaluation import metrics
+    from diffusion.evaluation import __main__ as metrics
 
     class Mean(torch.nn.Module):
         def forward(self, x):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import CPU
 from torch.testing import assert_close
 
 from diffusion import UserError
@@ -14,83 +15,24 @@ from diffusion.files import (
 from diffusion.files import (
     sd_names as rules,
 )
-from diffusion.files import (
-    tokenizer_files as vocabulary,
-)
 from diffusion.files.tensors import find_weights, read_tensors
-from diffusion.models.tokenizer import byte_level
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import open_pipeline
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
-transformers = pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")  # fmt: skip
-CPU = torch.device("cpu")
-
-SHAPES = {
-    # name: (U-Net's channels, layers, heads, VAE's channels, text width)
-    "small": ((32, 64), 1, 2, (16, 32), 32),
-    "deep": ((32, 64, 64), 2, 4, (16, 32, 32), 48),
-}
-
-
-def make_parts(shape: str, prediction: str = "epsilon"):
-    """diffusers' pipeline with random weights."""
-    dims, layers, heads, vae_dims, width = SHAPES[shape]
-    torch.manual_seed(0)
-    n = len(dims)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16, block_out_channels=dims, layers_per_block=layers, attention_head_dim=heads,
-        cross_attention_dim=width, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * (n - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (n - 1),
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=vae_dims, layers_per_block=layers, norm_num_groups=8, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * len(vae_dims), sample_size=32,
-        up_block_types=("UpDecoderBlock2D",) * len(vae_dims),
-    )  # fmt: skip
-    vocab = byte_level(77)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
-        num_attention_heads=4, eos_token_id=vocab.eos_id, bos_token_id=vocab.bos_id,
-    ))  # fmt: skip
-    known = loader.SCHEDULER | {"prediction_type": prediction}
-    scheduler = diffusers.PNDMScheduler.from_config(known)
-    return unet, vae, text, scheduler
+pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")
+from diffusers_models import (  # noqa: E402
+    SCHEDULERS,
+    SHAPES,
+    make_pipeline,
+    our_latents,
+    their_latents,
+)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def theirs(request, tmp_path_factory):
     return make_pipeline(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def make_pipeline(folder, shape, prediction="epsilon"):
-    """(diffusers' pipeline, its folder)."""
-    unet, vae, text, scheduler = make_parts(shape, prediction)
-    vocabulary.save_tokenizer(byte_level(77), folder / "tokenizer")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.save_pretrained(folder)
-    return pipeline, folder
-
-
-SCHEDULERS = {"ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
-
-
-def their_latents(pipeline, sampler, eps, steps, **options):
-    kind = getattr(diffusers, SCHEDULERS[sampler])
-    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    return pipeline(latents=eps, num_inference_steps=steps, output_type="latent", **options).images
-
-
-def our_latents(pipeline, sampler, eps, steps, **options):
-    *_, (x, _) = pipeline.frames(range(len(eps)), sampler=sampler, steps=steps, eps=eps, amp="no",
-                                 **options)  # fmt: skip
-    return x
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -153,7 +95,7 @@ def test_other_sizes_of_image(theirs):
     found = our_latents(ours, "ddim", eps, 5, prompts=["x"], guidance_scale=7.5)
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert ours.decode(found).shape == (1, 3, 40, 24)
-    with pytest.raises(UserError, match="height is 41; it must be a multiple of"):
+    with pytest.raises(UserError, match="height is 41.* 40 "):
         open_pipeline(None, str(folder), "ema", CPU, amp="no", height=41)
 
 
@@ -212,15 +154,15 @@ def test_the_tables_name_stable_diffusions_tensors():
     convert = {"unet": utils.convert_ldm_unet_checkpoint, "vae": utils.convert_ldm_vae_checkpoint}
     for part, model in ours.items():
         config = model.config.to_dict()
-        known = rules.to_theirs(tables[part](config))
+        known = tables[part](config)
         names = [rules.translate(name, known) for name in model.state_dict()]
-        assert None not in names and len(set(names)) == len(names)
+        assert len(set(names)) == len(names)
         prefix = rules.PREFIXES[part][0]
         file = {prefix + name: torch.empty(4, 4, 1, 1) for name in names}
         made = convert[part](file, config)
         assert set(made) == set(model.state_dict())
     assert "output_blocks.11.0.skip_connection.weight" in [
-        rules.translate(n, rules.to_theirs(rules.unet_table(ours["unet"].config.to_dict())))
+        rules.translate(n, rules.unet_table(ours["unet"].config.to_dict()))
         for n in ours["unet"].state_dict()
     ]
 
@@ -288,7 +230,7 @@ def test_sharded_files(folder, before):
     index.write_text(json.dumps({"weight_map": table}))
     same_as(folder, before)
     index.write_text(json.dumps({"weight_map": table | {"x": "../../etc.safetensors"}}))
-    with pytest.raises(UserError, match="outside its folder"):
+    with pytest.raises(UserError, match="safetensors.index.json"):
         loader.load_sd(folder)
 
 
@@ -312,7 +254,7 @@ def test_old_names_of_the_vaes_attention(folder, before):
     assert any("query" in name for name in renamed)
     replace_weights(folder, "vae", "diffusion_pytorch_model.safetensors", renamed)
     sd = same_as(folder, before)
-    assert any("before 2023" in line for line in sd.report)
+    assert any(line.startswith("vae") and "original names" in line for line in sd.report)
 
 
 def single_file(folder, path):
@@ -336,7 +278,7 @@ def test_ckpt_nested_with_averaged_weights_and_without_text_model(folder, before
     assert torch.equal(ema.unet.state_dict()[name], before["unet"][name] + 1)
     assert torch.equal(ema.text_encoder.state_dict()["text_model.final_layer_norm.bias"],
                        before["text_encoder"]["text_model.final_layer_norm.bias"])  # fmt: skip
-    assert any("averaged" in line for line in ema.report)
+    assert any("EMA weights" in line for line in ema.report)
     assert any("not used: 1 tensors, such as betas" in line for line in ema.report)
 
 
@@ -383,25 +325,25 @@ def test_wrong_files(folder, tmp_path):
     for name, told in {
         "cut.safetensors": "truncated", "lora.safetensors": "is a LoRA",
         "sdxl.safetensors": "Stable Diffusion XL", "flux.safetensors": "is Flux",
-        "sd2.safetensors": "Stable Diffusion 2", "other.safetensors": "no Stable Diffusion",
+        "sd2.safetensors": "Stable Diffusion 2", "other.safetensors": "holds no unet: .* layers.0.weight",
         "short.safetensors": "missing", "over.safetensors": "left over 1: extra.weight",
-        "evil.ckpt": "not opened|truncated or no", "text.ckpt": "truncated or no|not opened",
+        "evil.ckpt": "truncated|not opened", "text.ckpt": "truncated|not opened",
         "none.safetensors": "does not exist",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=told):
             loader.load_sd(tmp_path / name, config=folder)
-    with pytest.raises(UserError, match=r"give --config FOLDER"):
+    with pytest.raises(UserError, match="--config"):
         loader.load_sd(tmp_path / "good.safetensors")
 
 
 def test_wrong_folders(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    with pytest.raises(UserError, match="has no unet/"):
+    with pytest.raises(UserError, match="/unet"):
         loader.load_sd(tmp_path)
     config = folder / "unet" / "config.json"
     text = config.read_text()
     for change, told in (
-        ({"addition_embed_type": "text_time"}, "SDXL"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
         ({"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
         ({"block_out_channels": [32, 32]}, "of another shape"),
     ):
@@ -409,13 +351,13 @@ def test_wrong_folders(folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=told):
             loader.load_sd(folder)
     config.write_text("{")
-    with pytest.raises(UserError, match="is no JSON"):
+    with pytest.raises(UserError, match="config.json .*JSON"):
         loader.load_sd(folder)
     config.write_text(text)
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         (folder / "tokenizer" / name).unlink(missing_ok=True)
-    with pytest.raises(UserError, match="holds no vocabulary; expected vocab.json"):
+    with pytest.raises(UserError, match="vocab.json"):
         loader.load_sd(folder)
     shutil.rmtree(folder / "vae")
-    with pytest.raises(UserError, match="vae is missing"):
+    with pytest.raises(UserError, match="vae"):
         loader.load_sd(folder)

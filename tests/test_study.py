@@ -1,7 +1,9 @@
 """The style study: its plan, its measures, its report; stopped and continued."""
 
 import dataclasses
+import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, environment
 from PIL import Image
-from test_latent import vae  # noqa: F401 (fixture)
 from torch.testing import assert_close
 
 from diffusion import UserError
@@ -23,19 +24,18 @@ from diffusion.data.folder import scan
 from diffusion.evaluation.distances import frechet_distance, moments
 from diffusion.pictures.grid import save_png
 from diffusion.study import __main__ as program
-from diffusion.study import classifier as classifiers
 from diffusion.study import runner
-from diffusion.study.classifier import open_classifier, to_input
-from diffusion.study.experiment import Study, run_study
-from diffusion.study.judge import Judge, read_images
-from diffusion.study.plan import Settings, ablation, cells_of, methods, with_budget
+from diffusion.study.classifier import break_images, open_classifier, to_input
+from diffusion.study.experiment import Study, open_bar, read_images, run_study, show_progress
+from diffusion.study.judge import Judge
+from diffusion.study.plan import Plan, Settings
 from diffusion.study.report import write_report
-from diffusion.study.results import create, describe, find, read_metrics
 from diffusion.study.runner import Base, run_child, sample_arguments, train_arguments
+from diffusion.study.study_folder import create, describe, find, read_metrics
 from diffusion.study.styles import (
     PROMPTS,
     read_style,
-    replaced,
+    replace_name,
     slugs_of,
     style_folders,
     training_folder,
@@ -47,7 +47,7 @@ EVIL = "<script>evil()</script><img src=x onerror=evil()> & \"quotes'"
 
 
 @pytest.fixture(scope="module")
-def base(vae, faces, tmp_path_factory) -> Path:  # noqa: F811
+def base(vae, faces, tmp_path_factory) -> Path:
     """ema.safetensors of a model that reads captions, hardly trained."""
     folder = tmp_path_factory.mktemp("base")
     train(Config(
@@ -68,50 +68,87 @@ def styles(faces):
 @pytest.fixture(scope="module")
 def judge(styles, tmp_path_factory):
     path = tmp_path_factory.mktemp("judge") / "classifier.safetensors"
-    return Judge(styles, open_classifier(path, styles, 0, steps=60), None, None)
+    classifier = open_classifier(path, styles, 0, steps=60)
+    return Judge({style.name: style for style in styles}, classifier, None, None)
 
 
 def settings(data, **options) -> Settings:
-    small = dict(load_path="base.safetensors", steps=4, batch_size=4, num_images=6, mix_images=4,
-                 sample_steps=2, ranks=(1, 2, 4), styles=("bald", "bob"), points=3)  # fmt: skip
-    return with_budget(Settings(data=str(data), **small | options))
+    small = dict(
+        load_path="base.safetensors",
+        steps=4,
+        batch_size=4,
+        num_images=6,
+        sample_steps=2,
+        ranks=(1, 2, 4),
+        styles=("bald", "bob"),
+    )
+    if 4 in options.get("experiments", (4,)):
+        small |= dict(mix_images=4, points=3)
+    return parsed(data=data, **small | options)
+
+
+def parsed(**options) -> Settings:
+    """Parse options as the command line gives them."""
+    text = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in options.items()}
+    return program.parse([f"--{name}={value}" for name, value in text.items()])[0]
+
+
+def changed(s: Settings, **options) -> Settings:
+    return Settings(**vars(s) | options)
 
 
 # --- the plan ------------------------------------------------------------------------------------
 
 
+SLUGS = {"bald": "bald", "bob": "bob", "spiky": "spiky"}
+
+
 def test_the_experiments_share_their_cells(faces):
-    s, slugs = settings(faces), {"bald": "bald", "bob": "bob", "spiky": "spiky"}
-    cells = list(cells_of(s, slugs))
-    assert len(cells) == len(set(c.name for c in cells))
+    plan = Plan(settings(faces), SLUGS)
+    cells = plan.cells()
+    assert len(cells) == len({c.name for c in cells})
     kinds = [c.kind for c in cells]
     # 3 bases, 2 LoRAs, 2 other methods, 3 mixtures, and of the ablation what is not the centre
-    assert [kinds.count(k) for k in ("base", "lora", "textual_inversion", "dreambooth", "mix")] == [
-        3, 2 + 6, 1, 1, 3]  # fmt: skip
-    centre = methods(s, slugs)[0]
-    for what, row in ablation(s, slugs).items():
-        assert row[1] == centre and len(row) == 3
-        changed = {f.name for f in dataclasses.fields(centre) for c in row
-                   if getattr(c, f.name) != getattr(centre, f.name)}  # fmt: skip
-        assert changed == {what, "name"}
-    assert [c.steps for c in methods(s, slugs)] == [4, 4, 4]
-    assert [c.share for c in cells if c.kind == "mix"] == [0, 0.5, 1]
-    assert {c.kind for c in cells_of(settings(faces, experiments=(1,)), slugs)} == {"base", "lora"}
+    expected = dict(base=3, lora=2 + 6, textual_inversion=1, dreambooth=1, mix=3)
+    assert {kind: kinds.count(kind) for kind in expected} == expected
+    centre = plan.lora("bald")
+    for what, row in plan.ablation().items():
+        low, middle, high = row.values()
+        assert middle == centre
+        assert getattr(low, what) < getattr(centre, what) < getattr(high, what)
+        for cell in (low, high):
+            values = {what: getattr(centre, what), "name": centre.name}
+            assert dataclasses.replace(cell, **values) == centre
+    assert [c.steps for c in plan.methods()["bald"].values()] == [4, 4, 4]
+    mixtures = [c for c in cells if c.kind == "mix"]
+    assert [c.share for c in mixtures] == [0, 0.5, 1]
+    for cell in mixtures:  # both LoRAs are trained before
+        trained = plan.trained(cell)
+        assert [c.style for c in trained] == ["bald", "bob"]
+        assert max(map(cells.index, trained)) < cells.index(cell)
+    only_first = Plan(settings(faces, experiments=(1,)), SLUGS).cells()
+    assert {c.kind for c in only_first} == {"base", "lora"}
 
 
-def test_budgets_and_what_is_given_instead(faces):
-    small = with_budget(Settings(data="x"))
-    assert small.num_images >= 100 and small.rank == 8
-    assert min(c.steps for c in ablation(dataclasses.replace(small, styles=("a",)), {"a": "a"})["steps"]) >= 150  # fmt: skip
-    assert with_budget(Settings(data="x", budget="full")).steps > small.steps
-    assert with_budget(Settings(data="x", steps=7)).steps == 7
-    for wrong, told in (
-        (dict(budget="huge"), "small or full"), (dict(experiments=(1, 5)), "experiment 5 is unknown"),
-        (dict(steps=1), "steps is 1"), (dict(ranks=(0, 1)), "each must be above 0"), (dict(points=102), "at most 101"),
-        (dict(learning_rate=-1.0), "must be above 0"), (dict(experiments=()), "names none"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=told):
-            with_budget(Settings(data="x", **wrong))
+def test_mixtures_take_the_centre_whatever_its_learning_rate(faces):
+    plan = Plan(settings(faces, learning_rate=0.00125, experiments=(4,)), SLUGS)
+    mixture = plan.cells()[-1]
+    assert set(plan.trained(mixture)) < set(plan.cells())
+
+
+def test_budgets_and_what_is_given_instead():
+    given = functools.partial(parsed, data="x", load_path="y")
+    small = given()
+    assert small.num_images >= 100 and small.ranks == (2, 8, 32) and small.steps >= 300
+    assert given(budget="full").steps > small.steps
+    assert given(steps=7).steps == 7 and given(styles="a,b,").styles == ("a", "b")
+    for wrong, value in dict(
+        experiments="1,5", steps=1, ranks="0,1", points=102, learning_rate=-1, num_images=1
+    ).items():
+        with pytest.raises(UserError, match=f"{wrong} is .*{str(value).replace(',', ', ')}"):
+            given(**{wrong: value})
+    with pytest.raises(SystemExit):
+        given(budget="huge")
 
 
 # --- styles --------------------------------------------------------------------------------------
@@ -120,15 +157,18 @@ def test_budgets_and_what_is_given_instead(faces):
 def test_styles_are_split_and_named(styles, tmp_path):
     style = styles[0]
     assert (len(style.train), len(style.held_out)) == (32, 8)
-    assert not set(style.train) & set(style.held_out)
-    assert all("bald" in c.lower() for c in style.captions)
-    assert set(style.prompts) <= {style.captions[i] for i in style.held_out}
+    assert not set(style.train.files) & set(style.held_out.files)
+    for split in (style.train, style.held_out):
+        assert split.files == sorted(split.files)
+        assert len(split.captions) == len(split.pixels) == len(split)
+        assert all("bald" in caption.lower() for caption in split.captions)
+    assert set(style.prompts) <= set(style.held_out.captions)
     folder = training_folder(style, tmp_path / "data", "{}")
     files = sorted(folder.glob("*.png"))
     assert len(files) == 32 and training_folder(style, tmp_path / "data", "{}") == folder
-    kept = {f.read_bytes() for f in (style.files[i] for i in style.held_out)}
+    held_out = {file.read_bytes() for file in style.held_out.files}
     for file in files:
-        assert file.read_bytes() not in kept
+        assert file.read_bytes() not in held_out
     assert scan(folder) == files  # train.py reads them all
     for file in files:
         assert "{}" in file.with_suffix(".txt").read_text()
@@ -138,9 +178,12 @@ def test_captions_and_prompts():
     assert with_name("", "manga") == "manga" and with_name("a cat", "manga") == "manga, a cat"
     assert with_name("a MANGA cat", "manga") == "a MANGA cat"
     assert with_name("mangas", "manga") == "manga, mangas"
-    assert replaced("Manga, a cat", "manga", "<m>") == "<m>, a cat"
-    assert replaced("manga, a cat", "manga", "") == "a cat" and replaced("manga", "manga", "") == ""
-    assert replaced("a (b) a", "(b)", r"\1") == r"a \1 a"  # neither is a pattern
+    assert replace_name("Manga, a cat", "manga", "<m>") == "<m>, a cat"
+    assert (
+        replace_name("manga, a cat", "manga", "") == "a cat"
+        and replace_name("manga", "manga", "") == ""
+    )
+    assert replace_name("a (b) a", "(b)", r"\1") == r"a \1 a"  # neither is a pattern
     assert slugs_of(["a b", "a-b", "A b", "---"]) == {
         "a b": "a-b", "a-b": "a-b-2", "A b": "A-b-2-2", "---": "style"}  # fmt: skip
 
@@ -154,21 +197,22 @@ def test_validation_prompts_come_first(tmp_path):
     (folder / PROMPTS).write_text("a cat\n\nmanga dog\n")
     assert read_style(folder, "manga", 16).prompts == ["manga, a cat", "manga dog"]
     (folder / PROMPTS).write_text("\n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match=PROMPTS.name):
         read_style(folder, "manga", 16)
 
 
-def test_unusable_images_are_neither_trained_on_nor_kept(tmp_path, capsys):
+def test_unusable_images_are_neither_trained_on_nor_held_out(tmp_path, capsys):
     folder = tmp_path / "manga"
     for i in range(6):
         save_png(toy.draw(i, 16), folder / f"{i}.png")
     (folder / "3.png").write_bytes(b"broken")
     style = read_style(folder, "manga", 16)
-    assert sorted([*style.train, *style.held_out]) == [0, 1, 2, 4, 5]
+    used = sorted([*style.train.files, *style.held_out.files])
+    assert [file.name for file in used] == ["0.png", "1.png", "2.png", "4.png", "5.png"]
     assert "3.png" in capsys.readouterr().out
     for i in (0, 1):
         (folder / f"{i}.png").write_bytes(b"broken")
-    with pytest.raises(UserError, match="3 usable images; a style needs at least 4"):
+    with pytest.raises(UserError, match="manga has 3 "):
         read_style(folder, "manga", 16)
 
 
@@ -189,12 +233,13 @@ def test_the_classifier_tells_styles_and_says_how_well(tmp_path):
     dark, light = styles = coloured(tmp_path / "styles")
     path = tmp_path / "c.safetensors"
     judge = open_classifier(path, styles, 0, steps=40)
-    assert judge.accuracy > 0.9 and judge.share(dark.images("held_out"), "dark") > 0.9
-    assert judge.share(dark.images("held_out"), "light") < 0.1
+    assert judge.accuracy > 0.9 and judge.fraction(dark.held_out.pixels, "dark") > 0.9
+    assert judge.fraction(dark.held_out.pixels, "light") < 0.1
     # none of them: as the classifier was taught
-    net, x = judge.net, to_input(np.concatenate([dark.images("train"), light.images("train")]))
+    net = judge.net
+    x = to_input(np.concatenate([dark.train.pixels, light.train.pixels]))
     labels = torch.arange(2).repeat_interleave(len(dark.train))
-    mixed = classifiers.spoilt(x, labels, torch.Generator().manual_seed(0))
+    mixed = break_images(x, labels, torch.Generator().manual_seed(0))
     assert mixed.shape == x.shape and net(mixed)[1].shape == (len(x), 3)
     again = open_classifier(path, styles, 1, steps=0)  # read, not trained
     for a, b in zip(again.net.state_dict().values(), net.state_dict().values()):
@@ -203,13 +248,13 @@ def test_the_classifier_tells_styles_and_says_how_well(tmp_path):
 
 def test_shuffled_squares_are_the_same_pixels():
     x = torch.rand(4, 3, 64, 64)
-    out = classifiers.spoilt(x, torch.zeros(4, dtype=torch.long), torch.Generator().manual_seed(0))
+    out = break_images(x, torch.zeros(4, dtype=torch.long), torch.Generator().manual_seed(0))
     assert_close(out.flatten(2).sort(2).values, x.flatten(2).sort(2).values)
     assert not torch.equal(out, x)
 
 
 def test_every_measure_says_what_it_is(judge, styles):
-    images = styles[1].images("held_out")
+    images = styles[1].held_out.pixels
     found = judge(images, ["a"] * len(images), "bob", "bald")
     assert set(found) == {"style_share", "frechet", "other_style_share", "other_frechet"}
     for one in found.values():
@@ -217,28 +262,21 @@ def test_every_measure_says_what_it_is(judge, styles):
     assert f"{judge.classifier.accuracy:.1%}" in found["style_share"]["definition"]
     features = judge.classifier.outputs(images)[0]
     assert features.dtype == torch.float64 and abs(found["frechet"]["value"]) < 1e-6
-    other = judge.classifier.outputs(styles[0].images("held_out"))[0]
+    other = judge.classifier.outputs(styles[0].held_out.pixels)[0]
     assert found["other_frechet"]["value"] == pytest.approx(
         frechet_distance(*moments(features), *moments(other)))  # fmt: skip
     real = judge.real("bob", 5)
     assert real["frechet"]["num_images"] == 5 and real["frechet"]["value"] > 0
-    assert real["style_share"]["value"] == judge.classifier.accuracies["bob"]
+    assert real["style_share"]["value"] == judge.classifier.held_out["bob"]
 
 
 # --- child processes -----------------------------------------------------------------------------
 
 
-def test_a_failing_child_is_told_with_its_last_words(tmp_path):
-    with pytest.raises(
-        UserError, match=r"(?s)train\.py ended with status 1.*neither a folder.*in: "
-    ):
-        save_folder = f"--save_folder={tmp_path / 'run'}"
-        run_child(
-            "train.py",
-            ["--data=nowhere", "--device=cpu", save_folder],
-            tmp_path / "logs.txt",
-            lambda: None,
-        )
+def test_a_failing_child_is_named_with_its_last_words(tmp_path):
+    args = ["--data=nowhere", "--device=cpu", f"--save_folder={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=r"(?s)train\.py.* 1.*error: .*nowhere.*train\.py --data"):
+        run_child("train.py", args, tmp_path / "logs.txt", lambda: None)
     assert "nowhere" in (tmp_path / "logs.txt").read_text()
 
 
@@ -290,9 +328,9 @@ def test_the_child_of_a_killed_study_stops(tmp_path):
     wait_for(lambda: state.read_text() == "stopped")
 
 
-def test_arguments_of_the_scripts(faces):
+def test_arguments_of_the_scripts(faces, tmp_path):
     s = settings(faces, class_prompt="a face", init_word="x")
-    cells = {c.kind: c for c in cells_of(s, {"bald": "bald", "bob": "bob"})}
+    cells = {c.kind: c for c in Plan(s, SLUGS).cells()}
     path = Path("here")
 
     def options(kind, s=s):
@@ -305,21 +343,29 @@ def test_arguments_of_the_scripts(faces):
     assert ti["token"] == "<bob>" and ti["init_word"] == "x"
     assert dreambooth["instance_prompt"] == "bald" and "adapter" not in dreambooth
     assert dreambooth["class_prompt"] == "a face"
-    foreign = options("lora", dataclasses.replace(s, load_path=None, sd_path="sd"))
+    foreign = options("lora", changed(s, load_path=None, sd_path="sd"))
     assert foreign["sd_path"] == "sd" and foreign["objective"] == "eps" and foreign["image_size"] == "16"  # fmt: skip
     # sample.py knows the options that it knows today
     from diffusion.commands import sample
 
-    told = sample_arguments(s, Base(16, 2.0), ["--load_path=x"], path, 3, path)
-    (path_prompt,) = [a for a in told if a.startswith("--prompt=")]
-    assert sample.parse([a for a in told if a != path_prompt]).guidance_scale == 2
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    adapters = dict(base=0, dreambooth=0, lora=1, textual_inversion=1, mix=2)
+    for kind, count in adapters.items():
+        cell = dataclasses.replace(cells[kind], share=0.25)
+        args = sample_arguments(s, Base(16, 2.0), cell, [Path("a"), Path("b")], prompts, path)
+        parsed = sample.parse(args)
+        assert parsed.guidance_scale == 2 and parsed.num_images == 3
+        assert len(parsed.lora + parsed.embedding) == count
+        assert parsed.load_path == ("a" if kind == "dreambooth" else s.load_path)
+    assert parsed.lora == [("a", 0.75), ("b", 0.25)]
 
 
-# --- the whole -----------------------------------------------------------------------------------
+# --- complete studies ----------------------------------------------------------------------------
 
 
 class Fake:
-    """train.py and sample.py in no time: training leaves a file, drawing gives toy faces.
+    """train.py and sample.py in no time: training leaves a file, sampling toy faces.
 
     stop_at: the call at which Ctrl-C is pressed. short_at: the one that ends a step too early.
     """
@@ -328,25 +374,24 @@ class Fake:
         self.calls, self.stop_at, self.short_at = [], stop_at, short_at
 
     def __call__(self, script, args, logs, tick) -> dict:
-        told = dict(a.lstrip("-").split("=", 1) for a in args)
-        folder = Path(told["save_folder"])
+        options = dict(a.lstrip("-").split("=", 1) for a in args)
+        folder = Path(options["save_folder"])
         self.calls.append((script, folder.name))
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         tick()
         if script == "train.py":
             folder.mkdir(parents=True, exist_ok=True)
-            whole = "instance_prompt" in told
-            (folder / ("ema.safetensors" if whole else "adapter.safetensors")).write_bytes(
+            dreambooth = "instance_prompt" in options
+            (folder / ("ema.safetensors" if dreambooth else "adapter.safetensors")).write_bytes(
                 b"x" * 99
             )
             (folder / "metrics.jsonl").write_text('{"step": 4, "img_per_s": 12.5}\n')
             (folder / "model.pt").write_bytes(b"x")
-            step = int(told["train_steps"]) - (len(self.calls) == self.short_at)
+            step = int(options["train_steps"]) - (len(self.calls) == self.short_at)
             (folder / "metadata.json").write_text(json.dumps({"step": step}))
         else:
-            prompts = Path(told["prompt"][1:]).read_text().splitlines()
-            assert len(prompts) == int(told["num_images"])
+            prompts = Path(options["prompt"][1:]).read_text().splitlines()
             for i in range(len(prompts)):
                 save_png(toy.draw(i + len(self.calls), 16), folder / "images" / f"{i:06d}.png")
         return {"seconds": 2.0, "peak_memory": 3 << 20, "peak_device_memory": None}
@@ -359,42 +404,42 @@ def study(faces, judge, styles, tmp_path):
         about = describe(s)
         folder = find(tmp_path / "results", about)
         folder = folder or create(tmp_path / "results", "my study", about)
-        return Study(s, Base(16, 2.0), folder, styles, judge, read_metrics(folder), fake)
+        return Study(s, Base(16, 2.0), folder, judge, read_metrics(folder), fake)
 
     return make
 
 
-def test_drawing_again_deletes_its_own_pictures_only(study):
+def test_sampling_again_deletes_its_own_pictures_only(study):
     one = study(Fake())
     cell = one.cells[0]
-    before = one.draw(cell, lambda: None)
+    before = one.sample(cell)
     folder = one.folder / "inference" / cell.name
     (folder / "notes.txt").write_text("mine")
     Image.fromarray(toy.draw(0, 16)).save(folder / "images" / "000099.png")
     left = folder / "images" / "000050.png"  # of a call that was stopped
     save_png(toy.draw(1, 16), left)
-    after = one.draw(cell, lambda: None)
+    after = one.sample(cell)
     assert before.shape == after.shape and not left.exists()
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "images" / "000099.png").is_file()  # fmt: skip
 
 
 def test_a_stopped_study_continues_and_repeats_nothing(study):
-    whole = Fake()
+    rest = Fake()
     first = Fake(stop_at=15)  # the first training of the ablation
     one = study(first)
     with pytest.raises(KeyboardInterrupt):
         run_study(one)
     assert not read_metrics(one.folder)["finished"] and (one.folder / "report.html").exists()
-    assert "stopped" in (one.folder / "logs.txt").read_text()
-    two = study(whole)
+    assert "Stopped" in (one.folder / "logs.txt").read_text()
+    two = study(rest)
     assert two.folder == one.folder
     report = run_study(two)
     finished = first.calls[:-1]  # those that came to an end
-    assert not set(finished) & set(whole.calls)
+    assert not set(finished) & set(rest.calls)
     cells = {c.name for c in two.cells}
-    assert {name for script, name in finished + whole.calls if script == "sample.py"} == cells
+    assert {name for script, name in finished + rest.calls if script == "sample.py"} == cells
     trained = {c.name for c in two.cells if c.trains}
-    assert {name for script, name in finished + whole.calls if script == "train.py"} == trained
+    assert {name for script, name in finished + rest.calls if script == "train.py"} == trained
     metrics = read_metrics(two.folder)
     assert metrics["finished"] and set(metrics["cells"]) == cells and report.is_file()
     attempts = [metrics["cells"][name]["attempts"] for name in trained]
@@ -409,7 +454,7 @@ def test_a_stopped_study_continues_and_repeats_nothing(study):
         "checkpoints", "inference", "thumbnails", "config.json", "metrics.json", "logs.txt", "report.html"}  # fmt: skip
 
 
-def test_training_is_not_repeated_when_drawing_was_stopped(study):
+def test_training_is_not_repeated_when_sampling_was_stopped(study):
     first = Fake(stop_at=5)  # base, base, base, train, sample
     with pytest.raises(KeyboardInterrupt):
         run_study(study(first, experiments=(1,)))
@@ -420,7 +465,7 @@ def test_training_is_not_repeated_when_drawing_was_stopped(study):
 
 
 def test_a_training_that_was_stopped_by_others_does_not_count(study):
-    with pytest.raises(UserError, match="stopped at step 3 of 4; the same command continues"):
+    with pytest.raises(UserError, match="step 3 of 4"):
         run_study(study(Fake(short_at=4), experiments=(1,)))
     second = Fake()
     run_study(study(second, experiments=(1,)))
@@ -431,6 +476,39 @@ def test_other_settings_are_another_study(study):
     a, b = study(Fake()), study(Fake(), seed=1)
     assert a.folder != b.folder and study(Fake()).folder == a.folder
     assert study(Fake(), seed=1).folder == b.folder
+
+
+def test_a_folder_of_the_first_edition_is_found(tmp_path):
+    """Its config.json, as it was written; pictures and weights of a known time."""
+    data = tmp_path / "data"
+    base = tmp_path / "ema.safetensors"
+    files = [data / "a" / "1.png", data / "b" / "sub" / "2.png", data / "b" / "2.txt", base]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x")
+        os.utime(file, ns=(10**18, 10**18))
+    numbers = {"steps": 4, "batch_size": 32, "ranks": [2, 8, 32], "targets": "all", "learning_rate": 0.003,
+               "ti_learning_rate": 0.02, "dreambooth_learning_rate": 0.001, "vectors": 4, "num_images": 100,
+               "mix_images": 40, "sample_steps": 20, "sampler": "dpmpp_2m", "points": 5}  # fmt: skip
+    unset = ("sd_path", "sd_config", "features", "clip", "image_size", "class_prompt", "init_word",
+             "guidance_scale")  # fmt: skip
+    chosen = {"data": str(data), "load_path": str(base), "styles": ["a", "b"], "experiments": [1, 2, 3, 4],
+              "budget": "small", "seed": 0, "device": "cpu", "amp": "no"}  # fmt: skip
+    written = {
+        "settings": chosen | dict.fromkeys(unset) | numbers,
+        "base": f"{base.resolve()} 1 {10**18}",
+        "data": {
+            "a": "21288f469a4aa23f55e900e40f40682d",
+            "b": "6bba7e58801797e8011103df2e23181c",
+        },
+    }
+    folder = tmp_path / "results" / "2026-01-01_000000_data"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(written))
+    args = ["--data", data, "--load_path", base, "--steps", 4, "--device", "cpu", "--amp", "no"]
+    s = program.choose_styles(program.parse(list(map(str, args)))[0])
+    assert find(tmp_path / "results", describe(s)) == folder
+    assert find(tmp_path / "results", describe(changed(s, steps=5))) is None
 
 
 def test_changed_data_is_another_study(tmp_path):
@@ -447,15 +525,15 @@ def test_a_changed_base_is_another_study(tmp_path):
     save_png(toy.draw(1, 16), tmp_path / "data" / "a" / "1.png")
     (weights := tmp_path / "sd" / "unet" / "weights.bin").parent.mkdir(parents=True)
     weights.write_text("first")
-    s = dataclasses.replace(
-        settings(tmp_path / "data", styles=("a",)), load_path=None, sd_path=str(tmp_path / "sd")
-    )
+    s = settings(tmp_path / "data", styles=("a",))
+    s = changed(s, load_path=None, sd_path=str(tmp_path / "sd"))
     before = describe(s)
     assert before == describe(s)
     weights.write_text("another")
     assert before != describe(s)
 
 
+@pytest.mark.slow
 def test_numbers_carry_their_definitions(study):
     one = study(Fake())
     run_study(one)
@@ -477,16 +555,17 @@ def test_numbers_carry_their_definitions(study):
 
 
 def test_progress_tells_the_seconds_that_are_left(study):
-    from diffusion.study.experiment import Progress
-
+    """Also those that are finished in an earlier call: its cells took a second per unit of work."""
     one = study(Fake(), experiments=(1,))
-    bar = Progress(one)
-    assert bar.left() is None
     for i, cell in enumerate(one.cells):
-        one.metrics["cells"][cell.name] = {"measures": {}, "seconds": 3 * one.work(cell)}
+        one.metrics["cells"][cell.name] = {"measures": {}, "seconds": one.work(cell)}
         rest = sum(map(one.work, one.cells[i + 1 :]))
-        assert bar.left() == pytest.approx(3 * rest)
-    bar.bar.close()
+        with open_bar(one) as bar:
+            show_progress(bar, one, one.cells[-1])
+            known = bar.format_dict
+            assert known["total"] - known["n"] == rest
+            assert known["elapsed"] == pytest.approx(known["n"], abs=1)
+            assert f"<{bar.format_interval(rest)}" in str(bar)
 
 
 # --- the report ----------------------------------------------------------------------------------
@@ -513,17 +592,18 @@ class Tags(HTMLParser):
         self.text.append(data)
 
 
-def test_the_report_is_whole_and_escapes_everything(study, tmp_path, styles):
+def test_the_report_is_complete_and_escapes_everything(study, tmp_path, styles):
     one = study(Fake())
     run_study(one)
-    evil = dataclasses.replace(styles[0], name=EVIL, slug="evil", prompts=[EVIL], captions=[EVIL])
+    evil = dataclasses.replace(styles[0], name=EVIL, slug="evil", prompts=[EVIL])
     base = next(c for c in one.cells if c.kind == "base")
-    one.metrics["cells"][base.name]["prompts"] = [EVIL, "@@BODY@@ @@TITLE@@"]
+    one.metrics["cells"][base.name]["prompts"] = [EVIL, "$title ${base} $"]
     one.metrics["cells"][base.name]["measures"]["frechet"]["definition"] = EVIL
-    one.settings = dataclasses.replace(one.settings, data=f"data/{EVIL.replace('/', '_')}", load_path=EVIL)  # fmt: skip
-    one.styles = [*styles, evil]
+    one.settings = changed(one.settings, data=f"data/{EVIL.replace('/', '_')}", load_path=EVIL)  # fmt: skip
+    one.judge = dataclasses.replace(one.judge, styles=one.styles | {EVIL: evil})
+    one.plan.slugs[EVIL] = "evil"
     one.metrics["real"][EVIL] = one.metrics["real"]["bald"]
-    one.cells.append(dataclasses.replace(base, style=EVIL, name="base_evil"))
+    one.cells.append(one.plan.base(EVIL))
     one.metrics["cells"]["base_evil"] = one.metrics["cells"][base.name]
     text = write_report(one).read_text()
     page = Tags()
@@ -531,14 +611,14 @@ def test_the_report_is_whole_and_escapes_everything(study, tmp_path, styles):
     assert page.open == []
     tags = [tag for tag, _ in page.seen]
     assert "script" not in tags and not any("onerror" in a for _, a in page.seen)
-    assert EVIL in "".join(page.text) and "@@BODY@@" in "".join(page.text)
+    assert EVIL in "".join(page.text) and "$title ${base} $" in "".join(page.text)
     assert all(a["src"].startswith("data:image/png;base64,") for t, a in page.seen if t == "img")
     assert all(a.get("alt") for t, a in page.seen if t == "img")
     assert not any(a.get("href") for _, a in page.seen) and len(text) < 3_000_000
     headings = "".join(page.text)
-    for told in ("1. A LoRA for each style", "2. Ablation", "3. Three methods", "4. From bald to bob",
+    for text in ("1. A LoRA for each style", "2. Ablation", "3. Three methods", "4. From bald to bob",
                  "DreamBooth", "Textual Inversion", "real images", "base, untouched"):  # fmt: skip
-        assert told in headings
+        assert text in headings
     assert tags.count("table") == 1 + 1 + 2 + 3 + 1 + 1
 
 
@@ -557,7 +637,7 @@ def test_mistakes_are_found_before_anything_is_written(
     faces,
     base,
     model,
-    vae,  # noqa: F811
+    vae,
 ):
     (tmp_path / "empty" / "style").mkdir(parents=True)
     flat = tmp_path / "flat"
@@ -565,25 +645,25 @@ def test_mistakes_are_found_before_anything_is_written(
         save_png(toy.draw(i, 16), flat / f"{i}.png")
         save_png(toy.draw(i, 16), tmp_path / "single" / "only" / f"{i}.png")
     on, two = ("--load_path", base), ("--styles", "bald,bob")
-    for args, told in (
-        ((*on,), "--data STYLES is missing"),
-        (("--data", faces), "either --sd_path or --load_path"),
-        ((*on, "--data", tmp_path / "none"), "is no folder"),
-        ((*on, "--data", tmp_path / "empty"), "holds no styles: it has no images"),
-        ((*on, "--data", flat), "belong into one folder per style"),
-        ((*on, "--data", faces, "--styles", "bald,manga"), "'manga' is no style of .*bald, bob, spiky"),
-        ((*on, "--data", faces, "--styles", "bald"), "experiment 4 goes from one style to another"),
-        ((*on, "--data", faces, "--experiments", "7"), "experiment 7 is unknown"),
-        ((*on, "--data", tmp_path / "single", "--experiments", "1"), "holds one style"),
-        (("--load_path", tmp_path / "no.pt", "--data", faces), "no.pt does not exist"),
-        (("--load_path", model, "--data", faces), "reads no text"),
+    for args, named in (
+        ((*on,), "--data"),
+        (("--data", faces), "--sd_path or --load_path"),
+        ((*on, "--data", tmp_path / "none"), "--data .*none"),
+        ((*on, "--data", tmp_path / "empty"), "--data .*empty"),
+        ((*on, "--data", flat), "--data .*flat.* one folder per style"),
+        ((*on, "--data", faces, "--styles", "bald,manga"), "--styles.*'manga'.*bald, bob, spiky"),
+        ((*on, "--data", faces, "--styles", "bald"), "experiment 4 .*'bald'"),
+        ((*on, "--data", faces, "--experiments", "7"), "experiments is .*7"),
+        ((*on, "--data", tmp_path / "single", "--experiments", "1"), "single .*--features"),
+        (("--load_path", tmp_path / "no.pt", "--data", faces), "no.pt"),
+        (("--load_path", model, "--data", faces), "model.pt .*--condition text"),
         (("--load_path", vae / "model.pt", "--data", faces), "is a VAE"),
-        ((*on, "--data", faces, *two, "--sample_steps", 21), "more than the schedule's 20"),
-        ((*on, "--data", faces, *two, "--sampler", "heun"), "heun"),
-        ((*on, "--data", faces, *two, "--clip", tmp_path / "none"), "--clip .*is no folder"),
-        ((*on, "--data", faces, *two, "--features", tmp_path / "none"), "does not exist"),
+        ((*on, "--data", faces, *two, "--sample_steps", 21), "21.* 20"),
+        ((*on, "--data", faces, *two, "--sampler", "heuns"), "heuns"),
+        ((*on, "--data", faces, *two, "--clip", tmp_path / "none"), "none"),
+        ((*on, "--data", faces, *two, "--features", tmp_path / "none"), "none"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=named):
             call(monkeypatch, tmp_path, *args)
     assert not (tmp_path / "out").exists()
 
@@ -604,7 +684,7 @@ def test_a_finished_study_says_so(study, monkeypatch, tmp_path, faces, capsys):
 
 
 @pytest.mark.slow
-def test_the_whole_study_killed_and_continued(base, faces, tmp_path):
+def test_a_real_study_killed_and_resumed(base, faces, tmp_path):
     args = ["--load_path", base, "--data", faces, "--styles", "bald,bob", "--steps", 4, "--batch_size", 4,
             "--ranks", 2, "--num_images", 4, "--mix_images", 4, "--points", 2, "--sample_steps", 2,
             "--device", "cpu", "--amp", "no", "--save_folder", tmp_path / "out"]  # fmt: skip
@@ -622,7 +702,7 @@ def test_the_whole_study_killed_and_continued(base, faces, tmp_path):
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr + done.stdout
-    assert f"continuing {folder}" in done.stdout and "report.html" in done.stdout
+    assert f"{folder}, a study of the same" in done.stdout and "report.html" in done.stdout
     after = read_metrics(folder)
     assert after["finished"] and list((tmp_path / "out").iterdir()) == [folder]
     for name, entry in before["cells"].items():

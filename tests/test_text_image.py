@@ -6,29 +6,24 @@ import sys
 import numpy as np
 import pytest
 import torch
+from feature_networks import Pooled, pictures
 from PIL import Image
-from test_metrics import pictures, pooled, real  # noqa: F401 (fixtures)
 from torch.testing import assert_close
 
 from diffusion import UserError
 from diffusion.data import toy
-from diffusion.evaluation import clip_score as text_image
-from diffusion.evaluation import metrics
-from diffusion.evaluation.clip_score import (
-    TextImage,
-    clip_pixels,
-    diversity,
-    measure_folder,
-    open_clip,
-    open_lpips,
-    open_text_image,
-    prompts_of,
-    read_parameters,
-)
+from diffusion.data.folder import walk
+from diffusion.evaluation import __main__ as metrics
+from diffusion.evaluation import diversity as lpips_diversity
+from diffusion.evaluation.clip_score import open_clip, read_prompts
+from diffusion.evaluation.diversity import diversity, open_lpips
+from diffusion.evaluation.features import Features
+from diffusion.evaluation.image_batches import collect, folder_batches
+from diffusion.evaluation.metrics import Metrics, open_metrics
 from diffusion.files.tokenizer_files import save_tokenizer
 from diffusion.models.configs import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion.models.tokenizer import byte_level
-from diffusion.pictures.grid import parameters_text, save_png
+from diffusion.pictures.grid import parameters_text, read_parameters, save_png
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox", "zwei grüne Gesichter", "a", "long " * 30]
@@ -70,7 +65,7 @@ def test_clip_score_is_transformers(clip):
     folder, theirs, processor = clip
     ours, images = open_clip(folder, CPU), photos()
     pixels = torch.tensor(np.stack(processor(images)["pixel_values"]))
-    assert_close(torch.stack([clip_pixels(i, 28) for i in images]), pixels, rtol=0, atol=1e-5)
+    assert_close(ours.pixels(images), pixels, rtol=0, atol=1e-5)
     with torch.no_grad():
         out = theirs(input_ids=ours.tokenizer(PROMPTS), pixel_values=pixels)
     cosine = (out.image_embeds * out.text_embeds).sum(1)
@@ -96,12 +91,12 @@ def test_other_normalisation_is_read(clip, tmp_path):
     about = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(about))
     score = open_clip(folder, CPU)
-    assert_close(clip_pixels(np.full((28, 28, 3), 255, np.uint8), 28, score.mean, score.std),
-                 torch.ones(3, 28, 28))  # fmt: skip
+    white = np.full((1, 28, 28, 3), 255, np.uint8)
+    assert_close(score.pixels(white), torch.ones(1, 3, 28, 28))
 
 
 def test_mistakes(clip, tmp_path):
-    with pytest.raises(UserError, match="none is no folder"):
+    with pytest.raises(UserError, match="none"):
         open_clip(tmp_path / "none", CPU)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip_text_model"}))
     with pytest.raises(UserError, match="clip_text_model without vision tower"):
@@ -123,7 +118,7 @@ def test_diversity_is_the_mean_over_pairs(monkeypatch):
     x = images.astype(np.float64) / 127.5 - 1
     by_hand = [np.abs(x[i] - x[j]).mean() for i in range(5) for j in range(i)]
     assert diversity(images, distance, CPU) == pytest.approx(np.mean(by_hand), rel=1e-6)
-    monkeypatch.setattr(text_image, "PAIRS", 4)
+    monkeypatch.setattr(lpips_diversity, "MAX_PAIRS", 4)
     few = diversity(images, distance, CPU)
     assert min(by_hand) < few < max(by_hand) and few == diversity(images, distance, CPU)
 
@@ -137,9 +132,9 @@ def test_diversity_with_the_lpips_package():
     pairs = [net(lpips.im2tensor(images[i]), lpips.im2tensor(images[j]))
              for i, j in ((0, 1), (0, 2), (1, 2))]  # fmt: skip
     assert diversity(images, net, CPU) == pytest.approx(float(sum(pairs)) / 3, rel=1e-5)
-    found = TextImage(None, net)
-    found.add(range(3), images, None)
-    result = found.result()["lpips_diversity"]
+    metrics = Metrics(Features("pooled", "pooled", "", Pooled(), CPU), lpips=net)
+    found = collect([(range(3), {}, images)], metrics.rows, "x")
+    result = metrics.compare(found, found)["lpips_diversity"]
     assert result["value"] == pytest.approx(float(sum(pairs)) / 3, rel=1e-5)
     assert result["num_images"] == 3 and "1801.03924" in result["definition"]
 
@@ -152,10 +147,10 @@ def test_lpips_without_its_weights(monkeypatch, tmp_path):
         open_lpips(CPU, "alex", "--lpips")
 
 
-def test_lpips_says_what_is_missing(monkeypatch):
+def test_lpips_says_what_is_missing(monkeypatch, pooled):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(UserError, match="--lpips needs LPIPS: pip install lpips"):
-        open_text_image(None, True, CPU)
+        open_metrics(pooled, None, True, CPU)
 
 
 def offline(*args, **options):
@@ -168,20 +163,20 @@ def offline(*args, **options):
 def test_prompts_come_from_captions_or_from_the_png(tmp_path):
     folder = tmp_path / "fake"
     settings = {"Steps": 3, "Sampler": "DDIM"}
-    told = ["a fox, red", "two\nlines"]
-    for i, prompt in enumerate(told):
+    prompts = ["a fox, red", "two\nlines"]
+    for i, prompt in enumerate(prompts):
         text = parameters_text(prompt, "blurry" if i else "", settings)
         save_png(toy.draw(i, 16), folder / f"{i}.png", {"parameters": text})
-    assert list(prompts_of(folder).values()) == told
+    assert read_prompts(walk(folder, sampled=True)) == prompts
     save_png(toy.draw(1, 16), folder / "2.png", {"parameters": parameters_text(None, "", settings)})
     assert read_parameters(folder / "2.png") is None
     with pytest.raises(UserError, match=r"2\.png has none"):
-        prompts_of(folder)
+        read_prompts(walk(folder, sampled=True))
     (folder / "2.txt").write_text("by hand")
-    assert list(prompts_of(folder).values())[-1] == "by hand"
+    assert read_prompts(walk(folder, sampled=True))[-1] == "by hand"
 
 
-def test_the_command_measures_a_folder(clip, real, pooled, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_command_measures_a_folder(clip, real, pooled, tmp_path, monkeypatch, capsys):
     fake = pictures(tmp_path / "fake", range(6))
     for i, file in enumerate(sorted(fake.iterdir())):
         file.with_suffix(".txt").write_text(toy.caption(i))
@@ -199,7 +194,7 @@ def test_the_command_measures_a_folder(clip, real, pooled, tmp_path, monkeypatch
     assert {"pooled", "pooled_kid", "precision", "recall"} <= set(found["definitions"])
 
 
-def test_a_model_that_reads_nothing_has_no_clip_score(clip, real, pooled, model):  # noqa: F811
+def test_a_model_that_reads_nothing_has_no_clip_score(clip, real, pooled, model):
     with pytest.raises(UserError, match="reads none"):
         call_metrics(real, model, "--fid_features", pooled, "--clip", clip[0])
 
@@ -213,20 +208,29 @@ def call_metrics(*args):
         sys.argv = old
 
 
-def test_pieces_are_the_whole(clip):
-    score, images = open_clip(clip[0], CPU), photos()
-    found = TextImage(score)
-    for i in range(4):
-        found.add([i], [images[i]], [PROMPTS[i]])
-    value = found.result()["clip_score"]
-    assert value["value"] == pytest.approx(float(score(images, PROMPTS).mean()), rel=1e-5)
-    assert value["num_images"] == 4 and found.result() == {}
+def metrics_of(clip) -> Metrics:
+    return Metrics(Features("pooled", "pooled", "", Pooled(), CPU), open_clip(clip[0], CPU))
+
+
+def test_batches_do_not_change_the_score(clip):
+    metrics, images = metrics_of(clip), photos()
+    batches = [([i], {"prompts": [PROMPTS[i]]}, images[i][None]) for i in (2, 0, 3, 1)]
+    found = collect(batches, metrics.rows, "x")
+    assert_close(found["clip"], metrics.clip(images, PROMPTS), rtol=1e-5, atol=0)
+    record = metrics.compare(found, found)["clip_score"]
+    assert (
+        record["value"] == pytest.approx(float(found["clip"].mean())) and record["num_images"] == 4
+    )
 
 
 def test_broken_images_are_left_out(clip, tmp_path):
     fake = pictures(tmp_path / "fake", range(3))
     (fake / "broken.png").write_bytes(b"\x89PNG\r\n")
     for file in list(fake.iterdir()):
-        file.with_suffix(".txt").write_text("a face")
-    found = measure_folder(TextImage(open_clip(clip[0], CPU)), fake, None)
-    assert found["clip_score"]["num_images"] == 3
+        file.with_suffix(".txt").write_text(f"face {file.stem}")
+    found, metrics = walk(fake), metrics_of(clip)
+    prompts = read_prompts(found)
+    rows = collect(folder_batches(fake, found.images, None, prompts), metrics.rows, fake)
+    images = [np.asarray(Image.open(f)) for f in found.images if f.stem != "broken"]
+    expected = metrics.clip(images, [f"face {i:03d}" for i in range(3)])
+    assert_close(rows["clip"], expected, rtol=1e-5, atol=0)

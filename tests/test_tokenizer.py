@@ -13,7 +13,6 @@ import importlib.util
 import json
 import pickle
 import random
-import time
 import unicodedata
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from diffusion.models.tokenizer import (
     BOS,
+    BYTE_OF,
     EOS,
     SYMBOLS,
     Tokenizer,
@@ -149,7 +149,6 @@ def test_every_assigned_character_is_classed_as_by_transformers(clip, oracle):
 def test_known_ids(clip):
     assert len(clip) == 49408 and (clip.bos_id, clip.eos_id, clip.pad_id) == (49406, 49407, 49407)
     assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
-    assert clip.decode([49406, 320, 1125, 539, 320, 2368, 49407, 49407]) == "a photo of a cat"
 
 
 @pytest.mark.parametrize(
@@ -209,44 +208,22 @@ def test_rows_are_those_of_transformers(clip, transformers, pad):
     assert ours.pad_id == {EOS: 49407, "!": 0}[pad]
 
 
-# --- time ----------------------------------------------------------------------------------------
+# --- long prompts --------------------------------------------------------------------------------
 
 LONG = {
-    "one letter": lambda n: "a" * n,
-    "one word": lambda n: "".join(random.Random(0).choices("etaoinshrdlu", k=n)),
-    "words": lambda n: "a photo of a cat, it's 12 " * (n // 26),
-    "punctuation": lambda n: "!?" * (n // 2),
-    "marks out of order": lambda n: "a" + "\u0301\u0316" * (n // 2),
-    "marks that decompose": lambda n: "\u0f73" * n,
-    "special tokens": lambda n: EOS * (n // len(EOS)),
+    "one letter": "a" * 5000,
+    "one word": "".join(random.Random(0).choices("etaoinshrdlu", k=5000)),
+    "words": "a photo of a cat, it's 12 " * 2000,
+    "punctuation": "!?" * 5000,
+    "marks out of order": "a" + "\u0301\u0316" * 1000,
+    "marks that decompose": "\u0f73" * 2000,
+    "special tokens": EOS * 5000,
 }
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_time_is_not_quadratic(kind):
-    """8 times the length takes about 8 times as long; in n^2 it would be 64."""
-
-    def seconds(n: int) -> float:
-        start = time.process_time()
-        tokenizer.encode(LONG[kind](n))
-        return time.process_time() - start
-
-    tokenizer = tiny()
-    seconds(1000)
-    short = min(seconds(5_000) for _ in range(3))
-    assert min(seconds(40_000) for _ in range(2)) < 28 * short
-
-
-@pytest.mark.parametrize("kind", LONG)
 def test_long_prompts_are_those_of_transformers(clip, oracle, kind):
-    text = LONG[kind](100_000)
-    assert_same_ids([text], clip.encode, [oracle(text)])
-
-
-@pytest.mark.slow
-def test_a_megabyte_in_one_word(clip):
-    ids = clip.encode("a" * 10**6)
-    assert len(ids) < 10**6 / 7 and clip.decode(ids) == "a" * 10**6
+    assert_same_ids([LONG[kind]], clip.encode, [oracle(LONG[kind])])
 
 
 def test_the_cache_is_bounded():
@@ -265,7 +242,8 @@ def test_merges_go_by_rank_then_from_the_left():
     tokenizer = tiny()
 
     def split(text: str) -> list[str]:
-        return [tokenizer.tokens[i] for i in tokenizer.encode(text)]
+        tokens = list(tokenizer.vocab)
+        return [tokens[i] for i in tokenizer.encode(text)]
 
     assert split("cat") == ["cat</w>"]  # c a, then ca t</w>, though a t</w> comes before it
     assert split("at") == ["at</w>"]
@@ -290,9 +268,9 @@ def test_byte_level_round_trip():
     rng = random.Random(1)
     for _ in range(300):
         text = "".join(rng.choices(every, k=20)) + rng.choice(MARKUP[2:] + QUOTED + EMOJI)
-        assert tokenizer.decode(tokenizer.encode(text)) == " ".join(words(normalise(text))).strip(
-            " "
-        )
+        spelt = "".join(SYMBOLS[i] for i in tokenizer.encode(text)).replace("</w>", " ")
+        again = b"".join(BYTE_OF.get(char, b" ") for char in spelt).decode()
+        assert again.strip(" ") == " ".join(words(normalise(text))).strip(" ")
 
 
 # --- rows and chunks -----------------------------------------------------------------------------
@@ -347,25 +325,6 @@ def test_chunks_are_those_of_kohya(clip, transformers):
         assert clip(text, chunks=3)[0].tolist() == cut
 
 
-# --- decoding ------------------------------------------------------------------------------------
-
-
-def test_decode_is_that_of_transformers(clip, _oracle):
-    """Where the text has no </w> of its own, of which the oracle makes a space."""
-    texts = [t for t in random_texts(random.Random(2), 1000) if "</w>" not in t]
-    for text in texts:
-        ids = clip.encode(text)
-        theirs = _oracle.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert clip.decode(torch.tensor(ids)).strip() == theirs.strip()
-
-
-def test_decode():
-    tokenizer = tiny()
-    assert tokenizer.decode(tokenizer("cat  A</w>!")[0]) == "cat a </ w >!"
-    assert tokenizer.decode([SYMBOLS.index("Ã"), SYMBOLS.index("a</w>")]) == "\ufffda"
-    assert tokenizer.decode([]) == ""
-
-
 # --- added tokens --------------------------------------------------------------------------------
 
 
@@ -391,7 +350,6 @@ def test_added_tokens_are_units():
     x, y = tokenizer.encode("x y")
     assert new == len(tokenizer) - 1 == 518
     assert tokenizer.encode("x<cat>y <CAT>") == [x, new, y, new]
-    assert tokenizer.decode([x, new, y]) == "x <Cat> y"
     assert tokenizer.add_tokens("sks") == [519] and tokenizer.encode("xsksy") == [x, 519, y]
     assert tokenizer.add_tokens([]) == []
 
@@ -407,7 +365,6 @@ def test_many_vectors():
     for t in (tokenizer, again):
         assert t.encode("<tok>") == ids[:3] and t.encode("<b><tok>") == ids[3:] + ids[:3]
         assert t.encode("<tok>_1 <tok>_2") == ids[1:3]
-        assert t.decode(ids[:3]) == "<tok> <tok>_1 <tok>_2"
 
 
 @pytest.mark.parametrize(
@@ -547,13 +504,13 @@ def without(token: str) -> dict:
         (broken(added={"<a>": 518, "<A>": 519}), "the same in lower case"),
         (broken(context_length=2), "context_length is 2"),
         (lambda: from_bpe_simple_vocab("#version\nt h\n"), "2 merges of 48894"),
-        (lambda: from_tokenizer_json([]), "tokenizer.json is amiss"),
+        (lambda: from_tokenizer_json([]), "tokenizer.json"),
         (
             lambda: from_tokenizer_json({"model": {}, "added_tokens": []}),
-            "tokenizer.json is amiss.*vocab",
+            "tokenizer.json.*vocab",
         ),
-        (lambda: from_tokenizer_json(tokenizer_json() | {"added_tokens": [3]}), "amiss"),
-        (lambda: from_tokenizer_json(tokenizer_json(vocab=None)), "amiss|vocab, merges"),
+        (lambda: from_tokenizer_json(tokenizer_json() | {"added_tokens": [3]}), "tokenizer.json"),
+        (lambda: from_tokenizer_json(tokenizer_json(vocab=None)), "tokenizer.json|vocab, merges"),
         (lambda: from_tokenizer_json(tokenizer_json(merges=3)), "vocab, merges, added are .*int"),
         (lambda: from_tokenizer_json(tokenizer_json(end_of_word_suffix="")), "words end in ''"),
         (lambda: from_tokenizer_json(tokenizer_json(flags={"lstrip": True})), "<a>.*lstrip"),
@@ -567,8 +524,6 @@ def without(token: str) -> dict:
         (lambda: tiny()(["a", 5]), "a prompt is 5"),
         (lambda: tiny()("a \ud800 b"), "lone surrogates"),
         (lambda: tiny().encode("\udc80"), "lone surrogates"),
-        (lambda: tiny().decode([0, 518]), "id 518 is unknown; use 0 ... 517"),
-        (lambda: tiny().decode([-1]), "id -1 is unknown"),
     ],
 )
 def test_mistakes_are_told(make, message):

@@ -1,16 +1,21 @@
 """The U-Net: shapes, weight standardisation, padding, labels, checkpointing."""
 
+import ast
 import math
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from diffusion.models.layers import Conv3x3, WSConv3x3, folded
-from diffusion.models.unet import GroupNorm, LinearAttention, TimeEmbedding, UNet
+from diffusion.models import cpu
+from diffusion.models.build import build_pixel_unet, for_inference
+from diffusion.models.cond import Cond
+from diffusion.models.layers import Conv3x3, WSConv3x3, sinusoids
+from diffusion.models.unet import GroupNorm, LinearAttention, UNet
 
 
 def small(**options) -> UNet:
@@ -57,9 +62,9 @@ def test_four_levels_by_default():
 def test_time_and_labels_matter():
     model, x = small(num_classes=3).eval(), torch.randn(1, 3, 8, 8)
     t = torch.zeros(1)
-    outs = [model(x, t, torch.tensor([i])) for i in range(4)]
+    outs = [model(x, t, Cond(labels=torch.tensor([i]))) for i in range(4)]
     assert all(not torch.allclose(outs[0], o, atol=1e-4) for o in outs[1:])
-    assert_close(model(x, t), outs[3])  # None is the null label
+    assert_close(model(x, t), outs[3])  # no label is the null label
     assert not torch.allclose(model(x, t + 5), outs[3], atol=1e-4)
 
 
@@ -94,9 +99,9 @@ def test_standardised_weights_do_not_depend_on_autocast(layout):
 
 @pytest.mark.parametrize("size, dim", [((4, 4), 256), ((2, 3), 160), ((16, 16), 64)])
 def test_convolution_is_torchs(size, dim):
-    """By patches (the first two) or not, with gradients."""
+    """On a CPU by patches (the first two) or not, with gradients."""
     torch.manual_seed(0)
-    conv = Conv3x3(8, dim).to(memory_format=torch.channels_last).double()
+    conv = cpu.install(Conv3x3(8, dim)).to(memory_format=torch.channels_last).double()
     x, y = (torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y.data.copy_(x.data)
     w, b = (p.detach().clone().requires_grad_() for p in conv.parameters())
@@ -107,9 +112,9 @@ def test_convolution_is_torchs(size, dim):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_folded_is_the_same_function(dtype):
+def test_for_inference_is_the_same_function(dtype):
     model, x, t = small().eval(), torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
-    ready = folded(model, dtype)
+    ready = for_inference(model, dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
         assert torch.equal(ready(x, t), model(x, t))
         assert not any(isinstance(m, WSConv3x3) for m in ready.modules())
@@ -143,19 +148,17 @@ def test_linear_attention_is_its_definition():
 
 
 def test_time_embedding_sinusoids():
-    embed = TimeEmbedding(8, 8)
-    embed.mlp = torch.nn.Identity()
     t, i = 12.5, 2
     freq = 10_000 ** (-i / 4)
     assert_close(
-        embed(torch.tensor([t]))[0, [i, 4 + i]],
+        sinusoids(torch.tensor([t]), 8)[0, [i, 4 + i]],
         torch.tensor([math.sin(t * freq), math.cos(t * freq)]),
     )
 
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (12, 4), (16, 8), (512, 8), (3, 1)])
 def test_groups_divide_the_channels(channels, groups):
-    norm = GroupNorm(channels)
+    norm = cpu.install(GroupNorm(channels))
     assert norm.num_groups == groups
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, channels, 5, 4).to(memory_format=layout)
@@ -179,7 +182,8 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_every_parameter_gets_a_gradient():
     """DDP waits for every parameter's gradient in every step."""
     model = small(num_classes=2)
-    model(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([0, 2])).square().mean().backward()
+    cond = Cond(labels=torch.tensor([0, 2]))
+    model(torch.randn(2, 3, 8, 8), torch.ones(2), cond).square().mean().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -199,3 +203,24 @@ assert torch.nn.init.ones_(torch.zeros(2)).sum() == 2
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_network_is_the_same_with_and_without_fast_paths(monkeypatch):
+    torch.manual_seed(0)
+    fast = randomise(build_pixel_unet(32, (1, 8), num_classes=2))
+    plain = UNet(32, (1, 8), num_classes=2).to(memory_format=torch.channels_last)
+    plain.load_state_dict(fast.state_dict())
+    patches = Mock(side_effect=cpu.product_of_patches)
+    monkeypatch.setattr(cpu, "product_of_patches", patches)
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([3.0, 400.0])
+    assert_close(fast(x, t), plain(x, t), rtol=1e-4, atol=1e-5)
+    assert patches.called  # 256 channels at 2x2
+
+
+def test_every_network_of_the_package_is_built_with_its_fast_paths():
+    """By models/build.py, which installs them: nobody else calls the classes of networks."""
+    classes = {"UNet", "SDUNet", "AutoencoderKL", "CLIPTextModel", "CLIPModel"}
+    for path in (ROOT / "diffusion").rglob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        made = {getattr(f, "id", getattr(f, "attr", None)) for f in calls} & classes
+        assert not made or path.name == "build.py", f"{path} makes {made}"

@@ -17,7 +17,7 @@ from diffusion.pictures import plot, views
 from diffusion.pictures.grid import enlarge, strip, to_uint8
 from diffusion.process.samplers import SAMPLERS
 from diffusion.runtime.seeding import ImageNoise
-from diffusion.sampling.pipeline import Pipeline
+from diffusion.sampling.load import load
 
 PERCENT = ("00", "25", "50", "75", "99")
 FORWARD = {f"forward_t{p}.png" for p in PERCENT} | {"forward.png", "forward.webp", "schedule.png", "table.png"}  # fmt: skip
@@ -41,7 +41,7 @@ def show(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipeline(model):
-    return Pipeline.load(model)
+    return load(model)
 
 
 def pixels(path) -> np.ndarray:
@@ -68,9 +68,9 @@ def test_a_model(model, tmp_path, show):
     names = [run["name"] for run in data["runs"]]
     assert names == ["ddim, 10 steps", "ddpm, 20 steps", "ddim, 20 steps", "dpmpp_2m, 20 steps", "dpmpp_2m, 10 steps"]  # fmt: skip
     assert data["T"] == 20 and data["size"] == 16 and len(data["forward"]["x"]) == 2
-    # films: one frame per timestep, and the last one stays
-    film = Image.open(viz / "backward.webp")
-    assert film.n_frames == 11 and Image.open(viz / "forward.webp").n_frames == 20
+    # animations: one frame per timestep, and the last one stays
+    moving = Image.open(viz / "backward.webp")
+    assert moving.n_frames == 11 and Image.open(viz / "forward.webp").n_frames == 20
 
 
 def test_the_pictures_are_those_of_q_sample(model, tmp_path, show, pipeline):
@@ -120,21 +120,32 @@ def test_slerp_keeps_the_norm_and_meets_the_ends():
     assert_close(views.slerp(a, a, 0.3), a)
 
 
-def test_interpolations_end_at_the_samples(pipeline):
-    own = dict(amp="no")
-    rows = views.between_seeds(pipeline, 3, 2, points=3, options=lambda _: own, sampler="ddim", steps=5)  # fmt: skip
-    assert rows.shape == (2, 3, 16, 16, 3)
+def test_interpolations_end_at_the_samples(pipeline, tmp_path):
+    data = views.pick_images(None, pipeline.config, 4)
+    own = dict(amp="no", seed=3)
+    gallery = views.Gallery(
+        path=tmp_path,
+        replace=False,
+        pipeline=pipeline,
+        data=data,
+        table=pipeline.table("ddim", 10),
+        count=2,
+        seed=3,
+        options=lambda _: own,
+        conditioned=True,
+    )
+    rows = gallery.between_seeds()
+    assert rows.shape == (2, 8, 16, 16, 3)
     for column, seed in ((0, 3), (-1, 4)):
-        samples = pipeline.sample(range(2), seed=seed, sampler="ddim", steps=5, **own)
+        samples = pipeline.sample(range(2), sampler="ddim", steps=10, **own | dict(seed=seed))
         difference = rows[:, column].astype(int) - to_uint8(samples)
         assert abs(difference).max() <= 1
-    images = views.pick_images(None, pipeline.config, 2).images
-    rows = views.between_images(pipeline, images[:1], images[1:], 3, points=3, options=lambda _: own, sampler="ddim", steps=10)  # fmt: skip
-    assert rows.shape == (1, 5, 16, 16, 3)
-    np.testing.assert_array_equal(rows[0, 0], to_uint8(images[:1])[0])
-    np.testing.assert_array_equal(rows[0, -1], to_uint8(images[1:])[0])
+    rows = gallery.between_images()
+    assert rows.shape == (2, 10, 16, 16, 3)
+    np.testing.assert_array_equal(rows[:, 0], to_uint8(data.images[:2]))
+    np.testing.assert_array_equal(rows[:, -1], to_uint8(data.images[2:]))
     # half of the steps from the image's own q_sample
-    [*_, (x, _)] = pipeline.frames([0], seed=3, init=images[:1], strength=0.5, steps=10, eps=ImageNoise(3, [0], pipeline.shape)(), **own)  # fmt: skip
+    [*_, (x, _)] = pipeline.frames([0], init=data.images[:1], strength=0.5, steps=10, eps=ImageNoise(3, [0], pipeline.shape)(), **own)  # fmt: skip
     assert abs(rows[0, 1].astype(int) - to_uint8(x)[0]).max() <= 1
 
 
@@ -149,10 +160,10 @@ def test_noise_given_from_outside_is_not_reused_by_the_rows(pipeline):
     ("args", "told"),
     [
         (("--load_path", "none.pt"), "none.pt does not exist"),
-        (("--num_images", 0), "it must be 1 to 16"),
+        (("--num_images", 0), "num_images is 0"),
         (("--sampler", "heun"), "sampler 'heun' is unknown"),
         (("--steps", 21), "more than the schedule's 20"),
-        (("--data", "nowhere"), "neither a folder nor a known set"),
+        (("--data", "nowhere"), "data .nowhere. is neither"),
         (("--class_label", "dog"), "class_label 'dog' is unknown"),
     ],
 )
@@ -192,9 +203,12 @@ def test_ticks_are_round():
     assert plot.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert plot.ticks(-3.2, 4.1) == pytest.approx([-2, 0, 2, 4])
     assert plot.ticks(1e5, 9e5) == pytest.approx([2e5, 4e5, 6e5, 8e5])
-    marks = [10**v for v in plot.log_ticks(1, 3)]
+    marks = plot.ticks(1, 3, log=True)
     assert marks == pytest.approx([10, 20, 50, 100, 200, 500, 1000])
-    assert [plot.told(v) for v in (0.05, 1200, 3e-5, 0.1 + 0.2)] == ["0.05", "1200", "3e-05", "0.3"]
+    assert plot.ticks(0, 6, log=True) == pytest.approx([10.0**n for n in range(7)])
+    assert plot.ticks(np.log10(30), np.log10(40), log=True) == pytest.approx(
+        [30, 32, 34, 36, 38, 40]
+    )
 
 
 def colours(picture) -> np.ndarray:
@@ -250,16 +264,16 @@ def test_curves_of_a_killed_run_and_of_other_counts(tmp_path):
 
 def test_long_processes_keep_few_frames(pipeline):
     times = [float(t) for t in range(999, -1, -1)]
-    kept = views.kept_frames(times, 1000)
-    assert len(kept) <= views.MOST_FRAMES + 5 and {0, 999} <= kept
+    kept = views.choose_frames(times, 1000)
+    assert len(kept) <= views.MAX_FRAMES + 5 and {0, 999} <= set(kept) and kept == sorted(kept)
     for p in views.PERCENT:
         assert 999 - round(p / 100 * 999) in kept
 
 
 def test_one_step_and_one_image(model, tmp_path, show):
     show("--load_path", model, "--save_folder", tmp_path, "--num_images", 1, "--steps", 1)
-    film = Image.open(tmp_path / "viz" / "backward.webp")
-    assert film.width >= plot.font(15).getlength("ddim, 1 steps   t = 19")
+    moving = Image.open(tmp_path / "viz" / "backward.webp")
+    assert moving.width >= plot.font(15).getlength("ddim, 1 steps   t = 19")
 
 
 def test_a_stream_is_not_downloaded_to_look_at(pipeline):

@@ -19,13 +19,13 @@ from diffusion.files import adapter_files as adapters
 from diffusion.files import checkpoint
 from diffusion.files import sd_files as loader
 from diffusion.models import lora
-from diffusion.sampling.load import open_parts, open_pipeline
-from diffusion.training.finetune_config import based_on
+from diffusion.sampling.load import open_pipeline, open_stack
+from diffusion.training.finetune_config import resolve_config
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (tests/requirements.txt)")
 peft = pytest.importorskip("peft", reason="needs peft (tests/requirements.txt)")
 pytest.importorskip("transformers", reason="needs transformers (tests/requirements.txt)")
-from test_stable_diffusion import make_pipeline, our_latents, their_latents  # noqa: E402
+from diffusers_models import make_pipeline, our_latents, their_latents  # noqa: E402
 
 CPU = torch.device("cpu")
 EPS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -109,9 +109,9 @@ def test_an_embedding_answers_to_its_files_name_and_to_the_name_inside(
     ours = open_pipeline(None, str(sd), None, CPU, amp="no", embeddings=[file])
     expected = their_text(f"a {'<half>' if name == 'plain.pt' else '<oracle>'}, red")
     for word in (file.stem, inside, file.stem.upper()):
-        found = ours.text([f"a {word}, red"])
+        found = ours.conditioning.embed([f"a {word}, red"])
         assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=lambda m: f"{word}: {m}")
-    assert (ours.text(["a b, red"]) - expected).abs().max() > 0.1
+    assert (ours.conditioning.embed(["a b, red"]) - expected).abs().max() > 0.1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
     assert f"{file.stem!r}" in line and f"{inside!r}" in line and "3 vectors" in line
 
@@ -229,7 +229,7 @@ def test_a_file_with_both_is_drawn_with_its_plain_weights(both, sd, tmp_path):
     assert np.array_equal(pictures["raw"], pictures["only plain"])
     assert np.array_equal(pictures["ema"], pictures["only ema"])
     assert not np.array_equal(pictures["ema"], pictures["raw"])
-    assert "model_ema.* is in the file and not used" in printed["default"]
+    assert "model_ema.* are not used" in printed["default"]
     assert "--weights ema" in printed["default"] and "--weights ema" not in printed["only plain"]
     for path in (both / "plain.safetensors", sd):
         config = () if path == sd else ("--config", sd)
@@ -404,8 +404,8 @@ def test_an_unknown_prediction_type_may_be_overridden(sd, tensors, v_latents, tm
         mode="latent", condition="text", sd_path=str(file), sd_config=str(sd), objective="v"
     )
     with pytest.raises(UserError, match="'flow'.*--objective"):
-        based_on(start, {"sd_path", "sd_config"})
-    open_parts(based_on(start, {"sd_path", "sd_config", "objective"}), CPU)
+        resolve_config(start, {"sd_path", "sd_config"})
+    open_stack(resolve_config(start, {"sd_path", "sd_config", "objective"}), CPU)
     assert "'flow'" in capsys.readouterr().out
 
 
@@ -637,7 +637,10 @@ def test_initialisations_that_leave_the_base(sd, tmp_path, init):
 def written(sd, tmp_path_factory):
     """(a LoRA of both networks as kohya writes it, what it draws, its file)."""
     pipeline, parts = open_pipeline(None, str(sd), None, CPU, amp="no"), {}
-    for part, network in (("unet", pipeline.model), ("text_encoder", pipeline.text.model)):
+    for part, network in (
+        ("unet", pipeline.model),
+        ("text_encoder", pipeline.conditioning.encoder),
+    ):
         torch.manual_seed(7)
         lora.inject(network, lora.find(network, "attention"), 3, 2.0)
         for *_, branch in lora.branches(network):
@@ -651,7 +654,7 @@ def written(sd, tmp_path_factory):
 @pytest.fixture(scope="module")
 def networks(sd):
     pipeline = open_pipeline(None, str(sd), None, CPU, amp="no")
-    return {"unet": pipeline.model, "text_encoder": pipeline.text.model}
+    return {"unet": pipeline.model, "text_encoder": pipeline.conditioning.encoder}
 
 
 @pytest.mark.parametrize("setting", [
@@ -743,7 +746,7 @@ def test_what_is_harmless_is_left_out(sd, written, tmp_path):
 
 
 def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp_path):
-    with pytest.raises(UserError, match="no text encoder.*lora_te_"):
+    with pytest.raises(UserError, match="U-Net, such as lora_te_"):
         adapters.read_lora(written[2], {"unet": networks["unet"]})
     alone = ("--sd_path", sd, *SAMPLE, "--lora_interpolate", written[2])
     broken = tmp_path / "b.safetensors"
@@ -758,8 +761,8 @@ def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp
 def test_the_study_hands_on_what_a_file_holds(both, sd, captioned, tmp_path):
     """--sd_weights and --objective reach the base, train.py and sample.py; a study of before the
     options is the same one."""
-    from diffusion.study import results as folder
     from diffusion.study import runner
+    from diffusion.study import study_folder as folder
     from diffusion.study.__main__ import parse
 
     shared = [
@@ -772,12 +775,12 @@ def test_the_study_hands_on_what_a_file_holds(both, sd, captioned, tmp_path):
     ]
     plain = parse(shared)[0]
     other = parse([*shared, "--sd_weights", "ema", "--objective", "v"])[0]
-    assert runner.base_arguments(plain, "config") == [
+    assert runner.base_arguments(plain) == [
         f"--sd_path={both / 'a.ckpt'}",
         f"--config={sd}",
     ]
-    assert runner.base_arguments(other, "config")[2:] == ["--weights=ema", "--objective=v"]
-    assert runner.base_arguments(other, "sd_config")[2:] == ["--sd_weights=ema", "--objective=v"]
+    assert runner.base_arguments(other)[2:] == ["--weights=ema", "--objective=v"]
+    assert runner.base_arguments(other, "sd_")[2:] == ["--sd_weights=ema", "--objective=v"]
     known = folder.describe(plain)["settings"]
     # the plain weights are new: studies of before took this file's averaged ones
     assert known["sd_weights"] == "raw" and "objective" not in known

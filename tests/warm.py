@@ -45,10 +45,12 @@ class Process:
         for rank in range(ranks or 1):
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if ranks else {}  # fmt: skip
-            told = {k: str(v) for k, v in group.items()}
+            rank_variables = {k: str(v) for k, v in group.items()}
             files = [str(self.folder / f"{kind}{rank}") for kind in ("out", "err")]
-            whole = {**os.environ, **(env or {}), **told}
-            self.processes.append(forked("script", name, self.args[1:], str(cwd), whole, *files))
+            variables = {**os.environ, **(env or {}), **rank_variables}
+            self.processes.append(
+                forked("script", name, self.args[1:], str(cwd), variables, *files)
+            )
 
     @property
     def pid(self) -> int:
@@ -80,9 +82,9 @@ class Process:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def read(self) -> tuple[str, str]:
-        """(stdout, stderr) so far."""
-        files = (self.folder / "out0", self.folder / "err0")
+    def read(self, rank: int = 0) -> tuple[str, str]:
+        """(stdout, stderr) of a rank so far."""
+        files = (self.folder / f"out{rank}", self.folder / f"err{rank}")
         return tuple(f.read_text() if f.exists() else "" for f in files)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:

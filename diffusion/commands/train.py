@@ -9,18 +9,21 @@ from ..config import PRESETS, Parser, add_config_arguments, config_from_args
 
 
 def parse(args: list[str] | None = None):
-    """(Config, the options given, dry_run)"""
-
+    """Read the command line: (Config, the options given, dry_run)."""
     parser = Parser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument(
         "--preset",
         default=None,
         metavar="NAME",
-        help=f"a recipe to start from: none, {', '.join(PRESETS)}; --data NAME "
-        "brings its own where there is one",
+        help=f"recipe to start from: none, {', '.join(PRESETS)} (default: that of --data NAME "
+        "or --sd_path, if there is one)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="tell what would be done, and stop")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the configuration, the data set and the model's size, and stop",
+    )
     values = vars(parser.parse_args(args))
     preset = values.pop("preset")
     dry_run = values.pop("dry_run")

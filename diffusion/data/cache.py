@@ -1,162 +1,151 @@
-"""Images decoded once into a uint8 memory map.
+"""Arrays that are computed once: decoded images, latents, embeddings of captions.
 
-    <key>.u8     (N, size, size, 3) uint8, the usable images in order
-    <key>.json   which ones they are; written last, so that its presence means completeness
+    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each
+    <cache_dir>/<key>/00000.json       notes on some of these entries, by index
 
-The key is a digest of the set's stamp, its names and the transform. Several processes may ask at
-once: one builds under a file lock while the others wait; a killed build leaves a temporary file
-that the next one removes.
+The key is a digest of all that the numbers depend on: whatever changes makes another cache. A shard
+is written atomically, and computed by whoever locks it first: the ranks of a run, and other runs,
+build at the same time. A build that was killed resumes with the shards that are missing.
 """
 
 import contextlib
 import json
-import os
+import math
 import shutil
-import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import UserError
-from ..runtime.distributed import barrier, is_main, log, progress
-from .folder import report
-from .image_set import ImageSet, digest
-from .images import BadImage, read_noting
-
-TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"  # the number: raise on any change
-
-MOST_REASON = 5000  # characters; a path has at most 4096
+from ..files.atomic import atomic, write_text
+from ..files.text_files import read_json
+from ..runtime.distributed import barrier, log, progress, rank, world_size
 
 
-def decode_all(
-    images: ImageSet, size: int, workers: int
-) -> Iterator[tuple[np.ndarray | BadImage, list[str]]]:
-    """Each image, or why it cannot be used, and what is odd about it; in order.
+@dataclass(eq=False)
+class Cache:
+    """Keeps (count, *shape) numbers on disk; computes a shard that is missing or unreadable.
 
-    Decoded in threads, few held at a time.
+    compute(indices): (n, *shape) array of at most `chunk` entries. notes: what compute has to say
+    of single entries, {index: JSON value}; it puts them there, and a shard's are stored beside it.
+    Raises UserError if the folder cannot be written.
     """
 
-    def one(i: int) -> tuple[np.ndarray | BadImage, list[str]]:
+    folder: Path
+    count: int
+    shape: tuple[int, ...]
+    dtype: type
+    compute: Callable[[range], np.ndarray]
+    chunk: int
+    what: str
+    notes: dict[int, object] = field(default_factory=dict)
+    shard: int = 1024
+
+    def __post_init__(self):
+        shards = range(-(-self.count // self.shard))
+        self.built = [s for s in shards if self._open(s) is None]  # by this start of the program
         try:
-            return read_noting(lambda: images.read(i, size))
-        except BadImage as error:
-            return error, []
+            self._build(self.built[rank() :: world_size()])
+            barrier()
+            self._build(self.built)  # of other ranks: on a disk of theirs, or not there in time
+        except OSError as error:
+            raise UserError(
+                f"{self.what} cannot be cached in {self.folder}: {error}; free some space, choose "
+                "another --cache_dir, or give --no_cache, by which decoded images are not cached"
+            ) from None
+        self.arrays = [self._open(s) for s in shards]
+        if any(array is None for array in self.arrays):
+            raise UserError(f"{self.folder} changed while it was read; start again")
 
-    with ThreadPoolExecutor(max(1, workers)) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's on large images: MAX_PIXELS decides
-        for start in range(0, len(images), 256):
-            yield from pool.map(one, range(start, min(start + 256, len(images))))
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Read (n, *shape) entries. Raises UserError for damaged ones."""
+        out = np.empty((len(indices), *self.shape), self.dtype)
+        for row, i in enumerate(indices):
+            out[row] = self.arrays[i // self.shard][i % self.shard]
+            if not np.isfinite(out[row]).all():
+                raise UserError(
+                    f"{self._file(i // self.shard)} is damaged: it holds NaN or infinity; delete "
+                    "it, and it is computed again"
+                )
+        return out
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / f"{shard:05d}.npy"
+
+    def _entries(self, shard: int) -> range:
+        return range(self.count)[shard * self.shard : (shard + 1) * self.shard]
+
+    def _open(self, shard: int) -> np.ndarray | None:
+        """Map a shard into memory and take in its notes; None where it is missing or damaged."""
+        entries = self._entries(shard)
+        file = self._file(shard)
+        beside = file.with_suffix(".json")
+        with contextlib.suppress(Exception):  # a damaged header can be wrong in many ways
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            found = read_json(beside) if beside.exists() else {}
+            notes = {int(i): note for i, note in found.items()}
+            right = (len(entries), *self.shape) == array.shape and array.dtype == self.dtype
+            if right and notes.keys() <= set(entries):
+                self.notes |= notes
+                return array
+        return None
+
+    def _build(self, shards: list[int]) -> None:
+        shards = [s for s in shards if self._open(s) is None]
+        if not shards:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        count = sum(len(self._entries(s)) for s in shards)
+        check_space(self.folder, count * math.prod(self.shape) * np.dtype(self.dtype).itemsize)
+        log(f"{self.what}: {count:,} of {self.count:,} are computed, once")
+        with progress(total=count, desc=self.what, unit="", leave=False) as bar:
+            for shard in shards:
+                lock = self._file(shard).with_suffix(".lock")
+                with locked(lock):
+                    if self._open(shard) is None:  # else another process was faster
+                        atomic(self._file(shard), lambda path: self._write(path, shard, bar))
+                    lock.unlink(missing_ok=True)  # who still waits for it finds the shard
+
+    def _write(self, path: Path, shard: int, bar) -> None:
+        entries = self._entries(shard)
+        descr = np.lib.format.dtype_to_descr(np.dtype(self.dtype))
+        header = dict(descr=descr, fortran_order=False, shape=(len(entries), *self.shape))
+        with open(path, "wb") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for low in range(0, len(entries), self.chunk):
+                values = self.compute(entries[low : low + self.chunk])
+                values = values.astype(self.dtype, copy=False)
+                if not np.isfinite(values).all():
+                    raise UserError(
+                        f"{self.what}: the network made non-finite numbers; try --amp no"
+                    )
+                out.write(values.tobytes())
+                bar.update(len(values))
+        notes = {i: self.notes[i] for i in entries if i in self.notes}
+        beside = self._file(shard).with_suffix(".json")
+        beside.unlink(missing_ok=True)
+        if notes:
+            write_text(beside, json.dumps(notes))
 
 
-def cached(
-    images: ImageSet, size: int, folder: Path, workers: int = 2
-) -> tuple[np.ndarray, list[int]]:
-    """(N, size, size, 3) uint8 memory map of the usable images, and their indices in the set.
-
-    Raises UserError if no image is usable or the disk is too small.
-    """
-    if not is_main():
-        barrier()  # rank 0 comes first: it shows progress and tells what is skipped
-    try:
-        pixels, kept, skipped = _open_or_build(images, size, folder, workers)
-    except OSError as error:
-        raise UserError(
-            f"the image cache in {folder} cannot be written: {error}; free some space, choose "
-            "another --cache_dir, or give --no_cache"
-        ) from None
-    if is_main():
-        barrier()
-    report("images cannot be used and are skipped", skipped, len(images))
-    return pixels, kept
-
-
-def _open_or_build(images: ImageSet, size: int, folder: Path, workers: int) -> tuple:
-    key = digest(images.stamp, TRANSFORM, str(size), *images.names)
-    data = folder / f"{key}.u8"
-    index = folder / f"{key}.json"
-    known = (data, index, size, len(images))
-    unusable = (OSError, ValueError, KeyError, TypeError, RecursionError)
-    with contextlib.suppress(*unusable):
-        return _open(*known)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{key}.lock") as alone:
-        with contextlib.suppress(*unusable):
-            return _open(*known)  # another process built it meanwhile
-        _build(images, size, data, index, workers, alone)
-        return _open(*known)
-
-
-def _open(data: Path, index: Path, size: int, count: int) -> tuple[np.ndarray, list[int], list]:
-    if index.stat().st_size > (1 << 20) + 1000 * count:
-        raise ValueError("an index of more than there is")
-    found = json.loads(index.read_text())
-    kept = found["kept"]
-    skipped = found["skipped"]
-    if not all(type(i) is int and 0 <= i < count for i in kept) or sorted(set(kept)) != kept:
-        raise ValueError("an index of images that the set has not")
-    pairs = [(name, why) for name, why in skipped]
-    told = all(isinstance(t, str) and len(t) < MOST_REASON for pair in pairs for t in pair)
-    if not told or len(kept) + len(pairs) != count or any("\n" in why for _, why in pairs):
-        raise ValueError("not the reasons why images are skipped")
-    pixels = np.memmap(data, np.uint8, mode="r").reshape(len(kept), size, size, 3)
-    return pixels, kept, pairs
-
-
-def _build(images: ImageSet, size: int, data: Path, index: Path, workers: int, alone: bool) -> None:
-    if alone:
-        for stale in data.parent.glob(f"{data.stem}.*.tmp"):
-            stale.unlink()
-    need = len(images) * size * size * 3
-    free = shutil.disk_usage(data.parent).free
+def check_space(folder: Path, need: int) -> None:
+    """Raise OSError if the disk of a folder has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    kept = []
-    problems = []
-    odd = []
-    temporary = data.with_suffix(f".{os.getpid()}.u8.tmp")
-    with open(temporary, "wb") as out:
-        bar = progress(
-            decode_all(images, size, workers),
-            desc=f"decoding {images.name}",
-            total=len(images),
-            unit="img",
-            leave=False,
-        )
-        for i, (pixels, found) in enumerate(bar):
-            odd += [(images.names[i], text) for text in found]
-            if isinstance(pixels, BadImage):
-                problems.append((images.names[i], " ".join(str(pixels).split())[:500]))
-            else:
-                out.write(pixels.tobytes())
-                kept.append(i)
-        out.flush()
-        os.fsync(out.fileno())
-    if not kept:
-        report("images cannot be used", problems, len(images))
-        temporary.unlink()
-        raise UserError(f"none of the {len(images)} images of {images.name} can be used")
-    report("images are used, but may not be what was meant", odd, len(images))
-    os.replace(temporary, data)
-    temporary = index.with_suffix(f".{os.getpid()}.json.tmp")
-    temporary.write_text(json.dumps({"kept": kept, "skipped": problems}))
-    os.replace(temporary, index)
-    log(f"decoded {len(kept)} images of {images.name} to {size} px")
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
-    """Hold an advisory lock, which the system takes back if we die; False where there are none.
-
-    Without it two builders do the work twice, each in files of its own.
-    """
+def locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the system takes back if we die; none where it has none."""
     with open(path, "w") as file:
-        try:
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except (ImportError, OSError):
-            alone = False
-        yield alone
+        yield

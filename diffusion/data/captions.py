@@ -7,66 +7,34 @@ A table's caption goes before a text beside the image, and these in the order ab
 text, null (no caption), or a list of texts, of which each step samples one; several rows for one
 image are such a list. Anything else is an error: nothing is turned into text that was none. Where
 captions are not used (Selection.captions), what is wrong with them is a warning.
-
-A .csv has texts only. As pandas writes and reads it, NULLS are null, and "['a cat', 'a dog']" is a
-list. Names are joined as Unicode's NFC where they do not match byte for byte.
+Names are joined as Unicode's NFC where they do not match byte for byte.
 """
 
-import csv
-import json
 import math
 import os
-import re
 import unicodedata
-from ast import literal_eval
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 from .. import UserError
 from ..config import Config
-from ..files.validate import decode_text, open_text, plain_text
+from ..files.text_files import decode_text
 from ..runtime.distributed import log
-from .folder import SUFFIXES, TEXTS, Scan, inside, listed, report, walk
+from .folder import TEXTS, Scan, counted, report
+from .tables import read_rows, shortened
 
-MOST_CAPTION = 1 << 16
-MOST_LINE = 1 << 20  # bytes of a text, characters of a table's line
-MOST_NAMELESS = 1000  # rows without a file name, after which a table is of something else
+MAX_CAPTION = 1 << 16  # bytes of a text
+MAX_NAMELESS = 1000  # rows without a file name, after which a table is of something else
 CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")  # the first of these that there is
 NAME_COLUMNS = ("file_name", "filename", "image", "image_path", "file_path", "path")
-# what pandas.read_csv takes for missing values, and with it Hugging Face's ImageFolder
-NULLS = {
-    "",
-    "#N/A",
-    "#N/A N/A",
-    "#NA",
-    "-1.#IND",
-    "-1.#QNAN",
-    "-NaN",
-    "-nan",
-    "1.#IND",
-    "1.#QNAN",
-    "<NA>",
-    "N/A",
-    "NA",
-    "NULL",
-    "NaN",
-    "None",
-    "n/a",
-    "nan",
-    "null",
-}
-# one item of a list as Python, NumPy (blanks between) and JSON write it
-ITEM = re.compile(
-    r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null|nan|NaN)(?:\s*,\s*|\s+|$)""", re.DOTALL
-)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of a set is used. None: what its names suggest.
+    """Says which part of a set is used. None: what its names suggest.
 
     split: a folder's or a hub set's. image_column: of images, or of file names in metadata.*.
     captions: whether they are used; if not, problems of them are warnings and no errors.
@@ -81,6 +49,19 @@ class Selection:
     def of(cls, config: Config) -> "Selection":
         used = config.condition == "text" and config.instance_prompt is None
         return cls(config.split, config.image_column, config.caption_column, used)
+
+    def check(self, columns: Iterable[str], name: str) -> None:
+        """Raise UserError for a column that is asked for and is not there."""
+        for option in ("caption_column", "image_column"):
+            asked = getattr(self, option)
+            if asked is not None and asked not in columns:
+                raise UserError(
+                    f"--{option} {asked}: {name} has no such column; its columns are "
+                    f"{', '.join(columns) or 'none'}"
+                )
+
+
+EVERYTHING = Selection()
 
 
 def texts_of(value, where: str) -> tuple[str, ...]:
@@ -98,87 +79,9 @@ def texts_of(value, where: str) -> tuple[str, ...]:
             "texts, or null for none"
         )
     # JSON may escape halves of characters, which are no text
-    text = value[:MOST_CAPTION].replace("\ufeff", "").encode("utf-8", "replace").decode("utf-8")
+    text = value[:MAX_CAPTION].replace("\ufeff", "").encode("utf-8", "replace").decode("utf-8")
     text = " ".join(text.split())
     return (text,) if text else ()
-
-
-def shortened(value) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
-
-
-def read_captions(
-    root: Path,
-    files: list[Path],
-    default: str = "",
-    selection: Selection | None = None,
-    found: Scan | None = None,
-) -> list[tuple[str, ...]] | None:
-    """Each file's captions, or None where no file has one and there is no default.
-
-    found: the scan of root, where there is one. Problems are reported in one warning each; those
-    of single images only where captions are used.
-    """
-    found = walk(root) if found is None else found
-    selection = selection or Selection()
-    table = read_tables(found, files, selection)
-    beside = {}
-    wrong = []
-    problems = []
-    ordered = sorted(found.texts, key=lambda p: (p.suffix != p.suffix.lower(), os.fsencode(p)))
-    for spelled in (str, nfc):  # exact names go first
-        for path in ordered:
-            beside.setdefault((path.parent, spelled(path.stem), path.suffix.lower()), path)
-    captions = []
-    sources = Counter()
-    some = False
-    for file in files:
-        texts = table.get(file, ())
-        given = False
-        source = "metadata"
-        if not texts:
-            names = dict.fromkeys((file.stem, nfc(file.stem), file.name, nfc(file.name)))
-            sides = [
-                beside[key]
-                for name in names
-                for suffix in TEXTS
-                if (key := (file.parent, name, suffix)) in beside
-            ]
-            sides = list(dict.fromkeys(sides))
-            text = _read_side(sides[0], root, wrong) if sides else None
-            if len(sides) > 1:
-                wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
-            given = text is not None
-            texts = texts_of(text, str(file))
-            source = "texts beside the images"
-        some |= bool(texts) or given
-        if texts:
-            sources[source] += 1
-        else:
-            kind = "empty caption" if given else "no caption"
-            problems.append((str(file), f"{kind}; using {default!r}"))
-        captions.append(texts or (default,))
-    if not selection.captions:
-        wrong = []
-        problems = []
-    if not some:
-        report("captions have problems", wrong, len(files))
-        return [(default,)] * len(files) if default else None
-    several = sum(len(texts) > 1 for texts in captions)
-    log(
-        f"captions: {sources.total():,} of {len(files):,} images have one, from "
-        f"{listed(sources.items())}"
-        + (f"; {several:,} have several: each step samples one" if several else "")
-    )
-    report("captions have problems", wrong + problems, len(files))
-    return captions
-
-
-def without_image(found: Scan, files: list[Path]) -> list[Path]:
-    """The texts that stand beside no image."""
-    known = {(file.parent, nfc(name)) for file in files for name in (file.stem, file.name)}
-    return [path for path in found.texts if (path.parent, nfc(path.stem)) not in known]
 
 
 def nfc(name: str) -> str:
@@ -186,25 +89,74 @@ def nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _read_side(side: Path, root: Path, problems: list) -> str | None:
-    """A text beside an image; None, and a problem, for what is not read."""
-    if not inside(side, root):
-        problems.append((str(side), "leads out of the data folder; not read"))
+def read_captions(
+    found: Scan, files: list[Path], default: str = "", selection: Selection = EVERYTHING
+) -> list[tuple[str, ...]] | None:
+    """Find the captions of a scan's files, or None where none has one and there is no default.
+
+    Problems are reported in one warning each; those of single images only where captions are used.
+    """
+    table = read_tables(found, files, selection)
+    # exact names replace those that are only alike
+    beside = {
+        (path.parent, spell(path.stem), path.suffix.lower()): path
+        for spell in (nfc, str)
+        for path in found.texts
+    }
+    wrong = []
+    missing = []
+    captions = []
+    sources = Counter()
+    some = False
+    for file in files:
+        sides = [] if table.get(file) else _texts_beside(file, beside)
+        text = _read_side(sides[0], wrong) if sides else None
+        texts = table.get(file) or texts_of(text, str(file))
+        if len(sides) > 1:
+            wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
+        if texts:
+            sources["texts beside the images" if sides else "metadata"] += 1
+        else:
+            missing.append((str(file), f"no caption, or an empty one; using {default!r}"))
+        some = some or bool(texts) or text is not None
+        captions.append(texts or (default,))
+    if some:
+        several = sum(len(texts) > 1 for texts in captions)
+        log(
+            f"captions: {sources.total():,} of {len(files):,} images have one, from "
+            f"{counted(sources.items())}; {several:,} have several: each step samples one"
+        )
+    if selection.captions:
+        report("captions have problems", wrong + missing if some else wrong, len(files))
+    return captions if some or default else None
+
+
+def without_image(found: Scan) -> list[Path]:
+    """Find the texts that stand beside no image."""
+    known = {(file.parent, nfc(n)) for file in found.images for n in (file.stem, file.name)}
+    return [path for path in found.texts if (path.parent, nfc(path.stem)) not in known]
+
+
+def _texts_beside(file: Path, beside: dict) -> list[Path]:
+    """Find the texts of an image, the one that counts first."""
+    names = (file.stem, nfc(file.stem), file.name, nfc(file.name))
+    keys = [(file.parent, name, suffix) for name in names for suffix in TEXTS]
+    return list(dict.fromkeys(beside[key] for key in keys if key in beside))
+
+
+def _read_side(side: Path, problems: list) -> str | None:
+    """Read a text beside an image; None, and a problem, for what is not read."""
+    if not side.is_file():
         return None
     try:
-        if not side.is_file():
-            return None
         with open(side, "rb") as file:
-            raw = file.read(MOST_CAPTION + 1)
-        text, encoding = decode_text(raw[:MOST_CAPTION], cut=len(raw) > MOST_CAPTION)
-    except OSError as error:
-        problems.append((str(side), f"{error.strerror or error}; not read"))
-        return None
-    except ValueError as error:
+            raw = file.read(MAX_CAPTION + 1)
+        text, encoding = decode_text(raw[:MAX_CAPTION], cut=len(raw) > MAX_CAPTION)
+    except (OSError, ValueError) as error:
         problems.append((str(side), f"{error}; not read: save it as UTF-8"))
         return None
-    if len(raw) > MOST_CAPTION:
-        problems.append((str(side), f"more than {MOST_CAPTION:,} bytes; cut off there"))
+    if len(raw) > MAX_CAPTION:
+        problems.append((str(side), f"more than {MAX_CAPTION:,} bytes; cut off there"))
     if encoding != "UTF-8":
         problems.append((str(side), f"not UTF-8; read as {encoding}"))
     return text
@@ -214,287 +166,93 @@ def _read_side(side: Path, root: Path, problems: list) -> str | None:
 
 
 def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Path, tuple]:
-    """{image: its captions} from the tables below a folder; says which rows match no image."""
-    root = Path(os.path.abspath(found.root))
-    wanted = selection.caption_column
-    images = Images(found.images)
+    """Read {image: its captions} from a folder's tables; say which rows match no image."""
+    # exact names replace those that are only alike
+    images = {spell(_absolute(f)): f for spell in (_alike, str) for f in found.images}
     names = (selection.image_column,) if selection.image_column else NAME_COLUMNS
-    candidates = (wanted,) if wanted else CAPTION_COLUMNS
+    candidates = (selection.caption_column,) if selection.caption_column else CAPTION_COLUMNS
     used = set(files)
-    captions = {}
-    problems = []
-    bad = []
-    rows = 0
-    elsewhere = 0
-    seen = Counter()
+    captions = defaultdict(dict)  # {image: {text: None}}: in order, each once
+    unmatched = []
     columns = {}
+    seen = Counter()
     for table in found.tables:
-        if not inside(table, found.root):
-            log(f"warning: {str(table)!r} leads out of the data folder and is not read")
-            continue
-        for where, row in _rows(table, names, columns, selection.captions):
-            rows += 1
-            try:
+        try:
+            for where, row in _rows(table, names, columns):
+                seen["rows"] += 1
+                columns.update(row)
                 name = _file_name(row, where, names)
-                image = None if name is None else images.join(table.parent, name)
-                column, texts = _caption(row, where, candidates) if image in used else (None, ())
-            except UserError as error:
-                if selection.captions:
-                    raise
-                bad.append((where, str(error).removeprefix(f"{where}: ")))
-                continue
-            if name is None:
-                problems.append((where, "no file name"))
-            elif image is None:
-                problems.append((f"{where}: {name}", _why(table.parent, name, root, images)))
-            elif image not in used:
-                elsewhere += 1
-            else:
-                captions[image] = (*captions.get(image, ()), *texts)
-                if column is not None:
-                    seen[column] += 1
+                image = name and _find(images, table.parent, name)
+                if not image:
+                    reason = _why_not(found.root, table.parent, name) if name else "no file name"
+                    unmatched.append((f"{where}: {name}", reason))
+                elif image not in used:
+                    seen["rows of another split or class"] += 1
+                else:
+                    for column in candidates:
+                        if texts := texts_of(row.get(column), where):
+                            captions[image].update(dict.fromkeys(texts))
+                            seen[f"captions from column {column}"] += 1
+                            break
+        except UserError as error:
+            if selection.captions:
+                raise
+            log(f"warning: {error}; captions are not used here: no error")
     if columns or selection.captions or not found.tables:  # else no table could be read
-        for option in ("caption_column", "image_column"):
-            if (name := getattr(selection, option)) and name not in columns:
-                there = f"; there are {', '.join(columns)}" if columns else ""
-                raise UserError(
-                    f"--{option} {name}: no metadata.* of {found.root} has this column{there}"
-                )
-    if rows:
-        sources = listed((f"column {name}", n) for name, n in seen.items())
-        ignored = [c for c in CAPTION_COLUMNS if c in columns and c not in seen]
-        more = f"; {', '.join(ignored)} not used" if ignored and seen else ""
-        more += "" if seen else f"; the columns are {', '.join(columns)}"
-        more += f"; {elsewhere:,} rows are of another split or class" if elsewhere else ""
-        log(f"metadata: {rows:,} rows; captions from {sources or 'no column'}{more}")
-    report("rows of metadata match no image", problems, rows)
-    report("rows of metadata cannot be used", bad, rows)
-    return {image: tuple(dict.fromkeys(texts)) for image, texts in captions.items()}
+        selection.check(columns, f"metadata.* of {found.root}")
+    if seen:
+        log(f"metadata: {counted(seen.items())}; the columns are {', '.join(map(str, columns))}")
+    report("rows of metadata match no image", unmatched, seen["rows"])
+    return {image: tuple(texts) for image, texts in captions.items()}
 
 
-class Images:
-    """Files by the names that tables give them."""
-
-    def __init__(self, files: list[Path]):
-        self.exact = {Path(os.path.abspath(file)): file for file in files}
-        self.alike: dict[str, Path | None] = {}  # None: several, which only an exact name tells
-        self.stems: dict[tuple[Path, str], str] = {}
-        for path, file in self.exact.items():
-            key = self._key(path)
-            self.alike[key] = None if key in self.alike else file
-            self.stems[path.parent, nfc(path.stem).lower()] = path.name
-
-    @staticmethod
-    def _key(path: Path) -> str:
-        return nfc(os.path.join(path.parent, path.name.strip()))
-
-    def join(self, folder: Path, name: str) -> Path | None:
-        """The image of a table's row; \\ may stand for /, and accents may be written otherwise."""
-        spellings = dict.fromkeys((name, name.replace("\\", "/"), name.strip()))
-        paths = [Path(os.path.abspath(os.path.join(folder, spelled))) for spelled in spellings]
-        found = next((self.exact[path] for path in paths if path in self.exact), None)
-        keys = [self._key(path) for path in paths] if found is None else []
-        return next((file for key in keys if (file := self.alike.get(key))), found)
+def _absolute(*parts: Path | str) -> str:
+    return os.path.abspath(os.path.join(*parts))
 
 
-def _rows(
-    table: Path, names: tuple[str, ...], columns: dict, strict: bool
-) -> Iterator[tuple[str, dict]]:
-    """(place, row) of a table of images, whose columns are added to `columns`.
+def _alike(path: str) -> str:
+    folder, name = os.path.split(path)
+    return nfc(os.path.join(folder, name.strip()))
 
-    A table of something else, or without rows, is warned of. Raises UserError for a damaged one,
-    or warns of it if it need not be strict.
-    """
-    waiting = []
-    named = False
-    line = None
-    try:
-        for line, row in read_rows(table):
-            columns.update(dict.fromkeys(map(str, row)))
-            if not named and not (set(names) & row.keys()):
-                waiting.append((f"{table}, line {line}", row))
-                if table.suffix.lower() != ".jsonl" or len(waiting) == MOST_NAMELESS:
-                    break
-                continue
-            yield from () if named else waiting
-            named = True
-            yield f"{table}, line {line}", row
-    except UserError as error:
-        if strict:
-            raise
-        log(f"warning: {error}; captions are not used here: no error")
+
+def _find(images: dict[str, Path], folder: Path, name: str) -> Path | None:
+    """Find the image of a row; \\ may stand for /, and accents may be written otherwise."""
+    for spelled in (name, name.strip().replace("\\", "/")):
+        path = _absolute(folder, spelled)
+        for key in (path, _alike(path)):
+            if key in images:
+                return images[key]
+    return None
+
+
+def _why_not(root: Path, folder: Path, name: str) -> str:
+    """Say why a row matches no image."""
+    path = Path(_absolute(folder, name.replace("\\", "/")))
+    if not path.is_relative_to(_absolute(root)):
+        return "lies outside the data folder"
+    exists = "\0" not in name and path.is_file()
+    return "the file is left out, or no image" if exists else "no such file"
+
+
+def _rows(table: Path, names: tuple[str, ...], columns: dict) -> Iterator[tuple[str, dict]]:
+    """Give (where, row) of a table of images; warn of one of something else, or without rows."""
+    rows = read_rows(table)
+    # only rows of JSON may have columns that others do not have
+    head = list(islice(rows, MAX_NAMELESS if table.suffix.lower() == ".jsonl" else 1))
+    if any(set(names) & row.keys() for _, row in head):
+        yield from chain(head, rows)
         return
-    if line is None:
-        log(f"warning: {table} holds no rows")
-    elif not named:
-        there = shortened(", ".join(map(str, waiting[0][1])))
-        log(
-            f"warning: {table} has no column {' or '.join(names)} for the images' files and is not "
-            f"used; its columns are {there}"
-        )
+    there = {name: None for _, row in head for name in row}
+    columns.update(there)
+    log(
+        f"warning: {table} has no column {' or '.join(names)} for the images' files and is not "
+        f"used; its columns are {shortened(list(there))}"
+    )
 
 
 def _file_name(row: dict, where: str, names: tuple[str, ...]) -> str | None:
-    """The row's image; None where there is none. Raises UserError for what is no name."""
-    key = next((name for name in names if name in row), None)
-    value = None if key is None else row[key]
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {key} is {shortened(value)}; expected the name of a file")
-    return value
-
-
-def _caption(row: dict, where: str, columns: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """(column, captions) of a row: the first of the columns that holds any, else the first."""
-    there = [column for column in columns if column in row]
-    for column in there:
-        if texts := texts_of(row[column], where):
-            return column, texts
-    return (there or [None])[0], ()
-
-
-def _why(folder: Path, name: str, root: Path, images: Images) -> str:
-    """Why a row matches no image."""
-    path = Path(os.path.abspath(os.path.join(folder, name.replace("\\", "/"))))
-    if not path.is_relative_to(root):
-        return "lies outside the data folder"
-    if "\0" not in name and os.path.isfile(path):
-        if path.suffix.lower() not in SUFFIXES:
-            return f"{path.suffix or 'no suffix'} is not read as an image"
-        return "the image is left out"
-    other = images.stems.get((path.parent, nfc(path.stem).lower()))
-    return f"no such file; there is {other!r}" if other else "no such file"
-
-
-def read_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    """(line, row) of a metadata table. Raises UserError that names the line that is damaged."""
-    if table.suffix.lower() == ".parquet":
-        return _parquet_rows(table)
-    return (_csv_rows if table.suffix.lower() == ".csv" else _json_rows)(table)
-
-
-def _lines(table: Path, newline: str | None) -> Iterator[str]:
-    """Of a table that may be larger than the memory. Raises ValueError for what is no text."""
-    file, encoding = open_text(table, newline)
-    if encoding != "UTF-8":
-        log(f"{table}: not UTF-8; read as {encoding}")
-    with file:
-        while line := file.readline(MOST_LINE):
-            if len(line) == MOST_LINE:
-                raise ValueError(f"more than {MOST_LINE:,} characters")
-            yield plain_text(line)
-
-
-def _json_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    number = 0
-    lines = _lines(table, None)
-    while True:
-        number += 1
-        try:
-            line = next(lines, None)
-            row = json.loads(line) if line and line.strip() else None
-        except UserError:  # of the file
-            raise
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{table}, line {number}: {error!s:.200}; expected a JSON object with "
-                "file_name and text"
-            ) from None
-        if line is None:
-            return
-        if not line.strip():
-            continue
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{table}, line {number}: {shortened(row)} is no JSON object with "
-                "file_name and text"
-            )
-        yield number, row
-
-
-def _csv_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    """Fields are separated by commas, by what stands in a header without any, or as sep= says."""
-    lines = _lines(table, "")
-    number = 1
-    names = None
-    try:
-        header = next(lines, "")
-        between = next((c for c in ",;\t" if c in header), ",")
-        if said := re.fullmatch(r'"?sep=(.)"?\r?\n?', header, re.IGNORECASE):  # of Excel
-            header = next(lines, "")
-            number = 2
-            between = said[1]
-        before = number
-        rows = csv.reader(
-            chain([header], lines), delimiter=between, strict=True, skipinitialspace=True
-        )
-        for row in rows:
-            if not row:
-                pass
-            elif names is None:
-                names = [name.strip() for name in row]
-                if len(set(names)) < len(names):
-                    raise UserError(f"{table}: its header names a column twice: {shortened(row)}")
-            elif len(row) != len(names):
-                raise UserError(
-                    f"{table}, line {number}: {len(row)} fields, {shortened(row)}; the "
-                    f"header has {len(names)}: put a text with {between!r} in it "
-                    "between quotes"
-                )
-            else:
-                yield number, {n: _csv_value(value) for n, value in zip(names, row)}
-            number = rows.line_num + before
-    except UserError:
-        raise
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"{table}, line {number}: {error!s:.200}") from None
-
-
-def _csv_value(text: str) -> str | list | None:
-    """What a field stands for: null, a list of texts, or itself."""
-    bare = text.strip()
-    if bare in NULLS:
-        return None
-    if not (bare.startswith("[") and bare.endswith("]")):
-        return text
-    try:
-        items = json.loads(bare)
-    except (ValueError, RecursionError):
-        items = _python_list(bare[1:-1].strip())
-    ours = items is not None and all(item is None or isinstance(item, str) for item in items)
-    return items if ours else text
-
-
-def _python_list(text: str) -> list | None:
-    """The texts and nulls between brackets; None for anything else."""
-    items = []
-    place = 0
-    while place < len(text):
-        if not (item := ITEM.match(text, place)):
-            return None
-        try:
-            items.append(literal_eval(item[1]) if item[1][0] in "'\"" else None)
-        except (ValueError, SyntaxError):
-            return None
-        place = item.end()
-    return items
-
-
-def _parquet_rows(table: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(
-            f"{table} needs the pyarrow library: pip install pyarrow (or datasets); or "
-            "write it as metadata.jsonl"
-        ) from None
-    try:
-        with parquet.ParquetFile(table) as file:
-            number = 0
-            for batch in file.iter_batches(1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, ValueError, RecursionError, MemoryError, ArrowException) as error:
-        raise UserError(f"{table} cannot be read: {str(error).split(chr(10))[0]:.200}") from None
+    """Find the row's image; None where there is none. Raises UserError for what is no name."""
+    value = next((row[name] for name in names if name in row), None)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {shortened(value)} is no name of a file ({' or '.join(names)})")
+    return value if value and value.strip() else None

@@ -8,6 +8,7 @@ Under a profile that moves no colour by more than SAME levels the pixels stay wh
 
 import contextlib
 import io
+import re
 import struct
 from functools import lru_cache
 
@@ -20,40 +21,62 @@ DARK = 32  # of 255: a profile with which a full colour is darker than that is b
 SAME = 2  # of 255: what one maker's sRGB profile differs from another's
 INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
-SPACES = {  # a profile's, and the modes in which Pillow has such pixels
+MODES = {  # in which Pillow has pixels of a profile's space
     "RGB": ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr"),
     "CMYK": ("CMYK",),
     "LAB": ("LAB",),
 }
-MAX_PROFILE = 1 << 22  # bytes
-D65 = (0.3127, 0.3290)
-D50 = (0.9642, 1.0, 0.8249)  # xy; XYZ of the profile connection space
-SRGB = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # x and y of red, green and blue
-ADOBE = (0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+MAX_HEAD = 1 << 22  # bytes of a file that are looked through, or of a profile
+# what formats have that Pillow passes over: numbers (cICP), or where a profile is
+EMBEDDED = {
+    "PNG": rb"\0\0\0\x04cICP(.)(.)(.)(.)",
+    "AVIF": rb"colrnclx(..)(..)",
+    "JPEG2000": rb"(....)colr\x02..",
+    "GIF": rb"!\xff\x0bICCRGBG1012",  # an application's block, then chunks with lengths
+    "BMP": rb"^BM.{12}\x7c\0\0\0.{52}DEBM.{52}(....)(....)",  # version 5, embedded
+}
+D50 = (0.9642, 1.0, 0.8249)  # XYZ of the profile connection space
+SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # (aX + b)^g above d, cX below
+ADOBE = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 ADOBE_GAMMA = 563 / 256
 GAMMA_SAME = 0.05  # gAMA within 5 % of 1/2.2 means sRGB, as libpng takes it
-PRIMARIES = {  # ITU-T H.273: white and primaries
-    1: (*D65, *SRGB),
-    2: (*D65, *SRGB),
-    4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
-    5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
-    6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
-    7: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
-    9: (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
-    11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
-    12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
-    22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
+PRIMARIES = {  # ITU-T H.273: x and y of white, red, green and blue
+    int(number): tuple(map(float, xy))
+    for number, *xy in map(
+        str.split,
+        """
+    1   0.3127 0.3290   0.640 0.330   0.300 0.600   0.150 0.060
+    2   0.3127 0.3290   0.640 0.330   0.300 0.600   0.150 0.060
+    4   0.310  0.316    0.67  0.33    0.21  0.71    0.14  0.08
+    5   0.3127 0.3290   0.64  0.33    0.29  0.60    0.15  0.06
+    6   0.3127 0.3290   0.630 0.340   0.310 0.595   0.155 0.070
+    7   0.3127 0.3290   0.630 0.340   0.310 0.595   0.155 0.070
+    9   0.3127 0.3290   0.708 0.292   0.170 0.797   0.131 0.046
+    11  0.314  0.351    0.680 0.320   0.265 0.690   0.150 0.060
+    12  0.3127 0.3290   0.680 0.320   0.265 0.690   0.150 0.060
+    22  0.3127 0.3290   0.630 0.340   0.295 0.605   0.155 0.077
+    """.strip().splitlines(),
+    )
 }
 TRANSFERS = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
-LESSER = ("icc_profile", "srgb", "gamma", "chromaticity")  # in info, after cICP
+LESSER = {"icc_profile", "srgb", "gamma", "chromaticity"}  # in info, after cICP
 HDR = {16: "PQ", 18: "HLG"}
 BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
 )
 
 
+LATTICE = np.stack(np.meshgrid(*[np.linspace(0, 255, 9).round()] * 3), -1).reshape(-1, 3)
+# white and full red, green and blue, then colours from all over the cube
+COLOURS = np.uint8([[[255] * 3, [255, 0, 0], [0, 255, 0], [0, 0, 255], *LATTICE]])
+
+
 class BadProfile(ValueError):
-    """What a file says of its colours cannot be used; the message says why."""
+    """Says why a file's statement about its colours cannot be used."""
+
+
+# what `to_srgb` raises where an image can still be read as sRGB
+BAD_PROFILE = (BadProfile, OSError, ImageCms.PyCMSError, ImportError, np.linalg.LinAlgError)
 
 
 def prepare(image: Image.Image) -> None:
@@ -61,76 +84,47 @@ def prepare(image: Image.Image) -> None:
 
     Raises ValueError for HDR, whose values mean nothing in sRGB.
     """
-    look = {"PNG": _png, "AVIF": _avif, "JPEG2000": _jpeg2000, "GIF": _gif, "BMP": _bmp}
-    if image.format in look:
+    info = image.info
+    if image.format in EMBEDDED:
         position = image.fp.tell()
-        try:
-            look[image.format](image)
-        finally:
-            image.fp.seek(position)
-    elif b"R03\0" in (image.info.get("exif") or b"") and "icc_profile" not in image.info:
+        _find_embedded(image)
+        image.fp.seek(position)
+    elif b"R03\0" in (info.get("exif") or b"") and "icc_profile" not in info:
         with contextlib.suppress(Exception):  # Pillow raises nearly everything on damaged EXIF
             exif = image.getexif()
             interop = exif.get_ifd(0xA005).get(1)
-            colour_space = exif.get_ifd(0x8769).get(0xA001)
-            image.info["adobe_rgb"] = interop == "R03" and colour_space != 1
-    transfer = image.info.get("cicp", (1, 1))[1]
+            info["adobe_rgb"] = interop == "R03" and exif.get_ifd(0x8769).get(0xA001) != 1
+    transfer = info.get("cicp", (1, 1))[1]
     if transfer in HDR:
         raise ValueError(f"an HDR image ({HDR[transfer]}); convert it to sRGB")
 
 
-def _png(image: Image.Image) -> None:
-    image.fp.seek(8)
-    while len(head := image.fp.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind in (b"IDAT", b"IEND"):
-            return
-        if kind == b"cICP" and length == 4:
-            image.info["cicp"] = tuple(image.fp.read(4))
-            if image.info["cicp"][3] != 1:
+def _find_embedded(image: Image.Image) -> None:
+    image.fp.seek(0)
+    head = image.fp.read(MAX_HEAD).partition(b"jp2c")[0]  # where JPEG 2000's pixels begin
+    found = re.search(EMBEDDED[image.format], head, re.DOTALL)
+    if not found or (image.format != "PNG" and "icc_profile" in image.info):
+        return
+    order = "little" if image.format == "BMP" else "big"
+    numbers = [int.from_bytes(group, order) for group in found.groups()]
+    at = found.end()
+    profile = b""
+    match image.format:
+        case "PNG" | "AVIF":
+            image.info["cicp"] = numbers
+            if numbers[3:] not in ([], [1]):
                 raise ValueError("a PNG of narrow range (cICP); convert it to full range")
             return
-        image.fp.seek(length + 4, io.SEEK_CUR)
-
-
-def _avif(image: Image.Image) -> None:
-    image.fp.seek(0)
-    head = image.fp.read(1 << 16)
-    at = head.find(b"colrnclx")
-    if at >= 0 and len(head) >= at + 12 and "icc_profile" not in image.info:
-        image.info["cicp"] = struct.unpack(">HH", head[at + 8 : at + 12])
-
-
-def _jpeg2000(image: Image.Image) -> None:
-    image.fp.seek(0)
-    head = image.fp.read(MAX_PROFILE).partition(b"jp2c")[0]
-    at = head.find(b"colr\x02")
-    if at >= 4 and "icc_profile" not in image.info:
-        (length,) = struct.unpack(">I", head[at - 4 : at])
-        image.info["icc_profile"] = head[at + 7 : at - 4 + length]
-
-
-def _gif(image: Image.Image) -> None:
-    image.fp.seek(0)
-    head = image.fp.read(1 << 20)
-    at = head.find(b"\x21\xff\x0bICCRGBG1012")  # an application's block, then pieces with lengths
-    if at < 0:
-        return
-    at = at + 14
-    profile = b""
-    while at < len(head) and head[at]:
-        profile += head[at + 1 : at + 1 + head[at]]
-        at += 1 + head[at]
+        case "JPEG2000":
+            profile = head[at : found.start() + numbers[0]]
+        case "BMP":
+            image.fp.seek(14 + numbers[0])
+            profile = image.fp.read(min(numbers[1], MAX_HEAD))
+        case "GIF":
+            while at < len(head) and head[at]:
+                profile += head[at + 1 : at + 1 + head[at]]
+                at += 1 + head[at]
     image.info["icc_profile"] = profile
-
-
-def _bmp(image: Image.Image) -> None:
-    image.fp.seek(0)
-    head = image.fp.read(138)
-    if len(head) == 138 and head[14:18] == b"\x7c\0\0\0" and head[70:74] == b"DEBM":  # V5, embedded
-        start, size = struct.unpack("<II", head[126:134])
-        image.fp.seek(14 + start)
-        image.info["icc_profile"] = image.fp.read(min(size, MAX_PROFILE))
 
 
 def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
@@ -145,12 +139,13 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
     space = _space(profile)
     if _is_grey(image) and space in ("GRAY", "RGB"):
         return to_8_bit(image, _grey_curve(profile))
-    if image.mode not in SPACES.get(space, ()):
+    if image.mode not in MODES.get(space, ()):
         raise BadProfile(
             f"its colour profile is for {space or 'nothing known'}, its pixels are {image.mode}"
         )
     if space == "RGB":
-        image, mode = to_8_bit(image), "RGBA" if image.has_transparency_data else "RGB"
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        image = to_8_bit(image)
         image = image if image.mode == mode else image.convert(mode)
     transform = _transform(profile, image.mode)
     return image if transform is None else ImageCms.applyTransform(image, transform)
@@ -161,28 +156,26 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _profile(image: Image.Image) -> bytes | None:
-    """The profile of the image's colours; None where it is sRGB or nothing is said."""
+    """Find the profile of the image's colours; None where it is sRGB or nothing is said."""
     info = image.info
     grey = _is_grey(image)
     if "cicp" in info:
         primaries, transfer = info["cicp"][:2]
         if primaries in PRIMARIES and transfer in TRANSFERS:
             return make_profile(PRIMARIES[primaries], TRANSFERS[transfer], grey)
-        if not any(info.get(other) is not None for other in LESSER):
+        if not LESSER & info.keys():
             raise BadProfile(f"its colours are of an unknown kind (cICP {primaries}, {transfer})")
-    if info.get("icc_profile"):
-        return info["icc_profile"]
-    if "srgb" in info:
-        return None
+    if info.get("icc_profile") or "srgb" in info:
+        return info.get("icc_profile") or None
     if "gamma" in info or "chromaticity" in info:
         gamma = info.get("gamma", 1 / 2.2)
         if not 0.05 <= gamma <= 20:
             raise BadProfile(f"its gAMA is {gamma:g}")
         same = abs(gamma * 2.2 - 1) <= GAMMA_SAME
-        chromaticity = tuple(info.get("chromaticity", (*D65, *SRGB)))
+        chromaticity = tuple(info.get("chromaticity", PRIMARIES[1]))
         return make_profile(chromaticity, None if same else 1 / gamma, grey)
     if info.get("adobe_rgb"):
-        return make_profile((*D65, *ADOBE), ADOBE_GAMMA, grey)
+        return make_profile(ADOBE, ADOBE_GAMMA, grey)
     return None
 
 
@@ -193,14 +186,10 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     gamma None: sRGB's curve. grey: the curve only. Raises BadProfile for impossible primaries.
     """
     xy = np.array(chromaticity, np.float64).reshape(4, 2)
-    if not (xy[:, 1] > 0).all():
-        raise BadProfile("its cHRM is impossible")
-    xyz = np.stack([xy[:, 0], xy[:, 1], 1 - xy.sum(1)]) / xy[:, 1]  # (3, 4) of luminance 1
-    white = xyz[:, 0]
-    primaries = xyz[:, 1:]
-    if abs(np.linalg.det(primaries)) < 1e-6:
-        raise BadProfile("its cHRM is impossible")
     with np.errstate(all="ignore"):
+        xyz = np.stack([xy[:, 0], xy[:, 1], 1 - xy.sum(1)]) / xy[:, 1]  # (3, 4) of luminance 1
+        white = xyz[:, 0]
+        primaries = xyz[:, 1:]
         cones = (BRADFORD @ D50) / (BRADFORD @ white)
         adapt = np.linalg.solve(BRADFORD, cones[:, None] * BRADFORD)  # from this white to D50
         columns = adapt @ (primaries * np.linalg.solve(primaries, white))
@@ -208,85 +197,54 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
         raise BadProfile("its cHRM is impossible")
 
     def fixed(values) -> bytes:
-        return struct.pack(f">{len(values)}i", *(round(65536 * float(v)) for v in values))
+        return np.round(65536 * np.asarray(values)).astype(">i4").tobytes()
 
-    # a parametric curve: Y = X^g, or sRGB's (aX + b)^g above d, cX below
-    if gamma is not None:
-        curve = b"para\0\0\0\0\0\0\0\0" + fixed([gamma])
-    else:
-        srgb = [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045]
-        curve = b"para\0\0\0\0\0\3\0\0" + fixed(srgb)
+    # a parametric curve, of type 0: Y = X^g, or of type 3: as sRGB's
+    kind = 3 if gamma is None else 0
+    curve = struct.pack(">4s4xH2x", b"para", kind) + fixed(SRGB_CURVE if kind else [gamma])
     tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(D50)}
     if grey:
         tags[b"kTRC"] = curve
-    else:
-        for name, column in zip("rgb", columns.T):
-            tags[f"{name}XYZ".encode()] = b"XYZ \0\0\0\0" + fixed(column)
-            tags[f"{name}TRC".encode()] = curve
+    for name, column in () if grey else zip((b"r", b"g", b"b"), columns.T):
+        tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(column)
+        tags[name + b"TRC"] = curve
     at = 132 + 12 * len(tags)
     table = struct.pack(">I", len(tags))
     data = b""
     for name, value in tags.items():
         table += struct.pack(">4sII", name, at + len(data), len(value))
         data += value
-    head = struct.pack(
-        ">I4xI4s4s4s12x4s28x",
-        at + len(data),
-        0x04200000,
-        b"mntr",
-        b"GRAY" if grey else b"RGB ",
-        b"XYZ ",
-        b"acsp",
-    ) + fixed(D50)
+    kinds = (b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ ", b"acsp")
+    head = struct.pack(">I4xI4s4s4s12x4s28x", at + len(data), 0x04200000, *kinds) + fixed(D50)
     return head.ljust(128, b"\0") + table + data
 
 
 @lru_cache(maxsize=16)
 def _space(profile: bytes) -> str:
-    return _open(profile).profile.xcolor_space.strip().upper()
-
-
-def _open(profile: bytes) -> ImageCms.ImageCmsProfile:
-    try:
-        return ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    except (OSError, ImageCms.PyCMSError, ImportError) as error:
-        raise BadProfile(f"its colour profile cannot be read ({error})") from None
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return opened.profile.xcolor_space.strip().upper()
 
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str, flags: int = FLAGS):
-    """What ImageCms.applyTransform takes, to be shared by threads; None where nothing changes."""
+    """Build what ImageCms.applyTransform takes, shared by threads; None where nothing changes."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    target = ImageCms.createProfile("sRGB")
     out = "RGBA" if mode == "RGBA" else "RGB"
-    try:
-        transform = ImageCms.buildTransform(
-            _open(profile), ImageCms.createProfile("sRGB"), mode, out, INTENT, flags
-        )
-    except (OSError, ImageCms.PyCMSError, ImportError) as error:
-        raise BadProfile(f"its colour profile cannot be used ({error})") from None
-    if mode == "CMYK" and _brightest(Image.new(mode, (1, 1)), transform) < DARK:
-        raise BadProfile("its colour profile turns white black")
-    if mode not in ("RGB", "RGBA"):
+    transform = ImageCms.buildTransform(source, target, mode, out, INTENT, flags)
+    if mode not in ("RGB", "RGBA", "CMYK"):
         return transform
-    # white and full red, green and blue; nothing of a usable profile is black there
-    corners = Image.fromarray(255 * np.uint8([[[1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]]))
-    if _brightest(corners.convert(mode), transform) < DARK:
+    sample = Image.fromarray(COLOURS).convert(mode)
+    after = np.asarray(ImageCms.applyTransform(sample, transform))[..., :3].astype(int)
+    full = after[0, : 1 if mode == "CMYK" else 4]  # nothing of a usable profile is black there
+    if full.max(-1).min() < DARK:
         raise BadProfile("its colour profile turns white or a primary colour black")
-    steps = np.round(np.linspace(0, 255, 9)).astype(np.uint8)
-    lattice = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3)
-    before = Image.fromarray(lattice).convert(mode)
-    after = np.asarray(ImageCms.applyTransform(before, transform))[..., :3].astype(int)
-    return None if abs(after - lattice).max() <= SAME else transform
-
-
-def _brightest(image: Image.Image, transform) -> int:
-    """The largest channel of each pixel, of that pixel where it is least."""
-    pixels = np.asarray(ImageCms.applyTransform(image, transform))[..., :3]
-    return int(pixels.max(-1).min())
+    return None if mode != "CMYK" and abs(after - COLOURS).max() <= SAME else transform
 
 
 @lru_cache(maxsize=16)
 def _grey_curve(profile: bytes) -> np.ndarray | None:
-    """(65536,) uint8: sRGB's grey of each 65535th; None where nothing changes.
+    """Tabulate sRGB's grey of each 65535th: (65536,) uint8; None where nothing changes.
 
     Through a table, since LittleCMS's own ones for grey are coarse; an RGB profile's greys are
     those of equal red, green and blue.

@@ -10,24 +10,22 @@ planes stored one after the other, compressed samples of the other byte order, a
 colour of a PNG of other than 8 bits.
 """
 
-import contextlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile
 
+BITS = 258  # TIFF tags
 PHOTOMETRIC = 262
-BITS = 258
-PLANAR = 284
-SAMPLE_FORMAT = 339  # TIFF tags
-LOWEST = (340, 280)
-HIGHEST = (341, 281)  # S(igned) ones first
 SAMPLES_PER_PIXEL = 277
-EXTRA_SAMPLES = 338
+PLANAR = 284
+SAMPLE_FORMAT = 339
 SUBSAMPLING = 530
-SAMPLES = {1: "unsigned integer", 2: "signed integer", 3: "floating point"}
+LOWEST = (340, 280)  # SMinSampleValue, MinSampleValue
+HIGHEST = (341, 281)
+KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 OVERSHOOT = 0.5  # of floats beyond 0 ... 1, as sharpening makes it; cut off
 
@@ -47,102 +45,84 @@ def prepare(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
 
 def _prepare_tiff(image: Image.Image) -> None:
     tags = image.tag_v2
+    mode = image.mode
     bits = max(tags.get(BITS, (1,)))
     kind = max(tags.get(SAMPLE_FORMAT, (1,)))
-    white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
+    samples = f"{bits}-bit {KINDS.get(kind, 'samples')}"
     is_raw = all(tile[0] == "raw" for tile in image.tile)
     in_planes = tags.get(PLANAR) == 2 and tags.get(SAMPLES_PER_PIXEL, 1) > 1
-    # of compressed ones without alpha, libtiff reads the first plane
-    if in_planes and image.mode in (("1", "L", "P") if is_raw else ()) + ("LA", "La", "PA"):
-        raise ValueError(
-            f"a TIFF of {bits}-bit {image.mode} planes, which Pillow misreads; store "
-            "it interleaved, or as PNG"
-        )
+    misread = kind == 2 and not _is_deep(image)
+    # of compressed planes without alpha, libtiff reads the first
+    misread |= in_planes and (mode in ("LA", "La", "PA") or (is_raw and mode in ("1", "L", "P")))
     if not is_raw:
         # libtiff gives the machine's byte order, Pillow expects the file's
         _read_as(image, lambda raw: NATIVE.get(raw, raw))
     elif in_planes and bits == 16:
-        if image.mode not in ("RGB", "RGBA"):
-            raise ValueError(
-                f"a TIFF of 16-bit {image.mode} planes, which Pillow misreads; store it interleaved"
-            )
-        order = "L" if tags.prefix == b"II" else "B"
-        _read_as(image, lambda raw: f"{raw};16{order}")
-    elif image.mode == "YCbCr" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
+        misread |= mode not in ("RGB", "RGBA")
+        _read_as(image, lambda raw: f"{raw};16{'L' if tags.prefix == b'II' else 'B'}")
+    elif mode == "YCbCr":
+        misread |= tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)
+    if misread:
         raise ValueError(
-            "an uncompressed TIFF of subsampled YCbCr, which Pillow misreads; convert it to RGB"
+            f"a TIFF of {samples}, {mode}{' in planes' if in_planes else ''}, which Pillow "
+            "misreads; save it as PNG, or in 8 or 16 bit unsigned"
         )
     if _is_deep(image):
-        declared = _declared_range(tags, bits, kind)
-        low, high = declared or (0.0, 1.0)
+        has_type_range = kind == 1 and bits <= 16
+
+        def declared(names, default):
+            # MinSampleValue and MaxSampleValue are statistics, better than nothing
+            known = names[:1] if has_type_range else names
+            return next((float(np.min(tags[name])) for name in known if name in tags), default)
+
+        low = declared(LOWEST, 0.0 if kind == 1 else np.nan)
+        high = declared(HIGHEST, np.nan)
+        is_declared = -np.inf < low < high < np.inf
+        if not is_declared:
+            if not has_type_range and kind != 3:
+                raise ValueError(
+                    f"a TIFF of {samples} that declares no range (tags SMinSampleValue and "
+                    "SMaxSampleValue); convert it to 8 or 16 bit unsigned"
+                )
+            low = 0.0
+            high = float((1 << bits) - 1) if has_type_range else 1.0
+        white_is_zero = tags.get(PHOTOMETRIC, 0) == 0
         image.info["sample_range"] = (high, low) if white_is_zero else (low, high)
-        image.info["sample_declared"] = declared is not None
+        image.info["sample_declared"] = is_declared
         image.info["sample_unsigned"] = kind == 1
-    elif kind == 2:
-        raise ValueError(
-            f"a TIFF of {bits}-bit signed integers, which Pillow misreads; convert "
-            "it to 8 or 16 bit unsigned"
-        )
-
-
-def _declared_range(tags, bits: int, kind: int) -> tuple[float, float] | None:
-    """(low, high) of grey samples; None for floats of undeclared range."""
-    has_type_range = kind == 1 and bits <= 16
-
-    def declared(names: tuple[int, int]) -> float | None:
-        # MinSampleValue and MaxSampleValue are statistics, better than nothing
-        known = names[:1] if has_type_range else names
-        return next((float(np.min(tags[name])) for name in known if name in tags), None)
-
-    low = declared(LOWEST)
-    high = declared(HIGHEST)
-    low = 0.0 if low is None and kind == 1 else low
-    if low is not None and high is not None and -np.inf < low < high < np.inf:
-        return low, high
-    if has_type_range:
-        return 0.0, float((1 << bits) - 1)
-    if kind == 3:
-        return None
-    raise ValueError(
-        f"a TIFF of {bits}-bit {SAMPLES.get(kind, 'sample')}s that declares no range (tags "
-        "SMinSampleValue and SMaxSampleValue); convert it to 8 or 16 bit unsigned"
-    )
 
 
 def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
     """Bring tRNS, which is in the file's depth, to that of the pixels."""
     key = image.info["transparency"]
     raw = image.tile[0][3] if image.tile else ""
-    if raw in ("L;2", "L;4"):
-        image.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(raw, 1)
     if raw != "RGB;16B":
         return image
     # Pillow keeps the high bytes of 16 bits; read as if it were little-endian, the low ones
     if not isinstance(source, Path):
-        source.seek(0)
-        source = io.BytesIO(source.read())
+        source = io.BytesIO(source.getvalue())
     with Image.open(source, formats=("PNG",)) as again:
         _read_as(again, lambda raw: "RGB;16L")
         low = np.asarray(again)
     del image.info["transparency"]
     image = image.copy()
-    key = np.array(key, ">u2").view(np.uint8).reshape(3, 2)
     alpha = np.empty((image.height, image.width), np.uint8)
     for band, high in _bands(image):
-        same = (high == key[:, 0]) & (low[band] == key[:, 1])
-        alpha[band] = np.where(same.all(-1), 0, 255)
+        colour = high.astype(np.uint16) << 8 | low[band]
+        alpha[band] = np.where((colour == key).all(-1), 0, 255)
     image.putalpha(Image.fromarray(alpha))
     return image
 
 
 def _read_as(image: Image.Image, change: Callable[[str], str]) -> None:
     """Have Pillow take a file's bytes for another raw mode; it names one per tile."""
+    tile_type = getattr(ImageFile, "_Tile", lambda *tile: tile)  # since Pillow 11
     tiles = []
     for codec, extents, offset, args in image.tile:
         args = change(args) if isinstance(args, str) else (change(args[0]), *args[1:])
-        tiles.append((codec, extents, offset, args))
-    tile_type = getattr(ImageFile, "_Tile", None)  # since Pillow 11
-    image.tile = [tile_type(*tile) for tile in tiles] if tile_type else tiles
+        tiles.append(tile_type(codec, extents, offset, args))
+    image.tile = tiles
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -167,7 +147,7 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
     if is_float:
         _check_floats(image)
 
-    def scaled(band: np.ndarray) -> np.ndarray:
+    def scaled(band):
         fraction = ((band.astype(np.float64) - low) / (high - low)).clip(0, 1)
         return 255 * fraction if curve is None else curve[(65535 * fraction).round().astype(int)]
 
@@ -180,7 +160,7 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
 
 
 def _in_bands(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
-    """8-bit grey by `scaled`, in bands: in floating point all at once would be 8 times more."""
+    """Make 8-bit grey by `scaled`, in bands: floating point all at once would be 8 times more."""
     out = np.empty((image.height, image.width), np.uint8)
     for band, values in _bands(image):
         out[band] = scaled(values).round()
@@ -188,7 +168,7 @@ def _in_bands(image: Image.Image, scaled: Callable[[np.ndarray], np.ndarray]) ->
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
-    """Rows of about a quarter of a million pixels, and their values."""
+    """Give rows of about a quarter of a million pixels, and their values."""
     rows = max(1, (1 << 18) // max(1, image.width))
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
@@ -199,44 +179,13 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _check_floats(image: Image.Image) -> None:
-    ends = [(values.min(), values.max()) for _, values in _bands(image)]
-    low = float(np.min(ends))
-    high = float(np.max(ends))  # NaN if one is
-    if not np.isfinite([low, high]).all():
+    values = np.asarray(image)
+    low = float(values.min())
+    high = float(values.max())
+    if not np.isfinite([low, high]).all():  # NaN if one value is
         raise ValueError("floating point values that are NaN or infinite; replace them")
-    declared = image.info.get("sample_declared", False)
-    if not declared and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
+    if not image.info.get("sample_declared") and (low < -OVERSHOOT or high > 1 + OVERSHOOT):
         raise ValueError(
             f"floating point values from {low:g} to {high:g}, expected 0 to 1 or a declared range "
             "(TIFF tags SMinSampleValue and SMaxSampleValue); scale them, or convert to 16 bit"
         )
-
-
-def describe_tiff(source: Path | io.BytesIO) -> str | None:
-    """Say what samples a TIFF has that Pillow does not open; None if it is none."""
-    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(source, "rb")) if isinstance(source, Path) else source
-        file.seek(0)
-        head = file.read(8)
-        if head[:4] not in (b"II*\0", b"MM\0*"):
-            return None
-        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
-        file.seek(tags.next)
-        tags.load(file)
-        bits = tags.get(BITS, (1,))
-        kind = SAMPLES.get(max(tags.get(SAMPLE_FORMAT, (1,))))
-        if kind is None or max(bits) > 64:
-            return None
-        samples = tags.get(SAMPLES_PER_PIXEL, 1)
-        photometric = tags.get(PHOTOMETRIC, 0)
-        about = [f"photometric {photometric}" + (", WhiteIsZero" if photometric == 0 else "")]
-        about += ["with alpha"] if EXTRA_SAMPLES in tags else []
-        about += ["in planes"] if tags.get(PLANAR) == 2 and samples > 1 else []
-        about += ["big-endian"] if head[:2] == b"MM" else []
-        # what has a common depth already is only laid out in a rare way
-        usual = max(bits) in (8, 16) and tags.get(SAMPLE_FORMAT, (1,))[0] == 1
-        return (
-            f"a TIFF of {samples} x {max(bits)}-bit {kind} ({', '.join(about)}), which Pillow "
-            f"cannot read; {'save it as PNG' if usual else 'convert it to 8 or 16 bit'}"
-        )
-    return None

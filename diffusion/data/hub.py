@@ -1,339 +1,164 @@
-"""Sets that are fetched: named archives, and the Hugging Face hub, downloaded or streamed."""
+"""Sets of the Hugging Face hub: which split and which of its columns are used.
 
-import os
-import shutil
-import tarfile
-import urllib.request
-import zipfile
-import zlib
-from dataclasses import dataclass
-from itertools import islice
+Columns are named by --image_column and --caption_column, or known by their names and types; where
+several could be meant, it is an error that lists them. Values may be null: such a row has no image,
+no label or no caption.
+"""
+
+import contextlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from .. import UserError
-from ..files.validate import TarMember
-from ..runtime.distributed import log, progress
-from ..runtime.seeding import generator, permutation
-from .batches import Batch, StepBatches
-from .cache import locked
-from .captions import Selection
-from .columns import open_hub
-from .folder import report
-from .image_set import ImageSet, digest, file_stamp, folder_set
-from .images import BadImage, OddLog, read_noting
+from ..runtime.distributed import log
+from .captions import CAPTION_COLUMNS, EVERYTHING, Selection, texts_of
+from .image_set import ImageSet, digest
+from .images import BadImage, first_line, read_image
+from .tables import shortened
 
-MOST_UNPACKED = 50  # times an archive's size; images hardly shrink
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # where several hold images
+LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
-@dataclass(frozen=True)
-class Archive:
-    url: str
+class HubSet:
+    """Opens a split of the hub, images left encoded: its rows, and which columns are used.
 
-
-NAMED = {
-    "anime_faces": "hf:jlbaker361/anime_faces_dim_128_50k",
-    "pokemon": "hf:huggan/pokemon",
-    "afhq": Archive("https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1"),
-    "cifar10": Archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"),
-}
-
-
-def named_set(
-    name: str, data_class: str, default_caption: str, selection: Selection | None = None
-) -> ImageSet:
-    """A set of the table above, fetched to data/NAME if it is not there."""
-    source = NAMED[name]
-    if isinstance(source, str):
-        return hub_set(source[3:], default_caption, selection)
-    root = Path("data") / name
-    fetch(source.url, root)
-    if is_cifar(root):
-        return cifar_set(root, selection)
-    return folder_set(root, data_class, default_caption, selection)
-
-
-def fetch(url: str, target: Path) -> None:
-    """Download an archive and unpack it to the folder `target`, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{target.name}.lock")):
-        if target.is_dir():
-            return
-        part = target.with_name(f".{target.name}.part")
-        unpacked = target.with_name(f".{target.name}.unpacked")
-        try:
-            download(url, part)
-            shutil.rmtree(unpacked, ignore_errors=True)
-            unpacked.mkdir()
-            _unpack(part, unpacked)
-            inner = [p for p in unpacked.iterdir() if not p.name.startswith((".", "__MACOSX"))]
-            whole = inner[0] if len(inner) == 1 and inner[0].is_dir() else unpacked
-            os.replace(whole, target)
-        except (
-            OSError,
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            RuntimeError,
-            EOFError,
-            zlib.error,
-            NotImplementedError,
-        ) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{url} could not be fetched: {reason}; download it elsewhere and unpack it to "
-                f"{target}, or give --data a folder of images"
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
-            shutil.rmtree(unpacked, ignore_errors=True)
-
-
-def download(url: str, part: Path) -> None:
-    """Fetch a file. Raises OSError if the disk is too small or the connection breaks."""
-    with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
-        total = int(response.headers.get("Content-Length", 0))
-        free = shutil.disk_usage(part.parent).free
-        if 2 * total > free:  # the archive, and what it holds
-            raise OSError(f"{2 * total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-        with progress(
-            desc=f"fetching {url.split('/')[-1]}", total=total or None, unit="B", unit_scale=True
-        ) as bar:
-            while chunk := response.read(1 << 20):
-                out.write(chunk)
-                bar.update(len(chunk))
-        if total and out.tell() != total:
-            raise OSError(f"the connection broke after {out.tell()} of {total} bytes")
-
-
-def _unpack(archive: Path, target: Path) -> None:
-    """Raises OSError if it holds more than the disk, or than an archive of images can."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as z:
-            _check_total(archive, sum(entry.file_size for entry in z.infolist()))
-            z.extractall(target)
-    else:
-        with tarfile.open(archive, tarinfo=TarMember) as t:
-            _check_total(archive, sum(member.size for member in t))
-            t.extractall(target, filter="data")
-
-
-def _check_total(archive: Path, total: int) -> None:
-    size = archive.stat().st_size
-    free = shutil.disk_usage(archive.parent).free
-    if not total:
-        raise OSError("it holds nothing")
-    if total > max(MOST_UNPACKED * size, 1 << 24):
-        raise OSError(f"its {size:,} bytes would become {total:,}: not an archive of images")
-    if total > free:
-        raise OSError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-
-
-def is_cifar(folder: Path) -> bool:
-    return (folder / "data_batch_1.bin").is_file()
-
-
-def cifar_set(folder: Path, selection: Selection | None = None) -> ImageSet:
-    """CIFAR-10's training images from its binary archive: per image a label and 3072 bytes."""
-    if selection not in (None, Selection()):
-        raise UserError(
-            f"{folder} holds CIFAR-10 in binary, whose training images are read: drop "
-            "--split, --image_column and --caption_column"
-        )
-    files = sorted(folder.glob("data_batch_*.bin"))
-    for file in files:
-        size = file.stat().st_size if file.is_file() else 0
-        if not 0 < size <= 10_000 * 3073 or size % 3073:
-            raise UserError(f"{file} has {size} bytes, not 3073 an image: fetch it again")
-    rows = [np.fromfile(f, np.uint8) for f in files]
-    if not files:
-        raise UserError(f"{folder} holds no data_batch_1.bin: fetch it again")
-    table = np.concatenate(rows).reshape(-1, 3073)
-    labels = table[:, 0]
-    pixels = table[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    names = (folder / "batches.meta.txt").read_text().split()
-    if labels.max() >= len(names):
-        raise UserError(
-            f"{folder} has labels up to {labels.max()} for {len(names)} classes: it is "
-            "damaged, fetch it again"
-        )
-
-    def read(i: int, size: int) -> np.ndarray:
-        from PIL import Image
-
-        from .images import to_pixels
-
-        return to_pixels(Image.fromarray(np.ascontiguousarray(pixels[i])), size)
-
-    return ImageSet(
-        name="cifar10",
-        names=[f"cifar10/{i:05d}" for i in range(len(table))],
-        read=read,
-        labels=labels.astype(int).tolist(),
-        classes=names,
-        texts=[(f"a photo of a {names[i]}",) for i in labels],
-        stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
-    )
-
-
-# --- the hub ------------------------------------------------------------------------------------
-
-
-def hub_set(path: str, default_caption: str = "", selection: Selection | None = None) -> ImageSet:
-    """A split of a hub set (or a local folder of parquet files), downloaded."""
-    hub = open_hub(path, False, selection, default_caption)
-    data = hub.data
-    texts = [(default_caption,)] * len(hub.data) if default_caption else None
-    if hub.text:
-        texts = []
-        bad = []
-        for i, value in enumerate(data[hub.text]):
-            try:
-                texts.append(hub.captions(value, i))
-            except UserError as error:
-                if hub.strict:
-                    raise
-                bad.append((f"row {i}", str(error)))
-                texts.append((default_caption,))
-        report(f"captions of hf:{path} cannot be used", bad, len(data))
-        if not default_caption and not any(own[0] for own in texts):
-            texts = None
-    return ImageSet(
-        name=f"hf:{path}",
-        names=[f"{path}/{i:08d}" for i in range(len(data))],
-        read=lambda i, size: hub.pixels(data[i], size),
-        labels=[hub.number(v) for v in data[hub.label]] if hub.label else [-1] * len(data),
-        classes=hub.classes,
-        texts=texts,
-        stamp=digest(*(f["filename"] for f in data.cache_files), str(len(data)), *hub.key),
-    )
-
-
-class StreamBatches(StepBatches):
-    """`Batches` over a stream that is never stored.
-
-    Every rank reads the whole stream and decodes its share. Block b of epoch e is shuffled by
-    (seed, e, b), so that resuming means to open the stream at the block in question. How many
-    samples an epoch has is known once one has been read (`length`, which a checkpoint keeps).
-    The stream's first images are held out.
+    image, text, label: columns, the last two or None. classes: names of the labels; numbers: of
+    the classes, by what stands for them in the column. key: part of the image cache's, where
+    another split or column could be meant. Raises UserError where columns are not clear.
     """
-
-    BLOCK = 1024
-    HELD_OUT = 128
 
     def __init__(
         self,
         path: str,
-        size: int,
-        batch_size: int,
-        seed: int,
-        flip: bool = True,
+        streaming: bool,
+        selection: Selection = EVERYTHING,
         default_caption: str = "",
-        selection: Selection | None = None,
     ):
-        super().__init__()
-        self.hub = open_hub(path, True, selection, default_caption)
-        self.data = self.hub.data
-        self.classes = self.hub.classes
-        self.path = path
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.flip = flip
-        self.captioned = bool(self.hub.text or default_caption)
-        self.odd = OddLog()
-        self.length: int | None = None
-        self.blocks: dict[int, list] = {}
-        self.reader = None
-        self.next_block = -1
-        self.skipped: set[int] = set()
-        first = [self._decode(row, i) for i, row in enumerate(self.data.take(self.HELD_OUT))]
-        if len(first) < self.HELD_OUT:
-            raise UserError(f"hf:{path} streams only {len(first)} images: drop --streaming")
-        self.first = [row for row in first if row is not None]
-        self.held_out = range(len(self.first))
-
-    def __len__(self) -> int:
-        return self.length or 0
-
-    def describe(self) -> str:
-        return f"a stream, its first {self.HELD_OUT} images held out"
-
-    def order_key(self) -> str:
-        return digest(self.path)
-
-    def _decode(self, row: dict, number: int):
-        """(pixels, label, captions); None, and a warning, for a row without a usable image."""
-        hub = self.hub
         try:
-            pixels, found = read_noting(lambda: hub.pixels(row, self.size))
-        except BadImage as error:
-            if number not in self.skipped:
-                self.skipped.add(number)
-                log(
-                    f"warning: row {number} of hf:{self.path} is skipped: {error} "
-                    f"({len(self.skipped)} so far)"
-                )
-            return None
-        self.odd(f"row {number} of hf:{self.path}", found)
-        texts = hub.captions(row[hub.text] if hub.text and hub.strict else None, number)
-        return pixels, hub.number(row[hub.label]) if hub.label else -1, texts
-
-    def _block(self, b: int) -> list[dict]:
-        """Block b of the stream, up to BLOCK rows, images still encoded."""
-        if b not in self.blocks:
-            if b != self.next_block:
-                self.reader = iter(self.data.skip(self.HELD_OUT + b * self.BLOCK))
-            self.next_block = b + 1
-            rows = list(islice(self.reader, self.BLOCK))
-            if len(rows) < self.BLOCK and self.length is None:
-                # an empty block may lie anywhere beyond the end: the one before it knows
-                if rows or b == 0 or len(self._block(b - 1)) == self.BLOCK:
-                    self.length = b * self.BLOCK + len(rows)
-                if self.length == 0:
-                    raise UserError(f"hf:{self.path} streams nothing beyond its held-out images")
-            self.blocks = {b: rows}
-        return self.blocks[b]
-
-    def _sample(self, position: int) -> tuple[np.ndarray, int, tuple[str, ...]]:
-        """The sample at a position of the endless sequence of epochs."""
-        epoch, offset = divmod(position, self.length) if self.length else (0, position)
-        b, place = divmod(offset, self.BLOCK)
-        block = self._block(b)
-        if place >= len(block):  # the stream has just ended here: length is known now
-            return self._sample(position)
-        first = int(permutation(len(block), self.seed, "order", epoch, b)[place])
-        for i in range(first, first + len(block)):  # in place of a bad image, the next good one
-            i %= len(block)
-            number = self.HELD_OUT + b * self.BLOCK + i
-            if (row := self._decode(block[i], number)) is not None:
-                return row
-        raise UserError(f"hf:{self.path}: no image of block {b} can be used")
-
-    def _load(self, step: int, low: int, high: int) -> Batch:
-        rows = [self._sample(step * self.batch_size + j) for j in range(low, high)]
-        g = generator(self.seed, "flip", step)
-        flips = torch.randint(2, (self.batch_size,), generator=g).bool().tolist()[low:high]
-        g = generator(self.seed, "caption", step)
-        fractions = torch.rand(self.batch_size, generator=g, dtype=torch.float64).tolist()[low:high]
-        return self._batch(
-            [
-                (
-                    pixels[:, ::-1] if flip and self.flip else pixels,
-                    label,
-                    texts[int(fraction * len(texts)) :],
-                )
-                for (pixels, label, texts), flip, fraction in zip(rows, flips, fractions)
-            ]
+            import datasets
+        except ImportError:
+            raise UserError(
+                f"--data hf:{path} needs the datasets library: pip install datasets"
+            ) from None
+        self.path = path
+        self.name = f"hf:{path}"
+        self.default_caption = default_caption
+        self.read_captions = selection.captions
+        data, split = _load(datasets, path, streaming, selection.split)
+        features = data.features or {}
+        selection.check(features, self.name)
+        images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
+        named = [n for n in IMAGE_COLUMNS if n in images]
+        asked = selection.image_column
+        choices = [asked] if asked is not None else named[:1] or images
+        if len(choices) != 1 or choices[0] not in images:
+            raise UserError(
+                f"--image_column {asked or 'is needed'}: {self.name} holds images in "
+                f"{', '.join(images) or 'none'} of its columns {', '.join(features)}"
+            )
+        self.image = choices[0]
+        texts = [n for n in CAPTION_COLUMNS if n in features]
+        self.text = selection.caption_column or next(iter(texts), None)
+        labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+        self.label = next((n for n in (*LABEL_COLUMNS, *labels) if n in labels), None)
+        self.classes = []
+        if self.label:
+            self.classes = features[self.label].names
+            self.numbers = {i: i for i in range(len(self.classes))}
+        elif not streaming:
+            self._plain_labels(data, features)
+        log(
+            f"data: {self.name}: split {split}, images from column {self.image}, "
+            f"captions from {self.text or 'no column'}, labels from {self.label or 'no column'} "
+            f"({len(self.classes)} classes)"
         )
+        self.data = data.cast_column(self.image, datasets.Image(decode=False))
+        # before there was a choice, the first column of the train split was read
+        first = split == "train" and images[:1] == [self.image]
+        self.key = () if first else (split, self.image)
 
-    def held_out_batch(self, low: int, high: int) -> Batch:
-        return self._batch(self.first[low:high])
+    def pixels(self, row: dict, size: int, note=None) -> np.ndarray:
+        """Read a row's image: (size, size, 3) uint8. Raises BadImage for what is none, null too."""
+        value = row[self.image] or {"bytes": None, "path": None}
+        if value["bytes"] is not None:
+            return read_image(value["bytes"], size, note)
+        if value["path"] is None:
+            raise BadImage("the row has no image")
+        return read_image(Path(value["path"]), size, note)
 
-    def _batch(self, rows: list) -> Batch:
-        """Of (pixels, label, captions), the first of which counts."""
-        images, labels, texts = zip(*rows)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        captions = [own[0] for own in texts] if self.captioned else None
-        return Batch(pixels, torch.tensor(labels), captions=captions)
+    def captions_of(self, row: dict, number: int) -> tuple[str, ...]:
+        """Find a row's captions, at least one. Raises UserError for what is no caption."""
+        texts = ()
+        if self.text and self.read_captions:
+            where = f"{self.name}, row {number}, column {self.text}"
+            texts = texts_of(row[self.text], where)
+        return texts or (self.default_caption,)
+
+    def label_of(self, row: dict) -> int:
+        """Find a row's class, -1 for none. Raises UserError for what is no class."""
+        value = row[self.label] if self.label else None
+        if _unlabelled(value):
+            return -1
+        if value not in self.numbers:
+            raise UserError(
+                f"{self.name}: column {self.label} holds {shortened(value)}, none of its "
+                f"{len(self.classes)} classes"
+            )
+        return self.numbers[value]
+
+    def _plain_labels(self, data, features) -> None:
+        """Take a column of texts or whole numbers that is named like labels."""
+        for name in LABEL_COLUMNS:
+            kind = getattr(features.get(name), "dtype", "")
+            if kind.startswith(("string", "large_string", "bool", "int", "uint")):
+                found = sorted(v for v in data.unique(name) if not _unlabelled(v))
+                self.label = name
+                self.classes = [str(v) for v in found]
+                self.numbers = {v: i for i, v in enumerate(found)}
+                return
+
+
+def hub_set(path: str, default_caption: str = "", selection: Selection = EVERYTHING) -> ImageSet:
+    """Download a split of a hub set (or open a local folder of parquet files)."""
+    hub = HubSet(path, False, selection, default_caption)
+    data = hub.data
+    used = [column for column in (hub.text, hub.label) if column]
+    rows = data.select_columns(used) if used else [{}] * len(data)
+    texts = [hub.captions_of(row, i) for i, row in enumerate(rows)]
+    return ImageSet(
+        name=hub.name,
+        names=[f"{path}/{i:08d}" for i in range(len(data))],
+        read=lambda i, size, note=None: hub.pixels(data[i], size, note),
+        labels=[hub.label_of(row) for row in rows],
+        classes=hub.classes,
+        texts=texts if any(own[0] for own in texts) else None,
+        stamp=digest(*(f["filename"] for f in data.cache_files), str(len(data)), *hub.key),
+    )
+
+
+def _unlabelled(value) -> bool:
+    """Check for null, blank, or the -1 that the hub's sets have for none."""
+    return value in (None, -1) or (isinstance(value, str) and not value.strip())
+
+
+def _load(datasets, path: str, streaming: bool, split: str | None):
+    """Load (rows, the split's name): the one asked for, else train, else the only one."""
+    name = split or "train"
+    try:
+        with contextlib.redirect_stdout(None):
+            try:
+                return datasets.load_dataset(path, split=name, streaming=streaming), name
+            except ValueError:
+                names = [str(name) for name in datasets.get_dataset_split_names(path)]
+                if not names or name in names:
+                    raise
+    except Exception as error:  # anything from the network to the repository's files
+        raise UserError(
+            f"hf:{path} could not be loaded: {first_line(error)}; check the name and the network "
+            "(or set HF_ENDPOINT to a mirror), or give --data a folder of images"
+        ) from None
+    if split is None and len(names) == 1:
+        return _load(datasets, path, streaming, names[0])
+    raise UserError(f"hf:{path} has no split {name}; --split takes one of {', '.join(names)}")

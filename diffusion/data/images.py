@@ -3,7 +3,6 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,71 +12,97 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..runtime.distributed import log
 from . import colour, depth
 
+# what `to_pixels` makes of a file, part of every cache's key; the number: raise it on any change
+TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"
+
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
 
 ORIENTATION = 0x0112  # EXIF's tag
 
-# Most levels of 255 by which a picture may differ from one colour; 12 bits in 16 take up no more
-ONE_COLOUR = 16
+ONE_COLOUR = 16  # levels of 255 within which an image is one colour; 12 bits in 16 take no more
 
 # What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-    ".tga",
-    ".jp2",
-    ".avif",
-    ".heic",
-    ".heif",
-    ".jxl",
-}
-
-
+SUFFIXES = set(
+    ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .avif "
+    ".heic .heif .jxl".split()
+)
 # Their formats in Pillow, which goes by content and knows others: EPS would start Ghostscript.
-FORMATS = {
-    "JPEG",
-    "MPO",
-    "PNG",
-    "BMP",
-    "DIB",
-    "GIF",
-    "WEBP",
-    "TIFF",
-    "PPM",
-    "TGA",
-    "JPEG2000",
-    "AVIF",
-    "HEIF",
-    "JXL",
-}
+FORMATS = set("JPEG MPO PNG BMP DIB GIF WEBP TIFF PPM TGA JPEG2000 AVIF HEIF JXL".split())
+
+
+Note = Callable[[str], None]
 
 
 class BadImage(Exception):
-    """The file cannot be used; the message says why."""
+    """Says why a file cannot be used."""
 
 
-def read_image(file: Path | bytes, size: int | None) -> np.ndarray:
+class ImageLog:
+    """Reads training images, and logs once what is odd about them or why they are skipped."""
+
+    MAX_ODD = 20  # lines about images that are used all the same
+
+    def __init__(self):
+        self.skipped = set()
+        self.odd = set()
+
+    def read(self, name: str, *args) -> np.ndarray | None:
+        """Read an image as `read_noting` does; None for one that cannot be used."""
+        try:
+            pixels, found = read_noting(*args)
+        except BadImage as error:
+            if name not in self.skipped:
+                self.skipped.add(name)
+                log(f"warning: {name} is skipped: {error} ({len(self.skipped)} so far)")
+            return None
+        for text in found:
+            self.note(f"{name}: {text}")
+        return pixels
+
+    def note(self, line: str) -> None:
+        if line not in self.odd and len(self.odd) < self.MAX_ODD:
+            self.odd.add(line)
+            log(f"warning: {line}")
+            if len(self.odd) == self.MAX_ODD:
+                log("warning: further images like these are not named")
+
+
+image_log = ImageLog()
+
+
+def first_line(error: Exception) -> str:
+    """Take the first line of a library's message, or the kind of the error where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_image(file: Path | bytes, size: int | None, note: Note | None = None) -> np.ndarray:
     """Read an image as (size, size, 3) uint8; size None: as large as it is.
 
-    Raises BadImage with the reason if the file cannot be decoded.
+    note: called with what is odd about it; else that is logged. Raises BadImage with the reason if
+    the file cannot be decoded.
     """
-    with notes() as found, _opened(file) as image:
-        pixels = to_pixels(image, size)
-    for text in found:
-        _note(text, "an image" if isinstance(file, bytes) else repr(str(file)))
-    return pixels
+    name = "an image" if isinstance(file, bytes) else repr(str(file))
+    with _opened(file) as image:
+        return to_pixels(image, size, note or (lambda text: image_log.note(f"{name}: {text}")))
+
+
+def read_noting(read: Callable[..., np.ndarray], *args) -> tuple[np.ndarray, list[str]]:
+    """Read a training image by read(*args, note): its pixels, and what is odd about it.
+
+    Odd is a colour profile that cannot be used, or pixels that are all (nearly) one colour.
+    """
+    found = []
+    pixels = read(*args, found.append)
+    sparse = pixels[::8, ::8]  # nearly every image shows its colours in these
+    if _spread(sparse) <= ONE_COLOUR and _spread(pixels) <= ONE_COLOUR:
+        mean = pixels.mean((0, 1)).round().astype(int).tolist()
+        found.append(f"all of it is (nearly) one colour, {tuple(mean)}")
+    return pixels, found
+
+
+def _spread(pixels: np.ndarray) -> int:
+    """Find the largest difference within one of the channels."""
+    return int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())
 
 
 def read_mask(file: Path | bytes) -> np.ndarray:
@@ -117,33 +142,31 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
             yield depth.prepare(image, source)
     except BadImage:
         raise
-    except Image.DecompressionBombError:
-        raise BadImage(f"its header declares more than {MAX_PIXELS:,} pixels") from None
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
     except UnidentifiedImageError:
-        reason = depth.describe_tiff(source) or "not an image that Pillow can read"
-        raise BadImage(reason) from None
+        raise BadImage(
+            "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
+        ) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
-        reason = str(error)
-        raise BadImage(reason.splitlines()[0] if reason else type(error).__name__) from None
+        raise BadImage(first_line(error)) from None
 
 
 @lru_cache
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow, with the plug-ins that are loaded, can read."""
+    """List those of FORMATS that this Pillow, with the plug-ins that are loaded, can read."""
     Image.init()
     return tuple(sorted(FORMATS & Image.OPEN.keys()))
 
 
-def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int | None, note: Note = image_log.note) -> np.ndarray:
     """Turn by EXIF, cut the central square, make RGB, resize (LANCZOS): (size, size, 3) uint8.
 
     size None: neither cut nor resized, (H, W, 3).
     """
     image = _upright(image)
     if size is None or image.mode == "F":  # the whole of a float image is asked for its range
-        image = to_rgb(image)
+        image = to_rgb(image, note)
     if size is None:
         return np.array(image)
     side = min(image.size)
@@ -151,85 +174,24 @@ def to_pixels(image: Image.Image, size: int | None) -> np.ndarray:
     top = (image.height - side) // 2
     if image.size != (side, side):
         image = image.crop((left, top, left + side, top + side))
-    return np.array(to_rgb(image).resize((size, size), Image.LANCZOS))
+    return np.array(to_rgb(image, note).resize((size, size), Image.LANCZOS))
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned by EXIF; itself where there is nothing to turn, for a copy takes memory."""
+    """Turn an image by EXIF; it is itself where there is nothing to turn: a copy takes memory."""
     image.load()
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB in sRGB: samples scaled, colour profiles applied, alpha over white."""
+def to_rgb(image: Image.Image, note: Note = image_log.note) -> Image.Image:
+    """Make 8-bit RGB in sRGB: samples scaled, colour profiles applied, alpha over white."""
     try:
         image = colour.to_srgb(image)
-    except colour.BadProfile as error:
-        _note(f"{error}; it is read as sRGB")
+    except colour.BAD_PROFILE as error:
+        note(f"its colour profile cannot be used ({error}); it is read as sRGB")
         image = colour.to_srgb(image, ignore=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# --- what is to be said of images that are used all the same -------------------------------------
-
-_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
-_logged: set[str] = set()
-
-
-@contextlib.contextmanager
-def notes() -> Iterator[list[str]]:
-    """Collect what this thread finds odd about usable images; outside of it that is logged once."""
-    found: list[str] = []
-    token = _collected.set(found)
-    try:
-        yield found
-    finally:
-        _collected.reset(token)
-
-
-def _note(text: str, name: str = "an image") -> None:
-    found = _collected.get()
-    if found is not None:
-        found.append(text)
-    elif text not in _logged:
-        _logged.add(text)
-        log(f"warning: {name}: {text}")
-
-
-def read_noting(read: Callable[[], np.ndarray]) -> tuple[np.ndarray, list[str]]:
-    """Read a training image: its pixels (size, size, 3), and what is odd about it.
-
-    Odd is a colour profile that cannot be used, or pixels that are all (nearly) one colour.
-    """
-    with notes() as found:
-        pixels = read()
-    sparse = pixels[::8, ::8]  # nearly every image is told by these
-    if _spread(sparse) <= ONE_COLOUR and _spread(pixels) <= ONE_COLOUR:
-        mean = pixels.mean((0, 1)).round().astype(int).tolist()
-        found.append(f"all of it is (nearly) one colour, {tuple(mean)}")
-    return pixels, found
-
-
-class OddLog:
-    """Logs what `read_noting` finds where images are read again and again: each line once."""
-
-    def __init__(self, most: int = 20):
-        self.lines: set[str] = set()
-        self.most = most
-
-    def __call__(self, name: str, found: list[str]) -> None:
-        for line in (f"warning: {name}: {text}" for text in found):
-            if line not in self.lines and len(self.lines) < self.most:
-                self.lines.add(line)
-                log(line)
-                if len(self.lines) == self.most:
-                    log("warning: further images like these are not named")
-
-
-def _spread(pixels: np.ndarray) -> int:
-    """The largest difference within one of the channels."""
-    return int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from .images import to_pixels
 
 COUNT = 12_000
+VERSION = "bbfffb2cc2f86ab63f318821e12c236c"  # part of the cache's key; change it with any pixel
 CANVAS = 128  # drawn at this size, then resized
 
 HAIR = {
@@ -45,7 +46,7 @@ GLASSES = ("no glasses", "round glasses", "sunglasses")
 
 
 def attributes(index: int) -> dict[str, str]:
-    """Face `index`'s attributes by name; deterministic. Bald faces have no hair colour."""
+    """Sample the attributes of face `index`, a function of it alone; bald faces have no hair."""
     rng = random.Random(f"toy face {index}")
     style = rng.choices(STYLE, weights=(3, 3, 3, 3, 1))[0]
     return {
@@ -60,23 +61,21 @@ def attributes(index: int) -> dict[str, str]:
 
 
 def caption(index: int) -> str:
+    """Describe face `index`, naming only what is to be seen."""
     a = attributes(index)
-    hair = f"{a['hair_style']} {a['hair']} hair" if a["hair"] else "bald"
-    eyes = [] if a["glasses"] == "sunglasses" else [f"{a['eyes']} eyes"]
-    glasses = [] if a["glasses"] == "no glasses" else [a["glasses"]]
     parts = [
-        hair,
+        f"{a['hair_style']} {a['hair']} hair" if a["hair"] else "bald",
         f"{a['skin']} skin",
-        *eyes,
+        f"{a['eyes']} eyes" if a["glasses"] != "sunglasses" else "",
         a["mouth"],
-        *glasses,
+        a["glasses"] if a["glasses"] != "no glasses" else "",
         f"{a['background']} background",
     ]
-    return "a cartoon face, " + ", ".join(parts)
+    return "a cartoon face, " + ", ".join(part for part in parts if part)
 
 
 def draw(index: int, size: int) -> np.ndarray:
-    """Face `index`: (size, size, 3) uint8."""
+    """Draw face `index` from back to front: (size, size, 3) uint8."""
     a = attributes(index)
     rng = random.Random(f"toy pose {index}")
     image = Image.new("RGB", (CANVAS, CANVAS), BACKGROUND[a["background"]])
@@ -85,97 +84,70 @@ def draw(index: int, size: int) -> np.ndarray:
     cy = 70 + rng.uniform(-3, 3)
     w = 36 + rng.uniform(-3, 3)
     h = 42 + rng.uniform(-3, 3)  # half axes of the head
+    style = a["hair_style"]
+    hair = HAIR.get(a["hair"])
     skin = SKIN[a["skin"]]
     shade = tuple(int(v * 0.8) for v in skin)
+    shirt = tuple(int(v * 0.55) for v in BACKGROUND[a["background"]])
+
+    def at(*offsets: float) -> list[float]:
+        """Add the centre of the head to x, y, x, y, ..."""
+        return [v + (cx, cy)[i % 2] for i, v in enumerate(offsets)]
 
     def ellipse(x, y, rx, ry, **options):
-        pen.ellipse((x - rx, y - ry, x + rx, y + ry), **options)
+        pen.ellipse(at(x - rx, y - ry, x + rx, y + ry), **options)
 
-    if a["hair"]:
-        _hair_behind(pen, a["hair_style"], HAIR[a["hair"]], cx, cy, w, h)
-    pen.rectangle((cx - 12, cy + h - 12, cx + 12, 128), fill=shade)  # neck
-    ellipse(cx, 138, 46, 26, fill=tuple(int(v * 0.55) for v in BACKGROUND[a["background"]]))
-    for side in (-1, 1):
-        ellipse(cx + side * w, cy + 2, 6, 9, fill=shade)  # ears
-    ellipse(cx, cy, w, h, fill=skin)
-    if a["hair"]:
-        _hair_front(pen, a["hair_style"], HAIR[a["hair"]], cx, cy, w, h)
-    _eyes(pen, ellipse, a, cx, cy, w)
-    pen.line((cx, cy + 4, cx - 3, cy + 13, cx + 2, cy + 14), fill=shade, width=3)  # nose
-    _mouth(pen, ellipse, a["mouth"], cx, cy + 25)
-    return to_pixels(image, size)
-
-
-def read_colours(image: np.ndarray) -> tuple[str, str]:
-    """(hair, background) of a face (size, size, 3) uint8, by the nearest colour; not for bald ones.
-
-    Read above the forehead and in the upper corners, so that drawn and generated faces can be
-    scored alike.
-    """
-    size = len(image)
-
-    def nearest(palette: dict, *boxes) -> str:
-        parts = [
-            image[round(y0 * size) : round(y1 * size), round(x0 * size) : round(x1 * size)]
-            for x0, x1, y0, y1 in boxes
-        ]
-        colour = np.median(np.concatenate([p.reshape(-1, 3) for p in parts]), 0)
-        return min(palette, key=lambda name: np.abs(colour - palette[name]).sum())
-
-    hair = nearest(HAIR, (0.44, 0.56, 0.23, 0.29))
-    return hair, nearest(BACKGROUND, (0.02, 0.1, 0.02, 0.1), (0.9, 0.98, 0.02, 0.1))
-
-
-def _hair_behind(pen, style, color, cx, cy, w, h):
+    # hair behind the head
     if style == "long":
-        pen.rounded_rectangle((cx - w - 11, cy - h + 4, cx + w + 11, 132), 26, fill=color)
+        pen.rounded_rectangle(at(-w - 11, 4 - h, w + 11, 132 - cy), 26, fill=hair)
     if style == "bob":
-        pen.rounded_rectangle((cx - w - 9, cy - h + 2, cx + w + 9, cy + 34), 22, fill=color)
-    pen.ellipse((cx - w - 8, cy - h - 12, cx + w + 8, cy + 16), fill=color)
-    if style == "spiky":
-        for x in range(-3, 4):
-            tip = (cx + x * 15, cy - h - 26 + abs(x) * 9)
-            pen.polygon(
-                [(cx + x * 12 - 13, cy - h + 18), tip, (cx + x * 12 + 13, cy - h + 18)], fill=color
-            )
+        pen.rounded_rectangle(at(-w - 9, 2 - h, w + 9, 34), 22, fill=hair)
+    if hair:
+        pen.ellipse(at(-w - 8, -h - 12, w + 8, 16), fill=hair)
+    for i in range(-3, 4) if style == "spiky" else ():
+        x = i * 12
+        tip = (i * 15, abs(i) * 9 - h - 26)
+        pen.polygon(at(x - 13, 18 - h, *tip, x + 13, 18 - h), fill=hair)
 
-
-def _hair_front(pen, style, color, cx, cy, w, h):
-    box = (cx - w - 3, cy - h - 7, cx + w + 3, cy + h * 0.55)
-    if style in ("short", "spiky"):
-        pen.chord(box, 200, 340, fill=color)
-    else:  # a fringe
-        pen.pieslice(box, 180, 360, fill=color)
-
-
-def _eyes(pen, ellipse, a, cx, cy, w):
-    y = cy + 1
+    # neck, shirt, ears, head
+    pen.rectangle(at(-12, h - 12, 12, 128 - cy), fill=shade)
+    ellipse(0, 138 - cy, 46, 26, fill=shirt)
     for side in (-1, 1):
-        x = cx + side * w * 0.45
+        ellipse(side * w, 2, 6, 9, fill=shade)
+    ellipse(0, 0, w, h, fill=skin)
+
+    # hair in front: parted to the side, or a fringe
+    front = at(-w - 3, -h - 7, w + 3, h * 0.55)
+    if style in ("short", "spiky"):
+        pen.chord(front, 200, 340, fill=hair)
+    elif hair:
+        pen.pieslice(front, 180, 360, fill=hair)
+
+    # eyes and glasses
+    for x in (-w * 0.45, w * 0.45):
         if a["glasses"] == "sunglasses":
-            pen.rounded_rectangle((x - 13, y - 9, x + 13, y + 10), 6, fill=(24, 24, 28))
+            pen.rounded_rectangle(at(x - 13, -8, x + 13, 11), 6, fill=(24, 24, 28))
             continue
-        ellipse(x, y, 9, 8, fill=(255, 255, 255))
-        ellipse(x, y, 6, 6.5, fill=IRIS[a["eyes"]])
-        ellipse(x, y, 2.5, 2.5, fill=(16, 16, 20))
+        ellipse(x, 1, 9, 8, fill=(255, 255, 255))
+        ellipse(x, 1, 6, 6.5, fill=IRIS[a["eyes"]])
+        ellipse(x, 1, 2.5, 2.5, fill=(16, 16, 20))
         if a["glasses"] == "round glasses":
-            ellipse(x, y, 13, 12, outline=(40, 40, 46), width=3)
+            ellipse(x, 1, 13, 12, outline=(40, 40, 46), width=3)
     if a["glasses"] != "no glasses":
-        pen.line((cx - 6, y - 2, cx + 6, y - 2), fill=(32, 32, 36), width=3)
+        pen.line(at(-6, -1, 6, -1), fill=(32, 32, 36), width=3)
 
-
-def _mouth(pen, ellipse, mouth, x, y):
-    dark = (120, 36, 40)
-    red = (196, 60, 66)
-    if mouth == "smile":
-        pen.arc((x - 14, y - 14, x + 14, y + 8), 20, 160, fill=dark, width=4)
-    elif mouth == "grin":
-        pen.chord(
-            (x - 15, y - 13, x + 15, y + 11), 0, 180, fill=(255, 255, 255), outline=dark, width=2
-        )
-    elif mouth == "frown":
-        pen.arc((x - 13, y - 2, x + 13, y + 18), 200, 340, fill=dark, width=4)
-    elif mouth == "flat mouth":
-        pen.line((x - 12, y, x + 12, y), fill=dark, width=4)
-    else:
-        ellipse(x, y, 8, 9, fill=red, outline=dark, width=3)
+    # nose and mouth
+    pen.line(at(0, 4, -3, 13, 2, 14), fill=shade, width=3)
+    lips = (120, 36, 40)
+    match a["mouth"]:
+        case "smile":
+            pen.arc(at(-14, 11, 14, 33), 20, 160, fill=lips, width=4)
+        case "grin":
+            pen.chord(at(-15, 12, 15, 36), 0, 180, fill=(255, 255, 255), outline=lips, width=2)
+        case "frown":
+            pen.arc(at(-13, 23, 13, 43), 200, 340, fill=lips, width=4)
+        case "flat mouth":
+            pen.line(at(-12, 25, 12, 25), fill=lips, width=4)
+        case "open mouth":
+            ellipse(0, 25, 8, 9, fill=(196, 60, 66), outline=lips, width=3)
+    return to_pixels(image, size)

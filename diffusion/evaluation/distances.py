@@ -1,4 +1,4 @@
-"""Distances between sets of images, as pure functions of their features.
+"""Compute distances between sets of images, as pure functions of their features.
 
 Features are (N, D), float64 on the CPU.
 """
@@ -7,23 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime import distributed as dist
+from ..runtime.distributed import all_reduce_sum
 
-FEW = 2048  # images below which a Fréchet distance says little; Inception has as many features
-# what the numbers in results mean; "X" is the network whose features were taken
-DEFINITIONS = {
-    "frechet": "Frechet distance of the features' Gaussians, arXiv:1706.08500 eq. 6 (FID where X "
-    "is Inception); lower is nearer",
-    "kid": "squared MMD of the kernel (x.y / D + 1)^3, unbiased, arXiv:1801.01401; lower is nearer",
-    "precision": "share of generated images inside the real images' manifold (Kynkaanniemi et al. "
-    "2019, k = 3)",
-    "recall": "share of real images inside the generated images' manifold (the same, k = 3)",
-    "inception_score": "exp E KL(p(y|x) || p(y)), arXiv:1606.03498, mean over ten parts",
-}
+# with fewer images a Fréchet distance says little; Inception has as many features
+MIN_IMAGES = 2048
 
 
 class Moments:
-    """Mean and covariance of features that come in pieces, on several ranks."""
+    """Accumulate mean and covariance of features that come in batches, on several ranks."""
 
     def __init__(self, dim: int):
         self.n = torch.zeros((), dtype=torch.float64)
@@ -36,22 +27,23 @@ class Moments:
         self.outer += features.T @ features
 
     def reduce(self) -> tuple[Tensor, Tensor]:
-        """(mean (D,), covariance (D, D)) of what all ranks have added."""
+        """Return (mean (D,), unbiased covariance (D, D)) of what all ranks have added."""
         for part in (self.n, self.sum, self.outer):
-            dist.all_reduce_sum(part)
+            all_reduce_sum(part)
         mean = self.sum / self.n
         return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, unbiased covariance) of (N, D) features, N > 1."""
+    """Return (mean, unbiased covariance) of (N, D) features, N > 1."""
     return features.mean(0), torch.cov(features.T).reshape(features.shape[1], -1)
 
 
 def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + Tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), arXiv:1706.08500 eq. 6.
+    """Compute |mean_a - mean_b|^2 + Tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)).
 
-    The root's trace is that of (cov_a^(1/2) cov_b cov_a^(1/2))^(1/2), which is symmetric.
+    This is arXiv:1706.08500 eq. 6. The root's trace is that of the symmetric matrix
+    (cov_a^(1/2) cov_b cov_a^(1/2))^(1/2).
     """
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -61,15 +53,15 @@ def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tenso
 
 
 def kernel_distance(
-    real: Tensor, fake: Tensor, subsets: int = 100, most: int = 1000, seed: int = 0
+    real: Tensor, fake: Tensor, subsets: int = 100, max_size: int = 1000, seed: int = 0
 ) -> float:
-    """KID: the squared MMD of kernel (x.y / D + 1)^3, unbiased (arXiv:1801.01401, section 4).
+    """Compute KID: the squared MMD of kernel (x.y / D + 1)^3, unbiased (arXiv:1801.01401, sec. 4).
 
-    The mean over random subsets of at most `most` images, drawn as clean-fid draws them.
+    It is the mean over random subsets of at most max_size images, sampled as clean-fid does.
     """
     random = np.random.RandomState(seed)
     D = real.shape[1]
-    m = min(len(real), len(fake), most)
+    m = min(len(real), len(fake), max_size)
     total = 0.0
     for _ in range(subsets):
         x = fake[random.choice(len(fake), m, replace=False)]
@@ -83,30 +75,25 @@ def kernel_distance(
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of one set inside the other's manifold (Kynkäänniemi et al. 2019, eq. 1 and 2).
+    """Compute the fraction of each set in the other's manifold (Kynkäänniemi et al. 2019, eq. 1-2).
 
     A set's manifold: the balls around its points that reach their k-th nearest neighbour.
     """
 
-    def inside(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cat(
-            [
-                torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values
-                for part in manifold.split(1024)
-            ]
-        )
-        hit = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1024)]
+    def fraction_in_manifold(points: Tensor, manifold: Tensor) -> float:
+        nearest = [torch.cdist(x, manifold).kthvalue(k + 1, dim=1) for x in manifold.split(1024)]
+        radius = torch.cat([found.values for found in nearest])
+        hit = [(torch.cdist(x, manifold) <= radius).any(1) for x in points.split(1024)]
         return float(torch.cat(hit).double().mean())
 
-    return inside(fake, real), inside(real, fake)
+    return fraction_in_manifold(fake, real), fraction_in_manifold(real, fake)
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and deviation over splits of exp(E KL(p(y|x) || p(y))), arXiv:1606.03498 section 4."""
+    """Compute exp(E KL(p(y|x) || p(y))), arXiv:1606.03498 sec. 4: mean and std over splits."""
     order = np.random.RandomState(0).permutation(len(probabilities))  # files may come by class
     scores = []
-    probabilities = probabilities[order]
-    for p in probabilities.tensor_split(min(splits, len(probabilities))):
+    for p in probabilities[order].tensor_split(min(splits, len(probabilities))):
         kl = torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))
         scores.append(kl.sum(1).mean().exp())
     scores = torch.stack(scores)

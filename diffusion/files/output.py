@@ -1,11 +1,12 @@
-"""Where pictures go: what is there stays, what two processes write at once does not collide.
+"""Choose where pictures go: existing files stay, and two processes at once do not collide.
 
 A folder of numbered pictures is continued after its highest number; a single picture or folder
 whose name is taken gets the next free one, grid_2.png beside grid.png. --overwrite replaces what
-this program has written, by the proof in weights/owned.py, and nothing else.
+this program has written, by the proof in owned.py, and nothing else.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -15,35 +16,34 @@ from pathlib import Path
 
 from .. import UserError
 from . import owned
+from .atomic import blame, locked
 
 TEMPORARY = re.compile(r"\.\d{6,}\.png\.\d+\.tmp")
-PICTURES = (".png", ".webp")
-# other files that are written, and how these begin
-QUALITY = re.compile(r"quality(_\d+)?\.json")
-PAGE_HEAD = f'<head>\n<meta name="generator" content="{owned.SOFTWARE}">\n'
-QUALITY_HEAD = f'{{\n  "software": {json.dumps(owned.SOFTWARE)},\n'
+# the names of our other files, and how these begin
+HEADS = {
+    r"index\.html": "<!doctype html>\n<html[^<>]*>\n<head>\n"
+    + re.escape(f'<meta name="generator" content="{owned.SOFTWARE}">\n'),
+    r"quality(_\d+)?\.json": re.escape(f'{{\n  "software": {json.dumps(owned.SOFTWARE)},\n'),
+}
 # what file managers put into any folder, beside hidden files
 CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def is_ours(file: Path) -> bool:
-    """Check whether this program wrote a file: a picture, a film, a page or quality.json.
+    """Check whether this program wrote a file: a picture, an animation, a page or quality.json.
 
     What merely mentions the program, such as somebody's notes, is not.
     """
-    if file.suffix in PICTURES:
+    if file.suffix in (".png", ".webp"):
         return owned.is_our_picture(file)
+    head = next((head for name, head in HEADS.items() if re.fullmatch(name, file.name)), None)
+    if head is None or not file.is_file():
+        return False
     try:
-        if not file.is_file():
-            return False
         with open(file, encoding="utf-8", errors="replace") as text:
-            head = text.read(256)
+            return re.match(head, text.read(256)) is not None
     except OSError:
         return False
-    if file.name == "index.html":
-        before, mark, _ = head.partition(PAGE_HEAD)
-        return bool(mark) and re.fullmatch(r"<!doctype html>\n<html[^<>]*>\n", before) is not None
-    return QUALITY.fullmatch(file.name) is not None and head.startswith(QUALITY_HEAD)
 
 
 def create(folder: Path) -> None:
@@ -64,7 +64,7 @@ def create(folder: Path) -> None:
 
 
 def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) -> bool:
-    """Write a file whole or not at all; False, and nothing written, if the name is taken.
+    """Write a file completely or not at all; False, and nothing written, if the name is taken.
 
     replace: a file of that name that is ours is replaced.
     """
@@ -72,17 +72,14 @@ def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        if replace and is_ours(path):
-            os.replace(temporary, path)
-            return True
-        try:
-            os.link(temporary, path)  # unlike a renaming, never over another file
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without links
-            if path.exists():
-                return False
-            os.replace(temporary, path)
+        if not (replace and is_ours(path)):
+            try:
+                os.link(temporary, path)  # unlike a renaming, never over another file
+                return True
+            except OSError:  # taken, or a file system without links
+                if os.path.lexists(path):
+                    return False
+        os.replace(temporary, path)
         return True
     finally:
         temporary.unlink(missing_ok=True)
@@ -91,10 +88,8 @@ def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) 
 def names(path: Path) -> Iterator[Path]:
     """Yield grid.png, grid_2.png, grid_3.png, ..."""
     yield path
-    n = 2
-    while True:
+    for n in itertools.count(2):
         yield path.with_name(f"{path.stem}_{n}{path.suffix}")
-        n += 1
 
 
 def write_free(path: Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
@@ -105,7 +100,7 @@ def write_free(path: Path, write: Callable[[Path], None], overwrite: bool = Fals
 def drop_others(path: Path) -> None:
     """Delete grid_2.png, grid_3.png, ..., for path grid.png, that are ours."""
     for file in path.parent.glob(f"{path.stem}_*{path.suffix}"):
-        if file.stem[len(path.stem) + 1 :].isdigit() and is_ours(file):
+        if file.stem.removeprefix(f"{path.stem}_").isdigit() and is_ours(file):
             file.unlink()
 
 
@@ -114,9 +109,9 @@ def drop_others(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The file numbers of one call: first, first + 1, ...
+    """Hold the file numbers of one call: first, first + 1, ...
 
-    older: how many pictures the folder held before. replace: whether ours of them may go.
+    older: the number of pictures that the folder held before. replace: ours of them may go.
     """
 
     folder: Path
@@ -129,18 +124,17 @@ class Numbers:
         """Name the file of the i-th picture of this call."""
         return self.folder / f"{self.first + i:06d}.png"
 
-    def save(self, i: int, write: Callable[[Path], None]) -> Path:
+    def save(self, i: int, write: Callable[[Path], None]) -> None:
         """Write the i-th picture. Raises UserError if somebody has taken its name meanwhile."""
         path = self.file(i)
         if not write_new(path, write, replace=self.replace):
             raise UserError(
-                f"{path} has come into being meanwhile; nothing is written over: give "
+                f"{path} was created by another process meanwhile and is not overwritten: give "
                 "another --save_folder"
             )
-        return path
 
     def drop_older(self) -> int:
-        """Delete the pictures of earlier calls that are ours; how many."""
+        """Delete the pictures of earlier calls that are ours, and return how many."""
         mine = {self.file(i) for i in range(self.count)}
         old = [f for f in numbered(self.folder).values() if f not in mine and is_ours(f)]
         for file in old:
@@ -162,76 +156,49 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     overwrite: numbers start again, after the highest one of a picture that is not ours.
     Raises UserError if the folder cannot be written, or with overwrite, if another one writes.
     """
-    try:
-        create(folder)
-        with contextlib.ExitStack() as held:
-            _lock_folder(held, folder)
-            there = numbered(folder)
-            busy = _ranges(folder)
-            if overwrite and busy:
-                raise UserError(
-                    f"another process writes pictures to {folder}: wait, or give "
-                    "another --save_folder"
-                )
-            taken = [n for n, file in there.items() if not (overwrite and is_ours(file))]
-            first = max([n + 1 for n in taken] + busy, default=0)
-            if not busy:
-                for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                    if TEMPORARY.fullmatch(left.name) and left.is_file():
-                        left.unlink()
-            claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
-            claimed = contextlib.ExitStack()
-            _lock(claimed, os.open(claim, os.O_RDWR | os.O_CREAT, 0o666))
-    except OSError as error:
-        raise UserError(
-            f"--save_folder: {folder} cannot be written: {error.strerror or error}"
-        ) from None
-    with claimed:
+    with contextlib.ExitStack() as claimed:
+        with unwritable(folder):
+            create(folder)
+            with locked(folder):
+                existing = numbered(folder)
+                busy = _busy_ranges(folder)
+                if overwrite and busy:
+                    raise UserError(
+                        f"another process writes pictures to {folder}: wait, or give "
+                        "another --save_folder"
+                    )
+                taken = [n for n, file in existing.items() if not (overwrite and is_ours(file))]
+                first = max([n + 1 for n in taken] + busy, default=0)
+                if not busy:
+                    for left in folder.glob(".*.tmp"):  # of a process that was killed in writing
+                        if TEMPORARY.fullmatch(left.name) and left.is_file():
+                            left.unlink()
+                claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
+                claimed.enter_context(locked(claim))
         try:
-            yield Numbers(folder, first, count, len(there), overwrite)
+            yield Numbers(folder, first, count, len(existing), overwrite)
         finally:
             with contextlib.suppress(OSError):  # Windows keeps open files
                 claim.unlink(missing_ok=True)
 
 
-def _ranges(folder: Path) -> list[int]:
-    """The ends of the ranges of processes that run; what others have left is deleted."""
+def unwritable(folder: Path) -> contextlib.AbstractContextManager:
+    """Turn errors of the file system into UserError."""
+    return blame(f"--save_folder: {folder} cannot be written", kinds=OSError)
+
+
+def _busy_ranges(folder: Path) -> list[int]:
+    """List the ends of the ranges of running processes; delete what others have left."""
     ends = []
     claim = re.compile(rf"\.{re.escape(folder.name)}_\d+_\d+")
     for file in folder.parent.iterdir():
-        if not (claim.fullmatch(file.name) and file.is_file()):
-            continue
-        with contextlib.ExitStack() as held:
-            if _lock(held, os.open(file, os.O_RDWR), wait=False):
-                file.unlink(missing_ok=True)
-            else:
-                ends.append(int(file.name.rsplit("_", 1)[1]))
+        if claim.fullmatch(file.name) and file.is_file():
+            with locked(file, wait=False) as free:
+                if free is False:
+                    ends.append(int(file.name.rsplit("_", 1)[1]))
+                else:
+                    file.unlink(missing_ok=True)
     return ends
-
-
-def _lock_folder(held: contextlib.ExitStack, folder: Path, wait: bool = True) -> bool:
-    """Lock a folder as `_lock` does, where the system opens folders: Windows does not."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        if os.name != "nt":
-            raise
-        return True
-    return _lock(held, descriptor, wait)
-
-
-def _lock(held: contextlib.ExitStack, descriptor: int, wait: bool = True) -> bool:
-    """Lock an open file or folder until `held` ends; False if another process has it."""
-    held.callback(os.close, descriptor)
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass  # a system, or a file system, without locks
-    return True
 
 
 # --- a folder of named files ----------------------------------------------------------------------
@@ -246,16 +213,14 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     for folder in names(path):
         with contextlib.ExitStack() as held:
-            try:
-                create(folder)
-                free = _lock_folder(held, folder, wait=False)
-                there = [f for f in folder.iterdir() if not f.name.startswith(".")]
-            except FileExistsError:
-                continue  # a file
-            except OSError as error:
-                raise UserError(
-                    f"--save_folder: {folder} cannot be written: {error.strerror or error}"
-                ) from None
-            if free and (not there or overwrite and all(map(is_ours, there))):
+            with unwritable(folder):
+                try:
+                    create(folder)
+                except FileExistsError:
+                    continue  # a file
+                free = held.enter_context(locked(folder, wait=False))
+                existing = [file for file in folder.iterdir() if not file.name.startswith(".")]
+            replaced = overwrite and all(map(is_ours, existing))
+            if free is not False and (not existing or replaced):
                 yield folder
                 return

@@ -7,18 +7,19 @@ Nothing is deleted or replaced without such proof, and a scan for images to trai
 folders and pictures out.
 """
 
-import json
 import os
 from pathlib import Path
 
 from PIL import Image
+
+from .. import UserError
+from .text_files import read_json
 
 MARKER = ".diffusion"
 SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG and WebP that is written
 SOFTWARE_TAG = 0x0131  # its number in EXIF, where WebP has it
 RUN_KEYS = {"mode", "save_folder", "data", "train_steps", "batch_size", "seed"}
 STUDY_KEYS = {"settings", "base", "data"}
-MAX_CONFIG = 1 << 20  # bytes; a run's has 3 kB
 
 
 def mark(folder: Path) -> None:
@@ -30,7 +31,7 @@ def mark(folder: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder holds the config.json of a training run."""
+    """Check for the config.json of a training run in a folder."""
     return RUN_KEYS <= _config_keys(folder)
 
 
@@ -40,7 +41,7 @@ def is_marked(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the folder is one that this program wrote: a run's, a study's, or of pictures."""
+    """Check whether this program wrote a folder: a run's, a study's, or one of pictures."""
     if is_marked(folder):
         return True
     keys = _config_keys(folder)
@@ -48,7 +49,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_our_picture(file: Path) -> bool:
-    """Whether a PNG or WebP was written by this program, by its `Software` text."""
+    """Check whether this program wrote a PNG or WebP, by its `Software` text."""
     # from a pipe there may never come anything
     return file.is_file() and picture_text(file, "Software") == SOFTWARE
 
@@ -73,12 +74,8 @@ def marker_of(folder: Path) -> Path:
 
 
 def _config_keys(folder: Path) -> set[str]:
-    """The keys of a folder's config.json; none where there is no usable one."""
-    file = folder / "config.json"
+    """Read the keys of a folder's config.json; none where there is no usable one."""
     try:
-        if not file.is_file() or file.stat().st_size > MAX_CONFIG:
-            return set()
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return set(read_json(folder / "config.json"))
+    except UserError:
         return set()
-    return set(found) if isinstance(found, dict) else set()

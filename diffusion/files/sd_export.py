@@ -1,4 +1,4 @@
-"""A model that was fine-tuned here, as a file that other programs read.
+"""Export a model that was fine-tuned here as a file that other programs read.
 
 python -m diffusion.export results/model.pt my-model                  a diffusers folder
 python -m diffusion.export results/model.pt my-model.safetensors     an original single file
@@ -14,60 +14,60 @@ import torch
 
 from .. import UserError
 from ..config import Parser, run_script
-from ..models.clip import CLIPTextModel
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
-from .strict import build, fit
+from .strict import load_part
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse(args: list[str] | None = None):
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a model.pt or ema.safetensors of --mode latent --sd_path")
     add("target", metavar="TARGET", help="a new folder, or a .safetensors file")
-    add("--weights", default="ema", choices=("ema", "raw"), help="averaged, or the last step's")
+    add(
+        "--weights",
+        default="ema",
+        choices=("ema", "raw"),
+        help="weights to export: EMA weights, or those of the last step",
+    )
     add("--sd_path", metavar="PATH", help="where the Stable Diffusion model is now, if it moved")
-    add("--dtype", default="fp32", choices=tuple(DTYPES), help="precision of the file")
+    add("--dtype", default="fp32", choices=tuple(DTYPES), help="precision of the exported weights")
     return parser.parse_args(args)
-
-
-def cut(text: CLIPTextModel, layers: int) -> None:
-    """Leave out the last layers, which clip skip does not read."""
-    count = text.config.num_hidden_layers - layers
-    text.config = replace(text.config, num_hidden_layers=count)
-    del text.text_model.encoder.layers[count:]
 
 
 def main() -> None:
     args = parse()
     path = Path(args.model)
     target = Path(args.target)
+    single_file = target.suffix == ".safetensors"
     tensors, config, metadata = load_weights(path, args.weights)
     if config.mode != "latent" or config.sd_path is None:
         raise UserError(
             f"{path} was not trained from a Stable Diffusion model (--mode latent "
-            "--sd_path): other programs have no place for it"
+            "--sd_path): other programs cannot read its network"
         )
     if target.exists():
         raise UserError(f"{target} exists; give a new name")
     base = args.sd_path or config.sd_path
     sd = load_sd(base, config.sd_config)
-    sd.scheduler = read_scheduler(base, config.sd_config, PREDICTIONS[config.objective])
-    sd.unet = fit(build("unet", metadata["networks"]["unet"], str(path)), tensors, str(path))
-    if target.suffix != ".safetensors":
-        cut(sd.text_encoder, config.clip_skip - 1)
+    prediction = PREDICTIONS.get(config.objective, config.objective)
+    sd.scheduler = read_scheduler(base, config.sd_config, prediction)
+    sd.unet, _ = load_part("unet", metadata["networks"]["unet"], tensors, str(path))
+    if not single_file:  # without the last layers, which clip skip does not read
+        text = sd.text_encoder
+        count = text.config.num_hidden_layers - config.clip_skip + 1
+        text.config = replace(text.config, num_hidden_layers=count)
+        del text.text_model.encoder.layers[count:]
     elif config.clip_skip > 1:
-        print(f"clip skip {config.clip_skip}: say so where {target} is used, it does not tell")
-    for part in (sd.unet, sd.vae, sd.text_encoder):
-        part.to(DTYPES[args.dtype])
-    if target.suffix == ".safetensors":
-        save_sd_file(sd, target)
-    else:
-        save_sd_folder(sd, target)
+        print(f"clip skip {config.clip_skip} is not stored in {target}: set it where that is used")
+    for network in (sd.unet, sd.vae, sd.text_encoder):
+        network.to(DTYPES[args.dtype])
+    (save_sd_file if single_file else save_sd_folder)(sd, target)
     if config.objective != "eps":
-        print(f"it predicts {config.objective}, as is said in {target}")
+        print(f"{target} predicts {config.objective}, and states it")
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")
 
 

@@ -1,36 +1,44 @@
-"""Stable Diffusion 1.x from the files the world uses, and back to them.
+"""Read and write Stable Diffusion 1.x as the files the world uses.
 
     folder    unet/ vae/ text_encoder/ tokenizer/ scheduler/, as diffusers writes it
     file      one .safetensors or .ckpt, as CompVis wrote it
 
-The names are translated by the tables of rules.py; loading is strict, and tells which tables were
-used and what was missing or left over.
+The tables of sd_names.py translate the names; loading is strict, and a report says which names were
+found and what was left over. Readers raise UserError for what is missing, damaged or of another
+architecture.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from .. import UserError
+from ..models.build import NETWORKS
 from ..models.clip import CLIPTextModel
-from ..models.configs import UNetConfig, VAEConfig
 from ..models.sd_unet import SDUNet
 from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from ..runtime.distributed import log
-from . import sd_names as rules
-from .checkpoint import atomic, write_text
-from .strict import PARTS, fit_part
-from .tensors import find_weights, read_metadata, read_names, read_tensors
+from . import sd_names, strict
+from .atomic import write_text
+from .checkpoint import load_weights
+from .strict import PARTS
+from .tensors import (
+    find_weights,
+    inspect,
+    is_safetensors,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
+from .text_files import read_json, read_optional, read_text_file
 from .tokenizer_files import find_vocabulary, load_tokenizer, save_tokenizer
-from .validate import MOST_JSON, read_json, read_text_file
 
 # scheduler_config.json of Stable Diffusion 1.5
 SCHEDULER = {
@@ -47,23 +55,25 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
 }
-# what scheduler_config.json calls what a model predicts, and what others call it
+# our objectives and the words of scheduler_config.json
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 OBJECTIVES = {theirs: ours for ours, theirs in PREDICTIONS.items()}
-SYNONYMS = {
+SYNONYMS = PREDICTIONS | {
     "v-prediction": "v_prediction",
     "v_pred": "v_prediction",
     "vpred": "v_prediction",
     "velocity": "v_prediction",
     "noise": "epsilon",
+    "true": "v_prediction",  # of V_PARAMETERIZATION
+    "false": "epsilon",
 }
 # tensors that say by their presence that a file predicts v, and that its last step is pure noise
 V_MARK = "v_pred"
 ZERO_SNR_MARK = "ztsnr"
-EDM_MARK = "edm_vpred.sigma_max"
-# metadata of a .safetensors file: epsilon or v, as sd-scripts and as ComfyUI call it
-MODEL_SPECS = ("modelspec.prediction_type", "modelspec.predict_key")
-V_PARAMETERIZATION = "ss_v_parameterization"  # of kohya's metadata: True or False
+MARKS = {"edm_vpred.sigma_max": "v of an EDM schedule", V_MARK: "v"}
+MODEL_SPEC = "modelspec.prediction_type"
+# metadata of a .safetensors file that say epsilon or v: of sd-scripts, ComfyUI and kohya
+METADATA = (MODEL_SPEC, "modelspec.predict_key", "ss_v_parameterization")
 # of a .yaml beside a file, in CompVis' and A1111's words
 YAML_PREDICTION = re.compile(
     r"""(?:^|[{,])[ \t]*["']?parameterization["']?[ \t]*:[ \t]*["']?([\w-]+)""", re.M
@@ -76,21 +86,23 @@ YAML_ZERO_SNR = re.compile(
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts, as scheduler_config.json calls it, and what states that.
+    """Hold a model's prediction type, in scheduler_config.json's words, and what states it.
 
     source: None where nothing does, and epsilon is assumed. zero_snr: the last step is pure noise.
+    scheduler: the contents of scheduler_config.json; {} where there is none.
     """
 
     type: str
     source: str | None
-    zero_snr: bool = False
+    zero_snr: bool
+    scheduler: dict
 
 
 @dataclass(eq=False)
 class StableDiffusion:
-    """The parts of a text-to-image model; scheduler: the contents of scheduler_config.json.
+    """Hold the networks of a text-to-image model and what goes with them.
 
-    report: for people, which rules read each part.
+    scheduler: the contents of scheduler_config.json. report: lines for people on what was read.
     """
 
     unet: SDUNet
@@ -101,46 +113,16 @@ class StableDiffusion:
     report: list[str]
 
     def __post_init__(self):
-        most = len(self.tokenizer)
+        tokens = len(self.tokenizer)
         rows = self.text_encoder.config.vocab_size
-        if most > rows:
+        if tokens > rows:
             raise UserError(
-                f"the tokenizer has {most} tokens, the text encoder vectors of {rows}; "
+                f"the tokenizer has {tokens} tokens, the text encoder vectors of {rows}; "
                 "give those of one model"
             )
 
 
-# --- folders and files ---------------------------------------------------------------------------
-
-
-def load_part(folder: Path, part: str) -> tuple[nn.Module, str]:
-    """A component's folder, config.json and weights. Raises UserError for any other folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing")
-    config = read_json(folder / "config.json")
-    file = find_weights(folder)
-    model, used = fit_part(part, config, read_tensors(file), str(file))
-    return model, f"{part}: {file.name}, {used}"
-
-
-def load_part_file(path: Path, part: str) -> nn.Module:
-    """From a file of a component's weights or of a whole model; the sizes are those of the
-    config.json beside it, or else Stable Diffusion 1.5's. Raises UserError for any other file."""
-    beside = path.parent / "config.json"
-    config = read_json(beside) if beside.is_file() else {}
-    config = config if "_class_name" in config else PARTS[part][0]().to_dict()
-    tensors = read_tensors(path)
-    return fit_part(part, config, inside(tensors, part) or tensors, str(path))[0]
-
-
-def inside(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
-    """A part's tensors of an original single file."""
-    return {
-        k[len(prefix) :]: v
-        for prefix in rules.PREFIXES[part]
-        for k, v in tensors.items()
-        if k.startswith(prefix)
-    }
+# --- loading -------------------------------------------------------------------------------------
 
 
 def load_sd(
@@ -148,36 +130,145 @@ def load_sd(
     config: str | Path | None = None,
     weights: str = "raw",
     vae: AutoencoderKL | None = None,
-):
-    """A StableDiffusion from a folder or a single file.
+) -> StableDiffusion:
+    """Load Stable Diffusion from a folder or a single file.
 
     config: a folder with the configs and the tokenizer of a single file whose sizes are not
-    Stable Diffusion 1.5's. weights: "ema" takes a file's averaged weights, model_ema.*, where it
-    has them (see `check_averaged`); merged files carry stale ones.
-    vae: one to take in place of its own.
-    Raises UserError for what is missing, damaged or of another architecture.
+    Stable Diffusion 1.5's. weights: "ema" takes a file's EMA weights, model_ema.*, where it
+    has them (see `check_averaged`); merged files carry stale ones. vae: one to take in place of
+    the model's own.
     """
     path = Path(path)
-    if path.is_dir():
-        return _load_folder(path, vae)
+    folder = _config_folder(path, config)
     if not path.exists():
         raise UserError(
             f"--sd_path {path} does not exist; give a diffusers folder, or a "
             ".safetensors or .ckpt file"
         )
-    return _load_file(path, None if config is None else Path(config), weights, vae)
+    tensors = {} if path.is_dir() else read_tensors(path)
+    if kind := sd_names.family(tensors):
+        raise UserError(f"{path} is {kind}, not a Stable Diffusion 1.x model")
+    note = ""
+    if averaged := _averaged(tensors):
+        note = "; its model_ema.* are not used: sample.py --weights ema, train.py --sd_weights ema"
+        if weights == "ema":
+            tensors |= {name: tensors[ema] for name, ema in averaged.items()}
+            note = ", EMA weights (model_ema.*)"
+    networks = {}
+    report = []
+    for part in PARTS:
+        if part == "vae" and vae is not None:
+            networks[part] = vae
+            report.append("vae: another one")
+            continue
+        file = find_weights(path / part) if path.is_dir() else path
+        own = read_tensors(file) if path.is_dir() else part_of(tensors, part)
+        if not own:
+            hint = "; give --vae" if part == "vae" else ""
+            raise UserError(
+                f"{file} holds no {part}{hint}: no tensor begins with "
+                f"{sd_names.PREFIXES[part][0]}; it has {strict.some(sorted(tensors))}"
+            )
+        sizes = _part_config(folder, part)
+        first = own.get("input_blocks.0.0.weight")
+        if folder is None and first is not None:
+            sizes["in_channels"] = first.shape[1]  # 9: inpainting
+        # a text encoder may come with the rest of CLIP
+        own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
+        networks[part], used = strict.load_part(part, sizes, own, f"{file}, {part}")
+        report.append(f"{part}: {file.name}, {used}" + (note if part == "unet" else ""))
+    if tensors:
+        known = (*itertools.chain(*sd_names.PREFIXES.values()), "model_ema.", V_MARK, ZERO_SNR_MARK)
+        over = [name for name in tensors if not name.startswith(known)]
+        report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
+    return StableDiffusion(
+        **networks,
+        tokenizer=load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path),
+        scheduler=read_scheduler(path, config),
+        report=report,
+    )
+
+
+def _part_config(folder: Path | None, part: str) -> dict:
+    """Read the config.json of a network; without a folder, take Stable Diffusion 1.5's."""
+    if folder is None:
+        return NETWORKS[part][0]().to_dict()
+    return read_json(folder / part / "config.json")
+
+
+def part_of(tensors: Mapping, part: str) -> dict:
+    """Take a network's tensors from those of an original single file."""
+    return {
+        name.removeprefix(prefix): value
+        for prefix in sd_names.PREFIXES[part]
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def load_vae(path: str | Path) -> AutoencoderKL:
+    """Load a VAE from wherever it is.
+
+    path: a run of --mode vae (its folder, or a file in it), a diffusers folder, or a file of
+    weights in any known layout, of the sizes of the config.json beside it or else Stable
+    Diffusion 1.5's.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"--vae {path} does not exist; give a run of --mode vae (train.py --preset "
+            "sd_tiny_vae makes results/vae) or a diffusers folder"
+        )
+    folders = [folder for folder in (path, path / "vae") if _network_config(folder)]
+    file = path
+    if folders:
+        file = find_weights(folders[0])
+    elif path.is_dir():
+        ema = path / "ema.safetensors"
+        file = ema if ema.is_file() else path / "model.pt"
+    if (
+        folders
+        or file.suffix in (".ckpt", ".bin")
+        or (is_safetensors(file) and "config" not in read_metadata(file))
+    ):
+        tensors = read_tensors(file)
+        sizes = _network_config(file.parent) or _part_config(None, "vae")
+    else:
+        tensors, config, metadata = load_weights(file)
+        if config.mode != "vae":
+            raise UserError(
+                f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
+            )
+        sizes = metadata["networks"]["vae"]
+    return strict.load_part("vae", sizes, part_of(tensors, "vae") or tensors, str(file))[0]
+
+
+def _network_config(folder: Path) -> dict | None:
+    """Read the config.json of a network's folder; None if it is missing or a run's."""
+    config = read_optional(folder / "config.json")
+    return config if "_class_name" in config else None
+
+
+def _config_folder(path: str | Path, config: str | Path | None) -> Path | None:
+    """Find the folder with a model's configs: the model itself, --config, or none."""
+    if Path(path).is_dir():
+        return Path(path)
+    return None if config is None else Path(config)
+
+
+# --- what a model states about itself ------------------------------------------------------------
 
 
 def read_scheduler(
     path: str | Path, config: str | Path | None = None, prediction: str | None = None
 ) -> dict:
-    """The contents of scheduler_config.json, Stable Diffusion 1.5's where it says nothing.
+    """Read scheduler_config.json, with Stable Diffusion 1.5's values where it says nothing.
 
-    prediction: what the model predicts if that is known, such as v_prediction; None: as
-    `find_prediction` says. Raises UserError for files that cannot be read.
+    prediction: the prediction type if it is known, such as v_prediction; None: what
+    `find_prediction` finds.
     """
     found = find_prediction(path, config)
-    scheduler = SCHEDULER | (_scheduler_config(path, config) or {})
+    scheduler = SCHEDULER | found.scheduler
     scheduler["prediction_type"] = found.type if prediction is None else prediction
     rescaled = scheduler.get("rescale_betas_zero_snr", False)
     if found.zero_snr and not rescaled and scheduler["prediction_type"] != "epsilon":
@@ -190,60 +281,45 @@ def read_scheduler(
     return scheduler
 
 
-def _scheduler_config(path: str | Path, config: str | Path | None) -> dict | None:
-    folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
-    file = folder / "scheduler" / "scheduler_config.json" if folder else None
-    return read_json(file) if file and file.exists() else None
-
-
 def find_prediction(path: str | Path, config: str | Path | None = None) -> Prediction:
-    """What a model predicts, by its folder, or by a file, its metadata and the .yaml beside it.
+    """Find a model's prediction type by its folder, or by a file, its metadata and a .yaml beside.
 
     A single file's own statements come before those of config, the folder of its sizes, where
-    epsilon states nothing: it may be any folder of Stable Diffusion 1.5. Raises UserError for files
-    that cannot be read.
+    epsilon states nothing: it may be any folder of Stable Diffusion 1.5.
     """
-    path, scheduler = Path(path), _scheduler_config(path, config)
-    stated = []
-    if scheduler is not None:
-        value = scheduler.get("prediction_type", "epsilon")
-        if path.is_dir() or value != "epsilon":
-            stated = [(value, "scheduler_config.json")]
-    zero_snr = bool(scheduler and scheduler.get("rescale_betas_zero_snr", False))
+    path = Path(path)
+    stated: list[tuple[str, str]] = []
+    zero_snr = False
     if path.is_file():
-        names, metadata = inspect(path)
-        beside = []
-        for ending in (".yaml", ".yml", ".YAML", ".YML"):
-            beside += [path.with_suffix(ending), path.with_name(path.name + ending)]
-        own = []
-        if EDM_MARK in names:
-            own.append(("v of an EDM schedule", f"its key {EDM_MARK}"))
-        if V_MARK in names:
-            own.append(("v", f"its key {V_MARK}"))
-        own += [(metadata[k], f"its metadata {k}") for k in MODEL_SPECS if k in metadata]
-        if V_PARAMETERIZATION in metadata:
-            value = "v" if metadata[V_PARAMETERIZATION].lower() == "true" else "eps"
-            own.append((value, f"its metadata {V_PARAMETERIZATION}"))
+        names, facts = inspect(path)
+        facts |= {mark: prediction for mark, prediction in MARKS.items() if mark in names}
+        stated += [(facts[key], f"its {key}") for key in (*MARKS, *METADATA) if key in facts]
+        zero_snr = facts.get("ss_zero_terminal_snr", "").lower() == "true"
+        zero_snr |= ZERO_SNR_MARK in names
+        endings = (".yaml", ".yml", ".YAML", ".YML")
+        beside = [file for e in endings for file in (path.with_suffix(e), Path(f"{path}{e}"))]
         for file in filter(Path.is_file, beside):
             try:
-                text = re.sub(r"#.*", "", read_text_file(file, MOST_JSON)[0])
+                text = re.sub(r"#.*", "", read_text_file(file)[0])
             except UserError as error:
                 log(f"warning: {error}; it is not used")
                 continue
-            own += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
+            stated += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
             zero_snr |= YAML_ZERO_SNR.search(text) is not None
-        zero_snr |= ZERO_SNR_MARK in names
-        zero_snr |= metadata.get("ss_zero_terminal_snr", "").lower() == "true"
-        stated = own + stated
-    if not stated:
-        return Prediction("epsilon", None, zero_snr)
-    value = str(stated[0][0]).lower()
-    source = stated[0][1]
-    return Prediction(PREDICTIONS.get(value, SYNONYMS.get(value, value)), source, zero_snr)
+    folder = _config_folder(path, config)
+    scheduler = read_optional(folder / "scheduler" / "scheduler_config.json") if folder else {}
+    if scheduler:
+        zero_snr |= bool(scheduler.get("rescale_betas_zero_snr", False))
+        value = scheduler.get("prediction_type", "epsilon")
+        if path.is_dir() or value != "epsilon":
+            stated.append((value, "scheduler_config.json"))
+    value, source = [*stated, ("epsilon", None)][0]
+    value = str(value).lower()
+    return Prediction(SYNONYMS.get(value, value), source, zero_snr, scheduler)
 
 
 def stated_objective(path: str | Path, config: str | Path | None = None) -> str:
-    """What a model states to predict, as --objective has it; eps where it states nothing.
+    """Find what a model states to predict, as --objective has it; eps where it states nothing.
 
     Raises UserError for a type that is not known.
     """
@@ -257,196 +333,98 @@ def stated_objective(path: str | Path, config: str | Path | None = None) -> str:
 
 
 def has_averaged(path: Path) -> bool:
-    """Whether a single file has averaged weights beside the plain ones."""
+    """Check whether a single file has EMA weights beside the plain ones."""
     return path.is_file() and bool(_averaged(inspect(path)[0]))
 
 
-def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
-    """A single file's names and metadata, without its numbers; read once while it is the same."""
-    stat = path.stat()
-    return _inspect(path, stat.st_mtime_ns, stat.st_size)
+def _averaged(names: Collection[str]) -> dict[str, str]:
+    """Map each tensor of the U-Net to its EMA; {} unless all have one.
 
-
-@lru_cache(maxsize=8)
-def _inspect(path: Path, mtime: int, size: int) -> tuple[set[str], dict[str, str]]:
-    return read_names(path), read_metadata(path)
+    CompVis' model_ema.* are the names without their dots.
+    """
+    plain = [name for name in names if name.startswith(sd_names.PREFIXES["unet"])]
+    found = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in plain}
+    return found if all(ema in names for ema in found.values()) else {}
 
 
 def check_averaged(path: str | Path, option: str) -> None:
-    """Raises UserError, which names the option that asks for them, unless a single file has
-    averaged weights beside the plain ones."""
+    """Refuse an option that asks for EMA weights, unless a single file has them."""
     path = Path(path)
-    if path.is_dir():
+    if path.exists() and not has_averaged(path):
         raise UserError(
-            f"{option} ema: the folder {path} holds one U-Net only; leave {option} "
-            "out, or give a .ckpt or .safetensors file with model_ema.*"
-        )
-    if path.is_file() and not has_averaged(path):
-        raise UserError(
-            f"{option} ema: {path} holds no averaged weights (model_ema.*), or not all "
-            f"of them; leave {option} out"
+            f"{option} ema: {path} holds no EMA weights (model_ema.*), or not all of them; leave "
+            f"{option} out"
         )
 
 
 def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
-    """The side of the images that a model was trained for; what is wrong there load_sd tells."""
-    folder = Path(path) if Path(path).is_dir() else Path(config) if config is not None else None
-    unet = UNetConfig()
-    vae = VAEConfig()
+    """Find the side of the images that a model was trained for; 512 if its configs are unusable."""
+    folder = _config_folder(path, config)
     try:
-        if folder is not None:
-            unet = UNetConfig.from_dict(read_json(folder / "unet" / "config.json"))
-            vae = VAEConfig.from_dict(read_json(folder / "vae" / "config.json"))
-        size = unet.sample_size or 64
-        size = size if isinstance(size, int) else max(size)
-        return size * 2 ** (len(vae.block_out_channels) - 1)
-    except (ValueError, TypeError, UserError):
+        size = _part_config(folder, "unet").get("sample_size") or 64
+        levels = len(_part_config(folder, "vae")["block_out_channels"])
+        return int(max(size) if isinstance(size, list) else size) * 2 ** (levels - 1)
+    except (ValueError, TypeError, LookupError):
         return 512
-
-
-def _load_folder(path: Path, vae: AutoencoderKL | None) -> StableDiffusion:
-    if not (path / "unet").is_dir():
-        kind = read_json(path / "model_index.json") if (path / "model_index.json").exists() else {}
-        name = f"; its model_index.json says {kind['_class_name']}" if "_class_name" in kind else ""
-        raise UserError(f"{path} is no Stable Diffusion folder: it has no unet/{name}")
-    loaded = {part: load_part(path / part, part) for part in PARTS if part != "vae" or vae is None}
-    loaded.setdefault("vae", (vae, "vae: another one"))
-    return StableDiffusion(
-        **{part: model for part, (model, _) in loaded.items()},
-        tokenizer=load_tokenizer(path / "tokenizer"),
-        scheduler=read_scheduler(path),
-        report=[used for _, used in loaded.values()],
-    )
-
-
-def _load_file(
-    path: Path, folder: Path | None, weights: str, vae: AutoencoderKL | None
-) -> StableDiffusion:
-    tensors = read_tensors(path)
-    if other := rules.family(tensors):
-        raise UserError(f"{path} is {other}, not a Stable Diffusion 1.x model")
-    if not any(name.startswith(rules.PREFIXES["unet"]) for name in tensors):
-        if any(name.startswith("model_ema.") for name in tensors):
-            raise UserError(
-                f"{path} holds averaged weights (model_ema.*) without the plain ones "
-                f"({rules.PREFIXES['unet'][0]}*), which is not supported"
-            )
-        known = ", ".join(sorted(tensors)[:3])
-        raise UserError(
-            f"{path} is no Stable Diffusion checkpoint: no tensor of it begins with "
-            f"{rules.PREFIXES['unet'][0]}; it has {known} ..."
-        )
-    averaged = _averaged(tensors)
-    if weights == "ema" and averaged:
-        tensors |= {name: tensors[other] for name, other in averaged.items()}
-    note = ""
-    if averaged:
-        note = (
-            ", averaged weights (model_ema.*)"
-            if weights == "ema"
-            else "; model_ema.* is in the file and not used: sample.py --weights ema, "
-            "train.py --sd_weights ema"
-        )
-    parts = {}
-    report = []
-    for part, (make_config, _) in PARTS.items():
-        if part == "vae" and vae is not None:
-            parts[part] = vae
-            continue
-        config = read_json(folder / part / "config.json") if folder else make_config().to_dict()
-        own = inside(tensors, part)
-        if not own:
-            hint = "; give --vae" if part == "vae" else ""
-            raise UserError(f"{path} holds no {part}{hint}")
-        if part == "unet" and folder is None and "input_blocks.0.0.weight" in own:
-            config["in_channels"] = own["input_blocks.0.0.weight"].shape[1]  # 9: inpainting
-        if part == "text_encoder":
-            own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
-        parts[part], used = fit_part(part, config, own, f"{path}, {part}")
-        report.append(f"{part}: {path.name}, {used}{note if part == 'unet' else ''}")
-    used = tuple(prefix for prefixes in rules.PREFIXES.values() for prefix in prefixes)
-    marks = (V_MARK, ZERO_SNR_MARK)
-    over = [k for k in tensors if not k.startswith((*used, "model_ema.")) and k not in marks]
-    report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
-    tokenizer = load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path)
-    return StableDiffusion(
-        **parts, tokenizer=tokenizer, scheduler=read_scheduler(path, folder), report=report
-    )
-
-
-def _averaged(names) -> dict[str, str]:
-    """{name of a tensor of the U-Net: that of its average}; {} unless all have one.
-
-    CompVis' model_ema.* are the names without their dots.
-    """
-    plain = [name for name in names if name.startswith(rules.PREFIXES["unet"])]
-    found = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in plain}
-    return found if all(averaged in names for averaged in found.values()) else {}
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def save_part(model: nn.Module, folder: Path, name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    atomic(folder / name, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-    write_text(folder / "config.json", json.dumps(model.config.to_dict(), indent=2))
+    """Write a network's folder, config.json and weights."""
+    write_json(folder / "config.json", model.config.to_dict())
+    write_tensors(folder / name, model.state_dict(), {})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object atomically, and the folder around it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2))
 
 
 def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
-    """A folder that diffusers' from_pretrained reads."""
-    save_part(sd.unet, folder / "unet", "diffusion_pytorch_model.safetensors")
-    save_part(sd.vae, folder / "vae", "diffusion_pytorch_model.safetensors")
-    save_part(sd.text_encoder, folder / "text_encoder", "model.safetensors")
+    """Write a folder that diffusers' from_pretrained reads."""
+    for part in PARTS:
+        name = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        save_part(getattr(sd, part), folder / part, f"{name}.safetensors")
     save_tokenizer(sd.tokenizer, folder / "tokenizer")
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    write_text(folder / "scheduler" / "scheduler_config.json", json.dumps(sd.scheduler, indent=2))
-    write_text(
-        folder / "model_index.json",
-        json.dumps(
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "_diffusers_version": "0.30.0",
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "scheduler": ["diffusers", sd.scheduler["_class_name"]],
-                "safety_checker": [None, None],
-                "feature_extractor": [None, None],
-                "requires_safety_checker": False,
-            },
-            indent=2,
-        ),
-    )
+    write_json(folder / "scheduler" / "scheduler_config.json", sd.scheduler)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.30.0",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", sd.scheduler["_class_name"]],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    write_json(folder / "model_index.json", index)
 
 
 def save_sd_file(sd: StableDiffusion, path: Path) -> None:
-    """An original single file; its sizes and vocabulary are not in it.
+    """Write an original single file, which holds neither sizes nor vocabulary.
 
-    What it predicts is in its metadata, and v in the key v_pred as well, which A1111 and ComfyUI
-    read; so is a zero terminal SNR, in ztsnr.
+    The prediction type is in its metadata, and v in the key v_pred as well, which A1111 and
+    ComfyUI read; a zero terminal SNR is in ztsnr.
     """
-    tables: dict[str, Callable[[dict], rules.Table]] = {
-        "unet": rules.unet_table,
-        "vae": rules.vae_table,
-        "text_encoder": lambda config: [],
-    }
     tensors = {}
-    for part, table in tables.items():
-        model = getattr(sd, part)
-        known = rules.to_theirs(table(model.config.to_dict()))
-        for name, value in model.state_dict().items():
-            theirs = rules.translate(name, known) or name
+    for part in PARTS:
+        network = getattr(sd, part)
+        table, _ = sd_names.tables(part, network.config.to_dict())
+        for name, value in network.state_dict().items():
+            theirs = sd_names.translate(name, table)
             if part == "vae" and ".mid.attn_1." in theirs and value.ndim == 2:
                 value = value[:, :, None, None]  # a 1x1 convolution there
-            tensors[rules.PREFIXES[part][0] + theirs] = value.detach().cpu().contiguous()
-    kind = sd.scheduler["prediction_type"]
-    if kind == "v_prediction":
+            tensors[sd_names.PREFIXES[part][0] + theirs] = value
+    spec = sd.scheduler["prediction_type"]
+    if spec == "v_prediction":
         tensors[V_MARK] = torch.tensor([])
+        spec = "v"
     if sd.scheduler.get("rescale_betas_zero_snr", False):
         tensors[ZERO_SNR_MARK] = torch.tensor([])
-    spec = "v" if kind == "v_prediction" else kind
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt", MODEL_SPECS[0]: spec}))
+    write_tensors(path, tensors, {MODEL_SPEC: spec})

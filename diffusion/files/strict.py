@@ -1,118 +1,81 @@
-"""Tensors of any known file put into the networks of Stable Diffusion, strictly."""
+"""Load tensors of any known file into the networks of Stable Diffusion, strictly."""
+
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
 from .. import UserError
-from ..models.build import blank
-from ..models.clip import CLIPTextModel
-from ..models.configs import CLIPTextConfig, UNetConfig, VAEConfig
-from ..models.sd_unet import SDUNet
-from ..models.vae import AutoencoderKL
-from . import sd_names as rules
-from .validate import check_tensors
+from ..models.build import NETWORKS, blank
+from ..models.build import build as build_network
+from . import sd_names
+from .atomic import blame
+from .validate import Tensors, check_tensors
 
-PARTS = {
-    "unet": (UNetConfig, SDUNet),
-    "vae": (VAEConfig, AutoencoderKL),
-    "text_encoder": (CLIPTextConfig, CLIPTextModel),
-}
-USELESS = ("position_ids",)  # buffers that old files hold and no network reads
+PARTS = ("unet", "vae", "text_encoder")
+UNUSED = ("position_ids",)  # buffers that old files hold and no network reads
 
 
 def build(part: str, config: dict, where: str) -> nn.Module:
-    """A part's network without memory (meta device). Raises UserError for another family's."""
-    make_config, network = PARTS[part]
-    giant = [
-        k
-        for k, v in config.items()
-        if isinstance(v, int) and v > (1000 if "layers" in k else 1 << 24)
-    ]
-    if giant:
-        raise UserError(f"{where}: {giant[0]} is {config[giant[0]]}, as in no network")
-    try:
-        with blank():
-            return network(make_config.from_dict(config))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-    except (TypeError, AttributeError, RuntimeError, ArithmeticError, LookupError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{where}: its config.json describes no network: {reason}") from None
+    """Build a network without memory (meta device). Raises UserError for another family's."""
+    make_config, _ = NETWORKS[part]
+    for name, value in config.items():
+        if isinstance(value, int) and value > (1000 if "layers" in name else 1 << 24):
+            raise UserError(f"{where}: {name} is {value}, as in no network")
+    with blame(f"{where}: its config.json is not supported"), blank():
+        return build_network(part, make_config.from_dict(config))
 
 
-def fit(model: nn.Module, tensors: dict[str, Tensor], where: str) -> nn.Module:
+def load_strict(model: nn.Module, tensors: Tensors, where: str, advice: str = "") -> nn.Module:
     """Put tensors into a network on the meta device, without copying them.
 
     1x1 convolutions and linear layers take each other's weights. Raises UserError, which names
-    what is missing, left over, or of another shape.
+    what is missing, left over, or of another shape, and then gives the advice.
     """
     expected = model.state_dict()
-    tensors = {k: v for k, v in tensors.items() if k.split(".")[-1] not in USELESS}
-    for name, value in tensors.items():
-        want = expected.get(name)
-        if want is not None and value.shape != want.shape and value.numel() == want.numel():
-            if tuple(s for s in value.shape if s > 1) == tuple(s for s in want.shape if s > 1):
-                tensors[name] = value.reshape(want.shape)
-    missing = sorted(expected.keys() - tensors)
-    over = sorted(tensors.keys() - expected)
-    odd = [
-        f"{k} is {tuple(tensors[k].shape)}, expected {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if missing or over or odd:
-        found = {"missing": missing, "left over": over, "of another shape": odd}
-        parts = [
-            f"{what} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for what, names in found.items()
-            if names
-        ]
-        advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER" if odd else ""
-        raise UserError(f"{where} does not fit: {'; '.join(parts)}{advice}")
-    check_tensors(tensors, where)
-    floats = {k: v if v.is_floating_point() else v.float() for k, v in tensors.items()}
+    found = {
+        name: as_shape(value, expected[name].shape) if name in expected else value
+        for name, value in zip(map(str, tensors), tensors.values())  # a pickle's keys are anything
+        if name.split(".")[-1] not in UNUSED
+    }
+    problems = {
+        "missing": sorted(expected.keys() - found),
+        "left over": sorted(found.keys() - expected),
+        "of another shape": [
+            f"{name} is {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+            for name, value in expected.items()
+            if name in found and found[name].shape != value.shape
+        ],
+    }
+    named = [f"{kind} {len(names)}: {some(names)}" for kind, names in problems.items() if names]
+    if named:
+        advice = advice if problems["of another shape"] else ""
+        raise UserError(f"{where} does not fit: {'; '.join(named)}{advice}")
+    check_tensors(found, where)
+    floats = {k: v if v.is_floating_point() else v.float() for k, v in found.items()}
     model.load_state_dict(floats, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def renamed(tensors: dict[str, Tensor], table: rules.Table) -> dict[str, Tensor]:
-    """With the names of an original file turned into ours; unknown ones stay as they are."""
-    known = rules.to_ours(table)
-    return {rules.translate(k, known) or k: v for k, v in tensors.items()}
+def some(names: Iterable) -> str:
+    """List the first three of some names."""
+    first = list(map(str, names))[:4]
+    return ", ".join(f"{name:.100}" for name in first[:3]) + (" ..." if len(first) > 3 else "")
 
 
-def old_attention(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The VAE's attention as it was named before 2023, in diffusers' folders."""
-    known = dict((old, new) for new, old in rules.OLD_ATTENTION)
-    out = {}
-    for name, value in tensors.items():
-        head, mark, tail = name.partition("attentions.0.")
-        layer = next((o for o in known if tail.startswith(f"{o}.")), None) if mark else None
-        out[head + mark + known[layer] + tail[len(layer) :] if layer else name] = value
-    return out
+def as_shape(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Reshape where only sides of 1 differ, as of linear layers and 1x1 convolutions."""
+    same = [size for size in value.shape if size > 1] == [size for size in shape if size > 1]
+    return value.reshape(shape) if same and value.shape != shape else value
 
 
-def with_text_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers 5 writes a text encoder without the prefix that published files have."""
-    if any(name.startswith("text_model.") for name in tensors):
-        return tensors
-    return {f"text_model.{name}": value for name, value in tensors.items()}
-
-
-def fit_part(part: str, config: dict, tensors: dict[str, Tensor], where: str):
-    """(network, the rules used). tensors: of this part, in the names of any known file."""
+def load_part(part: str, config: dict, tensors: Tensors, where: str) -> tuple[nn.Module, str]:
+    """Build a network from its tensors in the names of any known file: (network, which names)."""
     model = build(part, config, where)
-    config = model.config.to_dict()
-    used = "its own names"
-    if part == "vae" and any(".mid.attn_1." in name or ".mid.block_1." in name for name in tensors):
-        tensors = renamed(tensors, rules.vae_table(config))
-        used = "original names"
-    elif part == "vae" and any(".query." in name for name in tensors):
-        tensors = old_attention(tensors)
-        used = "names of before 2023"
-    elif part == "unet" and any(name.startswith("input_blocks.") for name in tensors):
-        tensors = renamed(tensors, rules.unet_table(config))
-        used = "original names"
-    elif part == "text_encoder" and with_text_model(tensors) is not tensors:
-        tensors = with_text_model(tensors)
-        used = "names without text_model."
-    return fit(model, tensors, where), used
+    if part == "text_encoder" and not any("text_model." in name for name in tensors):
+        # transformers 5 leaves out the prefix that published files have
+        tensors = {f"text_model.{name}": value for name, value in tensors.items()}
+    _, known = sd_names.tables(part, model.config.to_dict())
+    named = {sd_names.translate(name, known): value for name, value in tensors.items()}
+    used = "its own names" if named.keys() == tensors.keys() else "original names"
+    advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER"
+    return load_strict(model, named, where, advice), used

@@ -1,175 +1,190 @@
-"""Reading other programs' weight files: safetensors, whole or sharded, and pickled checkpoints.
+"""Read and write weight files: safetensors, in one file or in shards, and what torch.save wrote.
 
-Nothing here unpickles code, and nothing is copied: tensors lie in the mapped file until used.
+Nothing here unpickles code, and nothing is copied: tensors lie in the mapped file until used. Each
+reader raises UserError for files that are missing, damaged or no weights.
 """
 
+import contextlib
+import errno
 import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import UserError
-from .validate import check_size, read_json
+from .atomic import atomic, reason
+from .text_files import read_json
+from .validate import Tensors, check_size
 
 BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
-ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
-class _Stub:
-    """Stands for classes that checkpoints name beside their weights; holds nothing."""
+class Unreadable(UserError):
+    """Report a file that may be intact, but cannot be read now."""
+
+
+class Stub:
+    """Stand for a class that a checkpoint names; hold the fields of its instances, and no code."""
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __setstate__(self, state):
-        pass
+        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
-class _Fields(_Stub):
-    """Stands for classes of which the plain fields are wanted."""
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-
-# the globals that original checkpoints need, each an inert stub
-STUBS = {
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": _Stub,
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping": _Stub,
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint": _Stub,
-    "torch.nn.modules.container.ParameterDict": _Fields,  # of textual inversions
-}
+# the classes that the world's checkpoints name
+STUBS = [
+    (Stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (Stub, "pytorch_lightning.callbacks.early_stopping.EarlyStopping"),
+    (Stub, "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
+    (Stub, "torch.nn.modules.container.ParameterDict"),  # of textual inversions
+]
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file (or the shards' index) of a component's folder; full precision first.
+    """Find the weight file, or the index of the shards, of a network's folder.
 
-    Raises UserError if there is none.
+    Full precision comes first. Raises UserError if there is none.
     """
     for variant in ("", ".fp16", ".bf16"):
         for base in BASES:
-            for ending in ENDINGS:
-                # diffusers writes name.fp16.safetensors, and name.safetensors.index.fp16.json
-                stem = ending.removesuffix(".json")
-                names = (f"{base}{variant}{ending}", f"{base}{stem}{variant}.json")
-                for name in names if ending.endswith(".json") else names[:1]:
-                    if (folder / name).is_file():
-                        return folder / name
+            for ending in (".safetensors", ".bin"):
+                name = f"{base}{variant}{ending}"
+                # diffusers writes the index of a variant in the second way
+                for file in (name, f"{name}.index.json", f"{base}{ending}.index{variant}.json"):
+                    if (folder / file).is_file():
+                        return folder / file
     raise UserError(
         f"{folder} holds no weights; expected {BASES[0]}.safetensors, "
         "model.safetensors or a .bin of these names"
     )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file by name, nested dictionaries unpacked. Raises UserError otherwise."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    if path.name.endswith(".json"):
-        return _read_shards(path)
-    if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path)
+def is_safetensors(path: Path) -> bool:
+    """Check a file's suffix, in any letter case."""
+    return path.suffix.lower() == ".safetensors"
+
+
+@contextlib.contextmanager
+def _name_faults(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a file into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is no checkpoint, or holds more than weights, such as code, and is not "
+            "opened; give a .safetensors version of it"
+        ) from None
+    except Exception as error:  # torch raises nearly everything on damaged files
+        text = reason(error)
+        # a disk, a network or a permission may be back in a minute; EINVAL: zipfile seeks nowhere
+        passing = getattr(error, "errno", None) not in (None, errno.EINVAL)
+        if passing or isinstance(error, MemoryError) or "allocate memory" in text:
+            raise Unreadable(f"{path} could not be read: {text}") from None
+        raise UserError(f"{path} is truncated, damaged or no weights: {text}") from None
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read (tensors, metadata) of a safetensors file."""
+    with _name_faults(path):
+        check_size(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file holds beside its tensors; none of other files."""
-    if path.suffix.lower() != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    """Read the texts that a safetensors file holds beside its tensors; {} of other files."""
+    return read_safetensors(path)[1] if is_safetensors(path) else {}
 
 
-def read_names(path: Path) -> set[str]:
-    """The names in a single file, whatever they stand for, without its numbers.
-
-    Raises UserError as `read_tensors` does.
-    """
-    if path.suffix.lower() != ".safetensors":
-        return _names(read_object(path))
-    check_size(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise _broken(path, error) from None
+def read_tensors(path: Path) -> Tensors:
+    """Read all tensors of a file by name, from within state_dict where there is one."""
+    if path.name.endswith(".json"):
+        return _read_shards(path)
+    innermost = _read(path)[0][-1]
+    return {k: v for k, v in innermost.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def _names(state, depth: int = 8) -> set[str]:
-    """The keys of a dictionary and of the dictionaries called state_dict in it."""
-    if not isinstance(state, dict) or not depth:  # a dictionary may hold itself
-        return set()
-    own = {key for key in state if isinstance(key, str)}
-    return own | _names(state.get("state_dict"), depth - 1)
+def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
+    """Read all names in a single file, also those beside state_dict, and its metadata."""
+    levels, metadata = _read(path)
+    return {key for level in levels for key in level if isinstance(key, str)}, metadata
 
 
-def _broken(path: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-    return UserError(f"{path} is truncated or no safetensors file: {reason}")
+def _read(path: Path) -> tuple[list[dict], dict[str, str]]:
+    """Read (a file's dictionary, what that has under state_dict, and so on; its metadata)."""
+    if is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+        return [tensors], metadata
+    state = read_object(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}; expected weights by name")
+    levels = []
+    while isinstance(state, dict) and len(levels) < 8:  # a dictionary may hold itself
+        levels.append(state)
+        state = state.get("state_dict")
+    return levels, {}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    check_size(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise _broken(path, error) from None
-
-
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    try:
-        shards = read_json(index)["weight_map"]
-        names = sorted(set(shards.values()))
-        inside = all(Path(name).name == name and not name.endswith(".json") for name in names)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is no index of shards: it has no weight_map") from None
-    if not inside:
-        raise UserError(f"{index} names files outside its folder; it is not to be trusted")
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors |= read_tensors(index.parent / name)
-    if missing := set(shards) - set(tensors):
+def _read_shards(index: Path) -> Tensors:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} is no index of shards: it has no weight_map")
+    names = set(map(str, shards.values()))
+    if outside := [n for n in names if Path(n).name != n or n.endswith(".json")]:
         raise UserError(
-            f"{index} promises {len(missing)} tensors that its shards do not hold, "
+            f"{index} is not to be trusted: it names {min(outside):.100}; expected files of its "
+            "folder"
+        )
+    tensors = {}
+    for name in sorted(names):
+        tensors |= read_tensors(index.parent / name)
+    if missing := shards.keys() - tensors:
+        raise UserError(
+            f"{index} lists {len(missing)} tensors that its shards do not hold, "
             f"such as {min(missing)}"
         )
     return tensors
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    state = read_object(path)
-    for _ in range(8):  # a dictionary may hold itself
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
-    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+def read_object(path: Path, check_crc: bool = False):
+    """Read what torch.save was given: tensors in plain containers.
+
+    check_crc: also compare every record with the CRC that was written with it.
+    Raises Unreadable where the disk or the memory is at fault, else UserError.
+    """
+    with _name_faults(path):
+        zipped = check_size(path)
+        if zipped and check_crc:
+            with zipfile.ZipFile(path) as z:
+                if damaged := z.testzip():
+                    raise UserError(f"{path} is damaged: {damaged} does not have its CRC")
+        left = path.stat().st_size
+
+        def limited(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+            # torch calls it before it writes to a storage: nothing but addresses was taken
+            nonlocal left
+            left -= storage.nbytes()
+            if left < 0:
+                raise UserError(
+                    f"{path} is not to be trusted: its tensors claim more than its bytes"
+                )
+            return storage
+
+        with torch.serialization.safe_globals(STUBS):
+            # files from before torch 1.6 are no zip files and cannot be mapped
+            return torch.load(path, map_location=limited, weights_only=True, mmap=zipped)
 
 
-def read_object(path: Path):
-    """What torch.save was given: tensors in plain containers. Raises UserError otherwise."""
-    stubs = [(stub, name) for name, stub in STUBS.items()]
-    try:
-        check_size(path)
-        with torch.serialization.safe_globals(stubs):
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                # written before torch 1.6: no zip file, so not to be mapped
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"{path} holds more than weights, and is not opened: {reason}; use a "
-            ".safetensors version of it"
-        ) from None
-    except Exception as error:  # torch raises nearly everything on damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} is truncated or no checkpoint: {reason}") from None
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, with these texts as its metadata."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    atomic(path, lambda p: save_file(plain, p, metadata={"format": "pt", **about}))

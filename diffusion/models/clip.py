@@ -1,4 +1,4 @@
-"""CLIP (arXiv:2103.00020): the text tower that Stable Diffusion 1.x listens to, and both towers.
+"""CLIP (arXiv:2103.00020): the text tower of Stable Diffusion 1.x, and both towers.
 
     text:  token + position embeddings -> causal layers -> final_layer_norm
     image: class token and patches + position embeddings -> norm -> layers -> norm of class token
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configs import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, TowerConfig
-from .sd_blocks import attend, to_tokens
+from .layers import MultiHead, to_tokens
 
-# What the vision tower takes are (images in [0, 1] - mean) / std.
+# the vision tower takes (images in [0, 1] - mean) / std
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -23,26 +23,23 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 # --- layers --------------------------------------------------------------------------------------
 
 
-class CLIPAttention(nn.Module):
+class CLIPAttention(MultiHead):
     """Multi-head self-attention of (B, L, D)."""
 
     def __init__(self, dim: int, heads: int, causal: bool):
-        super().__init__()
-        self.heads = heads
-        self.causal = causal
+        super().__init__(heads, causal)
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x)
-        k = self.k_proj(x)
-        v = self.v_proj(x)
-        return self.out_proj(attend(q, k, v, self.heads, self.causal))
+        return self.out_proj(self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
 
 
 class CLIPMLP(nn.Module):
+    """Run a two-layer MLP on (B, L, D)."""
+
     def __init__(self, dim: int, inner: int, activation: str):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -54,6 +51,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
+    """Self-attention and an MLP, each beside a skip, with a norm before."""
+
     def __init__(self, c: TowerConfig, causal: bool):
         super().__init__()
         D = c.hidden_size
@@ -68,7 +67,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """(B, L, D) -> (B, L, D), through all layers but the last `skip`."""
+    """Run a stack of layers, of which the last `skip` can be left out: (B, L, D) -> (B, L, D)."""
 
     def __init__(self, c: TowerConfig, causal: bool):
         super().__init__()
@@ -84,7 +83,10 @@ class CLIPEncoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
-    """Ids (B, L) -> (B, L, D). More tokens need a longer token_embedding, nothing else."""
+    """Token and position embeddings: ids (B, L) -> (B, L, D).
+
+    New tokens need a longer token_embedding, nothing else.
+    """
 
     def __init__(self, c: CLIPTextConfig):
         super().__init__()
@@ -93,13 +95,15 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         L = ids.shape[1]
-        longest = len(self.position_embedding.weight)
-        if L > longest:
-            raise ValueError(f"{L} ids in a row; at most {longest}, more in chunks of {longest}")
+        max_length = len(self.position_embedding.weight)
+        if L > max_length:
+            raise ValueError(f"a row has {L} ids; give at most {max_length}, or several chunks")
         return self.token_embedding(ids) + self.position_embedding.weight[:L]
 
 
 class TextTransformer(nn.Module):
+    """Run the text tower without its projection."""
+
     def __init__(self, c: CLIPTextConfig):
         super().__init__()
         self.eos = c.eos_token_id
@@ -108,24 +112,23 @@ class TextTransformer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
     def forward(self, ids: Tensor, skip: int = 1) -> Tensor:
-        """See CLIPTextModel."""
-        if not 1 <= skip <= len(self.encoder.layers):
-            raise ValueError(
-                f"skip is {skip}; use 1 (the last layer) to {len(self.encoder.layers)}"
-            )
+        """Encode ids (B, L) to (B, L, D); see CLIPTextModel."""
+        layers = len(self.encoder.layers)
+        if not 1 <= skip <= layers:
+            raise ValueError(f"skip is {skip}; use 1 (the last layer) to {layers}")
         return self.final_layer_norm(self.encoder(self.embeddings(ids), skip - 1))
 
     def pool(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Of (B, L, D), what stands at each row's first EOS, (B, D).
+        """Take from hidden (B, L, D) the vector at each row's first EOS: (B, D).
 
-        The highest id, as in OpenAI's code, is not EOS any more once tokens are added.
+        OpenAI's code looks for the highest id, which is not EOS any more once tokens are added.
         """
         first = (ids == self.eos).int().argmax(1)
         return hidden[torch.arange(len(ids), device=ids.device), first]
 
 
 class VisionEmbeddings(nn.Module):
-    """Images (B, 3, H, H) -> class token and patches, (B, 1 + N, D)."""
+    """Put a class token before embedded patches: images (B, 3, H, H) -> (B, 1 + N, D)."""
 
     def __init__(self, c: CLIPVisionConfig):
         super().__init__()
@@ -142,7 +145,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, 3, H, H) -> (B, D), the class token's."""
+    """Run the image tower, unprojected: images (B, 3, H, H) -> the class token's (B, D)."""
 
     def __init__(self, c: CLIPVisionConfig):
         super().__init__()
@@ -162,7 +165,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Ids (B, L) -> (B, L, D), after final_layer_norm.
+    """Encode texts as Stable Diffusion does: ids (B, L) -> (B, L, D), after final_layer_norm.
 
     skip: A1111's and kohya's clip skip: 1 is the last layer's output, 2 the one before's; the norm
         is applied to either. (diffusers' clip_skip is one less.)
@@ -179,9 +182,9 @@ class CLIPTextModel(nn.Module):
 
 
 def encode_chunks(model: CLIPTextModel, ids: Tensor, skip: int = 1) -> Tensor:
-    """Long prompts: ids (B, n, L), each chunk BOS ... EOS -> (B, n (L - 2) + 2, D).
+    """Encode long prompts: ids (B, n, L), each chunk BOS ... EOS -> (B, n (L - 2) + 2, D).
 
-    Chunks are read apart; the first one's BOS and the last one's end stay (kohya's SD 1.x way).
+    Each chunk is read alone; the first one's BOS and the last one's end stay (kohya's SD 1.x way).
     """
     B, n, L = ids.shape
     h = model(ids.flatten(0, 1), skip).view(B, n, L, -1)
@@ -202,11 +205,13 @@ class CLIPModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), the temperature
 
     def text_features(self, ids: Tensor) -> Tensor:
-        """Ids (B, L), with an EOS in each row -> (B, P) of length 1."""
+        """Embed ids (B, L), with an EOS in each row, as unit vectors (B, P)."""
         pooled = self.text_model.pool(self.text_model(ids), ids)
         return F.normalize(self.text_projection(pooled), dim=1)
 
     def image_features(self, x: Tensor) -> Tensor:
-        """(images in [0, 1] - IMAGE_MEAN) / IMAGE_STD, (B, 3, H, H) with H image_size -> (B, P)
-        of length 1."""
+        """Embed images (B, 3, image_size, image_size) as unit vectors (B, P).
+
+        What it takes is (images in [0, 1] - IMAGE_MEAN) / IMAGE_STD.
+        """
         return F.normalize(self.visual_projection(self.vision_model(x)), dim=1)

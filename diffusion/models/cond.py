@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Cond(NamedTuple):
-    """Conditioning of a batch; None means that there is none of that kind.
+    """Hold the conditioning of a batch; None means that there is none of that kind.
 
     context: (B, L, D) embeddings of a text, or (B, L) its ids for a network that embeds them.
     vector: (B, V) one embedding for the whole image. labels: (B,) int64 classes.

@@ -1,54 +1,49 @@
-"""The config.json files of Stable Diffusion's networks, as dataclasses.
+"""The sizes of Stable Diffusion's networks, as their config.json files hold them.
 
 Fields are named as in the files; their defaults are Stable Diffusion 1.5's. `from_dict` reads what
-a file holds and raises ValueError for networks of other families. `to_dict` writes what diffusers
-or transformers read.
+a file holds and raises ValueError for what the networks here do not support. `to_dict` returns what
+diffusers or transformers read.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
-# Whose networks have a field that these have not.
-FAMILIES = {
-    "addition_embed_type": " (others: SDXL)",
-    "transformer_layers_per_block": " (others: SDXL)",
-    "time_cond_proj_dim": " (others: latent consistency models)",
-}
 
+def read_config(cls, config: dict, fixed: dict, missing: dict, ignored: tuple[str, ...] = ()):
+    """Make a dataclass from the contents of a config.json.
 
-def read_config(cls, config: dict, fixed: dict, missing: dict, ignored: tuple[str, ...] | None):
-    """A dataclass from the contents of a config.json.
-
-    fixed: fields that the network supports with one value only. missing: the values of fields that
-    the file leaves out. ignored: fields that do not change the network; None: all unknown ones.
-    Raises ValueError for whatever else is in the file and is neither null nor false.
+    fixed: keys that are supported with one value only. missing: the values of fields that the file
+    leaves out. ignored: keys that do not change the network; "*" is any.
+    Raises ValueError for another key, unless its value is null, zero, empty or false.
     """
-    known = [f.name for f in fields(cls)]
+    names = [f.name for f in fields(cls)]
     for key, value in config.items():
-        note = ignored is None or key in ignored or key.startswith("_")
+        harmless = not value or key.startswith("_") or key in ignored or "*" in ignored
         if key in fixed and value != fixed[key]:
-            found = f"{key} is {value!r}; supported: {fixed[key]!r}"
-        elif key not in known and key not in fixed and value and not note:
-            found = f"{key} is {value!r}; supported: {key} left out, null or false"
+            problem = f"{key} is {value!r}; supported: {fixed[key]!r}"
+        elif key not in fixed and key not in names and not harmless:
+            problem = f"unknown key {key}, which is {value!r}"
         else:
             continue
-        raise ValueError(f"{cls.__name__}: {found}{FAMILIES.get(key, '')}")
-    values = {k: v for k, v in {**missing, **config}.items() if k in known}
+        raise ValueError(f"{cls.__name__}: {problem}")
+    values = {k: v for k, v in {**missing, **config}.items() if k in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def write_config(config, fixed: dict, **more) -> dict:
-    """What `read_config` reads: JSON's own types only."""
+    """Return what `read_config` reads, in JSON's own types."""
     values = {**fixed, **asdict(config), **more}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def check(config, name: str, good: bool, supported: str) -> None:
+def require(config, name: str, good: bool, supported: str) -> None:
+    """Raise ValueError for a field whose value is not supported."""
     if not good:
         found = f"{name} is {getattr(config, name)!r}; supported: {supported}"
         raise ValueError(f"{type(config).__name__}: {found}")
 
 
-def whole(*numbers) -> bool:
+def positive(*numbers) -> bool:
+    """Tell whether all are integers above 0."""
     return all(isinstance(n, int) and n > 0 for n in numbers)
 
 
@@ -73,6 +68,7 @@ UNET = {
 }
 # SDPA's softmax is in float32 whatever upcast_attention says; the others are of addition_embed_type
 UNET_IGNORED = ("upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim")
+UNET_MISSING = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' defaults
 
 
 @dataclass(frozen=True)
@@ -107,22 +103,21 @@ class UNetConfig:
     num_classes: int = 0
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
+        dims = self.block_out_channels
         for name, known in (("down_block_types", DOWN), ("up_block_types", UP)):
-            types = getattr(self, name)
-            good = len(types) == levels and set(types) <= set(known)
-            check(self, name, good, f"{levels} of {', '.join(known)}")
-        check(self, "mid_block_type", self.mid_block_type in MID, " or ".join(MID))
+            kinds = getattr(self, name)
+            good = len(kinds) == len(dims) and set(kinds) <= set(known)
+            require(self, name, good, f"{len(dims)} of {', '.join(known)}")
+        require(self, "mid_block_type", self.mid_block_type in MID, " or ".join(MID))
         for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            check(self, name, whole(getattr(self, name)), "one whole number above 0")
-        heads = self.heads
-        good = len(heads) == levels and whole(*heads)
-        good = good and not any(c % n for c, n in zip(self.block_out_channels, heads))
-        check(self, "attention_head_dim", good, "a divisor of block_out_channels, or one for each")
+            require(self, name, positive(getattr(self, name)), "one integer above 0")
+        good = len(self.heads) == len(dims) and positive(*self.heads)
+        good = good and not any(d % n for d, n in zip(dims, self.heads))
+        require(self, "attention_head_dim", good, f"a divisor of {dims}, or one for each")
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """attention_head_dim of each level."""
+        """List attention_head_dim of each level."""
         n = self.attention_head_dim
         return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
 
@@ -131,8 +126,7 @@ class UNetConfig:
         config = dict(config)
         classes = config.pop("num_class_embeds", None)
         config["num_classes"] = 0 if classes is None else classes - 1
-        missing = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' defaults
-        return read_config(cls, config, UNET, missing, UNET_IGNORED)
+        return read_config(cls, config, UNET, UNET_MISSING, UNET_IGNORED)
 
     def to_dict(self) -> dict:
         values = write_config(self, UNET)
@@ -143,6 +137,15 @@ class UNetConfig:
 # --- the VAE -------------------------------------------------------------------------------------
 
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True}
+VAE_MISSING = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}  # diffusers'
+
+
+def vae_blocks(dims) -> dict[str, list[str]]:
+    """Write the keys of the file that say only how many levels there are."""
+    return {
+        "down_block_types": ["DownEncoderBlock2D"] * len(dims),
+        "up_block_types": ["UpDecoderBlock2D"] * len(dims),
+    }
 
 
 @dataclass(frozen=True)
@@ -166,23 +169,13 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
-    def blocks(self) -> dict[str, list[str]]:
-        """The fields of the file that say only how many levels there are."""
-        levels = len(self.block_out_channels)
-        return {
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
-
     @classmethod
     def from_dict(cls, config: dict) -> "VAEConfig":
-        missing = {"block_out_channels": [64], "layers_per_block": 1, "sample_size": 32}
-        made = cls(block_out_channels=tuple(config.get("block_out_channels", [64])))
-        fixed = {**VAE, **made.blocks()}
-        return read_config(cls, config, fixed, missing, ("force_upcast",))
+        dims = {**VAE_MISSING, **config}["block_out_channels"]
+        return read_config(cls, config, VAE | vae_blocks(dims), VAE_MISSING, ("force_upcast",))
 
     def to_dict(self) -> dict:
-        return write_config(self, VAE, **self.blocks())
+        return write_config(self, VAE, **vae_blocks(self.block_out_channels))
 
 
 # --- CLIP ----------------------------------------------------------------------------------------
@@ -191,12 +184,20 @@ EOS = 49407  # the id that ends a prompt
 LEGACY_EOS = 2  # what files from before 2023 say instead
 
 TEXT = {"model_type": "clip_text_model", "attention_dropout": 0.0}
+TEXT_MISSING = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 VISION = {"model_type": "clip_vision_model", "attention_dropout": 0.0}
+VISION_MISSING = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 32,
+}  # both: transformers' defaults
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """What CLIP's two towers have in common."""
+    """Hold the sizes that CLIP's two towers have in common."""
 
     hidden_size: int
     intermediate_size: int
@@ -206,9 +207,10 @@ class TowerConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
-        check(self, "hidden_act", self.hidden_act in ("quick_gelu", "gelu"), "quick_gelu or gelu")
+        known = ("quick_gelu", "gelu")
+        require(self, "hidden_act", self.hidden_act in known, " or ".join(known))
         good = self.hidden_size % self.num_attention_heads == 0
-        check(self, "num_attention_heads", good, f"a divisor of hidden_size {self.hidden_size}")
+        require(self, "num_attention_heads", good, f"a divisor of {self.hidden_size}")
 
 
 @dataclass(frozen=True)
@@ -225,14 +227,10 @@ class CLIPTextConfig(TowerConfig):
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPTextConfig":
-        projected = [a for a in config.get("architectures") or () if a.endswith("WithProjection")]
-        if projected:
-            raise ValueError(
-                f"CLIPTextConfig: architectures is {projected}; supported: "
-                "['CLIPTextModel'] (others: SDXL)"
-            )
-        missing = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-        made = read_config(cls, config, TEXT, missing, None)  # missing: transformers' defaults
+        kinds = config.get("architectures") or ()
+        if any(kind.endswith("WithProjection") for kind in kinds):
+            raise ValueError(f"CLIPTextConfig: architectures is {kinds}; supported: CLIPTextModel")
+        made = read_config(cls, config, TEXT, TEXT_MISSING, ("*",))
         legacy = made.eos_token_id == LEGACY_EOS
         return replace(made, eos_token_id=min(EOS, made.vocab_size - 1)) if legacy else made
 
@@ -242,7 +240,7 @@ class CLIPTextConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(TowerConfig):
-    """The vision tower of ViT-L/14. image_size, patch_size: sides in pixels."""
+    """Hold the sizes of the vision tower of ViT-L/14. image_size, patch_size: sides in pixels."""
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -254,14 +252,10 @@ class CLIPVisionConfig(TowerConfig):
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        missing = {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "patch_size": 32,
-        }
-        return read_config(cls, config, VISION, missing, None)  # missing: transformers' defaults
+        return read_config(cls, config, VISION, VISION_MISSING, ("*",))
+
+    def to_dict(self) -> dict:
+        return write_config(self, VISION)
 
 
 @dataclass(frozen=True)
@@ -291,5 +285,5 @@ class CLIPConfig:
             "architectures": ["CLIPModel"],
             "projection_dim": self.projection_dim,
             "text_config": self.text.to_dict(),
-            "vision_config": write_config(self.vision, VISION),
+            "vision_config": self.vision.to_dict(),
         }

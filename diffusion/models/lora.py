@@ -19,17 +19,27 @@ from torch import Tensor, nn
 
 from .layers import WSConv3x3
 
-# What --targets may name: patterns over module names, of Stable Diffusion and of our pixel U-Net.
+
+def ending(*names: str) -> str:
+    """Write the pattern of module names that end so."""
+    return f"({'|'.join(names)})$"
+
+
+# What --targets may name: patterns over module names, of Stable Diffusion, then of the pixel U-Net.
 TARGETS = {
-    "attention": r"(to_q|to_k|to_v|to_out\.0|to_qkv|to_out|[qkv]_proj|out_proj)$",
-    "mlp": r"(proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|mlp\.fc1|mlp\.fc2|film)$",
-    "conv": r"(conv1|conv2|conv_shortcut|samplers\.0\.conv|skip|down\.\d\.3|up\.\d\.3\.1)$",
-    "all": r"",
+    "attention": ending("to_[qkv]", r"to_out\.0", "[qkv]_proj", "out_proj", "to_qkv", "to_out"),
+    "mlp": ending(
+        "proj_in", "proj_out", r"ff\.net\.0\.proj", r"ff\.net\.2", r"mlp\.fc[12]", "film"
+    ),
+    "conv": ending(
+        "conv[12]", "conv_shortcut", r"samplers\.0\.conv", "skip", r"down\.\d\.3", r"up\.\d\.3\.1"
+    ),
+    "all": "",
 }
 
 
 class LowRank(NamedTuple):
-    """A layer's branch as files hold it; alpha / rank is its scale."""
+    """Hold a layer's branch as files do; alpha / rank is its scale."""
 
     down: Tensor
     up: Tensor
@@ -37,10 +47,9 @@ class LowRank(NamedTuple):
 
 
 class Branch(nn.Module):
-    """One adapter's branch beside one layer. Its parameters are float32 whatever the layer's are.
+    """Add one adapter's branch to one layer. Its parameters are float32 whatever the layer's are.
 
-    weight: of the adapter in the sum. merged: the weight with which it stands in the layer's own
-    weights, None if it does not.
+    weight: of the adapter in the sum. merged: it has been added to the layer's own weights.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float, dropout: float = 0.0):
@@ -59,7 +68,7 @@ class Branch(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.weight = 1.0
-        self.merged = None
+        self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -67,16 +76,16 @@ class Branch(nn.Module):
         return self.weight * self.scale * self.up(self.down(self.dropout(x)))
 
     def delta(self) -> Tensor:
-        """What the branch adds to the layer's weights at weight 1, in their shape, float32."""
+        """Compute what the branch adds to the layer's weights, at weight 1 and in float32."""
         down = self.down.weight
         up = self.up.weight
         return (self.scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
 def add_branches(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-    """The forward hook of layers with branches."""
+    """Add the branches' outputs to a layer's: the forward hook of layers with branches."""
     for branch in layer.lora.values():
-        if branch.merged is None:
+        if not branch.merged:
             out = out + branch(args[0]).to(out.dtype)
     return out
 
@@ -85,42 +94,42 @@ def add_branches(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that take a branch, by name.
+    """Find the layers that take a branch, by name.
 
     Weight-standardised convolutions take none: it could not be merged into their weights, whose
     mean and scale are divided out.
     """
-    fit = lambda m: isinstance(m, nn.Linear | nn.Conv2d) and not isinstance(m, WSConv3x3)  # noqa: E731
-    inside = [m for m in model.modules() if isinstance(m, Branch)]
-    ours = {id(part) for branch in inside for part in branch.modules()}
-    found = {name: m for name, m in model.named_modules() if fit(m) and id(m) not in ours}
-    return {name: m for name, m in found.items() if getattr(m, "groups", 1) == 1}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not isinstance(module, WSConv3x3)
+        and ".lora." not in name  # the branches' own
+    }
 
 
 def find(model: nn.Module, targets: str) -> list[str]:
-    """The names of the layers that `targets` means: names of TARGETS, or a regular expression.
+    """Find the names of the layers that match `targets`: names of TARGETS, or a regular expression.
 
     Several names of TARGETS are joined by commas; an expression is searched in each module's name.
-    Raises ValueError if nothing matches, with the names there are.
+    Raises ValueError if nothing matches, with names that there are.
     """
     chosen = targets.split(",")
-    presets = all(name in TARGETS for name in chosen)
+    if set(chosen) <= TARGETS.keys():
+        targets = "|".join(TARGETS[name] for name in chosen)
+    use = f"use {', '.join(TARGETS)}, or a regular expression over module names"
     try:
-        pattern = re.compile("|".join(TARGETS[n] for n in chosen) if presets else targets)
+        pattern = re.compile(targets)
     except re.error as error:
+        raise ValueError(f"targets {targets!r} is no regular expression ({error}); {use}") from None
+    known = list(layers(model))
+    names = [name for name in known if pattern.search(name)]
+    if not names:
         raise ValueError(
-            f"targets {targets!r} is neither of {', '.join(TARGETS)} nor a regular "
-            f"expression ({error})"
-        ) from None
-    known = layers(model)
-    if names := [name for name in known if pattern.search(name)]:
-        return names
-    ends = sorted({re.sub(r"^(?:.*\.)?([a-z_]\w*(?:\.\d+)*)$", r"\1", name) for name in known})
-    raise ValueError(
-        f"targets {targets!r} matches none of the {len(known)} layers that take a "
-        f"LoRA; use {', '.join(TARGETS)}, or a regular expression over module names, "
-        f"which end in {', '.join(ends)}"
-    )
+            f"targets {targets!r} matches none of the {len(known)} layers that take a LoRA; {use} "
+            f"such as {', '.join(known[:10])}"
+        )
+    return names
 
 
 def inject(
@@ -131,7 +140,7 @@ def inject(
     dropout: float = 0.0,
     adapter: str = "default",
 ) -> None:
-    """A new branch beside each layer of `names`. alpha: None means the rank, a scale of 1.
+    """Put a new branch beside each layer of `names`. alpha: None means the rank, a scale of 1.
 
     Raises ValueError for a rank below 1, and an adapter that is there already.
     """
@@ -144,7 +153,10 @@ def inject(
 
 
 def load(model: nn.Module, parts: Mapping[str, LowRank], adapter: str, weight: float = 1.0) -> None:
-    """Branches with these weights, by module name. Raises ValueError if a shape does not fit."""
+    """Put branches with these weights beside layers, by module name.
+
+    Raises ValueError for a shape that does not fit, and an adapter that is there already.
+    """
     known = layers(model)
     for name, low in parts.items():
         branch = Branch(known[name], len(low.down), low.alpha)
@@ -153,8 +165,7 @@ def load(model: nn.Module, parts: Mapping[str, LowRank], adapter: str, weight: f
             own = getattr(branch, kind).weight
             if given.shape != own.shape:
                 raise ValueError(
-                    f"{name}: {kind} is {tuple(given.shape)}, this network's layer "
-                    f"takes {tuple(own.shape)}"
+                    f"{name}: {kind} is {tuple(given.shape)}, this network takes {tuple(own.shape)}"
                 )
             own.data.copy_(given)
         branch.weight = weight
@@ -166,23 +177,22 @@ def _attach(layer: nn.Module, adapter: str, branch: Branch) -> None:
         layer.lora = nn.ModuleDict()
         layer.register_forward_hook(add_branches)
     if adapter in layer.lora:
-        raise ValueError(f"there is a LoRA {adapter!r} already")
+        raise ValueError(f"a LoRA {adapter!r} exists already; choose another name")
     layer.lora[adapter] = branch.train(layer.training)
 
 
-# --- what can be done with them ------------------------------------------------------------------
+# --- branches in a network ------------------------------------------------------------------------
 
 
 def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Branch]]:
-    """(module name, layer, adapter, branch) of all."""
+    """Go through all branches: (module name, layer, adapter, branch)."""
     for name, layer in list(model.named_modules()):
-        if isinstance(getattr(layer, "lora", None), nn.ModuleDict):
-            for adapter, branch in layer.lora.items():
-                yield name, layer, adapter, branch
+        for adapter, branch in getattr(layer, "lora", {}).items():
+            yield name, layer, adapter, branch
 
 
 def state(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
-    """An adapter's weights by module name: what `load` takes."""
+    """Return an adapter's weights by module name: what `load` takes."""
     return {
         name: LowRank(branch.down.weight.detach(), branch.up.weight.detach(), branch.alpha)
         for name, _, own, branch in branches(model)
@@ -191,35 +201,19 @@ def state(model: nn.Module, adapter: str = "default") -> dict[str, LowRank]:
 
 
 def set_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """The adapters' weights in the sum; others keep theirs. Not while they are merged."""
+    """Set adapters' weights in the sum; others stay. Raises ValueError for merged ones."""
     for _, _, adapter, branch in branches(model):
-        if branch.merged is not None:
-            raise ValueError("unmerge before the weights of adapters are changed")
+        if branch.merged:
+            raise ValueError(f"LoRA {adapter!r} is merged; load it unmerged to change its weight")
         branch.weight = float(weights.get(adapter, branch.weight))
 
 
-def merge(model: nn.Module) -> None:
-    """Put all branches into their layers' weights: the same function at the speed without them."""
-    for _, layer, _, branch in branches(model):
-        if branch.merged is None:
-            _add(layer, branch, branch.weight)
-            branch.merged = branch.weight
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`; the layers' weights are then theirs again within rounding."""
-    for _, layer, _, branch in branches(model):
-        if branch.merged is not None:
-            _add(layer, branch, -branch.merged)
-            branch.merged = None
-
-
 @torch.no_grad()
-def _add(layer: nn.Module, branch: Branch, weight: float) -> None:
-    # a new tensor: the old one may be shared with another copy of the network, or with its file
-    total = torch.add(layer.weight.float(), branch.delta(), alpha=weight)
-    layer.weight.data = total.to(layer.weight.dtype).contiguous(
-        memory_format=torch.channels_last
-        if total.ndim == 4 and layer.weight.is_contiguous(memory_format=torch.channels_last)
-        else torch.contiguous_format
-    )
+def merge(model: nn.Module) -> None:
+    """Add all branches to their layers' weights: the same function at the speed without them."""
+    for _, layer, _, branch in branches(model):
+        if not branch.merged:
+            total = torch.add(layer.weight.float(), branch.delta(), alpha=branch.weight)
+            # a new tensor: the old one may be shared with another copy of the network, or its file
+            layer.weight.data = torch.empty_like(layer.weight).copy_(total)
+            branch.merged = True

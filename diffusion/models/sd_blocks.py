@@ -1,4 +1,4 @@
-"""What the networks of Stable Diffusion share: ResBlocks, attention, changes of size.
+"""Blocks of Stable Diffusion's U-Net and VAE: ResBlocks, attention, changes of size.
 
 Modules bear the names that the published weight files give them, here and in sd_unet.py, vae.py
 and clip.py, so that those files load without renaming.
@@ -12,41 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Conv3x3
+from .layers import Conv3x3, MultiHead, to_image, to_tokens
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Softmax attention of several heads: q (B, N, C), k and v (B, M, C) -> (B, N, C)."""
-    B, N, C = q.shape
-    q, k, v = (x.view(B, -1, heads, C // heads).transpose(1, 2) for x in (q, k, v))
-    # A CPU's bfloat16 backward is slow to start: 77 tokens of 12 x 64 channels take 10 ms against 4
-    # in float32, 4096 of 8 x 40 take 904 against 1044. Forward, bfloat16 is always faster.
-    training = any(x.requires_grad for x in (q, k, v))
-    if q.device.type == "cpu" and training and N * C // heads <= 2**14:
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal)
-        out = out.to(q.dtype)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, C / heads)
-    return out.transpose(1, 2).reshape(B, N, C)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C); no copy where x is channels_last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def to_image(x: Tensor, H: int) -> Tensor:
-    """(B, N, C) -> (B, C, H, W), channels_last; no copy."""
-    return x.unflatten(1, (H, -1)).permute(0, 3, 1, 2)
-
-
-class Attention(nn.Module):
+class Attention(MultiHead):
     """Multi-head attention of tokens (B, N, dim) to themselves or a context (B, M, dim_context)."""
 
     def __init__(self, dim: int, heads: int, dim_context: int | None = None, bias: bool = False):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(dim_context or dim, dim, bias=bias)
         self.to_v = nn.Linear(dim_context or dim, dim, bias=bias)
@@ -54,7 +27,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        return self.to_out(self.attend(self.to_q(x), self.to_k(context), self.to_v(context)))
 
 
 class AttnBlock(Attention):
@@ -69,7 +42,7 @@ class AttnBlock(Attention):
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of the norm; in place in inference: half the time for the wide levels of the VAE."""
+    """Normalise, then apply SiLU; in inference in place: half the time at the VAE's wide levels."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -121,7 +94,10 @@ class Upsample2D(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: ResBlocks, each followed by attention if any, and a resize."""
+    """Hold a resolution's blocks: ResBlocks, each followed by attention if any, and a resize.
+
+    The VAE calls a level; the U-Net, which has skips, goes through its blocks.
+    """
 
     def __init__(self, resnets, attentions=(), downsamplers=(), upsamplers=()):
         super().__init__()
@@ -131,5 +107,13 @@ class Level(nn.Module):
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
-        """Each ResBlock and the attention after it, None if there is none."""
+        """Go through the ResBlocks, each with the attention after it, None if there is none."""
         return zip_longest(self.resnets, self.attentions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet, attention in self.layers():
+            x = resnet(x)
+            x = x if attention is None else attention(x)
+        for resize in (*self.downsamplers, *self.upsamplers):
+            x = resize(x)
+        return x

@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): new tokens, of which only the vectors are learnt.
+"""Textual inversion (arXiv:2208.01618): new tokens, of which only the vectors are learned.
 
 The token embedding of a finished text encoder is given rows for ids beyond its own. They are a
 parameter apart, so that all other rows stay what they are, bit for bit.
@@ -12,7 +12,7 @@ from .clip import CLIPTextModel
 
 
 class ExtendedEmbedding(nn.Embedding):
-    """`base`, and `new` (n, D) for the ids that follow its own. Its weight keeps its name."""
+    """`base`, and rows `new` (n, D) for the ids that follow its own. Its weight keeps its name."""
 
     def __init__(self, base: nn.Embedding, new: Tensor):
         super().__init__(*base.weight.shape, _weight=base.weight)
@@ -27,7 +27,7 @@ class ExtendedEmbedding(nn.Embedding):
 
 
 def extend(model: CLIPTextModel, rows: Tensor, first: int) -> nn.Parameter:
-    """Rows (n, D) for the ids `first` ... first + n - 1; all new rows so far are returned.
+    """Add rows (n, D) for the ids `first` ... first + n - 1; returns all new rows so far.
 
     Raises ValueError unless `first` is the number of rows that there are.
     """
@@ -40,26 +40,26 @@ def extend(model: CLIPTextModel, rows: Tensor, first: int) -> nn.Parameter:
         rows = torch.cat([base.new.detach(), rows.to(base.new.device)])
     if first != count:
         raise ValueError(
-            f"the tokenizer has {first} tokens, the text encoder {count}: new ones "
-            "would have the vectors of others"
+            f"the tokenizer has {first} tokens, the text encoder {count}: new ones would get "
+            "the vectors of others; use files of one model"
         )
     embeddings.token_embedding = ExtendedEmbedding(base, rows.to(base.weight.device))
     return embeddings.token_embedding.new
 
 
 def new_rows(model: CLIPTextModel) -> nn.Parameter:
-    """What `extend` returned."""
+    """Return all rows that `extend` added."""
     return model.text_model.embeddings.token_embedding.new
 
 
 @torch.no_grad()
 def initial_rows(model: CLIPTextModel, ids: list[int], vectors: int) -> Tensor:
-    """(vectors, D) to start from: the vectors of a word's ids.
+    """Take rows (vectors, D) to start from: the vectors of a word's ids.
 
     A word of more ids than vectors (one for each byte, in a byte-level vocabulary) is cut into as
-    many pieces, each its mean; one of fewer is repeated.
+    many parts, of which the means are taken; one of fewer is repeated.
     """
     rows = model.text_model.embeddings.token_embedding.weight[ids].float()
     if len(rows) < vectors:
         return rows.repeat(-(-vectors // len(rows)), 1)[:vectors]
-    return torch.stack([piece.mean(0) for piece in rows.tensor_split(vectors)])
+    return torch.stack([part.mean(0) for part in rows.tensor_split(vectors)])

@@ -7,15 +7,14 @@
 
 Ids are those of transformers' CLIPTokenizer: special tokens (BOS, EOS, pad) are found in the text
 as it was typed, added tokens in the normalised text between them. Nothing here reads a file: a
-tokenizer is built from the contents of its files, and `Tokenizer.files` gives them back.
+tokenizer is built from the contents of its files, and `Tokenizer.files` gives them back. A word of
+n bytes takes up to n^2 steps.
 """
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from functools import lru_cache
-from heapq import heapify, heappop, heappush
-from itertools import groupby
-from unicodedata import category, combining, is_normalized, normalize
+from math import inf
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -31,61 +30,80 @@ BYTE_OF = {char: bytes([b]) for b, char in CHAR_OF.items()}
 SYMBOLS = [*BYTE_OF, *(char + END_OF_WORD for char in BYTE_OF)]
 
 LONE = re.compile("[\ud800-\udfff]")  # surrogates are no characters
-# Unicode's White_Space (Python's \s has U+001C to U+001F too); CLIP's pattern, for `shape`s
+# Unicode's White_Space; Python's \s has U+001C to U+001F too
 SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
-WORD = re.compile(
-    r"(<\|startoftext\|>|<\|endoftext\|>)|'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^ a-z0-9]+"
-)
+# found before anything else: a contraction's ending, and the name of BOS or EOS, cut in three (in
+# normalised text it is no special token, lower-casing made it)
+FIXED = re.compile(r"('s|'t|'re|'ve|'m|'ll|'d)|(<\|)(startoftext|endoftext)(\|>)")
 
 
-@lru_cache(maxsize=2**16)
-def shape(char: str) -> str:
-    """z for letters, 0 for numbers, ! for the rest; ASCII stays. No literal of WORD has a z."""
-    return char if char.isascii() else {"L": "z", "N": "0"}.get(category(char)[0], "!")
+# --- text to words -------------------------------------------------------------------------------
 
 
 def normalise(text: str) -> str:
-    """NFC, one space for each run of whitespace, lower case character by character."""
-    if len(text) > 1000 and not is_normalized("NFC", text):
-        # sort combining marks first: unicodedata takes n^2 steps for n in a row
-        parts = "".join(normalize("NFD", char) for char in text)
-        runs = groupby(parts, key=lambda char: combining(char) > 0)
-        text = "".join(char for _, run in runs for char in sorted(run, key=combining))
+    """Apply NFC, make each run of whitespace one space, and lower each character's case."""
     text = SPACES.sub(" ", normalize("NFC", text))
     return text.replace("Σ", "σ").lower()  # str.lower alone turns a final one into ς
 
 
 def plain(name: str) -> str:
-    """The name of an embedding as it stands in normalised text."""
+    """Write the name of an embedding as it stands in normalised text."""
     return normalise(name).strip(" ")
 
 
+def kind_of(char: str) -> str:
+    """Class a character as CLIP's pattern does: \\p{L}, \\p{N}, a space, or anything else."""
+    if char == " ":
+        return "space"
+    if char.isalpha():
+        return "letter"
+    return "number" if char.isalnum() else "other"
+
+
 def words(text: str) -> Iterator[str]:
-    """The words of normalised text. What lower-casing made a special token's name is cut as one."""
-    for match in WORD.finditer("".join(map(shape, text))):
-        word = text[slice(*match.span())]
-        yield from (word[:2], word[2:-2], word[-2:]) if match[1] else (word,)
+    """Split normalised text: contractions' endings, runs of letters, single digits, other runs."""
+    start = 0
+    while start < len(text):
+        kind = kind_of(text[start])
+        end = start + 1
+        if match := FIXED.match(text, start):
+            yield from filter(None, match.groups())
+            end = match.end()
+        else:
+            while kind != "number" and end < len(text) and kind_of(text[end]) == kind:
+                end += 1
+            if kind != "space":
+                yield text[start:end]
+        start = end
 
 
-def either(names: Iterable[str], whole: Collection[str] = ()) -> re.Pattern:
-    """Any of these names, the longest first; as a group, so that `split` has them at odd places.
+# --- names in a text -----------------------------------------------------------------------------
 
-    whole: those that are found as whole words only: no letter and no digit touches theirs.
+
+def any_of(names: Iterable[str], as_words: Collection[str] = ()) -> re.Pattern:
+    """Match any of these names, the longest first, as a group: `split` has them at odd indices.
+
+    as_words: those that no letter and no digit may touch.
     """
     longest_first = sorted(names, key=len, reverse=True)
-    patterns = [whole_word(name) if name in whole else re.escape(name) for name in longest_first]
+    patterns = [as_word(name) if name in as_words else re.escape(name) for name in longest_first]
     return re.compile(f"({'|'.join(patterns) or '(?!)'})")
 
 
-def whole_word(name: str) -> str:
-    """The pattern of a name inside which no longer word begins or ends."""
+def as_word(name: str) -> str:
+    """Write the pattern of a name at whose ends no longer word goes on."""
     before = r"(?<![^\W_])" if name[0].isalnum() else ""
     after = r"(?![^\W_])" if name[-1].isalnum() else ""
     return before + re.escape(name) + after
 
 
+def is_text(value) -> bool:
+    """Tell whether a value is a str without lone surrogates."""
+    return isinstance(value, str) and not LONE.search(value)
+
+
 def families(added: dict[str, int]) -> dict[str, list[int]]:
-    """What added tokens stand for: <tok> for the ids of <tok>, <tok>_1, <tok>_2 ... if there."""
+    """Expand added tokens to ids: <tok> to those of <tok>, <tok>_1, <tok>_2 ... that exist."""
     ids = {name: [i] for name, i in added.items()}
     for name, members in ids.items():
         while (vector := added.get(f"{name}_{len(members)}")) is not None:
@@ -94,7 +112,7 @@ def families(added: dict[str, int]) -> dict[str, list[int]]:
 
 
 class Tokenizer:
-    """Prompts to rows of ids, L = context_length long.
+    """Turns prompts into rows of ids, L = context_length long.
 
     vocab, merges: contents of vocab.json and merges.txt, the latter as text or a list of merges.
     added: the contents of added_tokens.json, token -> id.
@@ -123,20 +141,19 @@ class Tokenizer:
         self.bos_id = vocab[BOS]
         self.eos_id = vocab[EOS]
         self.pad_id = vocab[pad]
-        self.ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(self.merges)}
-        self.merged = [vocab[a + b] for a, b in self.merges]
-        self.special = either({BOS, EOS, pad})
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        self.special = any_of({BOS, EOS, pad})
         self.cache: dict[str, list[int]] = {}
         self.embeddings: dict[str, list[int]] = {}  # name -> ids, of `add_embedding`
         self.set_added(added)
 
     def __len__(self) -> int:
-        """The rows that the text encoder's embedding needs."""
+        """Count the rows that the text encoder's embedding needs."""
         vectors = {i for ids in self.embeddings.values() for i in ids}
         return len(self.vocab) + len(self.added) + len(vectors)
 
     def __call__(self, texts: str | Iterable[str], chunks: int | None = None) -> Tensor:
-        """Prompts to int64 ids (B, L): BOS, up to L - 2 ids, EOS, padding. A str is B = 1.
+        """Turn prompts into int64 ids (B, L): BOS, up to L - 2 ids, EOS, padding. A str is B = 1.
 
         chunks: n for (B, n, L), up to n (L - 2) ids in n such rows, the last ones empty where a
             prompt is shorter (see `count_chunks`). What is longer is cut off.
@@ -144,10 +161,10 @@ class Tokenizer:
         """
         n = 1 if chunks is None else chunks
         L = self.context_length
-        rows = []
         if n < 1:
             raise ValueError(f"chunks is {n}; use 1 or more, or None for rows without chunks")
         texts = [texts] if isinstance(texts, str) else list(texts)
+        rows = []
         for ids in map(self.encode, texts):
             for i in range(0, n * (L - 2), L - 2):
                 row = [self.bos_id, *ids[i : i + L - 2], self.eos_id]
@@ -156,13 +173,14 @@ class Tokenizer:
         return out[:, 0] if chunks is None else out
 
     def count_chunks(self, texts: str | Iterable[str]) -> int:
-        """How many chunks hold the longest of these prompts in full; 1 or more."""
-        lengths = [len(self.encode(t)) for t in ([texts] if isinstance(texts, str) else texts)]
-        return max(1, -(-max(lengths, default=0) // (self.context_length - 2)))
+        """Count the chunks that hold the longest of these prompts in full; 1 or more."""
+        texts = [texts] if isinstance(texts, str) else texts
+        longest = max((len(self.encode(text)) for text in texts), default=0)
+        return max(1, -(-longest // (self.context_length - 2)))
 
     def encode(self, text: str) -> list[int]:
-        """All ids of a prompt, without BOS and EOS. Raises ValueError unless it is a valid str."""
-        if not isinstance(text, str) or LONE.search(text):
+        """List all ids of a prompt, without BOS and EOS. Raises ValueError unless `is_text`."""
+        if not is_text(text):
             raise ValueError(
                 f"a prompt is {text!r:.60}; it must be a str without lone surrogates "
                 "(decode bytes with errors='replace')"
@@ -172,65 +190,40 @@ class Tokenizer:
             if i % 2:
                 ids.append(self.vocab[part])
                 continue
-            for j, piece in enumerate(self.names.split(normalise(part))):
+            for j, chunk in enumerate(self.names.split(normalise(part))):
                 if j % 2:
-                    ids += self.expansions[piece]
+                    ids += self.expansions[chunk]
                 else:
-                    for word in words(piece):
+                    for word in words(chunk):
                         ids += self.bpe(word)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids, or a row (L,) of them, to text: a space after each word, no special tokens, U+FFFD
-        for bytes that are not UTF-8. Raises ValueError for ids outside the vocabulary."""
-        out = []
-        for i in map(int, ids):
-            if (token := self.tokens.get(i)) is None:
-                raise ValueError(f"id {i} is unknown; use 0 ... {len(self) - 1}")
-            if token in self.added or i >= len(self.vocab) + len(self.added):
-                out.append(token.encode() + b" ")
-            elif token not in (BOS, EOS, self.pad):
-                out += [BYTE_OF.get(c, c.encode()) for c in token.replace(END_OF_WORD, " ")]
-        return b"".join(out).decode(errors="replace").strip(" ")
-
     def bpe(self, word: str) -> list[int]:
-        """The ids of one word, remembered if it is of ordinary length."""
-        ids = self.cache.get(word)
-        if ids is None:
-            *head, last = (CHAR_OF[b] for b in word.encode())
-            ids = self.merge([self.vocab[c] for c in (*head, last + END_OF_WORD)])
-            if len(self.cache) >= 2**16:
-                self.cache.clear()
-            if len(word) < 64:
-                self.cache[word] = ids
+        """List the ids of one word; those of words of ordinary length are cached."""
+        if word in self.cache:
+            return self.cache[word]
+        *head, last = (CHAR_OF[b] for b in word.encode())
+        ids = [self.vocab[symbol] for symbol in self.merge([*head, last + END_OF_WORD])]
+        if len(self.cache) >= 2**16:
+            self.cache.clear()
+        if len(word) < 64:
+            self.cache[word] = ids
         return ids
 
-    def merge(self, symbols: list[int]) -> list[int]:
-        """Merge the pair of lowest rank, of equals the leftmost, until no pair has a rank.
-
-        In n log n: a heap of (rank, place) over a doubly linked list; outdated entries are skipped.
-        """
-        n = len(symbols)
-        ranks = self.ranks
-        ids = [*symbols, -1]  # -1: merged away, or beyond either end; it is in no pair
-        before = [*range(-1, n)]
-        after = [*range(1, n + 2)]
-        pairs = enumerate(zip(symbols, symbols[1:]))
-        heap = [(ranks[pair], i) for i, pair in pairs if pair in ranks]
-        heapify(heap)
-        while heap:
-            rank, i = heappop(heap)
-            j = after[i]
-            if ranks.get((ids[i], ids[j])) != rank:
-                continue
-            ids[i] = self.merged[rank]
-            ids[j] = -1
-            after[i] = after[j]
-            before[after[i]] = i
-            for left, right in ((before[i], i), (i, after[i])):
-                if (rank := ranks.get((ids[left], ids[right]))) is not None:
-                    heappush(heap, (rank, left))
-        return [i for i in ids if i >= 0]
+    def merge(self, symbols: list[str]) -> list[str]:
+        """Merge the pair of lowest rank, wherever it stands, until no pair has a rank."""
+        while len(symbols) > 1:
+            pair = min({*zip(symbols, symbols[1:])}, key=lambda pair: self.ranks.get(pair, inf))
+            if pair not in self.ranks:
+                break
+            merged = []
+            i = 0
+            while i < len(symbols):
+                found = (symbols[i], *symbols[i + 1 : i + 2]) == pair
+                merged.append("".join(pair) if found else symbols[i])
+                i += 2 if found else 1
+            symbols = merged
+        return symbols
 
     def add_tokens(self, names: Iterable[str], vectors: int = 1) -> list[int]:
         """Add tokens to this tokenizer, as for textual inversion; returns their ids, in order.
@@ -269,11 +262,12 @@ class Tokenizer:
         names = list(names)
         if vectors < 1 or not names:
             raise ValueError(f"names are {names}, vectors is {vectors}; give 1 or more of each")
-        if odd := [name for name in names if not self.can_hold(name)]:
-            raise ValueError(f"{odd[0]!r} cannot be typed in a prompt; choose another name")
         known = set(map(plain, self.embeddings))
-        if old := [name for name in names if plain(name) in known]:
-            raise ValueError(f"an embedding {old[0]!r} exists already; choose another name")
+        for name in names:
+            if not self.can_hold(name):
+                raise ValueError(f"{name!r} cannot be typed in a prompt; choose another name")
+            if plain(name) in known:
+                raise ValueError(f"an embedding {name!r} exists already; choose another name")
         ids = [*range(len(self), len(self) + vectors)]
         self.embeddings |= dict.fromkeys(names, ids)
         self.set_added(self.added)
@@ -281,10 +275,10 @@ class Tokenizer:
 
     def can_hold(self, name: str) -> bool:
         """Tell whether a prompt can name an embedding so: not blank, and no special token in it."""
-        usable = isinstance(name, str) and not LONE.search(name) and plain(name) != ""
-        return usable and not self.special.search(name)
+        return is_text(name) and plain(name) != "" and not self.special.search(name)
 
     def set_added(self, added: dict[str, int]) -> None:
+        """Take these added tokens; rebuild what depends on them and on the embeddings."""
         expansions = {normalise(name): ids for name, ids in families(added).items()}
         if len(expansions) < len(added) or any(not name.strip() for name in added):
             raise ValueError(
@@ -294,26 +288,29 @@ class Tokenizer:
         embeddings = {plain(name): ids for name, ids in self.embeddings.items()}
         self.added = added
         self.expansions = expansions | embeddings
-        self.names = either(self.expansions, embeddings)
-        self.tokens = {i: token for token, i in (self.vocab | added).items()}
-        for name, ids in self.embeddings.items():
-            self.tokens |= {i: self.tokens.get(i, name) for i in ids}
+        self.names = any_of(self.expansions, as_words=embeddings)
 
     def files(self) -> dict[str, dict | str]:
-        """The contents of a diffusers `tokenizer/` folder: dicts to write as JSON, and text."""
+        """Return what a diffusers `tokenizer/` folder holds: dicts to write as JSON, and text."""
         names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": self.pad}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length}
         return {
             "vocab.json": dict(self.vocab),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, self.merges), ""]),
             "added_tokens.json": dict(self.added),
             "special_tokens_map.json": names,
-            "tokenizer_config.json": names
-            | {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length},
+            "tokenizer_config.json": names | config,
         }
 
 
+# --- from the contents of files ------------------------------------------------------------------
+
+
 def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list, dict]:
-    """The merges as pairs, and the added tokens without special ones, which files may repeat."""
+    """Check a vocabulary; returns the merges as pairs, and the added tokens without special ones.
+
+    Files of older versions of transformers list the special tokens among the added ones again.
+    """
     if isinstance(merges, str):
         merges = [m for m in merges.split("\n") if m.strip() and not m.startswith("#version")]
     if (kinds := [type(v) for v in (vocab, merges, added)]) != [dict, list, dict]:
@@ -323,63 +320,71 @@ def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list,
             f"the vocabulary lacks {len(lacking)} tokens, {lacking[:3]}; it must have "
             "all bytes with and without </w>, BOS, EOS, pad"
         )
-    pairs = {}
-    for n, merge in enumerate(merges, 1):
-        pair = tuple(map(str, merge if isinstance(merge, list | tuple) else str(merge).split()))
-        if len(pair) != 2 or pair in pairs or not {*pair, "".join(pair)} <= vocab.keys():
+    split = lambda merge: merge if isinstance(merge, list | tuple) else str(merge).split()
+    pairs = [tuple(map(str, split(merge))) for merge in merges]
+    known = set()
+    for n, pair in enumerate(pairs, 1):
+        if pair in known or len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise ValueError(
-                f"merge {n} is {merge!r}; it must be new and join two tokens to a "
-                "third: give vocab and merges of one model"
+                f"merge {n} is {merges[n - 1]!r}; it must be new and join two tokens to a third: "
+                "give vocab and merges of one model"
             )
-        pairs[pair] = n
+        known.add(pair)
     added = {k: i for k, i in added.items() if k not in (BOS, EOS, pad) or vocab[k] != i}
     ids = [*vocab.values(), *added.values()]
     free = {*range(len(ids))} - {i for i in ids if type(i) is int}
-    twice = vocab.keys() & added
-    if free or twice:
+    if free or (twice := vocab.keys() & added):
         raise ValueError(
-            f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each, but none has "
-            f"{sorted(free)[:3]}; added again are {[*twice]}"
+            f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each; "
+            + (f"none has {sorted(free)[:3]}" if free else f"added again are {[*twice]}")
         )
-    return list(pairs), added
+    return pairs, added
 
 
 def from_tokenizer_json(data: dict, *, pad: str = EOS, context_length: int = 77) -> Tokenizer:
-    """From the contents of tokenizer.json, all that transformers 5 writes. Raises ValueError as
-    Tokenizer does, and for added tokens that are not matched as its are."""
-    plain = {"normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
+    """Make a tokenizer from the contents of tokenizer.json, all that transformers 5 writes.
+
+    Raises ValueError as Tokenizer does, and for added tokens that are not matched as its are.
+    """
+    flags = {"normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
     try:
         model = data["model"]
-        listed = data["added_tokens"]
         vocab = model["vocab"]
         merges = model["merges"]
         end = model["end_of_word_suffix"]
-        added = {token["content"]: token["id"] for token in listed}
-        odd = [t for t in listed if t["content"] not in vocab and plain.items() - t.items()]
+        added = {token["content"]: token["id"] for token in data["added_tokens"]}
+        new = [token for token in data["added_tokens"] if token["content"] not in vocab]
+        odd = [token for token in new if flags.items() - token.items()]
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"tokenizer.json is amiss ({e!r}); give a CLIP model's contents") from e
+        raise ValueError(f"tokenizer.json is invalid ({e!r}); give a CLIP model's contents") from e
     if end != END_OF_WORD or odd:
         raise ValueError(
-            f"words end in {end!r}, not </w>, or tokens {odd} are not {plain}; give a "
+            f"words end in {end!r}, not </w>, or tokens {odd} are not {flags}; give a "
             "CLIP model's tokenizer.json"
         )
     return Tokenizer(vocab, merges, added=added, pad=pad, context_length=context_length)
 
 
 def from_bpe_simple_vocab(text: str, *, pad: str = EOS, context_length: int = 77) -> Tokenizer:
-    """From the text of OpenAI's bpe_simple_vocab_16e6.txt. Ids: bytes, bytes with </w>, merges
-    (lines 2 to 48,895), BOS, EOS: 49,408. Raises ValueError if the text is shorter."""
-    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]
+    """Make a tokenizer from the text of OpenAI's bpe_simple_vocab_16e6.txt.
+
+    Ids: bytes, bytes with </w>, merges (lines 2 to 48,895), BOS, EOS: 49,408. Raises ValueError if
+    the text is shorter.
+    """
+    merges = text.split("\n")[1:48895]
     if len(merges) < 48894:
-        raise ValueError(f"the text has {len(merges)} merges of 48894; give the whole file")
+        raise ValueError(f"the text has {len(merges)} merges of 48894; give the complete file")
     tokens = [*SYMBOLS, *("".join(merge.split()) for merge in merges), BOS, EOS]
     vocab = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(vocab, merges, pad=pad, context_length=context_length)
 
 
 def byte_level(context_length: int = 256) -> Tokenizer:
-    """514 ids and no merges, for text encoders trained from scratch: bytes, bytes with </w>, BOS,
-    EOS (also the padding). That a byte has two ids costs 256 rows of the embedding, but then words
-    end without spaces that take places of the L, and text becomes ids on CLIP's own path."""
+    """Make a tokenizer for text encoders trained from scratch: 514 ids and no merges.
+
+    Ids: bytes, bytes with </w>, BOS, EOS (also the padding). That a byte has two ids costs 256 rows
+    of the embedding, but then words end without spaces that take positions of the L, and text
+    becomes ids on CLIP's own path.
+    """
     vocab = {token: i for i, token in enumerate([*SYMBOLS, BOS, EOS])}
     return Tokenizer(vocab, [], context_length=context_length)

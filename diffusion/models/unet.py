@@ -12,18 +12,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .cond import NOTHING, Cond
-from .layers import WSConv3x3
+from .layers import Checkpointed, MultiHead, WSConv3x3, sinusoids, to_image, to_tokens, zero_init
 
 SILU_GAIN = 1.68  # 1 / sqrt(E[silu(z)^2]), z standard normal
 
 
 def unit_variance(dim_in: int, dim_out: int, gain: float) -> nn.Linear:
-    """A linear layer whose output starts at variance 1; PyTorch's default gives a third at best.
+    """Make a linear layer whose output starts at variance 1, not at PyTorch's third of it.
 
     Along the path of the time embedding these factors multiply: with the defaults FiLM hardly
     knows t for the first few hundred steps.
@@ -39,12 +37,6 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int):
         super().__init__(math.gcd(8, channels), channels, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or self.num_channels >= 16 * self.num_groups:
-            return super().forward(x)
-        # the CPU's channels-last kernel is slow in bfloat16 where a group is narrower than a vector
-        return super().forward(x.float()).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -79,45 +71,34 @@ class ResBlock(nn.Module):
         return self.block2(self.dropout(h)) + self.skip(x)
 
 
-class Attention(nn.Module):
-    """Multi-head softmax attention over all positions: x + to_out(mix(q, k, v))."""
+class Attention(MultiHead):
+    """Multi-head softmax attention over all positions: x + to_out(attend(q, k, v))."""
 
     def __init__(self, dim: int, heads: int, dim_head: int):
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.norm = nn.GroupNorm(1, dim, eps=1e-5)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = zero_init(nn.Linear(heads * dim_head, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        H = x.shape[2]
-        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.to_qkv(h), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        with torch.autocast(x.device.type, enabled=False):
-            h = rearrange(self.mix(q, k, v), "b h n d -> b n (h d)").to(x.dtype)
-        return x + rearrange(self.to_out(h), "b (h w) c -> b c h w", h=H)
-
-    @staticmethod
-    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, N, D) each."""
-        if q.device.type == "cpu":  # bfloat16's backward is 10 times slower there
-            q = q.float()
-            k = k.float()
-            v = v.float()
-        return F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.to_qkv(to_tokens(self.norm(x))).chunk(3, dim=-1)
+        return x + to_image(self.to_out(self.attend(q, k, v)), x.shape[2])
 
 
 class LinearAttention(Attention):
     """Attention of cost N D^2 (arXiv:1812.01243): softmax over D of q, over N of k."""
 
-    @staticmethod
-    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, N, D) each. In float32: k is about 1/N."""
-        context = k.float().softmax(-2).transpose(-1, -2) @ v.float()  # (B, heads, D, D)
-        return q.float().softmax(-1) @ context
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mix values, (B, N, heads D) each, in float32 at any autocast: k is about 1/N."""
+        with torch.autocast(q.device.type, enabled=False):
+            context = self.split(k.float()).softmax(-2).mT @ self.split(v.float())
+            out = self.split(q.float()).softmax(-1) @ context  # context: (B, heads, D, D)
+        return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
 class Upsample(nn.Sequential):
+    """Double the size by nearest neighbour, then convolve 3x3."""
+
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(
             nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim_in, dim_out, 3, padding=1)
@@ -125,7 +106,7 @@ class Upsample(nn.Sequential):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of t (DDPM appendix B: sin, then cos), then a two-layer MLP."""
+    """Sinusoids of t, then a two-layer MLP: (B,) -> (B, E)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
@@ -137,20 +118,10 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.dim // 2
-        freq = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
-        angle = t.float()[:, None] * freq
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))  # (B, dim_out)
+        return self.mlp(sinusoids(t, self.dim))
 
 
-def zero_init(layer: nn.Module) -> nn.Module:
-    """A branch that starts at zero leaves its block the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class UNet(nn.Module):
+class UNet(Checkpointed):
     """Predict from x (B, channels, H, W), t (B,) real and cond.labels -> (B, channels, H, W).
 
     dim: channels of the first level; dim_mults: each level's multiple of it.
@@ -173,13 +144,14 @@ class UNet(nn.Module):
     ):
         super().__init__()
         dims = [dim * m for m in dim_mults]
+        last = len(dims) - 1
         E = 4 * dim
-        self.factor = 2 ** (len(dims) - 1)
+        self.factor = 2**last
         self.null_label = num_classes
         self.checkpointing = checkpointing
 
         def attention(level: int) -> nn.Module:
-            kind = Attention if level == len(dims) - 1 else LinearAttention
+            kind = Attention if level == last else LinearAttention
             return kind(dims[level], heads, max(dims[level] // heads, min_dim_head))
 
         def res(dim_in: int, dim_out: int) -> ResBlock:
@@ -191,12 +163,11 @@ class UNet(nn.Module):
 
         self.down = nn.ModuleList()
         for i, d in enumerate(dims):
-            last = i == len(dims) - 1
-            down = nn.Identity() if last else nn.Conv2d(d, dims[i + 1], 3, stride=2, padding=1)
+            down = nn.Conv2d(d, dims[i + 1], 3, 2, padding=1) if i < last else nn.Identity()
             self.down.append(nn.ModuleList([res(d, d), res(d, d), attention(i), down]))
 
         d = dims[-1]
-        self.mid = nn.ModuleList([res(d, d), attention(len(dims) - 1), res(d, d)])
+        self.mid = nn.ModuleList([res(d, d), attention(last), res(d, d)])
 
         self.up = nn.ModuleList()
         for i, d in reversed(list(enumerate(dims))):
@@ -239,9 +210,3 @@ class UNet(nn.Module):
 
         x = self.out(self.run(self.last, torch.cat([x, stem], 1), emb))
         return x[..., :H, :W]
-
-    def run(self, module: nn.Module, *args) -> Tensor:
-        """Call a module; with gradient checkpointing, recompute it in backward."""
-        if self.checkpointing and self.training:
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)

@@ -27,23 +27,14 @@ from .sd_blocks import (
 EPS = 1e-6  # of every norm; the U-Net's ResBlocks have 1e-5
 
 
-def through(level: Level, x: Tensor) -> Tensor:
-    """All modules of a level, one after the other."""
-    for resnet, attention in level.layers():
-        x = resnet(x)
-        x = x if attention is None else attention(x)
-    for resize in (*level.downsamplers, *level.upsamplers):
-        x = resize(x)
-    return x
-
-
 def middle(dim: int, groups: int) -> Level:
+    """Make the blocks of the lowest resolution: ResBlock, attention, ResBlock."""
     resnets = [ResnetBlock2D(dim, dim, groups, EPS) for _ in range(2)]
     return Level(resnets, [AttnBlock(dim, 1, groups, EPS)])
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> (B, 2 Z, h, w)."""
+    """Encode images (B, 3, H, W) to (B, 2 Z, h, w)."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
@@ -65,12 +56,12 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in (*self.down_blocks, self.mid_block):
-            x = through(level, x)
+            x = level(x)
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
 
 class Decoder(nn.Module):
-    """Latents (B, Z, h, w) -> (B, 3, H, W)."""
+    """Decode latents (B, Z, h, w) to images (B, 3, H, W)."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
@@ -92,7 +83,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
         for level in (self.mid_block, *self.up_blocks):
-            z = through(level, z)
+            z = level(z)
         return self.conv_out(norm_silu(self.conv_norm_out, z))
 
 
@@ -101,7 +92,7 @@ class AutoencoderKL(nn.Module):
 
     tile: None, or the side in latent pixels of overlapping tiles that are run one after the other
         and blended, so that memory does not grow with the image. Each tile has its own norms and
-        attention: the result is close to the whole image's, not equal to it.
+        attention: the result is close to that without tiles, not equal to it.
     slicing: one image after the other.
     Sides are cut to multiples of f.
     """
@@ -116,62 +107,50 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(Z, Z, 1) if config.use_post_quant_conv else nn.Identity()
 
-    def encode(
-        self, x: Tensor, tile: int | None = None, slicing: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) to the mean and the log-variance of their latents, (B, Z, h, w)."""
+    def encode(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Encode images (B, 3, H, W) to the mean and log-variance of latents, (B, Z, h, w) each."""
         run = lambda x: self.quant_conv(self.encoder(x))
-        h = in_parts(run, x, tile, (self.factor, 1), slicing)
+        h = run(x) if tile is None else tiled(run, x, tile, self.factor, 1)
         mean, logvar = h.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor, tile: int | None = None, slicing: bool = False) -> Tensor:
-        """Latents (B, Z, h, w) to images (B, 3, H, W), which may leave [-1, 1] a little."""
+        """Decode latents (B, Z, h, w) to images (B, 3, H, W), which may leave [-1, 1] a little."""
+        if slicing:
+            return torch.cat([self.decode(one, tile) for one in z.split(1)])
         run = lambda z: self.decoder(self.post_quant_conv(z))
-        return in_parts(run, z, tile, (1, self.factor), slicing)
+        return run(z) if tile is None else tiled(run, z, tile, 1, self.factor)
 
     def scale(self, z: Tensor) -> Tensor:
-        """Latents to what is diffused: of standard deviation about 1."""
+        """Scale latents to what is diffused, of standard deviation about 1."""
         shift = self.config.shift_factor
         return (z if shift is None else z - shift) * self.config.scaling_factor
 
     def unscale(self, z: Tensor) -> Tensor:
-        """The inverse of `scale`."""
+        """Undo `scale`."""
         shift = self.config.shift_factor
         z = z / self.config.scaling_factor
         return z if shift is None else z + shift
 
 
 def sample(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """A latent from its mean, its log-variance and standard normal noise, all of one shape."""
+    """Sample a latent from its mean, its log-variance and standard normal noise, of one shape."""
     return mean + (0.5 * logvar).exp() * eps
 
 
-# --- slices and tiles ----------------------------------------------------------------------------
-
-
-def in_parts(
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tile: int | None,
-    units: tuple[int, int],
-    slicing: bool,
-) -> Tensor:
-    """run(x), image by image and tile by tile if asked. Raises ValueError for tiles too small."""
-    if tile is not None and tile < 4:
-        raise ValueError(f"tile is {tile} latent pixels; use at least 4, or 64 as in training")
-    whole = run if tile is None else lambda x: tiled(run, x, tile, *units)
-    return torch.cat([whole(image) for image in x.split(1)]) if slicing else whole(x)
+# --- tiles ---------------------------------------------------------------------------------------
 
 
 def tiled(
     run: Callable[[Tensor], Tensor], x: Tensor, tile: int, unit_in: int, unit_out: int
 ) -> Tensor:
-    """run(x) on overlapping tiles, blended linearly where they overlap.
+    """Compute run(x) on overlapping tiles, blended linearly where they overlap.
 
     tile: a tile's side in units, of which neighbours share a quarter or more. A unit is unit_in
-    pixels of x and unit_out pixels of run(x).
+    pixels of x and unit_out pixels of run(x). Raises ValueError for less than 4 units.
     """
+    if tile < 4:
+        raise ValueError(f"tile is {tile} latent pixels; use at least 4, or 64 as in training")
     B, _, H, W = x.shape
     rows, columns = (cuts(side // unit_in, tile, unit_out, x.device) for side in (H, W))
     out = None
@@ -185,13 +164,13 @@ def tiled(
                 out = part.new_zeros(B, part.shape[1], *sides, dtype=torch.float32)
             y0 = top * unit_out
             x0 = left * unit_out
-            place = out[:, :, y0 : y0 + len(weight_y), x0 : x0 + len(weight_x)]
-            place += part.float() * (weight_y[:, None] * weight_x)
+            weight = weight_y[:, None] * weight_x
+            out[:, :, y0 : y0 + len(weight_y), x0 : x0 + len(weight_x)] += part.float() * weight
     return out.to(part.dtype)
 
 
 def cuts(n: int, tile: int, unit: int, device: torch.device) -> list[tuple[int, Tensor]]:
-    """Where tiles begin along a side of n units, and the weights of each one's pixels.
+    """Cut a side of n units into tiles: where each begins, and the weights of its pixels.
 
     Weights fall linearly from the middle to the borders; at each pixel their sum is 1.
     """
@@ -199,8 +178,8 @@ def cuts(n: int, tile: int, unit: int, device: torch.device) -> list[tuple[int, 
     starts = [*range(0, n - tile, tile - tile // 4), n - tile]
     i = torch.arange(tile * unit, device=device) + 0.5
     weight = torch.minimum(i, i.flip(0))
-    places = [slice(start * unit, (start + tile) * unit) for start in starts]
+    pixels = [slice(start * unit, (start + tile) * unit) for start in starts]
     total = torch.zeros(n * unit, device=device)
-    for place in places:
-        total[place] += weight
-    return [(start, weight / total[place]) for start, place in zip(starts, places)]
+    for span in pixels:
+        total[span] += weight
+    return [(start, weight / total[span]) for start, span in zip(starts, pixels)]

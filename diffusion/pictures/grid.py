@@ -1,71 +1,91 @@
-"""Pictures: tensors to PNG files, grids, labelled strips and films."""
+"""Turn tensors into pictures: PNG files, grids, labelled strips and animations."""
 
+import base64
+import io
 import json
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .. import UserError
-from ..files.owned import SOFTWARE, SOFTWARE_TAG
+from ..files.atomic import atomic
+from ..files.owned import SOFTWARE, SOFTWARE_TAG, picture_text
+from ..runtime import distributed as dist
 from .plot import INK, font
 
 
-class NonFinite(UserError):
-    """Pictures with values that are NaN or infinite. rows: which of the batch."""
+class Trajectory(NamedTuple):
+    """Holds a process as pictures. t: (F,) the frames' timesteps, -1 where the image is clean.
 
-    def __init__(self, rows: list[int], names: str):
+    x: (F, B, H, W, 3) uint8; x0: the same, what is predicted at each; None for the forward process.
+    """
+
+    name: str
+    t: list[float]
+    x: np.ndarray
+    x0: np.ndarray | None = None
+
+    def caption(self, frame: int) -> str:
+        return f"t = {self.t[frame]:.4g}" if self.t[frame] >= 0 else "clean"
+
+
+class Picked(NamedTuple):
+    """Holds images of a data set: (B, 3, H, W) in [-1, 1], with their names and captions."""
+
+    images: Tensor
+    names: list[str]
+    captions: list[str]
+
+
+class NonFinite(UserError):
+    """Says that pictures have values that are NaN or infinite."""
+
+    def __init__(self, names: str):
         super().__init__(
             f"{names} would not be finite: the network's numbers have overflowed. Try a smaller "
             "--guidance_scale or LoRA weight, or --amp no; a model of a diverged training "
             "cannot be sampled"
         )
-        self.rows = rows
 
 
 def to_uint8(x: Tensor, indices: Sequence[int] | None = None) -> np.ndarray:
-    """Make pixels, (B, H, W, 3) uint8, of images (B, 3, H, W) in [-1, 1].
+    """Convert images (B, 3, H, W) in [-1, 1] to pixels (B, H, W, 3) uint8.
 
-    indices: the images' numbers, for the message. Raises NonFinite where a value is none.
+    indices: the images' numbers, for the message. Raises NonFinite where a value is not finite.
     """
     rows = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if rows:
-        bad = rows if indices is None else [int(indices[row]) for row in rows]
-        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise NonFinite(rows, f"{len(bad)} of {len(x)} pictures ({shown})")
+        shown = ", ".join(str(row if indices is None else indices[row]) for row in rows[:8])
+        raise NonFinite(f"{len(rows)} of {len(x)} pictures ({shown})")
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """(N, H, W, 3) uint8 -> one picture, row by row; as square as possible by default."""
+    """Arrange (N, H, W, 3) uint8 row by row in one picture, by default as square as possible."""
     n, H, W, _ = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, 3), 255, np.uint8)
-    for i, image in enumerate(images):
-        y = (i // columns) * (H + gap) + gap
-        x = (i % columns) * (W + gap) + gap
-        sheet[y : y + H, x : x + W] = image
-    return Image.fromarray(sheet)
+    cells = np.full((rows * columns, gap + H, gap + W, 3), 255, np.uint8)
+    cells[:n, gap:, gap:] = images
+    table = rearrange(cells, "(row column) H W C -> (row H) (column W) C", column=columns)
+    return Image.fromarray(np.pad(table, ((0, gap), (0, gap), (0, 0)), constant_values=255))
 
 
 def save_png(
     image: Image.Image | np.ndarray, path: Path, text: dict[str, str] | None = None
 ) -> None:
-    """Write a PNG, whole or not at all. text: for the file's text chunks."""
+    """Write a PNG, complete or not at all. text: for the file's text chunks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_png(image, temporary, text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic(path, lambda file: write_png(image, file, text))
 
 
 def write_png(image, path: Path, text: dict[str, str] | None = None) -> None:
@@ -78,18 +98,8 @@ def write_png(image, path: Path, text: dict[str, str] | None = None) -> None:
     image.save(path, format="PNG", pnginfo=info)
 
 
-# what other programs call the samplers
-SAMPLER_NAMES = {
-    "ddpm": "DDPM",
-    "ddpm_large": "DDPM large",
-    "ddim": "DDIM",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-}
-
-
 def parameters_text(prompt: str | None, negative: str, settings: dict) -> str:
-    """The `parameters` text that AUTOMATIC1111 writes into a PNG and many programs read.
+    """Write the `parameters` text as AUTOMATIC1111 puts it into a PNG and many programs read it.
 
     settings: by their names there, such as Steps, Sampler, CFG scale, Seed, Size.
     """
@@ -100,57 +110,92 @@ def parameters_text(prompt: str | None, negative: str, settings: dict) -> str:
 
 
 def quoted(value) -> str:
-    """Values with commas or colons stand in quotes there."""
+    """Quote a value with commas or colons, as AUTOMATIC1111 does."""
     text = str(value)
     special = any(c in text for c in ",:\n")
     return json.dumps(text, ensure_ascii=False) if special else text
 
 
-def enlarge(images: np.ndarray, least: int = 96) -> np.ndarray:
-    """(..., H, W, 3) with each pixel repeated until the height is at least `least`."""
-    times = max(1, math.ceil(least / images.shape[-3]))
+def read_parameters(file: Path) -> str | None:
+    """Read the prompt in a picture's `parameters` text; None without one."""
+    text = parameters_of(file)
+    # the settings are the last such line: a prompt may have one that looks like them
+    prompt = f"\n{text}".rsplit("\nSteps: ", 1)[0].split("\nNegative prompt: ", 1)[0]
+    return prompt[1:] if text and prompt else None
+
+
+def count_calls(files: Iterable[Path]) -> int:
+    """Count the calls of sample.py that pictures are of: each has an image 0."""
+    settings = [parameters_of(file).rsplit("\n", 1)[-1] for file in files]
+    return sum(", Image: 0, " in text for text in settings)
+
+
+def parameters_of(file: Path) -> str:
+    """Read the `parameters` text of a picture; empty without one."""
+    return (picture_text(file, "parameters") if file.is_file() else None) or ""
+
+
+def enlarge(images: np.ndarray) -> np.ndarray:
+    """Repeat each pixel of (..., H, W, 3) until the height is at least 96."""
+    times = math.ceil(96 / images.shape[-3])
     return images.repeat(times, -3).repeat(times, -2)
 
 
-def with_heading(picture: Image.Image, text: str, height: int = 26) -> Image.Image:
-    """The picture below a line of text; as wide as the wider of them."""
-    width = max(picture.width, math.ceil(font(15).getlength(text)) + 12 if text else 0)
-    sheet = Image.new("RGB", (width, picture.height + height), "white")
-    sheet.paste(picture, (0, height))
-    ImageDraw.Draw(sheet).text((6, height / 2), text, INK, font(15), anchor="lm")
-    return sheet
+def with_heading(picture: Image.Image, text: str) -> Image.Image:
+    """Put a line of text above a picture."""
+    width = max(picture.width, math.ceil(font(15).getlength(text)) + 12)
+    canvas = Image.new("RGB", (width, picture.height + 26), "white")
+    canvas.paste(picture, (0, 26))
+    ImageDraw.Draw(canvas).text((6, 13), text, INK, font(15), anchor="lm")
+    return canvas
 
 
 def strip(rows: np.ndarray, labels: list[str], heading: str = "") -> Image.Image:
-    """(R, C, H, W, 3) uint8 -> a table of pictures, a label above each column."""
+    """Arrange (R, C, H, W, 3) uint8 as a table, with a label above each column."""
     rows = enlarge(rows)
     R, C, H, W, _ = rows.shape
-    sheet = with_heading(grid(rows.reshape(R * C, H, W, 3), columns=C, gap=4), "")
-    draw = ImageDraw.Draw(sheet)
+    table = with_heading(grid(rows.reshape(R * C, H, W, 3), columns=C, gap=4), "")
+    draw = ImageDraw.Draw(table)
     for i, label in enumerate(labels):
         draw.text((4 + i * (W + 4) + W / 2, 13), label, INK, font(14), anchor="mm")
-    return with_heading(sheet, heading) if heading else sheet
+    return with_heading(table, heading) if heading else table
 
 
-def save_film(frames: list[Image.Image], path: Path, ms: int = 80, last_ms: int = 1500) -> None:
-    """An animated WebP, `ms` milliseconds a frame; the last one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_animation(frames: list[Image.Image], path: Path) -> None:
+    """Write an animated WebP, 80 ms a frame; the last one stays."""
     exif = Image.Exif()
     exif[SOFTWARE_TAG] = SOFTWARE
-    size = (max(f.width for f in frames), max(f.height for f in frames))
-    frames = [
-        ImageOps.pad(f, size, color="white", centering=(0, 0)) if f.size != size else f
-        for f in frames
-    ]
-    durations = [ms] * (len(frames) - 1) + [last_ms]
-    frames[0].save(
-        path,
-        "WEBP",
-        save_all=True,
-        append_images=frames[1:],
-        duration=durations,
-        loop=0,
-        quality=80,
-        method=4,
-        exif=exif,
-    )
+    size = tuple(map(max, zip(*(frame.size for frame in frames))))  # headings differ in length
+    first, *rest = (ImageOps.pad(frame, size, color="white", centering=(0, 0)) for frame in frames)
+    duration = [80] * len(rest) + [1500]
+    first.save(path, "WEBP", save_all=True, append_images=rest, duration=duration, exif=exif)
+
+
+def data_uri(picture: Image.Image, kind: str, **options) -> str:
+    """Encode a picture as a file of a kind, such as PNG, to be embedded in a page."""
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def grid_of_ranks(
+    sample: Callable[[list[int]], Tensor], count: int, batch: int
+) -> Image.Image | None:
+    """Draw a grid of images 0 ... count - 1 on rank 0, which all ranks sample; None elsewhere.
+
+    sample(indices): (b, 3, H, W) in [-1, 1], of up to `batch` images.
+    Raises NonFinite on all ranks where a picture of one of them is none.
+    """
+    images = []
+    mine = np.array_split(np.arange(count), dist.world_size())[dist.rank()].tolist()
+    bad = None
+    try:
+        for low in range(0, len(mine), batch):
+            indices = mine[low : low + batch]
+            images.append(to_uint8(sample(indices), indices))
+    except NonFinite as error:
+        bad = error
+    if dist.any_rank(bad is not None):  # all ranks, or the others would wait
+        raise bad or NonFinite("pictures of another rank")
+    ranks = dist.gather_object(images)
+    return grid(np.concatenate(list(chain(*ranks)))) if ranks is not None else None

@@ -1,10 +1,10 @@
-"""What visualize.py shows: the forward and reverse process, interpolations, plots of a run.
+"""Draw the pictures of viz/: a data set's images on the way to noise, a model's on the way back.
 
 Everything here is made from `Pipeline.frames`, q_sample and `Pipeline.decode`.
 """
 
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,55 +14,42 @@ from torch import Tensor
 
 from .. import UserError
 from ..config import Config
+from ..data.batches import to_unit
 from ..data.captions import Selection
-from ..data.image_set import configured, open_data
 from ..data.images import BadImage
-from ..files.checkpoint import read_lines
+from ..data.sources import configured, open_data
+from ..files.atomic import read_lines
+from ..files.output import is_ours, write_new
 from ..process.objective import q_sample
 from ..process.samplers import SAMPLERS, Table
 from ..process.schedule import NoisePath
 from ..runtime.distributed import log, progress
 from ..runtime.seeding import ImageNoise
 from ..sampling.pipeline import Pipeline
-from .grid import enlarge, grid, strip, to_uint8, with_heading
-from .plot import Line, line_plot, stack
+from .grid import (
+    Picked,
+    Trajectory,
+    enlarge,
+    grid,
+    save_animation,
+    strip,
+    to_uint8,
+    with_heading,
+    write_png,
+)
+from .page import write_page
+from .plot import Line, distance_title, line_plot, stack
 
 PERCENT = (0, 25, 50, 75, 99)
-MOST_FRAMES = 51  # of a trajectory that are kept, besides those at PERCENT
-
-
-def timestep_at(p: int, T: int) -> int:
-    return round(p / 100 * (T - 1))
-
-
-@dataclass(frozen=True, eq=False)
-class Trajectory:
-    """A process as pictures. t: (F,) the frames' timesteps, -1 where the image is clean.
-
-    x: (F, B, H, W, 3) uint8; x0: the same, what is predicted at each; None for the forward process.
-    """
-
-    name: str
-    t: list[float]
-    x: np.ndarray
-    x0: np.ndarray | None = None
-
-    def nearest(self, t: float) -> int:
-        """The frame whose timestep is nearest."""
-        return min(range(len(self.t)), key=lambda i: abs(self.t[i] - t))
-
-
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """Images of a data set: (B, 3, H, W) in [-1, 1], with their names and captions."""
-
-    images: Tensor
-    names: list[str]
-    captions: list[str]
+MAX_FRAMES = 51  # of a trajectory, besides those at PERCENT
+WEIGHTS = torch.linspace(0, 1, 8).tolist()  # of an interpolation
+LOSSES = {"loss": "training loss", "heldout_loss": "held-out loss"}
+# what the page compares with the chosen sampler, from the same noise
+PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
 
 
 def pick_images(data: str | None, config: Config, count: int) -> Picked:
-    """Usable images from all over a data set; data None: the configuration's own.
+    """Pick usable images from all over a data set; data None: the configuration's own.
 
     Raises UserError if the set cannot be opened or has no usable image.
     """
@@ -75,209 +62,255 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
     try:
         source = open_data(*(configured(config) if data is None else other))
     except UserError as error:
-        hint = "; the model was trained on it, give another with --data" if data is None else ""
-        raise UserError(f"{error}{hint}") from None
-    order = np.random.default_rng(0).permutation(len(source))
-    pixels = []
-    names = []
-    captions = []
-    for i in map(int, order):
+        if data is not None:
+            raise
+        hint = "the model was trained on it, give another with --data"
+        raise UserError(f"{error}; {hint}") from None
+    found = []
+    for i in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
-            pixels.append(source.read(i, config.image_size))
+            caption = source.captions[i] if source.captions else ""
+            found.append((source.read(i, config.image_size), source.names[i], caption))
         except BadImage as error:
             log(f"warning: {source.names[i]!r} is skipped: {error}")
-            continue
-        names.append(source.names[i])
-        captions.append(source.captions[i] if source.captions else "")
-        if len(pixels) == count:
+        if len(found) == count:
             break
-    if not pixels:
+    if not found:
         raise UserError(f"none of the images of {source.name} can be used")
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return Picked(images, names, captions)
+    pixels, names, captions = map(list, zip(*found))
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return Picked(to_unit(images, torch.device("cpu")), names, captions)
 
 
-def forward(pipeline: Pipeline, images: Tensor, timesteps: list[int], seed: int = 0) -> Trajectory:
-    """q_sample of images (B, 3, H, W) in [-1, 1], each with one noise for all timesteps."""
+# --- the two processes ---------------------------------------------------------------------------
+
+
+def forward(pipeline: Pipeline, images: Tensor, seed: int) -> Trajectory:
+    """Noise images (B, 3, H, W) in [-1, 1] by q_sample, each with one noise for all timesteps."""
     x0 = pipeline.encode(images)
     eps = ImageNoise(seed, range(len(images)), pipeline.shape)(pipeline.device)
-    frames = []
-    for t in timesteps:
-        x_t = q_sample(
-            pipeline.schedule, x0, torch.full((len(x0),), t, device=pipeline.device), eps
-        )
-        frames.append(to_uint8(pipeline.decode(x_t)))
-    return Trajectory("forward", [float(t) for t in timesteps], np.stack(frames))
+    T = len(pipeline.schedule)
+    times = choose_frames(range(T), T)
+    steps = torch.tensor(times, device=pipeline.device).expand(len(x0), -1).T
+    noised = [q_sample(pipeline.schedule, x0, t, eps) for t in steps]
+    pictures = np.stack([to_uint8(pipeline.decode(x_t)) for x_t in noised])
+    return Trajectory("forward", list(map(float, times)), pictures)
 
 
 def reverse(pipeline: Pipeline, indices, sampler: str, steps: int, seed=0, **options) -> Trajectory:
-    """A sampler's way from noise; each x with the x0 predicted from it, the last with itself."""
+    """Follow a sampler from noise; each x with the x0 predicted from it, the last with itself."""
     times = pipeline.table(sampler, steps).t.tolist()
-    keep = kept_frames(times, len(pipeline.schedule))
-    x = ImageNoise(seed, indices, pipeline.shape)(pipeline.device)  # where `frames` starts
-    xs = []
-    x0s = []
+    chosen = choose_frames(times, len(pipeline.schedule))
     name = f"{sampler}, {steps} steps"
+    x = ImageNoise(seed, indices, pipeline.shape)(pipeline.device)  # where `frames` starts
+    pairs = []
     frames = pipeline.frames(indices, seed=seed, sampler=sampler, steps=steps, **options)
     for i, (x_next, x0) in enumerate(progress(frames, total=steps, desc=name, leave=False)):
-        if i in keep:
-            xs.append(to_uint8(pipeline.decode(x)))
-            x0s.append(to_uint8(pipeline.decode(x0)))
+        if i in chosen:
+            pairs.append((x, x0))
         x = x_next
-    last = to_uint8(pipeline.decode(x))
-    return Trajectory(
-        name,
-        [*(times[i] for i in sorted(keep)), -1.0],
-        np.stack([*xs, last]),
-        np.stack([*x0s, last]),
-    )
+    pairs.append((x, x))
+    xs, x0s = (np.stack([to_uint8(pipeline.decode(x)) for x in states]) for states in zip(*pairs))
+    return Trajectory(name, [*(times[i] for i in chosen), -1.0], xs, x0s)
 
 
-def kept_frames(times: list[float], T: int) -> set[int]:
-    """Of many frames, those that a film and the strips need."""
-    n = len(times)
-    even = np.linspace(0, n - 1, min(n, MOST_FRAMES)).round().astype(int).tolist()
-    near = [min(range(n), key=lambda i: abs(times[i] - timestep_at(p, T))) for p in PERCENT]
-    return {*even, *near}
+def choose_frames(times: Sequence[float], T: int) -> list[int]:
+    """Choose the frames that an animation and the strips need, of many, in order."""
+    even = np.linspace(0, len(times) - 1, MAX_FRAMES).round().astype(int).tolist()
+    return sorted({*even, *at_percents(times, T)})
 
 
-def at_percents(trajectory: Trajectory, T: int) -> list[int]:
-    """The frame for each of PERCENT; at 0 the reverse process shows its result."""
-    chosen = [trajectory.nearest(timestep_at(p, T)) for p in PERCENT]
-    return chosen if trajectory.x0 is None else [len(trajectory.t) - 1, *chosen[1:]]
+def at_percents(times: Sequence[float], T: int) -> list[int]:
+    """Find the frame nearest to each of PERCENT of the time."""
+    return [int(abs(np.array(times) - round(p / 100 * (T - 1))).argmin()) for p in PERCENT]
 
 
-def labelled(trajectory: Trajectory, chosen: list[int], pictures: np.ndarray) -> Image.Image:
-    """A strip of the chosen frames, an image per row."""
-    times = [trajectory.t[i] for i in chosen]
-    labels = [f"t = {t:.4g}" if t >= 0 else "clean" for t in times]
-    return strip(pictures[chosen].swapaxes(0, 1), labels, trajectory.name)
+# --- the folder ----------------------------------------------------------------------------------
 
 
-def film(trajectory: Trajectory) -> list[Image.Image]:
-    """All images side by side; the predicted x0 below, where there is one."""
-    frames = []
-    for i, t in enumerate(trajectory.t):
-        rows = [trajectory.x[i]] + ([trajectory.x0[i]] if trajectory.x0 is not None else [])
-        pictures = np.concatenate(rows)
-        told = f"t = {t:.4g}" if t >= 0 else "clean"
-        sheet = grid(enlarge(pictures), columns=len(trajectory.x[i]), gap=4)
-        frames.append(with_heading(sheet, f"{trajectory.name}   {told}"))
-    return frames
-
-
-# --- interpolation -------------------------------------------------------------------------------
-
-
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Spherical interpolation of two (C, H, W) noises: their norm stays that of noise."""
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Interpolate two (C, H, W) noises spherically: their norm stays that of noise."""
     cos = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.acos(cos.clamp(-1, 1))
     if angle.sin().abs() < 1e-4:
-        return torch.lerp(a, b, share)
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / angle.sin()
+        return torch.lerp(a, b, weight)
+    return (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / angle.sin()
 
 
-def deterministic(sampler: str) -> str:
-    """The sampler itself, or ddim in place of one that adds noise."""
-    return sampler if SAMPLERS[sampler].eta == 0 else "ddim"
+@dataclass(eq=False)
+class Gallery:
+    """Draw in a folder: `count` of the data's images and of the model's.
 
-
-def between_seeds(
-    pipeline: Pipeline, seed: int, rows: int, *, points: int, options, **sampling
-) -> np.ndarray:
-    """(rows, points, H, W, 3): image i of seed, slerped to image i of seed + 1.
-
-    options(indices): those of `Pipeline.frames` that belong to the images, such as labels.
+    options: indices -> the options of `Pipeline.frames` for these images.
+    conditioned: whether the images of the data get this conditioning, too.
+    replace: whether pictures of an earlier call may be replaced.
     """
-    a, b = (ImageNoise(s, range(rows), pipeline.shape)() for s in (seed, seed + 1))
-    shares = torch.linspace(0, 1, points).tolist()
-    out = []
-    for i in range(rows):
-        eps = torch.stack([slerp(a[i], b[i], share) for share in shares])
-        out.append(last(pipeline, [i] * points, options, eps=eps, **sampling))
-    return np.stack(out)
 
+    path: Path
+    replace: bool
+    pipeline: Pipeline
+    data: Picked
+    table: Table
+    count: int
+    seed: int
+    options: Callable[[Sequence[int]], dict]
+    conditioned: bool
+    names: list[str] = field(default_factory=list)
 
-def between_images(
-    pipeline: Pipeline, a: Tensor, b: Tensor, seed: int, *, points: int, options, **sampling
-) -> np.ndarray:
-    """(rows, points + 2, H, W, 3): the images, and between them their mixtures after q_sample.
+    def draw(self, model: Path | None, html: bool) -> None:
+        """Draw everything. model: the model's file; None: the forward process only."""
+        T = len(self.pipeline.schedule)
+        runs = []
+        if model is not None:  # first: a model whose pictures are not finite replaces nothing
+            chosen = [(self.table.sampler, self.table.steps)]
+            compared = [(name, min(steps, T)) for name, steps in PAGE_RUNS] if html else []
+            indices = range(self.count)
+            for run in dict.fromkeys(chosen + compared):
+                runs.append(reverse(self.pipeline, indices, *run, **self.options(indices)))
+            self.process("backward", runs[0])
+            heading = f"between the noise of seeds {self.seed} and {self.seed + 1}, {self.sampler}"
+            labels = [f"{w:.2g}" for w in WEIGHTS]
+            self.png("interpolate_seeds", strip(self.between_seeds(), labels, heading))
+            if len(self.data.images) > 1:
+                heading = f"between two images, noised for half of the steps, {self.sampler}"
+                labels = ["image", *labels, "image"]
+                self.png("interpolate_images", strip(self.between_images(), labels, heading))
+            if (picture := curves(model.parent / "metrics.jsonl")) is not None:
+                self.png("curves", picture)
+        noised = forward(self.pipeline, self.data.images[: self.count], self.seed)
+        self.process("forward", noised)
+        self.png("schedule", schedule_plot(self.pipeline.schedule, self.table))
+        self.png("table", table_plot(self.table))
+        if html:
+            shown = (self.pipeline, noised, self.data, runs)
+            self.write("index.html", lambda path: write_page(path, *shown))
+        for file in self.path.iterdir() if self.replace else ():  # of an earlier call
+            if file.name not in self.names and file.is_file() and is_ours(file):
+                file.unlink()
+        log(f"{self.path}: {', '.join(sorted(self.names))}")
 
-    All of a row get the same noise, so mixing x_t mixes x0 (DDPM section 4.3 and appendix D).
-    """
-    out = []
-    for i in range(len(a)):
-        ends = pipeline.encode(torch.stack([a[i], b[i]]))
-        init = torch.stack([torch.lerp(*ends, s) for s in torch.linspace(0, 1, points).tolist()])
-        eps = ImageNoise(seed, [i] * points, pipeline.shape)()
-        start = {"eps": eps, "init": init, "strength": max(0.5, 1 / sampling["steps"])}
-        middle = last(pipeline, [i] * points, options, **start, **sampling)
-        out.append(np.concatenate([to_uint8(a[i : i + 1]), middle, to_uint8(b[i : i + 1])]))
-    return np.stack(out)
+    def process(self, name: str, process: Trajectory) -> None:
+        """Write a picture at each fraction of the time, strips of them all, and an animation."""
+        at = at_percents(process.t, len(self.pipeline.schedule))
+        if process.x0 is not None:
+            at[0] = len(process.t) - 1  # its result
+        for p, i in zip(PERCENT, at):
+            self.png(f"{name}_t{p:02d}", grid(enlarge(process.x[i]), len(process.x[i])))
+        strips = {name: process.x}
+        if process.x0 is not None:
+            at = at[::-1]  # as time goes
+            strips[f"{name}_x0"] = process.x0
+        for file, pictures in strips.items():
+            labels = [process.caption(i) for i in at]
+            self.png(file, strip(pictures[at].swapaxes(0, 1), labels, process.name))
+        rows = process.x if process.x0 is None else np.concatenate([process.x, process.x0], 1)
+        frames = []
+        for i, pictures in enumerate(rows):
+            picture = grid(enlarge(pictures), columns=process.x.shape[1], gap=4)
+            frames.append(with_heading(picture, f"{process.name}   {process.caption(i)}"))
+        self.write(f"{name}.webp", lambda path: save_animation(frames, path))
 
+    @property
+    def sampler(self) -> str:
+        """Name the sampler of interpolations: the chosen one, or ddim for one that adds noise."""
+        name = self.table.sampler
+        return name if SAMPLERS[name].eta == 0 else "ddim"
 
-def last(pipeline: Pipeline, indices, options, **sampling) -> np.ndarray:
-    [(x, _)] = deque(pipeline.frames(indices, **options(indices), **sampling), maxlen=1)
-    return to_uint8(pipeline.decode(x))
+    def row(self, i: int, options: Callable, **given) -> np.ndarray:
+        """Sample image i from each of the noises or images that are given, (W, H, W, 3) uint8."""
+        indices = [i] * len(WEIGHTS)
+        given |= options(indices) | {"sampler": self.sampler, "steps": self.table.steps}
+        return to_uint8(self.pipeline.sample(indices, **given))
+
+    def between_seeds(self) -> np.ndarray:
+        """Interpolate each image's noise to the next seed's by slerp: (count, W, H, W, 3)."""
+        shape = self.pipeline.shape
+        ends = [ImageNoise(self.seed + i, range(self.count), shape)() for i in (0, 1)]
+        noises = [torch.stack([slerp(a, b, w) for w in WEIGHTS]) for a, b in zip(*ends)]
+        return np.stack([self.row(i, self.options, eps=eps) for i, eps in enumerate(noises)])
+
+    def between_images(self) -> np.ndarray:
+        """Mix pairs of the data's images after q_sample, with these at both ends.
+
+        All of a row get the same noise, so mixing x_t mixes x0 (DDPM section 4.3 and appendix D).
+        """
+
+        def unconditional(indices) -> dict:  # the images have classes and captions of their own
+            given = self.options(indices)
+            nothing = {name: None for name in ("labels", "prompts") if name in given}
+            return given | nothing | {"guidance_scale": 1.0}
+
+        options = self.options if self.conditioned else unconditional
+        strength = max(0.5, 1 / self.table.steps)
+        half = len(self.data.images) // 2
+        rows = []
+        for i, pair in enumerate(zip(*self.data.images[: 2 * half].split(half))):
+            ends = self.pipeline.encode(torch.stack(pair))
+            init = torch.stack([torch.lerp(*ends, w) for w in WEIGHTS])
+            eps = ImageNoise(self.seed, [i] * len(WEIGHTS), self.pipeline.shape)()
+            first, last = to_uint8(torch.stack(pair))
+            rows.append([first, *self.row(i, options, eps=eps, init=init, strength=strength), last])
+        return np.array(rows)
+
+    def png(self, name: str, picture: Image.Image) -> None:
+        self.write(f"{name}.png", lambda path: write_png(picture, path))
+
+    def write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file by write(path). Raises UserError if another program has its name."""
+        if not write_new(self.path / name, write, self.replace):
+            raise UserError(
+                f"another program has written {self.path / name} meanwhile, which stays: give "
+                "another --save_folder"
+            )
+        self.names.append(name)
 
 
 # --- plots ---------------------------------------------------------------------------------------
 
 
-def schedule_plot(
-    schedule: NoisePath, table: Table | None = None, sampler: str = ""
-) -> Image.Image:
-    """alpha_bar and log-SNR over t; a table's steps as dots on both."""
-    t = list(range(len(schedule)))
-    bars = [Line(t, schedule.alpha_bar.tolist(), "alpha_bar")]
-    snrs = [Line(t, (2 * schedule.lam).tolist(), "log-SNR")]
-    if table is not None:
-        alpha, sigma = table.levels[:-1].T
-        name = f"{sampler}, {len(table)} steps"
-        bars.append(Line(table.t.tolist(), (alpha**2).tolist(), name, dots=True, line=False))
-        snr = 2 * (alpha.log() - sigma.log())
-        snrs.append(Line(table.t.tolist(), snr.tolist(), name, dots=True, line=False))
-    return stack(
-        [
-            line_plot(bars, "What is left of the image: alpha_bar", "timestep t"),
-            line_plot(snrs, "log(alpha_bar / (1 - alpha_bar))", "timestep t"),
-        ]
-    )
+def schedule_plot(schedule: NoisePath, table: Table) -> Image.Image:
+    """Plot alpha_bar and log-SNR over t; a table's steps as dots on both."""
+    alpha, sigma = table.levels[:-1].T
+    steps = f"{table.sampler}, {len(table)} steps"
+    plots = []
+    for name, title, values, of_steps in (
+        ("alpha_bar", "What is left of the image: alpha_bar", schedule.alpha_bar, alpha**2),
+        (
+            "log-SNR",
+            "log(alpha_bar / (1 - alpha_bar))",
+            2 * schedule.lam,
+            2 * (alpha / sigma).log(),
+        ),
+    ):
+        curve = Line(range(len(schedule)), values, name)
+        lines = [curve, Line(table.t, of_steps, steps, joined=False)]
+        plots.append(line_plot(lines, title, "timestep t"))
+    return stack(plots)
 
 
-def table_plot(table: Table, sampler: str) -> Image.Image:
-    """A sampler's coefficients, row by row (process/samplers.py)."""
-    rows = list(range(len(table)))
-    lines = [
-        Line(rows, k.tolist(), name, dots=len(rows) < 60)
-        for name, k in zip(("k_x", "k_x0", "k_prev", "k_eps"), table.rows.T)
-    ]
-    return line_plot(lines, f"Coefficients of {sampler}, {len(table)} steps", "row")
+def table_plot(table: Table) -> Image.Image:
+    """Plot a sampler's coefficients, row by row (process/samplers.py)."""
+    names = ("k_x", "k_x0", "k_prev", "k_eps")
+    lines = [Line(range(len(table)), k, name) for name, k in zip(names, table.rows.T)]
+    return line_plot(lines, f"Coefficients of {table.sampler}, {len(table)} steps", "row")
 
 
 def curves(metrics: Path) -> Image.Image | None:
-    """Loss, held-out loss and measured distances over steps; None where nothing is logged."""
-    lines = read_lines(metrics)
-    measured = [line for line in lines if "fid_seconds" in line]
-    names = dict.fromkeys(k for line in measured for k in line)
-
-    def series(name: str, label: str, dots: bool, among: list[dict]) -> list[Line]:
-        pairs = [(line["step"], line[name]) for line in among if line.get(name) is not None]
-        return [Line(*zip(*pairs), label, dots)] if pairs else []
-
-    loss = [
-        *series("loss", "training loss", False, lines),
-        *series("heldout_loss", "held-out loss", True, lines),
-    ]
-    plots = [line_plot(loss, "Loss", "step", log_y=True)] if loss else []
-    for name in [n for n in names if n not in ("step", "fid_seconds", "fid_num_images")]:
-        found = []
-        for n in sorted({m.get("fid_num_images", 0) for m in measured}):
-            # distances of other numbers of samples are another curve
-            same = [m for m in measured if m.get("fid_num_images", 0) == n]
-            found += series(name, f"{n} samples" if n else "", True, same)
-        if found:
-            title = "FID" if name == "fid" else f"Frechet distance ({name})"
-            plots.append(line_plot(found, title, "step"))
+    """Plot loss, held-out loss and distances over steps; None where nothing is logged."""
+    found = {}  # by title and label
+    for entry in read_lines(metrics):
+        # distances of other numbers of samples are another curve
+        samples = f"{entry['fid_num_images']} samples" if "fid_num_images" in entry else ""
+        for name, value in entry.items():
+            curve = None
+            if name in LOSSES:
+                curve = ("Loss", LOSSES[name])
+            elif "fid_seconds" in entry and name not in ("step", "fid_seconds", "fid_num_images"):
+                curve = (distance_title(name), samples)
+            if curve is not None and value is not None:
+                found.setdefault(curve, []).append((entry["step"], value))
+    plots = []
+    for title in dict.fromkeys(title for title, _ in found):
+        lines = [Line(*zip(*xy), label) for (name, label), xy in found.items() if name == title]
+        plots.append(line_plot(lines, title, "step", log_y=title == "Loss"))
     return stack(plots) if plots else None

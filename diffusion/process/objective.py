@@ -97,7 +97,7 @@ def min_snr_weight(objective: str, alpha: Tensor, sigma: Tensor, gamma: float) -
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """A network as D(x_t) -> x0, by the objective that it was trained on.
+    """Turn a network into D(x_t) -> x0, by the objective that it was trained on.
 
     network: (c_in x_t, c_noise (B,), *cond) -> out, shaped as x_t.
     """

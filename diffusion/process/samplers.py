@@ -24,7 +24,7 @@ from .schedule import NoisePath, timesteps
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A sampler's rows: t (N,); rows (N, 4) k_x k_x0 k_prev k_eps; levels (N+1, 2) alpha sigma.
+    """Hold a sampler's rows (N, 4) k_x k_x0 k_prev k_eps; t (N,); levels (N+1, 2) alpha sigma.
 
     All float64. The rest is what it was made of, see `make_table`. steps: with a strength below
     1, those of which the last N are run.
@@ -51,11 +51,11 @@ def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> 
     """
     (alpha_t, sigma_t) = levels[:-1].T
     (alpha_s, sigma_s) = levels[1:].T
-    beta = 1 - (alpha_t / alpha_s) ** 2
-    std = eta * sigma_s / sigma_t * beta.clamp(min=0).sqrt()
+    shrunk = alpha_t / alpha_s * sigma_s  # the deviation of s, carried to t
+    std = eta * sigma_s * (1 - (shrunk / sigma_t) ** 2).clamp(min=0).sqrt()
     k_x = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t
     if variance == "beta":
-        std = beta.clamp(min=0).sqrt() * (sigma_s > 0)  # the last row adds no noise
+        std = (sigma_t**2 - shrunk**2).clamp(min=0).sqrt() * (sigma_s > 0)  # none in the last row
     return torch.stack([k_x, alpha_s - k_x * alpha_t, torch.zeros_like(std), std], 1)
 
 
@@ -80,7 +80,7 @@ def dpmpp_2m(levels: Tensor, eta: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table of samplers: how levels become rows, and what it does by default."""
+    """Describe a sampler: how levels become rows, and what it does by default."""
 
     rows: Callable[..., Tensor]
     eta: float

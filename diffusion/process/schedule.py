@@ -30,7 +30,7 @@ def plain_inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True, eq=False)
 class NoisePath:
-    """A noise path x_t = alpha_t x0 + sigma_t eps.
+    """Describe a noise path x_t = alpha_t x0 + sigma_t eps.
 
     alpha, sigma, lam: (T,) float64 at the integer t; lam may be -inf at the last one.
     between: lam -> (alpha, sigma), for a real-valued t between two integers.
@@ -132,11 +132,18 @@ def sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> 
     return _from_alpha_bar(alpha_bar, T)
 
 
-SCHEDULES = {f.__name__: f for f in (cosine, linear, sigmoid, scaled_linear)}
+SCHEDULES = {
+    "cosine": cosine,
+    "linear": linear,
+    "sigmoid": sigmoid,
+    "scaled_linear": scaled_linear,
+}
 
 
 def zero_terminal_snr(schedule: NoisePath) -> NoisePath:
     """Shift and scale alpha: the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
+    if not torch.allclose(schedule.alpha**2 + schedule.sigma**2, torch.ones_like(schedule.alpha)):
+        raise ValueError("zero_snr needs a variance-preserving schedule")
     a = schedule.alpha
     return variance_preserving(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 

@@ -11,9 +11,9 @@ WARM_UP = 3  # calls before the capture: libraries choose their kernels and allo
 
 
 class Graph:
-    """`function`, of tensors to a tuple of tensors, captured for inputs of these shapes.
+    """Replay a function of tensors to a tuple of tensors, captured for inputs of these shapes.
 
-    It computes what it computed with the weights of then: they may change in place only.
+    A replay reads the weights at the addresses of the capture: they may change in place only.
     Raises ValueError for tensors that are not on a CUDA device.
     """
 
@@ -33,20 +33,20 @@ class Graph:
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for mine, theirs in zip(self.inputs, inputs, strict=True):
-            mine.copy_(theirs)
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given)
         self.graph.replay()
         return tuple(v.clone() for v in self.outputs)  # the next replay writes over its own
 
 
 class Graphs:
-    """Graphs of a function by the shapes of its inputs and by what else tells them apart."""
+    """Graphs of a function, by the shapes of its inputs and by a key of all else they depend on."""
 
     def __init__(self):
         self.graphs: dict[tuple, Graph] = {}
 
     def wrap(self, function, key: tuple = ()):
-        """function, captured when it is first called with inputs of new shapes."""
+        """Return the function, captured when it is first called with inputs of new shapes."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, ...]:
             shapes = tuple((v.shape, v.dtype, v.stride()) for v in inputs)

@@ -1,13 +1,16 @@
 """Data parallelism with torch.distributed: the only file that imports it.
 
 Everything here works in a process that was not launched by torchrun, and costs nothing there:
-rank 0 of a world of 1.
+rank 0 of a world of 1. A rank that dies or hangs ends the others: a collective inside a step fails
+after the timeout of `setup`, and `barrier` names the ranks that it waits for.
 """
 
 import contextlib
 import os
+import re
 import sys
 import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -15,20 +18,27 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import UserError
-from . import watchdog as ranks
-from .memory import keep_freed_memory
+from .malloc import keep_freed_memory
 
 TIMEOUT = 3600.0  # seconds
-_watch: ranks.Watch | None = None
+LONG_WORK = 24 * 3600.0  # seconds; one rank may decode or download while the others wait
+COMMUNICATION_ERRORS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "NCCL",
+    "Broken pipe",
+    "gloo",
+)
+_barriers: dict[str, tuple] = {}  # "milestone", "long work": (gloo group, its timeout in seconds)
 
 
-def setup(device: str = "auto", timeout: float | None = None) -> torch.device:
+def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     """Join the process group if torchrun started us; return this process's device.
 
-    timeout: seconds that ranks wait for one that does nothing; then `ranks.Watch` names it, and
-    all end. None: TIMEOUT, and nothing that a restart would continue.
+    timeout: seconds that a collective, and a barrier at a milestone, wait for the other ranks.
+    Raises UserError for a device that is not there, and if not all ranks come.
     """
-    global _watch
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -39,56 +49,76 @@ def setup(device: str = "auto", timeout: float | None = None) -> torch.device:
         count = torch.cuda.device_count()
         if index >= count:
             raise UserError(
-                f"rank {index} of this machine wants a GPU of its own and there are {count}; start "
-                f"at most {count} ranks, or use --device cpu"
+                f"rank {index} of this machine needs a GPU of its own and there are {count}; "
+                f"start at most {count} ranks, or use --device cpu"
             )
         torch.cuda.set_device(index)
         device = f"cuda:{index}"
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # by torchrun
     if launched and not dist.is_initialized():
-        # gloo beside nccl: small host-side questions must not wait for the device
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        seconds = TIMEOUT if timeout is None else timeout
-        try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        except RuntimeError as error:
-            raise UserError(
-                f"rank {os.environ['RANK']} could not reach rank 0 at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} within "
-                f"{seconds:.0f} s: {str(error).splitlines()[0]}"
-            ) from None
-        name = ranks.own_name(store, rank, size, seconds)
-        # `Watch` knows better than a time-out of collectives whether a rank works or hangs
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore(name, store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(days=7),
-        )
-        if world_size() > 1:
-            # a connection of its own: the process group's may be waiting for an answer
-            own = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=max(5.0, seconds / 4)),
-                wait_for_workers=False,
-            )
-            own = dist.PrefixStore(name, own)
-            _watch = ranks.Watch(own, rank, size, seconds, resumes=timeout is not None)
+        _join(device.startswith("cuda"), timeout)
     if device == "cpu":
         keep_freed_memory()
     return torch.device(device)
 
 
+def _join(cuda: bool, timeout: float) -> None:
+    """Form the process group, with gloo beside nccl for what is asked on the host."""
+    limit = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {os.environ['RANK']} could not reach rank 0 at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ.get('MASTER_PORT')} within {timeout:.0f} s: {str(error).splitlines()[0]}"
+        ) from None
+    store = dist.PrefixStore(agree_on_name(store, rank, size, timeout), store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    for name, seconds in (("milestone", timeout), ("long work", LONG_WORK)):
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        _barriers[name] = group, seconds
+
+
+def agree_on_name(store, rank: int, size: int, timeout: float) -> str:
+    """Agree on a name for this start of the group, under which it keeps its keys in the store.
+
+    torchrun keeps its store when it restarts the ranks, which would read the addresses of their
+    predecessors. Rank 0 chooses a new name and repeats it to every rank until that has confirmed
+    it. Raises UserError that names a rank that does not come.
+    """
+    if rank > 0:
+        key = f"name/{rank}/{store.add(f'arrivals/{rank}', 1)}"
+        try:
+            store.wait([key], timedelta(seconds=timeout))
+        except RuntimeError:
+            raise UserError(f"rank 0 has not come within {timeout:.0f} s") from None
+        name = store.get(key).decode()
+        store.set(f"{name}/{rank}", "confirmed")
+        return name
+    name = uuid.uuid4().hex
+    missing = set(range(1, size))
+    end = time.monotonic() + timeout
+    while missing:
+        for other in tuple(missing):
+            if arrivals := store.add(f"arrivals/{other}", 0):
+                store.set(f"name/{other}/{arrivals}", name)
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise UserError(
+                f"rank {min(missing)} has not come within {timeout:.0f} s "
+                f"({len(missing)} of {size} ranks are missing)"
+            )
+        time.sleep(0.02)
+    return name
+
+
 def cleanup() -> None:
-    global _watch
-    if _watch is not None:
-        _watch.stop()
-        _watch = None
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _barriers.clear()
 
 
 def rank() -> int:
@@ -103,6 +133,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_restart() -> bool:
+    """Check whether torchrun or Slurm has started this command again, after a fault."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any_rank(any(os.environ.get(name, "0") != "0" for name in counts))
+
+
 def log(message: str = "") -> None:
     """Print above a progress bar; silent off rank 0."""
     if is_main():
@@ -112,135 +148,110 @@ def log(message: str = "") -> None:
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on rank 0; where it is not seen on a terminal, a line every ten seconds.
-
-    On every rank it tells that work goes on, which others may wait for.
-    """
+    """Show a tqdm bar on rank 0; where it is not on a terminal, a line every ten seconds."""
     from tqdm import tqdm
 
-    class Bar(tqdm):
-        def __iter__(self):
-            for x in super().__iter__():
-                going()
-                yield x
-
-        def update(self, n=1):
-            going()
-            return super().update(n)
-
     seen = sys.stderr.isatty()
-    options = (
-        dict(disable=not is_main(), mininterval=0.2 if seen else 10, dynamic_ncols=seen) | options
-    )
-    return Bar(iterable, **options)
+    interval = 0.2 if seen else 10
+    defaults = dict(disable=not is_main(), mininterval=interval, dynamic_ncols=seen)
+    return tqdm(iterable, **defaults | options)
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        at()
-        dist.barrier()
+# --- questions between ranks, asked on the CPU: the device keeps working --------------------------
+
+
+def barrier(milestone: str | None = None) -> None:
+    """Wait until all ranks have come here. Raises UserError that names those that do not.
+
+    milestone: what the ranks of a loop have just done: they wait for the timeout of `setup`.
+    None: they wait for a day, since one of them may decode or download for hours.
+    """
+    if not dist.is_initialized():
+        return
+    group, seconds = _barriers["long work" if milestone is None else "milestone"]
+    try:
+        dist.monitored_barrier(group, timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        missing = f"rank {found[1].strip()}" if found else "rank 0, which names who is missing,"
+        raise UserError(
+            f"rank {rank()} has finished {milestone or 'its part'}: {missing} did not answer "
+            f"within {seconds:.0f} s, or died"
+        ) from None
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if the flag is set on one. Asked on the CPU: the device goes on."""
+    """Return True on every rank if the flag is set on one."""
     if not dist.is_initialized():
         return flag
-    at()
     count = torch.tensor(int(flag))
     dist.all_reduce(count)
     return bool(count)
 
 
-def agreed(value: int) -> bool:
-    """Whether all ranks have the same value."""
+def all_equal(value: int) -> bool:
+    """Check whether all ranks have the same value."""
     if not dist.is_initialized():
         return True
-    at()
     ends = torch.tensor([value, -value])
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     return int(ends[0]) == -int(ends[1])
 
 
-def asks(step: int) -> bool:
-    """Whether ranks ask each other after this step if one is to stop: the question takes longer the
-    more there are, so that many ask less often."""
+def should_poll_stop(step: int) -> bool:
+    """Check whether ranks ask each other after this step if one is to stop.
+
+    The question takes longer the more ranks there are, so that many ranks ask less often.
+    """
     return step % max(1, world_size() // 64) == 0
 
 
-def restarted() -> bool:
-    """Whether torchrun or Slurm has started this command again, after a fault."""
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    return any_rank(any(os.environ.get(name, "0") != "0" for name in counts))
-
-
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place; x itself where there is one rank."""
+    """Sum x over ranks, in place; x itself where there is one rank."""
     if dist.is_initialized():
-        at()
         dist.all_reduce(x)
     return x
 
 
 def gather(x: torch.Tensor) -> list[torch.Tensor] | None:
-    """Each rank's CPU tensor, in rank order, on rank 0; None elsewhere. Shapes may differ."""
+    """Gather each rank's tensor on rank 0's CPU, in rank order; None elsewhere.
+
+    Their shapes may differ.
+    """
     return gather_object(x.cpu())
 
 
 def gather_object(value) -> list | None:
-    """Each rank's value, of any small picklable kind, in rank order on rank 0; None elsewhere."""
+    """Gather each rank's small picklable value on rank 0, in rank order; None elsewhere."""
     if not dist.is_initialized():
         return [value]
-    at()
     out = [None] * world_size() if is_main() else None
     dist.gather_object(value, out, dst=0)
     return out
 
 
 def from_main(value):
-    """Rank 0's value, of any small picklable kind, on every rank."""
+    """Return rank 0's small picklable value on every rank."""
     if not dist.is_initialized():
         return value
-    at()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-# --- a rank that does not come --------------------------------------------------------------------
-
-
-def at(place: str | None = None) -> None:
-    """Where this rank is now, for people; None: one place further, of the same name."""
-    if _watch is not None:
-        _watch.places = _watch.places + 1
-        _watch.since = time.monotonic()
-        _watch.place = _watch.place if place is None else place
-
-
-def going() -> None:
-    """This rank works, for however long it passes no place."""
-    if _watch is not None:
-        _watch.since = time.monotonic()
-
-
-def lost(error: RuntimeError) -> str | None:
-    """What to tell if the error is that ranks could not talk to each other; else None."""
+def describe_comm_error(error: RuntimeError) -> str | None:
+    """Describe an error as lost contact between ranks; None if it is another one."""
     text = str(error)
-    signs = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Timed out waiting",
-        "NCCL",
-        "Broken pipe",
-        "gloo",
-    )
-    if world_size() == 1 or not any(sign in text for sign in signs):
+    if world_size() == 1 or not any(sign in text for sign in COMMUNICATION_ERRORS):
         return None
-    return f"rank {rank()} lost the others ({text.splitlines()[0][-160:]})"
+    return f"rank {rank()} lost another rank, which died or hangs ({text.splitlines()[0][-160:]})"
+
+
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model as the training step calls it: gradients averaged over ranks in backward."""
+    """Wrap a model so that its gradients are averaged over ranks in backward."""
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
@@ -249,7 +260,7 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def no_sync(model: torch.nn.Module, skip: bool):
-    """Inside it backward only accumulates, where `skip` says that more micro-batches follow."""
+    """Return a context in which backward only accumulates, if `skip`: more micro-batches follow."""
     if skip and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return contextlib.nullcontext()

@@ -1,6 +1,6 @@
 """Randomness as a function of names: no generator state is ever stored.
 
-Every random number of the program is drawn from a generator that is seeded by what it is for,
+Every random number of the program comes from a generator that is seeded by its purpose,
 `generator(seed, "noise", step)` or `generator(seed, "image", i)`. A resumed run, another world
 size and another batch size therefore see the same numbers.
 """
@@ -12,24 +12,25 @@ import torch
 
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit seed from a tuple of integers and strings, stable over machines and versions."""
+    """Make a 63-bit seed of integers and strings, the same on all machines and versions."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
 def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make a generator that depends on the key only."""
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def permutation(n: int, *key: int | str) -> np.ndarray:
-    """(n,) int64: a permutation of 0..n-1 that depends on the key only."""
+    """Make a permutation (n,) int64 of 0..n-1 that depends on the key only."""
     return np.random.Generator(np.random.PCG64(seed_of(*key))).permutation(n)
 
 
 class ImageNoise:
     """Standard normal noise for images with an index each; image i of a seed always gets the same.
 
-    Drawn in float32 on the CPU, an image at a time, so that it depends neither on the device nor
-    on which other images stand in the batch. Every call continues each image's own stream.
+    Sampled in float32 on the CPU, an image at a time, so that it depends neither on the device nor
+    on the other images of the batch. Every call continues each image's own stream.
     """
 
     def __init__(self, seed: int, indices, shape: tuple[int, ...]):
@@ -37,6 +38,6 @@ class ImageNoise:
         self.shape = tuple(shape)
 
     def __call__(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(B, *shape) float32."""
+        """Sample (B, *shape) float32."""
         rows = [torch.randn(self.shape, generator=g) for g in self.generators]
         return torch.stack(rows).to(device)

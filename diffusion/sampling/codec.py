@@ -7,7 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch, move, to_unit
+from ..data.batch import Batch
+from ..data.batches import move, to_unit
 from ..data.latents import weights_digest
 from ..models.vae import AutoencoderKL, sample
 

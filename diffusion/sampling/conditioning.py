@@ -5,7 +5,7 @@ classifier-free guidance; sampling turns what a caller asks for into a pair of `
 without the condition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError
-from ..data.batches import Batch, move
+from ..data.batch import Batch
+from ..data.batches import move
 from ..data.latents import weights_digest
 from ..models.clip import CLIPTextModel, encode_chunks
 from ..models.cond import Cond
@@ -22,7 +23,7 @@ from ..models.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """What n pictures are asked for with; None: not given."""
+    """Hold what n pictures are asked for with; None: not given."""
 
     n: int
     labels: Tensor | None = None  # (n,) int64, the null label where there is none
@@ -151,6 +152,18 @@ class Prompts:
         read = [self.embed(part, chunks, request.amp) for part in texts[: 1 + guided]]
         return Cond(context=read[0]), Cond(context=read[-1])
 
+    def in_turn(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
+        """Make a function of indices that gives the options of `Pipeline.frames`, prompts in turn.
+
+        All are read in as many chunks as the longest needs, so that batch mates change nothing.
+        """
+        chunks = self.chunks([*prompts, negative])
+        return lambda indices: {
+            "prompts": [prompts[i % len(prompts)] for i in indices],
+            "negative_prompts": [negative] * len(indices),
+            "chunks": chunks,
+        }
+
     def of_networks(self, networks: dict[str, nn.Module]) -> "Prompts":
         """Read texts by the encoder among a trained module's networks, where it has one."""
         return replace(self, encoder=networks["text_encoder"]) if self.joint else self
@@ -159,3 +172,39 @@ class Prompts:
     def digests(self) -> dict:
         """Describe the frozen networks that the condition depends on."""
         return {} if self.joint else {"text encoder": weights_digest(self.encoder)}
+
+
+# --- classes by name ---
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a whole number in plain digits."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def labels_in_turn(classes: Sequence[str], indices) -> Tensor:
+    """Give the class labels of images `indices`, (B,), of which each class has as many."""
+    return torch.tensor([i % len(classes) for i in indices])
+
+
+def labels_of(classes: Sequence[str], choice: str | None, indices) -> Tensor | None:
+    """Find the class labels of images `indices`, (B,), by a class's name or number.
+
+    Names come first. Where a class has a number for a name, "9" is that name and no position.
+    "all", unless it is a name: the classes in turn. Raises UserError for an unknown class.
+    """
+    if choice is None:
+        return None
+    names = list(classes)
+    if choice in names:
+        return torch.full((len(indices),), names.index(choice))
+    if choice == "all" and names:
+        return labels_in_turn(names, indices)
+    numbered = not any(map(is_number, names))
+    if numbered and is_number(choice) and int(choice) < len(names):
+        return torch.full((len(indices),), int(choice))
+    known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
+    raise UserError(
+        f"class_label {choice!r} is unknown; the model's classes are "
+        f"{', '.join(known) or 'none: it is unconditional'}"
+    )

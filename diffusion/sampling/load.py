@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
+from ..files.atomic import reason
 from ..files.checkpoint import FORMAT, load_weights
 from ..files.sd_files import (
     OBJECTIVES,
     PREDICTIONS,
     find_prediction,
     load_sd,
+    load_vae,
     read_scheduler,
     stated_objective,
 )
-from ..files.strict import build, fit
+from ..files.strict import build, load_strict
 from ..files.tensors import read_metadata
-from ..files.vae_files import load_vae
+from ..models import build as networks
 from ..models.build import blank
-from ..models.clip import CLIPTextModel
 from ..models.configs import CLIPTextConfig
 from ..models.sd_unet import SDUNet
 from ..models.text_unet import TextUNet
 from ..models.tokenizer import byte_level
-from ..models.unet import UNet
 from ..process.schedule import (
     NoisePath,
     from_betas,
@@ -49,7 +49,6 @@ from .adapt import adapt
 from .codec import LatentCodec
 from .conditioning import ClassLabels, Prompts, Unconditional
 from .pipeline import Pipeline
-from .sizes import text_config, unet_config
 
 TILE = 64  # latent pixels of a tile's side
 
@@ -84,7 +83,7 @@ def schedule_of(scheduler: dict) -> NoisePath:
 
 @dataclass(frozen=True, eq=False)
 class FrozenStack:
-    """What a latent model needs beside the network that is trained.
+    """Hold what a latent model needs beside the network that is trained.
 
     scheduler: what a scheduler_config.json says of timesteps; {} without one.
     prompts: what reads texts, of a model with --condition text. text_config: the sizes of a text
@@ -124,7 +123,7 @@ def open_stack(config: Config, device: torch.device, tile: int | None = None) ->
                 "--text_encoder scratch"
             )
         prompts = Prompts(byte_level(config.text_length), None, joint=True, device=device)
-        sizes = text_config(config, prompts.tokenizer)
+        sizes = networks.text_config(config.text_dim, config.text_layers, prompts.tokenizer)
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
     codec = LatentCodec(vae, device, tile=tile)
     return FrozenStack(codec, schedule, prompts=prompts, text_config=sizes)
@@ -148,7 +147,9 @@ def open_sd_stack(
     report = [line for line in sd.report if unet or not line.startswith("unet:")]
     if unet:
         report.append(check_objective(config, override))
-    scheduler = read_scheduler(config.sd_path, config.sd_config, PREDICTIONS[config.objective])
+    scheduler = read_scheduler(
+        config.sd_path, config.sd_config, PREDICTIONS.get(config.objective, config.objective)
+    )
     layers = sd.text_encoder.config.num_hidden_layers
     if config.clip_skip > layers:
         raise UserError(
@@ -188,7 +189,7 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
     classes = num_classes if config.condition == "class" else 0
     prompts = None if stack is None else stack.prompts
     if stack is None:
-        unet = UNet(
+        unet = networks.build_pixel_unet(
             config.unet_dim,
             config.dim_mults,
             heads=config.heads,
@@ -201,14 +202,23 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
         unet.use_checkpointing(config.checkpointing)
     else:
         codec = stack.codec
-        sizes = unet_config(config, codec.channels, codec.factor, classes)
-        unet = SDUNet(sizes, config.checkpointing)
+        sizes = networks.unet_config(
+            config.unet_dim,
+            config.dim_mults,
+            config.layers_per_block,
+            channels=codec.channels,
+            sample_size=config.image_size // codec.factor,
+            num_classes=classes,
+            text=config.condition == "text",
+            text_dim=config.text_dim,
+        )
+        unet = networks.build("unet", sizes, checkpointing=config.checkpointing)
     unet = unet.to(memory_format=torch.channels_last)
     if prompts is None or not prompts.joint:
         return unet
     text = prompts.encoder
     if text is None:
-        text = CLIPTextModel(stack.text_config)
+        text = networks.build("text_encoder", stack.text_config)
     return TextUNet(unet, text, prompts.skip).train()
 
 
@@ -345,14 +355,11 @@ def load_pixel(
     try:
         with blank():  # what a file claims costs nothing until it fits
             model = build_network(config, len(classes))
-        model.load_state_dict(tensors, assign=True)
-        own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}
-        model.load_state_dict(own, assign=True)  # the file itself may go
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit its own configuration: {reason}") from None
+        raise UserError(f"{path} has a configuration of no network: {reason(error)}") from None
+    own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}  # of no file
+    model = load_strict(model, own, str(path)).to(memory_format=torch.channels_last)
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
-    model = model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     conditioning = conditioning_of(config, classes, device)
     return Pipeline(config, model, schedule, conditioning=conditioning, device=device)
 
@@ -389,14 +396,14 @@ def load_latent(
         raise UserError(
             f"{error}; {path} was trained with it: say with {needed} where it is now"
         ) from None
-    networks = metadata["networks"]
-    model = build("unet", networks["unet"], str(path))
+    sizes = metadata["networks"]
+    model = build("unet", sizes["unet"], str(path))
     check_channels(model, stack.codec.channels, str(path))
     prompts = stack.prompts
-    if "text" in networks:
-        model = TextUNet(model, build("text_encoder", networks["text"], str(path)))
-    model = fit(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
-    if "text" in networks:
+    if "text" in sizes:
+        model = TextUNet(model, build("text_encoder", sizes["text"], str(path)))
+    model = load_strict(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
+    if "text" in sizes:
         prompts = dataclasses.replace(prompts, encoder=model.text)
     conditioning = conditioning_of(config, metadata["classes"], device, prompts)
     changed = check_digests(stack.codec.digests | conditioning.digests, metadata.get("frozen"))

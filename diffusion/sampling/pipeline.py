@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
+from ..models.build import for_inference
 from ..models.cond import Cond
-from ..models.layers import folded
 from ..models.text_unet import networks_of
 from ..process.objective import Denoiser
 from ..process.samplers import Inpaint, Table, guided, make_table, sample_loop
@@ -23,17 +23,12 @@ from ..runtime.cuda_graph import Graphs
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
 from .codec import LatentCodec, PixelCodec
-from .conditioning import ClassLabels, Prompts, Request, Unconditional
-
-
-def is_number(text: str) -> bool:
-    """Tell whether a text is a whole number in plain digits."""
-    return text.isascii() and text.isdigit() and len(text) < 20
+from .conditioning import ClassLabels, Prompts, Request, Unconditional, labels_in_turn, labels_of
 
 
 @dataclass(eq=False)
 class Pipeline:
-    """A trained module and what is needed to sample from it.
+    """Sample from a trained module, with all that this needs.
 
     model: what was trained: a U-Net, or one with its text encoder.
     scheduler: what a scheduler_config.json says of timesteps; {} without one.
@@ -76,7 +71,7 @@ class Pipeline:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that adapters go into, by name: unet, and text_encoder if it reads text."""
+        """Name the networks that adapters go into: unet, and text_encoder if it reads text."""
         own = networks_of(self.model)
         if self.reads_prompts:
             own = {"text_encoder": self.conditioning.encoder} | own
@@ -84,7 +79,7 @@ class Pipeline:
 
     @property
     def conditional(self) -> bool:
-        """Whether the network is conditioned on a class."""
+        """Tell whether the network is conditioned on a class."""
         return self.config.condition == "class"
 
     @property
@@ -93,23 +88,23 @@ class Pipeline:
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes, in label order."""
+        """List the names of the classes, in label order."""
         return self.conditioning.classes
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """Height and width of the images."""
+        """Give height and width of the images."""
         return (self.height, self.width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of x0."""
+        """Give (C, h, w) of x0."""
         factor = self.codec.factor
         return (self.codec.channels, self.height // factor, self.width // factor)
 
     @property
     def clip_skip(self) -> int | None:
-        """Which layer of a text encoder is read, from the end; None where that is the last."""
+        """Tell which layer of a text encoder is read, from the end; None where that is the last."""
         skip = self.conditioning.skip if self.reads_prompts else 1
         return skip if skip > 1 else None
 
@@ -227,45 +222,21 @@ class Pipeline:
     # --- classes and prompts by name
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
-        """Find the class labels of images `indices`, (B,), by a class's name or number.
-
-        Names come first. Where a class has a number for a name, "9" is that name and no position.
-        "all", unless it is a name: the classes in turn. Raises UserError for an unknown class.
-        """
-        if choice is None:
-            return None
-        names = list(self.classes)
-        if choice in names:
-            return torch.full((len(indices),), names.index(choice))
-        if choice == "all" and names:
-            return self.labels_in_turn(indices)
-        numbered = not any(map(is_number, names))
-        if numbered and is_number(choice) and int(choice) < len(names):
-            return torch.full((len(indices),), int(choice))
-        known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
-        raise UserError(
-            f"class_label {choice!r} is unknown; the model's classes are "
-            f"{', '.join(known) or 'none: it is unconditional'}"
-        )
+        """Find class labels by name or number, see `conditioning.labels_of`."""
+        return labels_of(self.classes, choice, indices)
 
     def labels_in_turn(self, indices) -> Tensor | None:
         """Give the class labels of images `indices`, (B,), the classes in turn; None without."""
-        return torch.tensor([i % len(self.classes) for i in indices]) if self.conditional else None
+        return labels_in_turn(self.classes, indices) if self.conditional else None
 
     def prompted(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
         """Make a function of indices that gives the options of `frames` for prompts in turn.
 
-        All are read in as many chunks as the longest needs, so that batch mates change nothing.
         Raises UserError for a model that reads none.
         """
         if not self.reads_prompts:
             raise UserError("this model reads no text: it takes no prompts")
-        chunks = self.conditioning.chunks([*prompts, negative])
-        return lambda indices: {
-            "prompts": [prompts[i % len(prompts)] for i in indices],
-            "negative_prompts": [negative] * len(indices),
-            "chunks": chunks,
-        }
+        return self.conditioning.in_turn(prompts, negative)
 
     # --- the network, ready for sampling
 
@@ -278,9 +249,9 @@ class Pipeline:
         """Prepare the network that runs at every step; a compiled one as when first asked for."""
         unet = networks_of(self.model)["unet"]
         if not self.compiled:
-            return folded(unet, dtype)
+            return for_inference(unet, dtype)
         if dtype not in self.ready:
-            self.ready[dtype] = folded(unet, dtype)
+            self.ready[dtype] = for_inference(unet, dtype)
             self.ready[dtype].compile(dynamic=False)
         return self.ready[dtype]
 

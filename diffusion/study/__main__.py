@@ -5,193 +5,203 @@ python -m diffusion.study --load_path results/sd_tiny/ema.safetensors --data STY
 
 STYLES holds a folder per style: images, captions as name.txt beside them if there are any, and
 prompts/validation_prompt.txt (a prompt a line; held-out images' captions where there is none).
-The same command goes on where it was stopped.
+The same command resumes a study that was stopped.
 """
 
-import dataclasses
 import gc
 import signal
 from pathlib import Path
 
 from .. import UserError
-from ..config import Parser, int_list, run_script
-from ..rules import SAMPLERS, check_options
-from .plan import BUDGETS, EXPERIMENTS, Settings, with_budget
+from ..config import (
+    AMP,
+    COUNTS,
+    DEVICES,
+    GUIDANCE,
+    POSITIVE,
+    SAMPLERS,
+    SD_PATH,
+    SEED,
+    UTF8,
+    Parser,
+    Rule,
+    at_least,
+    between,
+    int_list,
+    run_script,
+)
+from .plan import BUDGETS, EXPERIMENTS, SMALL_AND_FULL, Settings
+
+EXPERIMENT_3 = Rule("experiment 3", lambda s: 3 in s.experiments)
+EXPERIMENT_4 = Rule("experiment 4", lambda s: 4 in s.experiments)
+KNOWN = Rule(f"among {', '.join(map(str, EXPERIMENTS))}", lambda v: set(v) <= set(EXPERIMENTS))
 
 
-def parse(args: list[str] | None = None):
-    """(Settings, the folder of studies, name or None, whether to start anew)."""
-    told = ", ".join(f"{n} {text}" for n, text in EXPERIMENTS.items())
+def name_list(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bool]:
+    """Return (settings, the folder of studies, --name, --new)."""
     parser = Parser(description=__doc__, prog="python -m diffusion.study")
+    option = parser.option
+    experiments = ", ".join(f"{n} {text}" for n, text in EXPERIMENTS.items())
     # fmt: off
-    add = parser.add_argument
-    add("--load_path", metavar="FILE", help="the base: a model.pt or .safetensors of ours that reads captions")
-    add("--sd_path", metavar="PATH", help="the base: Stable Diffusion 1.x, a folder or a single file")
-    add("--sd_config", metavar="FOLDER", help="configs and tokenizer of a single file of other sizes")
-    add("--sd_weights", default="raw", choices=("raw", "ema"), help="of a single file with both: its plain weights, or its averaged ones (model_ema.*)")
-    add("--objective", choices=("eps", "v", "x0"), help="what a single file predicts that does not state it (default: eps)")
-    add("--data", metavar="STYLES", help="folder with a folder of images per style")
-    add("--styles", metavar="NAME,...", help="those to learn (default: all); the others are known to the base and serve the classifier")
-    add("--experiments", type=int_list, default=tuple(EXPERIMENTS), metavar="N,...", help=f"{told} (default: all)")
-    add("--budget", default="small", choices=tuple(BUDGETS), help="small: an hour on two CPU cores with a small model; full: Stable Diffusion on a GPU")
-    add("--features", metavar="FILE", help="TorchScript network of the Frechet distance (default: the classifier's own features)")
-    add("--clip", metavar="FOLDER", help="a CLIP as transformers writes it, for CLIP scores")
-    add("--image_size", type=int, metavar="N", help="in pixels (default: the base's own)")
-    add("--class_prompt", metavar="TEXT", help="prior preservation of DreamBooth with images of this")
-    add("--init_word", metavar="TEXT", help="Textual Inversion begins with this word's vectors (default: the style's name)")
-    add("--guidance_scale", type=float, metavar="X", help="of all images (default: the base's own, 3 or 7.5)")
-    add("--seed", type=int, default=0, metavar="N", help="of everything random")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    add("--amp", default="auto", choices=("auto", "no", "bf16", "fp16"), help="mixed precision")
-    add("--save_folder", default="results", metavar="FOLDER", help="for <timestamp>_<name>/")
-    add("--name", metavar="TEXT", help="of the study's folder (default: that of --data)")
-    add("--new", action="store_true", help="begin anew, even if there is an unfinished study of these settings")
+    option("--load_path FILE", "base model: a model.pt or .safetensors of train.py that reads captions")
+    option("--sd_path PATH", "base model: Stable Diffusion 1.x, a folder or a single file")
+    option("--sd_config FOLDER", "configs and tokenizer of a single file of other sizes than 1.5's", requires=SD_PATH)
+    option("--sd_weights", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*", requires=SD_PATH, default="raw", choices=("raw", "ema"))
+    option("--objective", "prediction type of a single file that does not state it (default: eps)", requires=SD_PATH, choices=("eps", "v", "x0"))
+    option("--data STYLES", "folder with a folder of images per style")
+    option("--styles NAME,...", "styles to learn (default: all); the base knows the others, which serve the classifier", type=name_list)
+    option("--experiments N,...", f"experiments to run: {experiments}", KNOWN, type=int_list, default="1,2,3,4")
+    option("--budget", "small: an hour on two CPU cores with a small model; full: Stable Diffusion on a GPU", default="small", choices=BUDGETS)
+    option("--features FILE", "TorchScript network for the Frechet distance (default: the classifier's own features)")
+    option("--clip FOLDER", "CLIP as transformers writes it, for CLIP scores")
+    option("--image_size N", "height and width in pixels (default: the base model's)", POSITIVE)
+    option("--class_prompt TEXT", "prompt of DreamBooth's prior preservation images (default: no prior preservation)", UTF8, EXPERIMENT_3)
+    option("--init_word TEXT", "word whose embedding Textual Inversion starts from (default: the style's name)", UTF8, EXPERIMENT_3)
+    option("--guidance_scale X", "guidance scale of all images (default: the base model's, 3 or 7.5)", GUIDANCE)
+    option("--seed N", "seed of all random numbers", SEED, default=0)
+    option("--device", "device to compute on", default="auto", choices=DEVICES)
+    option("--amp", "mixed precision; no: float32", default="auto", choices=AMP)
+    option("--save_folder FOLDER", "folder of studies, each in <timestamp>_<name>/", default="results")
+    option("--name TEXT", "name of the study's folder (default: that of --data)")
+    option("--new", "start from scratch, even if there is a study of these settings")
 
-    add = parser.add_argument_group("instead of the budget's numbers").add_argument
-    add("--steps", type=int, metavar="N", help="of a training; the ablation adds half and twice of it")
-    add("--batch_size", type=int, metavar="N", help="samples per step")
-    add("--ranks", type=int_list, metavar="N,N,N", help="of the ablation; the middle one is used elsewhere")
-    add("--targets", metavar="TEXT", help="layers of LoRA, as for train.py (small: all, full: attention)")
-    add("--learning_rate", type=float, metavar="X", help="of LoRA; the ablation adds a third and three times of it")
-    add("--ti_learning_rate", type=float, metavar="X", help="of Textual Inversion")
-    add("--dreambooth_learning_rate", type=float, metavar="X", help="of DreamBooth")
-    add("--vectors", type=int, metavar="N", help="of a Textual Inversion token")
-    add("--num_images", type=int, metavar="N", help="sampled for each cell")
-    add("--mix_images", type=int, metavar="N", help="sampled for each point of the interpolation")
-    add("--points", type=int, default=5, metavar="N", help="of the interpolation")
-    add("--sampler", default="dpmpp_2m", metavar="NAME", help="|".join(SAMPLERS))
-    add("--sample_steps", type=int, metavar="N", help="network evaluations per image")
+    parser.section("instead of the budget's numbers")
+    option("--steps N", "training steps of a cell; the ablation adds half and twice as many", between(2, 1_000_000))
+    option("--batch_size N", "samples per training step", POSITIVE)
+    option("--ranks N,...", "LoRA ranks of the ablation; the middle one is used elsewhere", COUNTS, type=int_list)
+    option("--targets TEXT", "layers that a LoRA adapts, as for train.py (small: all, full: attention)")
+    option("--learning_rate X", "learning rate of a LoRA; the ablation adds a third and three times of it", POSITIVE)
+    option("--ti_learning_rate X", "learning rate of Textual Inversion", POSITIVE, EXPERIMENT_3)
+    option("--dreambooth_learning_rate X", "learning rate of DreamBooth", POSITIVE, EXPERIMENT_3)
+    option("--vectors N", "number of vectors of a Textual Inversion token", POSITIVE, EXPERIMENT_3)
+    option("--num_images N", "number of images sampled for a cell", at_least(2))
+    option("--mix_images N", "number of images sampled for a mixture of the interpolation", POSITIVE, EXPERIMENT_4)
+    option("--points N", "number of mixtures in the interpolation", between(2, 101), EXPERIMENT_4, default=5)
+    option("--sampler NAME", f"sampler of all images: {'|'.join(SAMPLERS)}", default="dpmpp_2m")
+    option("--sample_steps N", "number of network evaluations per image", POSITIVE)
     # fmt: on
-    given = parser.parse_args(args)
-    check_options(given, parser.defaults, "study")
-    values = {name: value for name, value in vars(given).items() if value is not None}
-    folder, name, new = (values.pop(k, None) for k in ("save_folder", "name", "new"))
-    if (given.load_path is None) == (given.sd_path is None):
-        raise UserError("the study needs a base: give either --sd_path or --load_path")
-    if given.data is None:
+    s = parser.parse_args(args)
+    parser.check(s)
+    if (s.load_path is None) == (s.sd_path is None):
+        raise UserError("the study needs a base model: give either --sd_path or --load_path")
+    if s.data is None:
         raise UserError("--data STYLES is missing: a folder with a folder of images per style")
-    values["styles"] = tuple(filter(None, (given.styles or "").split(",")))
-    values["experiments"] = tuple(dict.fromkeys(values["experiments"]))
-    return with_budget(Settings(**values)), Path(folder), name, new
+    s.experiments = tuple(dict.fromkeys(s.experiments))
+    for name, values in SMALL_AND_FULL.items():
+        if getattr(s, name) is None:
+            setattr(s, name, values[BUDGETS.index(s.budget)])
+    root, name, new = (vars(s).pop(key) for key in ("save_folder", "name", "new"))
+    return s, Path(root), name, new
 
 
 def choose_styles(s: Settings) -> Settings:
-    """With the styles that are learnt. Raises UserError for unknown ones and for too few."""
+    """Add the styles to learn, if none are given. Raises UserError for unknown or too few ones."""
     from .styles import style_folders
 
     known = [folder.name for folder in style_folders(s.data)]
-    if unknown := [name for name in s.styles if name not in known]:
+    styles = tuple(dict.fromkeys(s.styles or known))
+    if unknown := [name for name in styles if name not in known]:
         raise UserError(
             f"--styles: {unknown[0]!r} is no style of {s.data}; it has {', '.join(known)}"
         )
-    s = dataclasses.replace(s, styles=tuple(dict.fromkeys(s.styles or known)))
-    if 4 in s.experiments and len(s.styles) < 2:
+    if 4 in s.experiments and len(styles) < 2:
         raise UserError(
-            f"experiment 4 goes from one style to another, and there is only "
-            f"{s.styles[0]!r}: give two, or leave it out by --experiments 1,2,3"
+            f"experiment 4 interpolates two styles, and there is only {styles[0]!r}: give two, "
+            "or leave it out by --experiments 1,2,3"
         )
     if len(known) < 2 and s.features is None:
         raise UserError(
-            f"{s.data} holds one style, which a classifier tells from nothing: add "
-            "another style, or give --features for the distances"
+            f"{s.data} holds one style, and a classifier needs two: add another style, or give "
+            "--features for the distances"
         )
+    s.styles = styles
     return s
 
 
 def open_base(s: Settings, device):
-    """(pipeline, Base). Raises UserError for a base that reads no text or cannot be drawn from."""
+    """Open (pipeline, Base). Raises UserError for a base model that prompts cannot sample."""
     from ..files.sd_files import check_averaged
     from ..sampling.load import open_pipeline
     from .runner import Base
 
-    size = {} if s.image_size is None else {"height": s.image_size, "width": s.image_size}
     foreign = s.sd_path is not None
-    for path in filter(None, (s.load_path, s.sd_path)):
-        if not Path(path).exists():
-            raise UserError(f"the base {path} does not exist")
     if s.sd_weights == "ema":
         check_averaged(s.sd_path, "--sd_weights")
-    weights = s.sd_weights if foreign else None
     pipeline = open_pipeline(
-        s.load_path, s.sd_path, weights, device, config=s.sd_config, objective=s.objective, **size
+        s.load_path,
+        s.sd_path,
+        s.sd_weights if foreign else None,
+        device,
+        config=s.sd_config,
+        objective=s.objective,
+        height=s.image_size,
+        width=s.image_size,
     )
+    config = pipeline.config
     if not pipeline.reads_prompts:
         raise UserError(
-            f"the base {s.load_path} reads no text: a style study needs a model of "
-            "--mode latent --condition text"
+            f"the base model {s.load_path or s.sd_path} reads no prompts: a style study needs one "
+            "of --mode latent --condition text"
         )
-    own = pipeline.config.guidance_scale
     guidance = s.guidance_scale
     if guidance is None:
-        guidance = 7.5 if foreign else own if own != 1 else 3.0
-    base = Base(pipeline.image_hw[0], guidance, pipeline.config.objective if foreign else None)
+        guidance = 7.5 if foreign else 3.0 if config.guidance_scale == 1 else config.guidance_scale
+    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance_scale=guidance, amp=s.amp)
     try:
-        pipeline.frames(
-            [0],
-            sampler=s.sampler,
-            steps=s.sample_steps,
-            prompts=[""],
-            guidance_scale=guidance,
-            amp=s.amp,
-        )
+        pipeline.frames([0], prompts=[""], **sampling)
     except ValueError as error:
-        raise UserError(f"the base cannot be drawn from: {error}") from None
-    return pipeline, base
+        raise UserError(f"the base model cannot be sampled: {error}") from None
+    return pipeline, Base(pipeline.image_hw[0], guidance, config.objective if foreign else None)
 
 
 def main() -> None:
-    settings, root, name, new = parse()
-    settings = choose_styles(settings)
-    # whatever can be found wrong is, before anything is written or trained
-    from ..runtime.distributed import log
-    from .results import describe, find
+    s, root, name, new = parse()
+    s = choose_styles(s)
 
-    about = describe(settings)
-    folder = None if new else find(root, about)
-    if folder is not None and is_finished(folder):
-        log(f"finished: {folder / 'report.html'}; --new does it all again")
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    log(f"report: {study_of(settings, about, folder, root, name)}")
-
-
-def is_finished(folder: Path) -> bool:
-    from .results import read_metrics
-
-    return read_metrics(folder)["finished"] and (folder / "report.html").is_file()
-
-
-def study_of(s: Settings, about: dict, folder: Path | None, root: Path, name: str | None) -> Path:
-    """Open everything, then run what is missing; the report."""
+    from ..evaluation.clip_score import open_clip
+    from ..evaluation.features import open_features
     from ..runtime import distributed as dist
     from .classifier import open_classifier
     from .experiment import Study, run_study
-    from .judge import Judge, check_classifier, open_networks
-    from .results import create, read_metrics
+    from .judge import Judge, check_classifier
+    from .study_folder import create, describe, find, read_metrics
     from .styles import read_style, slugs_of, style_folders
 
+    description = describe(s)
+    folder = None if new else find(root, description)
+    if folder and read_metrics(folder)["finished"] and (folder / "report.html").is_file():
+        dist.log(f"This study is finished: {folder / 'report.html'} (--new runs it again)")
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    # whatever can be found wrong is, before anything is written or trained
     device = dist.setup(s.device)
-    features, clip = open_networks(s, device)
+    features = open_features(s.features, device) if s.features is not None else None
+    clip = open_clip(s.clip, device) if s.clip is not None else None
     pipeline, base = open_base(s, device)
     folders = style_folders(s.data)
     slugs = slugs_of([f.name for f in folders])
-    styles = [read_style(f, slugs[f.name], base.image_size) for f in folders]
+    styles = {f.name: read_style(f, slugs[f.name], base.image_size) for f in folders}
+
     if folder is None:
-        folder = create(root, name or Path(s.data).resolve().name, about)
+        folder = create(root, name or Path(s.data).resolve().name, description)
         dist.log(f"new study: {folder}")
     else:
-        dist.log(f"continuing {folder}, a study of the same settings")
+        dist.log(f"resuming {folder}, a study of the same settings")
     metrics = read_metrics(folder)
     classifier = None
     if len(styles) > 1:
-        classifier = open_classifier(
-            folder / "checkpoints" / "classifier.safetensors", styles, s.seed
-        )
-        metrics["classifier"] = check_classifier(classifier, styles, pipeline)
+        file = folder / "checkpoints" / "classifier.safetensors"
+        classifier = open_classifier(file, list(styles.values()), s.seed)
+        metrics["classifier"] = check_classifier(classifier, pipeline)
     del pipeline  # the children need the memory
     gc.collect()
     judge = Judge(styles, classifier, features, clip)
-    return run_study(Study(s, base, folder, styles, judge, metrics))
+    dist.log(f"report: {run_study(Study(s, base, folder, judge, metrics))}")
 
 
 if __name__ == "__main__":

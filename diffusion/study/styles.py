@@ -1,7 +1,7 @@
-"""Folders of styles: images, captions, prompts; split into what is trained on and what is kept.
+"""Read folders of styles: images, captions and prompts, split into training and held-out images.
 
-A style's name is the word for it: a caption or prompt without it gets it in front. Held-out images
-are never trained on, neither by the adapters nor by the classifier; distances are taken to them.
+A style's name is its trigger word: a caption or prompt without it gets it in front. Held-out images
+are never trained on, neither by the adapters nor by the classifier; distances are measured to them.
 """
 
 import os
@@ -14,56 +14,57 @@ import numpy as np
 
 from .. import UserError
 from ..data.captions import read_captions
-from ..data.folder import report, scan, scan_split, walk, why_not
+from ..data.folder import scan_split, walk, why_not
 from ..data.image_set import digest, file_stamp
-from ..data.images import BadImage, read_image
-from ..files.checkpoint import write_text
-from ..files.validate import read_prompt_lines
+from ..evaluation.image_batches import folder_batches
+from ..files.atomic import write_text
+from ..files.text_files import read_prompt_lines
 
-HELD_OUT = 0.2
-HELD_OUT_MOST = 500
-LEAST = 4
+HELD_OUT_FRACTION = 0.2
+MAX_HELD_OUT = 500
+MIN_IMAGES = 4
 PROMPTS = Path("prompts") / "validation_prompt.txt"
 
 
-@dataclass(eq=False)
-class Style:
-    """slug: the name as part of a file name. captions: a text for each file, with the name in it.
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some images of a style: their files, captions with the style's name, and pixels.
 
-    train, held_out: indices of usable images. pixels: (N, S, S, 3) uint8, of all files; those of
-    unusable ones are black.
+    pixels: (N, S, S, 3) uint8.
     """
+
+    files: list[Path]
+    captions: list[str]
+    pixels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@dataclass(frozen=True, eq=False)
+class Style:
+    """slug: the name as part of a file name. prompts: each with the name in it."""
 
     name: str
     slug: str
-    files: list[Path]
-    captions: list[str]
     prompts: list[str]
-    train: np.ndarray
-    held_out: np.ndarray
-    pixels: np.ndarray
-
-    def images(self, which: str) -> np.ndarray:
-        """(n, S, S, 3) uint8 of "train" or "held_out"."""
-        return self.pixels[getattr(self, which)]
+    train: Split
+    held_out: Split
 
 
 def style_folders(root: str) -> list[Path]:
-    """Folders with images, one for each style. Raises UserError if there is none."""
-    base = Path(root)
-    if not base.is_dir():
-        raise UserError(f"--data {root} is no folder; give one with a folder of images per style")
-    folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    found = [f for f in folders if not why_not(f) and walk(f).images]
+    """List the folders with images, one for each style. Raises UserError if there is none."""
+    folders = sorted(Path(root).iterdir()) if Path(root).is_dir() else []
+    folders = [f for f in folders if f.is_dir() and not f.name.startswith(".") and not why_not(f)]
+    found = [f for f in folders if walk(f).images]
     if not found:
-        why = "its images belong into one folder per style" if scan(base) else "it has no images"
-        raise UserError(f"--data {root} holds no styles: {why}")
+        raise UserError(f"--data {root} holds no styles: give a folder with one folder per style")
     return found
 
 
 def slugs_of(names: list[str]) -> dict[str, str]:
-    """{name: part of a file name}, each different."""
-    slugs: dict[str, str] = {}
+    """Make names parts of file names, each different: {name: slug}."""
+    slugs = {}
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9-]+", "-", name).strip("-") or "style"
         while slug.lower() in (s.lower() for s in slugs.values()):
@@ -72,99 +73,81 @@ def slugs_of(names: list[str]) -> dict[str, str]:
     return slugs
 
 
-def word(name: str) -> re.Pattern:
-    """The name as whole words, in capitals or not."""
+def find_name(name: str) -> re.Pattern:
+    """Match the name as whole words, in any case."""
     return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
 
 
 def with_name(text: str, name: str) -> str:
-    """The text with the style's name in it, in front where it is missing."""
-    if word(name).search(text):
+    """Put the style's name in front of a text that lacks it."""
+    if find_name(name).search(text):
         return text
     return f"{name}, {text}" if text else name
 
 
-def replaced(text: str, name: str, by: str) -> str:
-    """The text with `by` for the style's name; nothing remains of its commas for an empty one."""
-    text = word(name).sub(lambda _: by, text)
-    return text if by else " ".join(text.split()).strip(" ,")
+def replace_name(text: str, name: str, new: str) -> str:
+    """Replace the style's name in a text; an empty one takes its commas with it."""
+    text = find_name(name).sub(lambda _: new, text)
+    return text if new else " ".join(text.split()).strip(" ,")
 
 
 def stamp(folder: Path) -> str:
-    """Changes whenever a style's images, captions or prompts may have."""
+    """Compute a digest that changes whenever a file of a folder may have."""
     files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
     return digest(*(f"{f.relative_to(folder)} {file_stamp(f)}" for f in files))
 
 
 def read_style(folder: Path, slug: str, size: int) -> Style:
-    """Raises UserError for fewer than LEAST usable images."""
+    """Read a style. Raises UserError for fewer than MIN_IMAGES usable images."""
     name = folder.name
     try:
         files = scan_split(folder)
     except UserError as error:
+        raise UserError(f"style {name!r}, whose train split is read: {error}") from None
+    pixels = {}
+    for numbers, _, images in folder_batches(folder, files, size):
+        pixels |= zip([files[i] for i in numbers], images)
+    if len(pixels) < MIN_IMAGES:
         raise UserError(
-            f"style {name!r}: {error} (train.py's options; a style is read by its "
-            "train split: rename its folder)"
-        ) from None
-    pixels = np.zeros((len(files), size, size, 3), np.uint8)
-    bad = []
-    for i, file in enumerate(files):
-        try:
-            pixels[i] = read_image(file, size)
-        except BadImage as error:
-            bad.append((i, str(error)))
-    report(
-        f"images of {folder} cannot be used and are skipped",
-        [(str(files[i]), reason) for i, reason in bad],
-        len(files),
-    )
-    broken = {i for i, _ in bad}
-    usable = [i for i in range(len(files)) if i not in broken]
-    if len(usable) < LEAST:
-        raise UserError(
-            f"{folder} has {len(usable)} usable images; a style needs at least {LEAST},"
-            " of which a fifth is kept to measure against"
+            f"{folder} has {len(pixels)} usable images; a style needs at least {MIN_IMAGES}, "
+            "of which a fifth is held out to measure against"
         )
-    order = sorted(usable, key=lambda i: digest(files[i].relative_to(folder).as_posix()))
-    count = min(HELD_OUT_MOST, max(2, round(HELD_OUT * len(usable))))
-    held_out = np.sort(order[:count])
-    train = np.sort(order[count:])
-    texts = read_captions(folder, files) or [("",)] * len(files)
-    captions = [with_name(own[0], name) for own in texts]
-    prompts = read_prompts(folder / PROMPTS, name)
-    # a prompt is a line of the file that sample.py reads
-    prompts = prompts or list(dict.fromkeys(" ".join(captions[i].split()) for i in held_out))
-    return Style(name, slug, files, captions, prompts, train, held_out, pixels)
+    texts = read_captions(walk(folder), files) or [("",)] * len(files)
+    captions = {file: with_name(own[0], name) for file, own in zip(files, texts)}
+
+    def split(chosen: set[Path]) -> Split:
+        part = [file for file in pixels if file in chosen]
+        return Split(part, [captions[f] for f in part], np.stack([pixels[f] for f in part]))
+
+    order = sorted(pixels, key=lambda file: digest(file.relative_to(folder).as_posix()))
+    count = min(MAX_HELD_OUT, max(2, round(HELD_OUT_FRACTION * len(pixels))))
+    train, held_out = split(set(order[count:])), split(set(order[:count]))
+    # sample.py reads a prompt a line
+    prompts = list(dict.fromkeys(" ".join(text.split()) for text in held_out.captions))
+    if (file := folder / PROMPTS).is_file():
+        prompts = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
+        if not prompts:
+            raise UserError(f"{file} holds no prompt; write one a line, or delete it")
+    return Style(name, slug, prompts, train, held_out)
 
 
-def read_prompts(file: Path, name: str) -> list[str]:
-    """A prompt a line, with the style's name; empty where there is no file."""
-    if not file.is_file():
-        return []
-    found = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
-    if not found:
-        raise UserError(f"{file} holds no prompt; write one a line, or delete it")
-    return found
+def training_folder(style: Style, folder: Path, word: str | None = None) -> Path:
+    """Make a folder of a style's training images with their captions, once.
 
-
-def training_folder(style: Style, folder: Path, name: str | None = None) -> Path:
-    """The style's training images with their captions, as a folder of its own, made once.
-
-    name: stands in the captions for the style's name; {} is where train.py puts a new token.
+    word: replaces the style's name in the captions; {} is where train.py puts a new token.
     """
     done = folder / ".complete"
     if done.exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for n, i in enumerate(style.train):
-        target = folder / f"{n:05d}{style.files[i].suffix.lower()}"
+    for n, (file, caption) in enumerate(zip(style.train.files, style.train.captions)):
+        target = folder / f"{n:05d}{file.suffix.lower()}"
         try:
-            os.link(style.files[i].resolve(), target)
+            os.link(file.resolve(), target)
         except OSError:
-            shutil.copyfile(style.files[i], target)  # another file system
-        text = style.captions[i]
-        text = replaced(text, style.name, name) if name else text
+            shutil.copyfile(file, target)  # another file system
+        text = replace_name(caption, style.name, word) if word else caption
         target.with_suffix(".txt").write_text(text, encoding="utf-8")
     write_text(done, "")
     return folder

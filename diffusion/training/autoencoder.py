@@ -12,27 +12,29 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..data.batches import Batch, open_batches, to_unit
-from ..evaluation.clip_score import open_lpips
+from ..data.batch import Batch
+from ..data.batches import open_batches, to_unit
+from ..evaluation.diversity import open_lpips
+from ..models.build import build, vae_config
 from ..models.configs import VAEConfig
-from ..models.vae import AutoencoderKL, sample
+from ..models.vae import sample
 from ..pictures.grid import grid, to_uint8
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import generator
-from ..sampling.sizes import vae_config
+from .finetune import Everything, start_from
 from .finetune_config import Base
-from .recipe import Everything, heldout_noise, start_from
+from .recipe import heldout_noise
 
 SCALE_IMAGES = 256  # images whose latents' standard deviation becomes the scaling factor
 
 
 class KLAutoencoder(nn.Module):
-    """The VAE as one call: x (B, 3, H, W), eps (B, Z, h, w) -> decoded image, mean, logvar."""
+    """Run the VAE as one call: x (B, 3, H, W), eps (B, Z, h, w) -> decoded image, mean, logvar."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.vae = AutoencoderKL(config)
+        self.vae = build("vae", config)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.vae.encode(x)
@@ -40,7 +42,7 @@ class KLAutoencoder(nn.Module):
 
 
 class AutoencoderRecipe:
-    """A recipe as recipe.py describes it, of the network that others have for a codec."""
+    """Train, by a recipe as in recipe.py, the network that others have for a codec."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
@@ -59,7 +61,9 @@ class AutoencoderRecipe:
     # --- the network
 
     def build(self) -> nn.Module:
-        return KLAutoencoder(vae_config(self.config)).to(memory_format=torch.channels_last)
+        c = self.config
+        sizes = vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size)
+        return KLAutoencoder(sizes).to(memory_format=torch.channels_last)
 
     def start(self, model: nn.Module, base: Base | None, fresh: bool) -> None:
         if base is not None and fresh:

@@ -12,62 +12,47 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import UserError
 from ..config import Config
 from ..data.batches import open_batches
-from ..models import lora
+from ..models.build import vae_config
 from ..models.cond import Cond
-from ..models.text_unet import networks_of
-from ..models.textual_inversion import extend
-from ..sampling.load import build_network, open_stack
-from ..sampling.sizes import vae_config
+from ..sampling.load import FrozenStack, build_network, open_stack
 from .autoencoder import KLAutoencoder
+from .finetune import open_trainable
 from .finetune_config import open_base, resolve_config
 from .steps import split_batch, total_steps
 
 
-def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple]:
-    """Build what is trained, and its inputs for one image, both without memory on the meta device.
+def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple, FrozenStack | None]:
+    """Build what is trained, its inputs for one image, and the stack of a latent model.
 
-    The pixel network is built in memory: its attention turns autocast off.
+    All is without memory, on the meta device, but for the pixel network, whose attention turns
+    autocast off.
     """
     side = config.image_size
     if config.mode == "vae":
+        c = config
         with torch.device("meta"):
-            model = KLAutoencoder(vae_config(config))
-            factor = model.vae.factor
-            latent = torch.zeros(1, config.latent_channels, side // factor, side // factor)
-            return model, (torch.zeros(1, 3, side, side), latent)
+            model = KLAutoencoder(
+                vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size)
+            )
+            small = side // model.vae.factor
+            latent = torch.zeros(1, c.latent_channels, small, small)
+            return model, (torch.zeros(1, 3, side, side), latent), None
     if config.mode == "pixel":
-        return build_network(config, num_classes), (torch.zeros(1, 3, side, side), torch.zeros(1))
+        inputs = (torch.zeros(1, 3, side, side), torch.zeros(1))
+        return build_network(config, num_classes), inputs, None
     stack = open_stack(config, torch.device("cpu"))
+    prompts = stack.prompts
     with torch.device("meta"):
         model = build_network(config, num_classes, stack).to("meta")
-        factor = stack.codec.factor
-        x = torch.zeros(1, stack.codec.channels, side // factor, side // factor)
+        side //= stack.codec.factor
         cond = Cond()
-        if stack.prompts is not None:
-            length = stack.prompts.tokenizer.context_length
-            if stack.prompts.joint:
-                cond = Cond(context=torch.zeros(1, length, dtype=torch.long))
-            else:
-                cond = Cond(torch.zeros(1, length, stack.prompts.encoder.config.hidden_size))
-        return model, (x, torch.zeros(1), cond)
-
-
-def adapted(model: nn.Module, config: Config) -> None:
-    """Freeze the network and put in what trains, as finetune.py does, without memory."""
-    networks = networks_of(model)
-    model.requires_grad_(False)
-    if config.adapter == "textual_inversion":
-        text = networks["text_encoder"]
-        extend(text, torch.zeros(config.vectors, text.config.hidden_size), text.config.vocab_size)
-        return
-    for part, network in networks.items():
-        if part == "text_encoder" and not config.train_text_encoder:
-            continue
-        if config.adapter == "none":
-            network.requires_grad_(True)
-        else:
-            with torch.device("meta"):
-                lora.inject(network, lora.find(network, config.targets), config.rank)
+        if prompts is not None:
+            length = prompts.tokenizer.context_length
+            width = () if prompts.joint else (prompts.encoder.config.hidden_size,)
+            dtype = torch.long if prompts.joint else torch.float32
+            cond = Cond(context=torch.zeros(1, length, *width, dtype=dtype))
+        x = torch.zeros(1, stack.codec.channels, side, side)
+        return model, (x, torch.zeros(1), cond), stack
 
 
 class FusedAttention(torch.autograd.Function):
@@ -114,11 +99,11 @@ def count_flops() -> Iterator[CostCounter]:
 
 
 def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
-    """(parameters, trained ones, forward FLOPs, bytes kept for backward) of one image in float32.
+    """Count (parameters, trained, forward FLOPs, bytes kept for backward) of one image in float32.
 
     One multiply-add is two FLOPs. An adapter's own FLOPs and activations are left out.
     """
-    model, inputs = network(config, num_classes)
+    model, inputs, stack = network(config, num_classes)
     ours = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their handles unique
 
@@ -132,7 +117,8 @@ def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
         with count_flops() as counter:
             model.train()(*inputs)
     if config.adapts:
-        adapted(model, config)
+        with torch.device("meta"):
+            open_trainable(config, stack).freeze(model)
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return parameters, trained, counter.flops, sum(s.nbytes() for s in kept.values())

@@ -1,4 +1,4 @@
-"""What ends a run from outside, told in one line: what happened, what is kept, what helps."""
+"""Faults from outside a run, each as one line: what happened, and that the same command resumes."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,59 +9,41 @@ from safetensors import SafetensorError
 
 from .. import UserError
 from ..config import Config
-from ..runtime import distributed as dist
+from ..runtime.distributed import describe_comm_error
 
 
 @contextlib.contextmanager
-def told(config: Config, micro: int, step: Callable[[], int]) -> Iterator[None]:
-    """Turn a full disk, a folder that has gone, too little memory and lost ranks into UserErrors.
+def friendly_errors(config: Config, micro: int, step: Callable[[], int]) -> Iterator[None]:
+    """Turn full disks, removed folders, too little memory and lost ranks into UserErrors.
 
-    micro: samples of a micro-batch. step: where the run is.
+    micro: samples of a micro-batch. step: returns the step that the run is at.
     """
     folder = Path(config.save_folder)
-    same = "the same command without --overwrite" if config.overwrite else "the same command"
-    kept = f"what {folder} holds is kept, and {same} goes on from its last checkpoint"
+    command = "the same command without --overwrite" if config.overwrite else "the same command"
+    resume = f"{command} resumes from the last checkpoint in {folder}"
     try:
         yield
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():
             raise UserError(
-                f"{folder} was removed or renamed while the run in it was at step "
-                f"{step()}: nothing more can be saved there"
+                f"step {step()}: {folder} was removed or renamed under the run; nothing more can "
+                "be saved there"
             ) from None
-        raise UserError(f"step {step()}: {error}; {kept}") from None
+        raise UserError(f"step {step()}: {error}; {resume}") from None
     except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            raise UserError(
-                f"out of memory at step {step()} with a micro-batch of {micro}: "
-                f"{less_memory(config, micro)}; {kept}"
-            ) from None
-        if (lost := dist.lost(error)) is not None:
-            raise UserError(
-                f"step {step()}: {lost}; {kept} (torchrun --max_restarts=N does so by itself)"
-            ) from None
-        raise
+        if is_out_of_memory(error):
+            message = (
+                f"out of memory with a micro-batch of {micro}; raise --grad_accum, which changes "
+                "nothing else, or give --checkpointing or --amp auto"
+            )
+        else:
+            message = describe_comm_error(error)
+        if message is None:
+            raise
+        raise UserError(f"step {step()}: {message}; {resume}") from None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the machine."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check for an out-of-memory error, of a GPU or of the machine."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
-
-
-def less_memory(config: Config, micro: int) -> str:
-    """The options that help, those that cost nothing first."""
-    ways = []
-    if config.amp == "no":
-        ways.append("--amp auto halves the activations")
-    if micro > 1:
-        times = next(n for n in range(2, micro + 1) if micro % n == 0)
-        ways.append(
-            f"--grad_accum {times * config.grad_accum} makes micro-batches of "
-            f"{micro // times} and changes nothing else"
-        )
-    if not config.checkpointing:
-        ways.append("--checkpointing recomputes activations, a third slower")
-    if not ways:
-        ways.append("a smaller --unet_dim or --image_size is needed")
-    return "; ".join(ways)

@@ -13,7 +13,7 @@ of trainer.py: what differs is which parameters train, which batches come and wh
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,18 +24,19 @@ from ..config import Config
 from ..data.batches import Batches, open_batches
 from ..data.folder import scan
 from ..data.image_set import ImageSet, digest
-from ..data.latents import EncodedBatches, weights_digest
+from ..data.latents import ENCODE_BATCH, EncodedBatches, weights_digest
 from ..files import adapter_files, embedding_files, output, owned
+from ..files.checkpoint import save_weights
 from ..files.sd_files import OBJECTIVES, find_prediction
 from ..models import lora
-from ..models.text_unet import networks_of
+from ..models.text_unet import TextUNet, networks_of
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..pictures.grid import NonFinite, save_png, to_uint8
 from ..runtime import distributed as dist
 from ..runtime.seeding import seed_of
 from ..sampling.load import FrozenStack, build_network
 from .finetune_config import Base
-from .latent_batches import ENCODE_BATCH, encode_images
+from .latent_batches import encode_images
 
 # captions of textual inversion where the data has none, after the paper's
 TEMPLATES = (
@@ -54,7 +55,69 @@ TEMPLATES = (
 CLASS_PROMPT = "class_prompt"  # the text of a PNG that says what a class image was sampled for
 
 
+# --- the finished model that training begins with
+
+
+def start_from(model: nn.Module, base: Base) -> None:
+    """Take the weights of another run. Raises UserError if they are of another architecture."""
+    complete = any(name.startswith("unet.") for name in base.weights)
+    if isinstance(model, TextUNet) and not complete:
+        model = model.unet  # fine-tuned Stable Diffusion, whose text encoder was not
+    theirs = base.config
+    try:
+        model.load_state_dict(base.weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"--load_path does not fit this network (it was trained with unet_dim "
+            f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
+            f"condition {theirs.condition}): {error}"
+        ) from None
+
+
 # --- what trains, and what is written of it ------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Everything:
+    """Train whole networks. parts: by name, those that train; None: all that there is."""
+
+    config: Config
+    parts: tuple[str, ...] | None = None
+
+    def freeze(self, model: nn.Module) -> None:
+        """Freeze what does not train."""
+        if self.parts is not None:
+            model.requires_grad_(False)
+            networks = networks_of(model)
+            for part in self.parts:
+                networks[part].requires_grad_(True)
+
+    def prepare(self, model: nn.Module) -> None:
+        self.freeze(model)
+
+    def metadata(self) -> dict:
+        return {}
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Give what a checkpoint keeps of the network."""
+        return model.state_dict()
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> None:
+        """Undo `state`. checkpoint: all that it holds."""
+        model.load_state_dict(state)
+
+    def write(self, folder: Path, model: nn.Module, step: int, metadata: dict, best: bool) -> None:
+        """Write the EMA weights, to share: ema.safetensors, and best.safetensors if they are."""
+        for name in ("ema", *(["best"] if best else [])):
+            path = folder / f"{name}.safetensors"
+            save_weights(path, model.state_dict(), self.config, step=step, **metadata)
+
+    def result(self, folder: Path) -> str:
+        """Say where the result is, and how to use it."""
+        if self.config.mode == "vae":
+            return f"{folder / 'model.pt'}; python train.py --mode latent --vae {folder} --data ..."
+        prompt = ' --prompt "..."' if self.config.condition == "text" else ""
+        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}{prompt}"
 
 
 class Adapter:
@@ -68,11 +131,15 @@ class Adapter:
         self.config = config
         self.attach, self.save = ADAPTERS[config.adapter](config, stack)
 
-    def prepare(self, model: nn.Module) -> None:
+    def freeze(self, model: nn.Module) -> None:
         """Freeze the model and put in what trains."""
-        self.base = weights_digest(model)
         model.requires_grad_(False)
         self.attach(networks_of(model))
+
+    def prepare(self, model: nn.Module) -> None:
+        """Digest the model, so that another one is noticed, and `freeze` it."""
+        self.base = weights_digest(model)
+        self.freeze(model)
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def metadata(self) -> dict:
@@ -113,9 +180,12 @@ class Adapter:
         return f"{file}; python sample.py {base} {option} {file}"
 
 
-def open_adapter(config: Config, stack: FrozenStack | None) -> Adapter | None:
-    """Open the adapter that is trained; None if whole networks are."""
-    return None if config.adapter == "none" else Adapter(config, stack)
+def open_trainable(config: Config, stack: FrozenStack | None = None) -> Everything | Adapter:
+    """Choose what trains. stack: of a latent model. Raises UserError for what does not fit it."""
+    if config.adapter != "none":
+        return Adapter(config, stack)
+    parts = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+    return Everything(config, parts if config.adapts else None)
 
 
 def open_lora(config: Config, stack: FrozenStack | None) -> tuple[Callable, Callable]:
@@ -301,7 +371,7 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
         for i, image in zip(indices, pictures):
             save_png(image, image_of(folder, i), {CLASS_PROMPT: wanted})
     if dist.any_rank(bad is not None):
-        raise bad or NonFinite([], "class images of another rank")
+        raise bad or NonFinite("class images of another rank")
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import UserError, rules
+from .. import UserError
 from ..config import Config
 from ..files.checkpoint import load_weights
 from ..files.sd_files import check_averaged, read_image_size, stated_objective
@@ -44,7 +44,7 @@ DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 class Base(NamedTuple):
-    """The finished model that training begins with: what `load_weights` reads."""
+    """Hold the finished model that training begins with: what `load_weights` reads."""
 
     weights: dict[str, Tensor]
     config: Config
@@ -70,7 +70,8 @@ def resolve_config(
         given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
     if not config.adapts:
         config = dataclasses.replace(config, **own_settings(config, given))
-        return check_used(config, given)
+        config.check_use(given)
+        return config
     values: dict = {"condition_dropout": 0.0}
     if config.load_path is not None:
         theirs = base.config
@@ -103,7 +104,8 @@ def resolve_config(
     values = {n: v for n, v in values.items() if n not in given}
     config = dataclasses.replace(config, **values | decided)
     check(config)
-    return check_used(config, given)
+    config.check_use(given)
+    return config
 
 
 def own_settings(config: Config, given: set[str]) -> dict:
@@ -118,12 +120,6 @@ def own_settings(config: Config, given: set[str]) -> dict:
     if config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
     return {n: v for n, v in own.items() if n not in given}
-
-
-def check_used(config: Config, given: set[str]) -> Config:
-    """Raise UserError for options that were given and would do nothing."""
-    rules.check_used(config, {name: DEFAULTS[name] for name in given & set(DEFAULTS)}, rules.USES)
-    return config
 
 
 def check(config: Config) -> None:

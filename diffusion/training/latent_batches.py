@@ -7,16 +7,16 @@ import numpy as np
 from .. import UserError
 from ..config import Config
 from ..data.batches import Batches, Pixels
-from ..data.hub import StreamBatches
+from ..data.cache import Cache
 from ..data.image_set import digest
-from ..data.latents import EncodedBatches, Shards, caption_embeddings, image_latents, weights_digest
-from ..files.validate import read_prompt_lines
+from ..data.latents import EncodedBatches, caption_embeddings, image_latents, weights_digest
+from ..data.stream import StreamBatches
+from ..files.text_files import read_prompt_lines
 from ..runtime.distributed import log
 from ..sampling.codec import LatentCodec
 from ..sampling.conditioning import Prompts
 
 MAX_CAPTIONS = 100  # of an image
-ENCODE_BATCH = 8  # images or captions that are encoded at a time
 
 
 def encode_batches(
@@ -52,7 +52,6 @@ def encode_images(
         c.flip,
         Path(c.cache_dir),
         codec.device,
-        ENCODE_BATCH,
     )
     text = (None, None)
     if c.condition == "text":
@@ -62,7 +61,7 @@ def encode_images(
 
 def encode_captions(
     texts: list[tuple[str, ...]], prompts: Prompts, cache_dir: Path
-) -> tuple[Shards, np.ndarray]:
+) -> tuple[Cache, np.ndarray]:
     """Encode every different caption, the empty one last; and number each image's captions.
 
     Gives ids (U, L) for a text encoder that is trained along, else embeddings (U, L, D); and
@@ -87,7 +86,7 @@ def encode_captions(
         str(tokenizer.added),
     )
     shape = (tokenizer.context_length, prompts.encoder.config.hidden_size)
-    return caption_embeddings(every, prompts.encode, key, shape, cache_dir, ENCODE_BATCH), text_of
+    return caption_embeddings(every, prompts.encode, key, shape, cache_dir), text_of
 
 
 def warn_of_long(prompts: Prompts, captions: list[str]) -> None:

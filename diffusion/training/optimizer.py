@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW (arXiv:1711.05101) without its copies of channels_last weights.
+    """Run torch's fused AdamW (arXiv:1711.05101) without its copies of channels_last weights.
 
     On a CPU its kernel takes whatever is not contiguous through copies and back at every step, for
     half of its time. So it is handed the weights, and their gradients, as flat views of memory.
@@ -17,7 +17,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(views, learning_rate, fused=True, **options)
 
     def take_gradients(self) -> list[Tensor]:
-        """Of the parameters, which have none afterwards; to be called before each step."""
+        """Take the gradients off the parameters; to be called before each step."""
         taken = []
         for p, view in zip(self.parameters, self.param_groups[0]["params"]):
             view.grad = None if p.grad is None else flat(p.grad, p)

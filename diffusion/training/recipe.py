@@ -10,22 +10,20 @@ The pipeline that makes the sample grids is put together from the same parts.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
-from ..data.batches import Batch, open_batches
+from ..data.batch import Batch
+from ..data.batches import open_batches
 from ..data.latents import EncodedBatches
-from ..files.checkpoint import save_weights
 from ..models.cond import Cond
-from ..models.text_unet import TextUNet, networks_of
-from ..pictures.grid import NonFinite, grid, to_uint8
+from ..models.text_unet import networks_of
+from ..pictures.grid import grid_of_ranks
 from ..process.objective import training_coefficients, training_loss
 from ..process.schedule import NoisePath, make_schedule
 from ..runtime import distributed as dist
@@ -42,55 +40,15 @@ from ..sampling.load import (
 )
 from ..sampling.pipeline import Pipeline
 from . import finetune
-from .finetune import Adapter
+from .finetune import Adapter, Everything, start_from
 from .finetune_config import Base
 from .latent_batches import encode_batches, grid_prompts
 from .steps import Draw, draw
 
 
-@dataclass(frozen=True, eq=False)
-class Everything:
-    """Train whole networks. parts: by name, those that train; None: all that there is."""
-
-    config: Config
-    parts: tuple[str, ...] | None = None
-
-    def prepare(self, model: nn.Module) -> None:
-        """Freeze what does not train."""
-        if self.parts is not None:
-            model.requires_grad_(False)
-            networks = networks_of(model)
-            for part in self.parts:
-                networks[part].requires_grad_(True)
-
-    def metadata(self) -> dict:
-        return {}
-
-    def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Give what a checkpoint keeps of the network."""
-        return model.state_dict()
-
-    def restore(self, model: nn.Module, state: dict[str, Tensor], checkpoint: dict) -> None:
-        """Undo `state`. checkpoint: all that it holds."""
-        model.load_state_dict(state)
-
-    def write(self, folder: Path, model: nn.Module, step: int, metadata: dict, best: bool) -> None:
-        """Write the EMA weights, to share: ema.safetensors, and best.safetensors if they are."""
-        for name in ("ema", *(["best"] if best else [])):
-            path = folder / f"{name}.safetensors"
-            save_weights(path, model.state_dict(), self.config, step=step, **metadata)
-
-    def result(self, folder: Path) -> str:
-        """Say where the result is, and how to use it."""
-        if self.config.mode == "vae":
-            return f"{folder / 'model.pt'}; python train.py --mode latent --vae {folder} --data ..."
-        prompt = ' --prompt "..."' if self.config.condition == "text" else ""
-        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}{prompt}"
-
-
 @dataclass(eq=False)
 class Recipe:
-    """Diffusion in pixels or latents.
+    """Train diffusion in pixels or latents.
 
     batches: (step, low, high, then) -> Batch, and the held-out images.
     prompts: those of the sample grids. stack: of a latent model, what is not trained.
@@ -159,7 +117,7 @@ class Recipe:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of x0."""
+        """Give (C, h, w) of x0."""
         side = self.config.image_size // self.codec.factor
         return (self.codec.channels, side, side)
 
@@ -233,28 +191,15 @@ class Recipe:
             raise UserError(f"sample grids: {error}") from None
 
     def sample_grid(self, model: nn.Module, micro: int) -> Image.Image | None:
-        """Sample config.num_samples images, on all ranks; give them to rank 0, None elsewhere.
+        """Sample config.num_samples images, on all ranks; give them to rank 0, None elsewhere."""
 
-        Raises NonFinite on all ranks where a picture of one of them is none.
-        """
-        size = self.config.image_size
-        images = [np.empty((0, size, size, 3), np.uint8)]
-        every = np.arange(self.config.num_samples)
-        mine = np.array_split(every, dist.world_size())[dist.rank()].tolist()
-        bad = None
-        for low in range(0, len(mine), micro):
-            indices = mine[low : low + micro]
+        def sample(indices: list[int]) -> Tensor:
             states = self.frames(model, indices)
             for x, _ in states:  # noqa: B007
                 pass
-            try:
-                images.append(to_uint8(self.codec.decode(x), indices))
-            except NonFinite as error:
-                bad = error
-        if dist.any_rank(bad is not None):  # all ranks, or the others would wait
-            raise bad or NonFinite([], "pictures of another rank")
-        parts = dist.gather(torch.from_numpy(np.concatenate(images)))
-        return grid(torch.cat(parts).numpy()) if parts is not None else None
+            return self.codec.decode(x)
+
+        return grid_of_ranks(sample, self.config.num_samples, micro)
 
 
 def open_recipe(config: Config, device: torch.device, base: Base | None = None) -> Recipe:
@@ -271,10 +216,7 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
         # the VAE's activations overflow float16
         codec = replace(stack.codec, amp=None if dtype == torch.float16 else dtype)
         schedule = stack.schedule
-    trainable = finetune.open_adapter(c, stack)
-    if trainable is None:
-        parts = ("unet", "text_encoder") if c.train_text_encoder else ("unet",)
-        trainable = Everything(c, parts if c.adapts else None)
+    trainable = finetune.open_trainable(c, stack)
     if c.image_size % codec.factor:
         raise UserError(
             f"image_size {c.image_size} is no multiple of {codec.factor}, what this VAE divides "
@@ -293,7 +235,7 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
 
 
 class Inputs(NamedTuple):
-    """What `training_loss` takes beside the network: b samples, levels (7, b)."""
+    """Hold what `training_loss` takes beside the network: b samples, levels (7, b)."""
 
     levels: Tensor
     x0: Tensor
@@ -309,22 +251,6 @@ class Inputs(NamedTuple):
             torch.cat([self.eps, other.eps]),
             Cond(*(None if a is None else torch.cat([a, b]) for a, b in pairs)),
         )
-
-
-def start_from(model: nn.Module, base: Base) -> None:
-    """Take the weights of another run. Raises UserError if they are of another architecture."""
-    complete = any(name.startswith("unet.") for name in base.weights)
-    if isinstance(model, TextUNet) and not complete:
-        model = model.unet  # fine-tuned Stable Diffusion, whose text encoder was not
-    theirs = base.config
-    try:
-        model.load_state_dict(base.weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"--load_path does not fit this network (it was trained with unet_dim "
-            f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
-            f"condition {theirs.condition}): {error}"
-        ) from None
 
 
 def heldout_noise(seed: int, low: int, high: int, shape: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
-"""A run's folder: who may use it, what it holds, its logs.
+"""A run's folder: the lock, the files of a run in it, resuming, its logs.
 
 config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
-checkpoints/  model.pt  ema.safetensors  best.safetensors      (see weights/checkpoint.py)
+checkpoints/  model.pt  ema.safetensors  best.safetensors      (see files/checkpoint.py)
 of an adapter, instead of the last two: adapter.safetensors  adapter_kohya.safetensors
 """
 
@@ -16,24 +16,19 @@ from pathlib import Path
 
 from .. import UserError
 from ..config import Config
+from ..evaluation.features import name_of
 from ..files import checkpoint, owned
-from ..runtime.distributed import barrier, is_main, log
+from ..files.atomic import read_lines, write_text
+from ..runtime.distributed import all_equal, barrier, is_main, log
 from ..runtime.seeding import seed_of
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
-FILES = (
-    "config.json",
-    "metadata.json",
-    "metrics.jsonl",
-    "model.pt",
-    "ema.safetensors",
-    "best.safetensors",
-    "adapter.safetensors",
-    "adapter_kohya.safetensors",
+NAMES = (
+    r"(config|metadata)\.json|metrics\.jsonl|model\.pt"
+    r"|(ema|best|adapter|adapter_kohya)\.safetensors"
 )
-NAMES = "|".join(map(re.escape, FILES))
-# what a run writes, relative to its folder; also half-written, by a process that was killed
-WRITTEN = re.compile(
+# paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
+RUN_FILE = re.compile(
     r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt\.tmp)"
     r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.\d+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
@@ -42,7 +37,10 @@ WRITTEN = re.compile(
 
 
 def claim(folder: Path):
-    """Rank 0 locks the folder for as long as it lives. Raises UserError if another has it."""
+    """Lock the folder on rank 0, until the returned file is closed.
+
+    Raises UserError if it cannot be written, or if another process has it.
+    """
     if not is_main():
         return None
     try:
@@ -65,11 +63,11 @@ def claim(folder: Path):
     return lock
 
 
-def written(folder: Path) -> list[Path]:
-    """List what lies where a run writes its files; config.json, the proof of a run, last."""
+def run_files(folder: Path) -> list[Path]:
+    """List the files with the names of a run's; config.json, the proof of a run, comes last."""
     levels = [folder, *(folder / name for name in FOLDERS)]
     found = [path for level in levels if level.is_dir() for path in level.iterdir()]
-    ours = [p for p in found if WRITTEN.fullmatch(p.relative_to(folder).as_posix())]
+    ours = [path for path in found if RUN_FILE.fullmatch(path.relative_to(folder).as_posix())]
     return sorted(ours, key=lambda path: (path.name == "config.json", path))
 
 
@@ -87,7 +85,7 @@ def check_folder(folder: Path, is_run: bool) -> None:
                 f"{path} is a file; a run keeps its {name} in a folder of this name: "
                 "move it, or choose another --save_folder"
             )
-    found = written(folder)
+    found = run_files(folder)
     if blocked := [path for path in found if path.is_dir()]:
         raise UserError(
             f"{blocked[0]} is a folder; a run writes a file of this name: move it, or "
@@ -99,15 +97,15 @@ def check_folder(folder: Path, is_run: bool) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
             f"--save_folder {folder} holds {', '.join(names[:3])}{more}, which a run "
-            "would replace, but no config.json of a run of this program: choose "
-            "another --save_folder"
+            "would replace, but no config.json of a run of this program: choose another "
+            "--save_folder"
         )
 
 
 def clear(folder: Path) -> None:
     """Delete the files of the run found there, and nothing else; links to folders stay."""
     if is_main():
-        for path in written(folder):
+        for path in run_files(folder):
             path.unlink()
         for name in FOLDERS:
             with contextlib.suppress(OSError):  # somebody else's files are in it
@@ -136,12 +134,13 @@ def find_run(folder: Path) -> dict | None:
 
 
 def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
-    """The configuration to go on with, and the newest checkpoint of the folder's run, or None.
+    """Return the configuration to continue with, and the newest checkpoint of the folder's run.
 
-    Raises UserError if the folder holds a run of another configuration.
+    The checkpoint is None where there is no run, and with --overwrite.
+    Raises UserError if the folder holds a run with another configuration.
     """
     source = Path(config.load_path).resolve() if config.load_path is not None else None
-    own = source == (folder / "model.pt").resolve()
+    from_itself = source == (folder / "model.pt").resolve()
     if config.overwrite:
         if source is not None and folder.resolve() in source.parents:
             raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere")
@@ -149,33 +148,28 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
             check_folder(folder, is_run=True)
         else:
             find_run(folder)
-        return config, None  # the old run goes when the new one is about to write
+        return config, None  # the old run is deleted when the new one is about to write
     state = find_run(folder)
     if state is None:
-        if own:
+        if from_itself:
             raise UserError(f"--load_path {config.load_path}: {folder} holds no checkpoint")
         return config, None
     saved = Config.from_dict(state["config"])
-    if own:
+    if from_itself:
         config = dataclasses.replace(config, load_path=saved.load_path)
     if changed := config.differences(saved):
-        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (new, old) in changed.items()]
-        raise UserError(
-            "\n".join(
-                [
-                    f"{folder} holds a run of another configuration:",
-                    *lines,
-                    "choose another --save_folder, or delete that run with --overwrite",
-                ]
-            )
-        )
+        lines = [f"  {n}: {old!r} (saved) != {new!r} (given)" for n, (new, old) in changed.items()]
+        lines.insert(0, f"{folder} holds a run with a different configuration:")
+        lines.append("choose another --save_folder, or delete that run with --overwrite")
+        raise UserError("\n".join(lines))
     return config, state
 
 
 class RunLog:
     """metrics.jsonl, TensorBoard and sample grids; does nothing off rank 0.
 
-    step: where the run goes on; what was logged beyond it is cut away, so no step stands twice.
+    step: where the run resumes; what was logged beyond it is deleted, so that no step is there
+    twice.
     """
 
     def __init__(self, folder: Path, config: Config, step: int):
@@ -184,7 +178,7 @@ class RunLog:
         if not is_main():
             return
         if config.wandb:
-            # one run there for one run here, however often it is continued
+            # one run there for one run here, however often it is resumed
             name = f"{folder.resolve()} {config.to_json()}"
             import_wandb().init(
                 project="diffusion",
@@ -197,18 +191,18 @@ class RunLog:
             )
         from torch.utils.tensorboard import SummaryWriter
 
-        for left in written(folder):
-            if left.suffix == ".tmp":  # of a process that was killed while it wrote
-                left.unlink()
-        checkpoint.write_text(folder / "config.json", config.to_json())
+        for file in run_files(folder):
+            if file.suffix == ".tmp":  # of a process that was killed while it wrote
+                file.unlink()
+        write_text(folder / "config.json", config.to_json())
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in checkpoint.read_lines(self.path) if line["step"] <= step]
-        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_lines(self.path) if line["step"] <= step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         _order_events(folder / "tensorboard")
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and a TensorBoard scalar each."""
+        """Write a line of metrics.jsonl, and a TensorBoard scalar for each value."""
         if self.writer is None:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
@@ -218,48 +212,50 @@ class RunLog:
             self.writer.add_scalar(name, value, step)
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a value of this step has been logged; False off rank 0."""
+        """Check whether a value of this step has been logged; False off rank 0."""
         return self.writer is not None and logged(self.path, step, name)
 
-    def picture(self, step: int, sheet) -> None:
-        """A sample grid (PIL image)."""
+    def picture(self, step: int, grid) -> None:
+        """Write a sample grid (PIL image)."""
         import numpy as np
 
         from ..pictures.grid import save_png
 
-        save_png(sheet, self.folder / "samples" / f"step_{step:08d}.png")
-        self.writer.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        save_png(grid, self.folder / "samples" / f"step_{step:08d}.png")
+        self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
 
     def close(self) -> None:
         if self.writer is not None:
-            with contextlib.suppress(OSError):  # what could not be written has been told
+            with contextlib.suppress(OSError):  # that it could not be written has been said
                 self.writer.close()
 
     def sync(self) -> None:
-        """Bring the lines to the disk, before the checkpoint that promises them."""
+        """Flush metrics.jsonl to the disk, before the checkpoint that relies on it."""
         if self.writer is not None:
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
 
 
 def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
-    """metadata.json: how far the run is."""
+    """Write metadata.json: how far the run is."""
     samples = step * config.batch_size
-    epoch = samples / data.length if data.length else None
-    about = {
+    values = {
         "step": step,
         "samples_seen": samples,
-        "epoch": epoch,
+        "epoch": samples / data.length if data.length else None,
         "best_loss": best,
         "num_train_images": data.length,
         "num_held_out": len(data.held_out),
     }
-    checkpoint.write_text(folder / "metadata.json", json.dumps(about, indent=2))
+    write_text(folder / "metadata.json", json.dumps(values, indent=2))
 
 
 def _order_events(folder: Path) -> None:
-    """TensorBoard reads event files by the time in their names: a clock set back would put the new
-    file before the old ones, whose cut-away steps would then come back."""
+    """Rename event files that would come after a new one.
+
+    TensorBoard reads them by the time in their names: after a clock was set back the old ones
+    would come last, and steps that were deleted from them would come back.
+    """
     found = sorted(folder.glob("events.out.tfevents.*"))
     times = [file.name.split(".")[3] for file in found]
     if any(not t.isdigit() or int(t) >= int(time.time()) for t in times):
@@ -268,13 +264,40 @@ def _order_events(folder: Path) -> None:
 
 
 def logged(path: Path, step: int, name: str) -> bool:
-    """Whether metrics.jsonl has a value of this name for this step."""
-    return any(line["step"] == step and name in line for line in checkpoint.read_lines(path))
+    """Check whether metrics.jsonl has a value of this name for this step."""
+    return any(line["step"] == step and name in line for line in read_lines(path))
 
 
 def import_wandb():
+    """Import wandb. Raises UserError if it is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb library: pip install wandb") from None
     return wandb
+
+
+# --- before a run is resumed ---
+
+
+def fid_is_missing(config: Config, step: int) -> bool:
+    """Tell whether a finished run was stopped while it measured its FID."""
+    path = Path(config.save_folder) / "metrics.jsonl"
+    return config.fid and not logged(path, step, name_of(config.fid_features))
+
+
+def check_resume(saved: dict | None, recipe, folder: Path) -> None:
+    """Raise UserError if a run cannot be resumed with the data and networks that are there now."""
+    if saved is not None and saved["data"]["order"] != recipe.batches.order_key():
+        raise UserError(
+            f"the files of --data {recipe.config.data} are not those that the run in "
+            f"{folder} saw (or an earlier version chose others of them: see CHANGELOG.md); to "
+            f"train on these, start from its weights: --load_path {folder / 'model.pt'} "
+            "--save_folder ANOTHER"
+        )
+    if not all_equal(-1 if saved is None else saved["step"]):
+        raise UserError(
+            f"not all ranks find the same run in {folder}: it must lie where all machines see it"
+        )
+    if saved is not None:
+        recipe.check_checkpoint(saved)

@@ -17,7 +17,7 @@ from ..runtime.seeding import generator
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a global batch is split: `ranks` times `accum` micro-batches of `micro` samples."""
+    """Split a global batch into `ranks` times `accum` micro-batches of `micro` samples."""
 
     ranks: int
     accum: int
@@ -52,7 +52,7 @@ def split_batch(config: Config) -> BatchSplit:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """The random numbers of B samples.
+    """Hold the random numbers of B samples.
 
     levels: (7, B), see `training_coefficients`; eps (B, C, h, w); drop (B,) bool on the CPU, whose
     condition is dropped; vae_eps: eps's shape, what samples latents from the VAE's distribution.
@@ -126,7 +126,7 @@ def total_steps(config: Config, epoch_length: int | None) -> int:
 
 
 class StepStats:
-    """Sums since the last log line, on the device: nothing is read until a line is written."""
+    """Sum up steps since the last log line on the device, read only where a line is written."""
 
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""How a process holds its main memory."""
+"""Settings of glibc's malloc."""
 
 import ctypes
 import sys
@@ -8,9 +8,9 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step instead of giving them back to the system.
+    """Have glibc keep large freed blocks for the next step instead of returning them to the system.
 
-    Else each step's tensors are new pages, which the system must clear: a tenth of the time.
+    Otherwise each step's tensors are new pages, which the system must clear: a tenth of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,0 +1,160 @@
+"""Measure FID against the training images while a model trains (--fid).
+
+All ranks sample and compute features; the sums are all that is exchanged. The training images'
+mean and covariance are cached in --cache_dir.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import UserError
+from ..config import Config
+from ..data.image_set import digest
+from ..data.images import TRANSFORM
+from ..files.atomic import atomic
+from ..files.validate import check_size
+from ..pictures.grid import NonFinite
+from ..pictures.samples import sample_batches
+from ..runtime import distributed as dist
+from ..runtime.seeding import permutation
+from ..sampling.pipeline import Pipeline
+from .distances import MIN_IMAGES, Moments, frechet_distance
+from .features import Features, open_features
+
+SAMPLER = "dpmpp_2m"
+STEPS = 20
+
+
+class Fid:
+    """Measures FID where it is due; its constructor fails for all that would fail later."""
+
+    def __init__(self, config: Config, data, device: torch.device):
+        if config.streaming:
+            raise UserError(
+                "--fid compares with all training images: it needs a set that is "
+                "downloaded, not --streaming"
+            )
+        if len(data.train) < 2:
+            raise UserError(
+                f"--fid compares with the training images, and there is only "
+                f"{len(data.train)}; it needs at least 2"
+            )
+        self.config = config
+        self.data = data
+        self.order = permutation(len(data.train), config.seed, "fid")
+        self.features = open_features(config.fid_features, device)
+        self.name = self.features.name
+        self.steps = min(STEPS, config.time_steps)
+        self.reference = reference_moments(config, data, self.features)
+        few = f"; below {MIN_IMAGES} it is mostly bias"
+        dist.log(
+            f"{self.name} every {config.fid_every} steps: {self.features.about}, "
+            f"{config.fid_num_images} samples of the EMA weights by {SAMPLER} in "
+            f"{self.steps} steps, against {len(data.train)} training images at "
+            f"{config.image_size} px{few if config.fid_num_images < MIN_IMAGES else ''}"
+        )
+
+    def due(self, step: int, total: int) -> bool:
+        return step > 0 and (step % self.config.fid_every == 0 or step >= total)
+
+    def conditioning(self, indices) -> dict:
+        """Choose classes or captions of samples, as frequent as among the training images."""
+        chosen = self.data.train[self.order[np.array(indices) % len(self.order)]]
+        if self.config.condition == "class":
+            labels = torch.from_numpy(self.data.labels[chosen])
+            return {"labels": labels.where(labels >= 0, len(self.data.classes))}
+        if self.config.condition == "text":
+            captions = self.data.pixels.images.captions
+            return {"prompts": [captions[i] for i in chosen], "chunks": 1}  # as in training
+        return {}
+
+    def measure(self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]) -> dict | None:
+        """Return {name: distance, how it was measured}; None if `stopped` says so on some rank."""
+        start = time.perf_counter()
+        c = self.config
+        count = c.fid_num_images
+        micro = min(64, micro)
+        sampling = dict(sampler=SAMPLER, steps=self.steps, amp=c.amp, seed=c.seed)
+        options = lambda indices: self.conditioning(indices) | sampling
+        batches = sample_batches(pipeline, options, count, micro, self.name)
+        found = Moments(len(self.reference[0]))
+        value = math.nan  # null in the run's metrics
+        finite = True
+        for _ in range(0, count, micro * dist.world_size()):  # as many turns on each rank
+            try:
+                for _, _, images in islice(batches, 1):
+                    found.add(self.features(images))
+            except NonFinite:
+                finite = False
+            if dist.any_rank(stopped()):
+                return None
+            if dist.any_rank(not finite):  # black pictures would count as pictures
+                dist.log(f"warning: {self.name} is not measured: pictures are not finite")
+                break
+        else:
+            statistics = found.reduce()
+            if dist.is_main() and is_finite(statistics):
+                value = frechet_distance(*self.reference, *statistics)
+        seconds = time.perf_counter() - start
+        return {self.name: value, "fid_num_images": count, "fid_seconds": seconds}
+
+
+def is_finite(statistics: tuple[Tensor, Tensor]) -> bool:
+    return all(bool(part.isfinite().all()) for part in statistics)
+
+
+# --- the reference -------------------------------------------------------------------------------
+
+
+def reference_moments(config: Config, data, features: Features) -> tuple[Tensor, Tensor]:
+    """Compute (mean, covariance) of the training images' features, or read them from the cache.
+
+    Raises UserError if they are not finite.
+    """
+    images = data.pixels.images
+    key = digest(images.stamp, data.order_key(), TRANSFORM, str(config.image_size), features.key)
+    file = Path(config.cache_dir) / f"{key}.npz"
+    reference = read_moments(file)
+    if not dist.any_rank(reference is None):
+        dist.log(f"reference features of {config.data}: from {file}")
+        return reference
+    own = np.array_split(data.train, dist.world_size())[dist.rank()]
+    found = Moments(features(data.pixels[data.train[:1]]).shape[1])
+    for low in dist.progress(range(0, len(own), 64), desc="reference features", leave=False):
+        found.add(features(data.pixels[own[low : low + 64]]))
+    reference = found.reduce()
+    if not is_finite(reference):
+        raise UserError(
+            f"the feature network {features.about} makes non-finite features of the training images"
+        )
+    if dist.is_main():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic(file, lambda path: write_moments(path, *reference))
+        except OSError as error:
+            dist.log(f"warning: reference features are not cached: {error}")
+    return reference
+
+
+def read_moments(file: Path) -> tuple[Tensor, Tensor] | None:
+    """Read mean and covariance; None if there is no such file or it is damaged."""
+    try:
+        check_size(file)
+        with np.load(file, allow_pickle=False) as found:
+            mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
+    except Exception:  # a zip file can be damaged in many ways
+        return None
+    intact = mean.dim() == 1 and cov.shape == 2 * mean.shape and is_finite((mean, cov))
+    return (mean, cov) if intact else None
+
+
+def write_moments(path: Path, mean: Tensor, cov: Tensor) -> None:
+    with open(path, "wb") as out:
+        np.savez(out, mean=mean.numpy(), cov=cov.numpy())

@@ -1,0 +1,188 @@
+"""Read texts and JSON that other people wrote: bounded in size, in whatever encoding they have."""
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from .. import UserError
+from ..runtime.distributed import log
+from .atomic import blame
+
+MAX_TEXT = 64 << 20  # bytes of a list of prompts; of a longer table, those that tell the encoding
+MAX_JSON = 8 << 20  # of a JSON or vocabulary file, parsed 25 times more; the largest known has 4 MB
+# the bytes at a text's start that say how it is encoded; UTF-32's begin like UTF-16's
+MARKS = {
+    codecs.BOM_UTF8: ("utf-8-sig", "UTF-8"),
+    codecs.BOM_UTF32_LE: ("utf-32", "UTF-32"),
+    codecs.BOM_UTF32_BE: ("utf-32", "UTF-32"),
+    codecs.BOM_UTF16_LE: ("utf-16", "UTF-16"),
+    codecs.BOM_UTF16_BE: ("utf-16", "UTF-16"),
+}
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
+WESTERN = "cp1252 (Windows, Western Europe)"
+ACCENTED = re.compile(r"[^\W\d_a-zA-Z]+")
+PLAIN = re.compile("[a-zA-Z]+")
+# a word of accented letters only: none in Western Europe, each one in Cyrillic, Greek, GBK ...
+FOREIGN_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_a-zA-Z]{3,}(?![^\W\d_])")
+PADDING = b"\0 \t\r\n"  # what may follow a text, zero bytes of C's strings too
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT, cut: bool = False) -> bytes:
+    """Read a file, cut off at the limit or refused beyond it.
+
+    Raises UserError if it is missing, no regular file, or of absurd size.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no text file: no regular file")
+    with blame(f"{path} cannot be read"), open(path, "rb") as file:
+        raw = file.read(limit if cut else limit + 1)
+    if len(raw) > limit:
+        raise UserError(f"{path} is no text file of at most {limit >> 20} MB")
+    return raw
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises UserError if the file is missing or holds none."""
+    return parse_json(read_bytes(path, MAX_JSON), str(path))
+
+
+def read_optional(path: Path) -> dict:
+    """Read a JSON object; {} if the file is missing."""
+    return read_json(path) if path.exists() else {}
+
+
+def parse_json(text: str | bytes, where: str) -> dict:
+    """Parse a JSON object. Raises UserError for any other text, and one too large or too deep."""
+    if len(text) > MAX_JSON:
+        raise UserError(
+            f"{where} has {len(text):,} characters; at most {MAX_JSON >> 20} MB are read"
+        )
+    with blame(f"{where} is no JSON"):
+        values = json.loads(text)
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds a {type(values).__name__}; expected an object")
+    return values
+
+
+# --- texts that people write ---------------------------------------------------------------------
+
+
+def read_text_file(path: Path) -> tuple[str, str]:
+    """Read a text in whatever encoding it has: (text, the encoding's name), lines end with \\n.
+
+    Raises UserError if the file is missing, of absurd size or no text.
+    """
+    raw = read_bytes(path)
+    with blame(path, "; save it as UTF-8"):
+        return decode_text(raw)
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Read a prompt a line, without blank lines, and say so where the file was not UTF-8.
+
+    Raises UserError as `read_text_file` does.
+    """
+    text, encoding = read_text_file(path)
+    if encoding != "UTF-8":
+        log(f"{path}: not UTF-8; read as {encoding}")
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def prompts_of(options: Sequence[str]) -> list[str]:
+    """Read prompts as --prompt takes them: a text, @FILE for a prompt a line, @@TEXT for @TEXT.
+
+    Raises UserError for a file that cannot be read or holds no prompt.
+    """
+    found = []
+    for text in options:
+        if not text.startswith("@") or text.startswith("@@"):
+            found.append(text.removeprefix("@"))
+            continue
+        try:
+            lines = read_prompt_lines(Path(text[1:]))
+        except UserError as error:
+            raise UserError(
+                f"--prompt {text}: {error}; a prompt that itself begins with @ is written @{text}"
+            ) from None
+        if not lines:
+            raise UserError(f"--prompt {text}: the file holds no prompt")
+        found += lines
+    return found
+
+
+def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
+    """Decode by the mark at the start, else as UTF-8, else as UTF-16 or Windows' cp1252.
+
+    (text, the encoding's name). Lines end with \\n, for \\r\\n and \\r too; what else Unicode takes
+    for ends of lines stays. Byte-order marks inside, which joined files have, and zero bytes at the
+    end are dropped. cut: the last character may be incomplete.
+    Raises ValueError, which says what is wrong, for what is no text.
+    """
+    codec, name = _encoding(raw, cut)
+    try:
+        text = codecs.getincrementaldecoder(codec)().decode(raw, final=not cut)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not {name}: {error.reason}") from None
+    return plain_text(text).replace("\r\n", "\n").replace("\r", "\n"), name
+
+
+def plain_text(text: str) -> str:
+    """Drop byte-order marks, and zeros at the end. Raises ValueError for zeros elsewhere."""
+    text = text.replace("\ufeff", "")
+    body = text.rstrip(PADDING.decode())
+    if "\0" in body:
+        raise ValueError("not a text: it holds zero bytes")
+    return body + text[len(body) :].replace("\0", "")
+
+
+def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
+    """Open a text that may be larger than the memory: (file, the encoding's name).
+
+    Its first MAX_TEXT bytes tell the encoding. newline: as `open` takes it. Raises UserError as
+    `read_text_file` does.
+    """
+    raw = read_bytes(path, MAX_TEXT, cut=True)
+    with blame(path, "; save it as UTF-8"):
+        codec, name = _encoding(raw, cut=len(raw) == MAX_TEXT)
+    return open(path, encoding=codec, newline=newline), name
+
+
+def _encoding(raw: bytes, cut: bool) -> tuple[str, str]:
+    """Find (codec, its name) of a text, whose last character may be incomplete if cut.
+
+    Raises ValueError for what is no text, and for one of an unknown code page.
+    """
+    for mark, marked in MARKS.items():
+        if raw.startswith(mark):
+            return marked
+    body = raw.rstrip(PADDING)
+    # Latin letters, digits and blanks in UTF-16: every second byte is 0
+    pairs = len(body) // 2
+    zeros = [body[i : 2 * pairs : 2].count(0) for i in (0, 1)] if 0 in body else [0, 0]
+    if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
+        return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
+    wrong = None
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        if not cut or error.reason != "unexpected end of data":
+            wrong = error.reason
+    # zero bytes at the end are those of C's strings, or half of UTF-16's last character
+    if any(zeros) or (0 in raw[len(body) :] and (wrong or not body)):
+        raise ValueError("not a text: it holds zero bytes")
+    if wrong is None:
+        return "utf-8", "UTF-8"
+    if CONTROL.search(body):
+        raise ValueError(f"not a text: {wrong}")
+    try:
+        text = body.decode("cp1252")
+    except UnicodeDecodeError:
+        raise ValueError(f"neither UTF-8, UTF-16 or UTF-32 nor {WESTERN}") from None
+    accented, plain = (sum(map(len, kind.findall(text))) for kind in (ACCENTED, PLAIN))
+    if accented <= plain and not FOREIGN_WORD.search(text):
+        return "cp1252", WESTERN
+    doubt = "this looks like another code page: check it, or save the file as UTF-8"
+    return "cp1252", f"{WESTERN}; {doubt}"

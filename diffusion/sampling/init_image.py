@@ -1,0 +1,95 @@
+"""Images to start from: an init image and its mask, read as `Pipeline.frames` takes them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from .. import UserError
+from ..config import SIDE, check_bounds
+from ..data.images import BadImage, read_image, read_mask
+from ..runtime.distributed import log
+from .pipeline import Pipeline
+
+
+def read_init_image(
+    pipeline: Pipeline,
+    init_image: str | None,
+    mask: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> dict:
+    """Read init (1, C, H, W) and mask (1, 1, H, W); {} where there is no init image.
+
+    A latent pipeline takes the image's aspect where height and width do not say otherwise.
+    Raises UserError for files that cannot be read, and for a mask of another size than the image.
+    """
+    if init_image is None:
+        return {}
+    image = _read(init_image, lambda path: read_image(path, None))
+    if pipeline.codec.factor > 1:
+        pipeline.set_size(*size_like(image, pipeline, height, width))
+    H, W = pipeline.image_hw
+    scale = max(W / image.width, H / image.height)
+    columns = round(image.width - W / scale)
+    rows = round(image.height - H / scale)
+    cut = f", without {columns} columns and {rows} rows at its edges" if columns or rows else ""
+    log(f"{init_image}: {image.width}x{image.height} becomes {W}x{H}{cut}")
+    x = torch.from_numpy(_crop(image, W, H)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    start = {"init": pipeline.encode(x)}
+    if mask is not None:
+        start["mask"] = _read_mask(mask, image, init_image, (W, H), start["init"].shape[-2:])
+    return start
+
+
+def _read_mask(
+    mask: str, image: Image.Image, init_image: str, size: tuple[int, int], grid: tuple[int, int]
+) -> torch.Tensor:
+    """Read a mask (1, 1, *grid) of zeros and ones, cut as its image is, to (W, H) = size."""
+    strokes = _read(mask, read_mask)
+    w, h = image.size
+    w_mask, h_mask = strokes.size
+    if min(abs(w * h_mask / h - w_mask), abs(h * w_mask / w - h_mask)) > 1:  # beyond rounding
+        raise UserError(
+            f"--mask {mask} has {w_mask}x{h_mask} pixels, and --init_image {init_image} "
+            f"{w}x{h}: give a mask of the image's size, or of its aspect"
+        )
+    white = _crop(strokes.resize(image.size, Image.LANCZOS), *size)
+    white = torch.from_numpy(white).float()[None, None] / 255
+    found = (torch.nn.functional.interpolate(white, grid, mode="area") > 0.5).float()
+    if not found.any():
+        raise UserError(
+            f"--mask {mask} repaints nothing: it is white nowhere, or in spots too "
+            "small for this model; paint white what to repaint"
+        )
+    return found
+
+
+def _read(path: str, reader) -> Image.Image:
+    try:
+        return Image.fromarray(reader(Path(path)))
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _crop(picture: Image.Image, W: int, H: int) -> np.ndarray:
+    return np.array(ImageOps.fit(picture, (W, H), Image.LANCZOS))
+
+
+def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Choose (height, width) in the aspect of an image, of about as many pixels as the model's own.
+
+    One that is given stays; sides are multiples of the VAE's factor.
+    """
+    aspect = image.width / image.height
+    factor = pipeline.codec.factor
+    side = pipeline.config.image_size
+    h = side / aspect**0.5 if width is None else width / aspect
+    w = side * aspect**0.5 if height is None else height * aspect
+    if height is None:
+        height = max(factor, round(h / factor) * factor)
+    if width is None:
+        width = max(factor, round(w / factor) * factor)
+    check_bounds({"height": height, "width": width}, {"height": SIDE, "width": SIDE})
+    return height, width

@@ -1,0 +1,87 @@
+"""What goes on around the training loop: its speed, its stop, what it announces and measures."""
+
+import signal
+import time
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..evaluation.fid import Fid
+from ..runtime import distributed as dist
+from .run_folder import RunLog
+from .steps import BatchSplit
+from .train_state import TrainState
+
+
+class Clock:
+    """Measure steps a second of training proper: saving and sampling do not count."""
+
+    def __init__(self, step: int):
+        self.skip(step)
+
+    def skip(self, step: int) -> None:
+        """Start measuring again."""
+        self.step = step
+        self.time = time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        """Give the steps a second since the last call."""
+        rate = (step - self.step) / (time.perf_counter() - self.time)
+        self.skip(step)
+        return rate
+
+
+class StopSignal:
+    """Stop after the step at SIGINT or SIGTERM; at a second SIGINT at once."""
+
+    def __init__(self):
+        self.requested = False
+        self.alone = dist.world_size() == 1
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, _frame) -> None:
+        # torchrun passes on a Ctrl-C that its children have already got: not a second one
+        if self.requested and number == signal.SIGINT and self.alone:
+            raise KeyboardInterrupt
+        self.requested = True
+        dist.log("stopping after this step ...")
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def announce(
+    config: Config,
+    model: nn.Module,
+    batches,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    split: BatchSplit,
+    total: int,
+) -> None:
+    """Print what is about to be trained."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    precision = str(dtype).removeprefix("torch.") if dtype else "float32"
+    dist.log(f"{config.data}: {batches.describe()}")
+    part = "" if trained == parameters else f" ({trained:,} trained)"
+    dist.log(
+        f"{parameters / 1e6:.1f} M parameters{part} on {device}, {precision}; batch "
+        f"{config.batch_size} = {split.ranks} ranks x {split.accum} x {split.micro}; "
+        f"{total} steps"
+    )
+
+
+def measure_fid(fid: Fid, state: TrainState, total: int, logs: RunLog, stop: StopSignal) -> bool:
+    """Measure and log the FID where it is due, unless that has been done; tell whether it was."""
+    step = state.step
+    if not fid.due(step, total) or dist.any_rank(logs.has(step, fid.name)):
+        return False
+    pipeline = state.recipe.pipeline(state.ema.model)
+    values = fid.measure(pipeline, state.split.micro, lambda: stop.requested)
+    if values is not None:
+        logs.metrics(step, values)
+        dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} ({values['fid_seconds']:.0f} s)")
+    return True

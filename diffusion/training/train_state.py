@@ -1,0 +1,82 @@
+"""Everything that changes while a run trains, and how a checkpoint keeps it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import UserError
+from ..files import checkpoint
+from ..runtime import distributed as dist
+from .autoencoder import AutoencoderRecipe
+from .ema import EMA
+from .optimizer import AdamW
+from .recipe import Recipe
+from .run_folder import RunLog, write_metadata
+from .steps import BatchSplit, StepStats
+
+DIVERGED_HINT = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
+
+
+@dataclass(eq=False)
+class TrainState:
+    """Hold all that changes while a run trains: what a checkpoint holds."""
+
+    recipe: Recipe | AutoencoderRecipe
+    split: BatchSplit
+    model: nn.Module
+    ema: EMA
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    stats: StepStats
+    step: int = 0
+    best_loss: float | None = None
+
+    def restore(self, saved: dict) -> None:
+        """Continue from a checkpoint."""
+        trainable = self.recipe.trainable
+        self.step = saved["step"]
+        self.best_loss = saved["best_loss"]
+        trainable.restore(self.model, saved["model"], saved)
+        trainable.restore(self.ema.model, saved["ema"], saved)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler.is_enabled() and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.stats.values.copy_(saved["tally"])
+        self.recipe.batches.length = saved["data"]["length"]
+
+    def save(self, folder: Path, logs: RunLog, improved: bool) -> None:
+        """Write the checkpoint, last: a run killed before it does this step again, complete.
+
+        Raises UserError, and writes nothing, for weights that are not finite.
+        """
+        if not dist.is_main():
+            return
+        if not torch.nn.utils.get_total_norm(self.optimizer.parameters).isfinite():
+            raise UserError(
+                f"the weights of step {self.step} are not finite and are not saved; the "
+                f"checkpoints in {folder} are from before. {DIVERGED_HINT}"
+            )
+        config = self.recipe.config
+        trainable = self.recipe.trainable
+        batches = self.recipe.batches
+        metadata = self.recipe.metadata(self.ema.model)
+        trainable.write(folder, self.ema.model, self.step, metadata, improved)
+        write_metadata(folder, config, batches, self.step, self.best_loss)
+        logs.sync()
+        saved = {
+            "step": self.step,
+            "samples_seen": self.step * config.batch_size,
+            "best_loss": self.best_loss,
+            "ranks": self.split.ranks,
+            "config": asdict(config),
+            **metadata,
+            "data": {"order": batches.order_key(), "length": batches.length},
+            "model": trainable.state(self.model),
+            "ema": trainable.state(self.ema.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "tally": self.stats.values.cpu(),
+        }
+        checkpoint.save(folder, saved, config.keep_last)

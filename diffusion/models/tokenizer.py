@@ -91,7 +91,7 @@ def any_of(names: Iterable[str], as_words: Collection[str] = ()) -> re.Pattern:
 
 
 def as_word(name: str) -> str:
-    """Write the pattern of a name at whose ends no longer word goes on."""
+    """Write the pattern of a name that is not a part of a longer word."""
     before = r"(?<![^\W_])" if name[0].isalnum() else ""
     after = r"(?![^\W_])" if name[-1].isalnum() else ""
     return before + re.escape(name) + after

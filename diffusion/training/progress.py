@@ -1,4 +1,4 @@
-"""What goes on around the training loop: its speed, its stop, what it announces and measures."""
+"""The speed of the training loop, its stop, what it announces, and when it measures FID."""
 
 import signal
 import time

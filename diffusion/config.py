@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from . import UserError
+from . import UserError, printable
 from .presets import PRESET_OF_DATA, PRESETS
 
 
@@ -489,9 +489,12 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
 
 def run_script(main) -> None:
     """Call a script's main; a user's mistake becomes one line on stderr and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the locale cannot write
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)

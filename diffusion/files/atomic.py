@@ -1,15 +1,22 @@
-"""Write files atomically, and lock what two processes may write at once."""
+"""Open regular files, write files atomically, and lock what two processes may write at once."""
 
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from .. import UserError
+
+O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of every other system
 
 
 def reason(error: BaseException) -> str:
@@ -29,36 +36,80 @@ def blame(where: Path | str, advice: str = "", kinds=Exception) -> Iterator[None
         raise UserError(f"{where}: {reason(error)}{advice}") from None
 
 
-def atomic(path: Path, write: Callable[[Path], None]) -> None:
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a file to read bytes from it; it may be no pipe or device, which may never end.
+
+    limit: the size in bytes above which it is refused.
+    Raises UserError for what is no file or too large, and OSError where it cannot be opened.
+    """
+    # a pipe without a writer would be waited for; Windows has neither
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | O_BINARY)
+    about = os.fstat(descriptor)
+    if stat.S_ISREG(about.st_mode) and (limit is None or about.st_size <= limit):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(about.st_mode):
+        raise UserError(f"{path} has {about.st_size:,} bytes; at most {limit:,} are read")
+    kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
+    raise UserError(f"{path} is {kind}; expected a file")
+
+
+def atomic(
+    path: Path,
+    write: Callable[[Path], None],
+    publish: Callable[[Path, Path], None] = os.replace,
+    sync: bool = True,
+) -> None:
     """Write a file so that `path` is at every moment the old one or the new one, complete.
 
-    `write` gets the path of a temporary file beside it. Raises OSError if it cannot be written;
-    what was there before is then still there.
+    `write` gets the path of an empty file in the same folder, of a name that nobody can have
+    guessed: no link leads elsewhere from it, and where `path` is a link, the link is replaced and
+    not what it leads to. publish: gives the file its name. sync: whether it also outlives a loss of
+    power. Raises OSError if it cannot be written; what was there before is then still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
+        open(temporary, "xb").close()
         write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
-        os.replace(temporary, path)
+        publish(temporary, path)
     except BaseException as error:
         text = reason(error)
         with contextlib.suppress(OSError):
             if shutil.disk_usage(path.parent).free < 1 << 20:  # torch does not say why it failed
                 text = f"no space left on the device ({text})"
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError | SafetensorError):
             raise OSError(f"{path} could not be written: {text}") from None
         raise
+    if not sync:
+        return
     with contextlib.suppress(OSError):  # the renaming itself; not every system syncs folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Check whether a file's name is one that `atomic` writes to before it becomes `of`, a regex.
+
+    Those of earlier versions had a process number in it, or nothing.
+    """
+    return re.fullmatch(rf"\.({of})(\.[0-9a-f]+)?\.tmp", name) is not None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a UTF-8 text. Raises OSError where it cannot be written, or is a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_NOFOLLOW, 0o666)
+    with open(descriptor, "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,7 +137,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
     process that dies. Raises OSError if the file cannot be opened.
     """
     try:
-        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | O_NOFOLLOW
         descriptor = os.open(path, flags, 0o666)
     except PermissionError:
         if os.name != "nt" or not path.is_dir():  # Windows opens no folders

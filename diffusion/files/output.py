@@ -16,9 +16,8 @@ from pathlib import Path
 
 from .. import UserError
 from . import owned
-from .atomic import blame, locked
+from .atomic import atomic, blame, is_temporary, locked
 
-TEMPORARY = re.compile(r"\.\d{6,}\.png\.\d+\.tmp")
 # the names of our other files, and how these begin
 HEADS = {
     r"index\.html": "<!doctype html>\n<html[^<>]*>\n<head>\n"
@@ -69,20 +68,23 @@ def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) 
     replace: a file of that name that is ours is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
+
+    def publish(temporary: Path, path: Path) -> None:
         if not (replace and is_ours(path)):
             try:
                 os.link(temporary, path)  # unlike a renaming, never over another file
-                return True
+                temporary.unlink()
+                return
             except OSError:  # taken, or a file system without links
                 if os.path.lexists(path):
-                    return False
+                    raise FileExistsError(path) from None
         os.replace(temporary, path)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    try:
+        atomic(path, write, publish, sync=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def names(path: Path) -> Iterator[Path]:
@@ -171,7 +173,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
                 first = max([n + 1 for n in taken] + busy, default=0)
                 if not busy:
                     for left in folder.glob(".*.tmp"):  # of a process that was killed in writing
-                        if TEMPORARY.fullmatch(left.name) and left.is_file():
+                        if is_temporary(left.name, r"\d{6,}\.png") and left.is_file():
                             left.unlink()
                 claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
                 claimed.enter_context(locked(claim))

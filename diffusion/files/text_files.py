@@ -9,7 +9,7 @@ from typing import TextIO
 
 from .. import UserError
 from ..runtime.distributed import log
-from .atomic import blame
+from .atomic import blame, open_regular
 
 MAX_TEXT = 64 << 20  # bytes of a list of prompts; of a longer table, those that tell the encoding
 MAX_JSON = 8 << 20  # of a JSON or vocabulary file, parsed 25 times more; the largest known has 4 MB
@@ -35,9 +35,7 @@ def read_bytes(path: Path, limit: int = MAX_TEXT, cut: bool = False) -> bytes:
 
     Raises UserError if it is missing, no regular file, or of absurd size.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no text file: no regular file")
-    with blame(f"{path} cannot be read"), open(path, "rb") as file:
+    with blame(f"{path} cannot be read"), open_regular(path) as file:
         raw = file.read(limit if cut else limit + 1)
     if len(raw) > limit:
         raise UserError(f"{path} is no text file of at most {limit >> 20} MB")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import UserError
+from .. import UserError, printable
 from .malloc import keep_freed_memory
 
 TIMEOUT = 3600.0  # seconds
@@ -144,7 +144,7 @@ def log(message: str = "") -> None:
     if is_main():
         from tqdm import tqdm
 
-        tqdm.write(message)
+        tqdm.write(printable(message))
 
 
 def progress(iterable=None, **options):

@@ -18,7 +18,7 @@ from .. import UserError
 from ..config import Config
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
-from ..files.atomic import read_lines, write_text
+from ..files.atomic import O_NOFOLLOW, append_text, read_lines, write_text
 from ..runtime.distributed import all_equal, barrier, is_main, log
 from ..runtime.seeding import seed_of
 
@@ -29,10 +29,10 @@ NAMES = (
 )
 # paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
 RUN_FILE = re.compile(
-    r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt\.tmp)"
-    r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.\d+)?\.tmp)"
+    r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt(\.[0-9a-f]{16})?\.tmp)"
+    r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.[0-9a-f]+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
-    rf"|({NAMES})|\.({NAMES})\.tmp"
+    rf"|({NAMES})|\.({NAMES})(\.[0-9a-f]{{16}})?\.tmp"
 )
 
 
@@ -45,7 +45,8 @@ def claim(folder: Path):
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # what another program wrote there stays
+        # what another program wrote there stays, and where a link leads to, too
+        lock = open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | O_NOFOLLOW, 0o666), "a")
     except OSError as error:
         raise UserError(f"--save_folder {folder} cannot be written: {error}") from None
     try:
@@ -206,8 +207,7 @@ class RunLog:
         if self.writer is None:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        append_text(self.path, json.dumps({"step": step, **finite}) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 

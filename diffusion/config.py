@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from . import UserError, printable
+from . import UserError, printable, shown
 from .presets import PRESET_OF_DATA, PRESETS
 
 
@@ -103,7 +103,7 @@ def check_bounds(
         rule = bounds.get(name)
         if value is None or rule is None or rule.typed > typed or rule.holds(value):
             continue
-        raise UserError(f"{name} is {value}; it must be {rule.text}")
+        raise UserError(f"{name} is {shown(value, 400)}; it must be {rule.text}")
 
 
 def check_use(options, defaults: Mapping[str, object], requires: Mapping[str, Rule | None]) -> None:

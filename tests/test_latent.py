@@ -451,7 +451,7 @@ def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
 def test_long_prompts_are_read_in_chunks(sd_folder):
     pipeline = open_pipeline(None, sd_folder, "ema", CPU, amp="no")
     long = "a very long prompt " * 12
-    n = pipeline.conditioning.chunks([long])
+    n = pipeline.conditioning.read([long], None, True)[0]
     assert n > 2 and pipeline.conditioning.embed([long, ""], n).shape == (2, n * 75 + 2, 32)
     a, b = (pipeline.sample([0], steps=2, prompts=[p], guidance_scale=3.0, amp="no") for p in (long, long[:60]))  # fmt: skip
     assert not torch.allclose(a, b, atol=1e-4)

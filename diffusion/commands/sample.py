@@ -9,7 +9,7 @@ torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 
 from functools import partial
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import (
     FRACTION,
     GUIDANCE,
@@ -27,6 +27,7 @@ from ..config import (
 )
 
 MAX_LORA_WEIGHT = 1000  # far beyond it pictures saturate, then numbers overflow
+LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
 LORA_WEIGHTS = Rule(
     f"files with finite weights from -{MAX_LORA_WEIGHT} to {MAX_LORA_WEIGHT}",
     lambda loras: all(abs(weight) <= MAX_LORA_WEIGHT for _, weight in loras),
@@ -34,6 +35,7 @@ LORA_WEIGHTS = Rule(
 STRENGTH = Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
 # what options require
 PROMPT = Rule("--prompt", lambda a: a.prompt)
+SYNTAX = Rule("--prompt, and beside --plain_prompts", lambda a: a.prompt and not a.plain_prompts)
 GUIDED = Rule("a --guidance_scale other than 1", lambda a: a.guidance_scale != 1)
 INIT_IMAGE = Rule("--init_image", lambda a: a.init_image is not None)
 INTERPOLATION = Rule("--lora_interpolate", lambda a: a.lora_interpolate)
@@ -66,6 +68,7 @@ def parse(args: list[str] | None = None):
     option("--objective", "what the model of --sd_path predicts (default: as it states, else eps)", choices=("eps", "v", "x0"))
     option("--vae PATH", "VAE to use instead of the one that the model was trained with")
     option("--prompt TEXT", "text that describes the image; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself", UTF8, action="append")
+    option("--plain_prompts", "take prompts as they stand: no (word:1.4), [word], BREAK or <lora:name:0.8>", requires=PROMPT)
     option("--negative_prompt TEXT", "text that guidance leads away from", UTF8, PROMPT & GUIDED, default="")
     option("--height N", "height in pixels (default: the model's own, or by the aspect of init_image)", SIDE)
     option("--width N", "width in pixels (default: the model's own, or by the aspect of init_image)", SIDE)
@@ -75,6 +78,7 @@ def parse(args: list[str] | None = None):
 
     parser.section("adapters")
     option("--lora FILE[:X]", "LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again", LORA_WEIGHTS, action="append", type=weighted, default=[])
+    option("--lora_dir FOLDER", "folder of the LoRAs that --prompt names as <lora:name:0.8>", requires=SYNTAX)
     option("--embedding FILE", "textual inversion, whose word --prompt may use; may be given again", requires=PROMPT, action="append", default=[])
     option("--lora_interpolate A B", "write interpolation.png instead, from LoRA A to LoRA B", LORA_WEIGHTS, type=weighted, default=[])
     option("--points N", "number of columns of interpolation.png", at_least(2), INTERPOLATION, default=5)
@@ -88,7 +92,9 @@ def parse(args: list[str] | None = None):
     if args.prompt:
         from ..files.text_files import prompts_of
 
-        args.prompt = prompts_of(args.prompt)
+        args.prompt = args.typed = prompts_of(args.prompt)
+        if args.lora_dir is not None:
+            take_loras(args)
     if args.num_images is None:
         args.num_images = len(args.prompt or ()) or (4 if args.lora_interpolate else 16)
     if args.guidance_scale is None:
@@ -104,6 +110,35 @@ def weighted(text: str) -> tuple[str, float]:
         return (path, float(weight)) if mark and path else (text, 1.0)
     except ValueError:
         return text, 1.0
+
+
+def take_loras(args) -> None:
+    """Take the tags <lora:NAME:WEIGHT> out of the prompts, and find the files in --lora_dir.
+
+    A name is no path: it is that of a file in the folder or below it, without the suffix. Raises
+    UserError for one of no file or several, and for prompts with different tags.
+    """
+    from ..models.prompt_syntax import LORA
+
+    tags = [
+        sorted((name, float(weight or 1)) for name, weight in LORA.findall(prompt))
+        for prompt in args.prompt
+    ]
+    if different := [tag for tag in tags if tag != tags[0]]:
+        raise UserError(
+            f"--prompt: one names the LoRAs {shown(tags[0])}, another {shown(different[0])}; all "
+            "pictures of a call are of one model: give each prompt the same <lora:NAME:WEIGHT>"
+        )
+    files = sorted(Path(args.lora_dir).rglob("*"))
+    for name, weight in tags[0]:
+        found = [f for f in files if f.stem == name and f.suffix.lower() in LORA_SUFFIXES]
+        if len(found) != 1:
+            raise UserError(
+                f"--prompt names the LoRA {shown(name)}; expected one file of this name in "
+                f"--lora_dir {args.lora_dir}, found {', '.join(map(str, found)) or 'none'}"
+            )
+        args.lora = [*args.lora, (str(found[0]), weight)]
+    args.prompt = [LORA.sub("", prompt) for prompt in args.prompt]
 
 
 def open_model(args, device):
@@ -158,8 +193,11 @@ def sampling_options(args, pipeline, device):
             f"warning: --num_images {args.num_images}: the last {left} of "
             f"{len(args.prompt)} prompts are not sampled"
         )
+    prompted = None
+    if args.prompt:
+        plain = args.plain_prompts or None
+        prompted = pipeline.prompted(args.prompt, args.negative_prompt, plain)
     warn_unused(pipeline, [*prompts, args.negative_prompt])
-    prompted = pipeline.prompted(args.prompt, args.negative_prompt) if args.prompt else None
     start = read_init_image(pipeline, args.init_image, args.mask, args.height, args.width)
     same = {
         "seed": args.seed,
@@ -200,9 +238,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
 
     table = options["table"]
     labels = options["labels"]
-    prompt, negative = (
-        options[name][row] if name in options else None for name in ("prompts", "negative_prompts")
-    )
+    prompt = args.typed[index % len(args.typed)] if args.prompt else None
     guided = options["guidance_scale"] != 1
     vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)
     settings = {
@@ -230,7 +266,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
         "Precision": pipeline.precision(options["amp"]),
         "VAE tiling": "on" if args.vae_tiling else None,
     }
-    return parameters_text(prompt, negative if guided else "", settings)
+    return parameters_text(prompt, args.negative_prompt if guided else "", settings)
 
 
 # names that many files have, which their folders tell apart

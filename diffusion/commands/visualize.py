@@ -20,6 +20,7 @@ from ..config import (
     between,
 )
 
+PROMPT = Rule("--prompt", lambda a: a.prompt)
 MODEL = Rule("--load_path, a model", lambda a: a.load_path is not None)
 
 
@@ -37,6 +38,7 @@ def parse(args: list[str] | None = None):
     option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance", GUIDANCE, MODEL, default=1.0)
     option("--class_label NAME", "class of the images, by name or number (default: every class in turn)", requires=MODEL)
     option("--prompt TEXT", "text for a model that reads prompts; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself (default: the data's captions)", UTF8, MODEL, action="append")
+    option("--plain_prompts", "take prompts as they stand: no (word:1.4), [word] or BREAK", requires=PROMPT)
     option("--seed N", "seed of the noise", SEED, default=0)
     add_runtime_arguments(parser, requires=MODEL)
     option("--save_folder FOLDER", "folder for viz/; where viz/ holds pictures, for viz_2/ and so on", default="results")
@@ -82,7 +84,10 @@ def open_model(args, device):
 def sampling_options(args, pipeline, captions: list[str]):
     """Return the function (indices) -> options of `Pipeline.frames`."""
     same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
-    prompted = pipeline.prompted(args.prompt or captions) if pipeline.reads_prompts else None
+    prompted = None
+    if pipeline.reads_prompts:
+        plain = args.plain_prompts or not args.prompt or None  # captions always are
+        prompted = pipeline.prompted(args.prompt or captions, plain_prompts=plain)
 
     def options(indices) -> dict:
         if prompted is not None:

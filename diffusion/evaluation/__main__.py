@@ -242,7 +242,7 @@ def captions_in_turn(folder: str, files: list[Path], pipeline: Pipeline):
         raise UserError(
             f"the model reads captions, and {folder} has none: put name.txt beside each image"
         )
-    return pipeline.prompted([texts[0] for texts in captions])
+    return pipeline.prompted([texts[0] for texts in captions], plain_prompts=True)
 
 
 def save_quality(folder: Path, result: dict, name: str, overwrite: bool) -> None:

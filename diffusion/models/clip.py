@@ -181,13 +181,22 @@ class CLIPTextModel(nn.Module):
         return self.text_model(ids, skip)
 
 
-def encode_chunks(model: CLIPTextModel, ids: Tensor, skip: int = 1) -> Tensor:
+def encode_chunks(
+    model: CLIPTextModel, ids: Tensor, skip: int = 1, weights: Tensor | None = None
+) -> Tensor:
     """Encode long prompts: ids (B, n, L), each chunk BOS ... EOS -> (B, n (L - 2) + 2, D).
 
     Each chunk is read alone; the first one's BOS and the last one's end stay (kohya's SD 1.x way).
+    weights (B, n, L): A1111's way, (B, n L, D): z = w h, then z mean(h) / mean(z), the means over
+    a chunk's L x D numbers.
     """
     B, n, L = ids.shape
-    h = model(ids.flatten(0, 1), skip).view(B, n, L, -1)
+    h = model(ids.flatten(0, 1), skip)
+    if weights is not None:
+        z = h * weights.to(h.device).view(B * n, L, 1)
+        before, after = (x.float().mean((1, 2), keepdim=True) for x in (h, z))
+        return (z * (before / after)).to(h.dtype).view(B, n * L, -1)
+    h = h.view(B, n, L, -1)
     return torch.cat([h[:, 0, :1], h[:, :, 1:-1].flatten(1, 2), h[:, -1, -1:]], 1)
 
 

@@ -8,20 +8,23 @@
 Ids are those of transformers' CLIPTokenizer: special tokens (BOS, EOS, pad) are found in the text
 as it was typed, added tokens in the normalised text between them. Nothing here reads a file: a
 tokenizer is built from the contents of its files, and `Tokenizer.files` gives them back. A word of
-n bytes takes up to n^2 steps.
+n bytes takes some n log n steps.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from math import inf
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 from unicodedata import normalize
 
 import torch
 from torch import Tensor
 
+from .prompt_syntax import parse
+
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
+BACKTRACK = 20  # how far from the end of a full chunk A1111 looks for a comma to cut it at
 
 # a byte's character in vocabularies: its own where that can be printed, else one from 256 on
 CHAR_OF = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
@@ -178,6 +181,35 @@ class Tokenizer:
         longest = max((len(self.encode(text)) for text in texts), default=0)
         return max(1, -(-longest // (self.context_length - 2)))
 
+    def weighted_chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
+        """Cut a prompt in A1111's syntax into chunks of up to L - 2 ids with their weights."""
+        room = self.context_length - 2
+        comma = self.vocab["," + END_OF_WORD]
+        chunks: list[list[tuple]] = [[]]
+        for text, weight in parse(prompt):
+            for i in self.encode(text or ""):
+                chunk = chunks[-1]
+                if len(chunk) == room:  # what follows a comma moves on
+                    ids = [pair[0] for pair in reversed(chunk[-BACKTRACK:])]
+                    cut = room - (ids.index(comma) if comma in ids and i != comma else 0)
+                    chunks[-1:] = chunk[:cut], chunk[cut:]
+                chunks[-1].append((i, weight))
+            if text is None:
+                chunks.append([])
+        return chunks if chunks[-1] else chunks[:-1] or chunks
+
+    def weighted(self, prompts: Sequence[str], n: int) -> tuple[Tensor, Tensor]:
+        """Turn prompts in A1111's syntax into ids and weights (B, n, L), of n chunks each."""
+        L = self.context_length
+        bos, eos, pad = ([(i, 1)] for i in (self.bos_id, self.eos_id, self.pad_id))
+        rows = [
+            (bos + chunk + eos + pad * L)[:L]
+            for prompt in prompts
+            for chunk in (self.weighted_chunks(prompt) + [[]] * n)[:n]
+        ]
+        ids, weights = torch.tensor(rows).view(len(prompts), n, L, 2).unbind(-1)
+        return ids.long(), weights
+
     def encode(self, text: str) -> list[int]:
         """List all ids of a prompt, without BOS and EOS. Raises ValueError unless `is_text`."""
         if not is_text(text):
@@ -211,19 +243,30 @@ class Tokenizer:
         return ids
 
     def merge(self, symbols: list[str]) -> list[str]:
-        """Merge the pair of lowest rank, wherever it stands, until no pair has a rank."""
-        while len(symbols) > 1:
-            pair = min({*zip(symbols, symbols[1:])}, key=lambda pair: self.ranks.get(pair, inf))
-            if pair not in self.ranks:
-                break
-            merged = []
-            i = 0
-            while i < len(symbols):
-                found = (symbols[i], *symbols[i + 1 : i + 2]) == pair
-                merged.append("".join(pair) if found else symbols[i])
-                i += 2 if found else 1
-            symbols = merged
-        return symbols
+        """Merge the pair of lowest rank, the first of these, until no pair has a rank."""
+        symbols = [*symbols, ""]  # the end; "" is also what has become part of the symbol before
+        following = [*range(1, len(symbols)), 0]
+        previous = [*range(-1, len(symbols) - 1)]
+        queue: list[tuple[int, int]] = []  # rank and place of pairs
+
+        def offer(i: int) -> None:
+            rank = self.ranks.get((symbols[i], symbols[following[i]]))
+            if rank is not None:
+                heappush(queue, (rank, i))
+
+        for i in range(len(symbols)):
+            offer(i)
+        while queue:
+            rank, i = heappop(queue)
+            j = following[i]
+            if (symbols[i], symbols[j]) == self.merges[rank]:  # else one of them is gone
+                symbols[i] += symbols[j]
+                symbols[j] = ""
+                following[i] = following[j]
+                previous[following[i]] = i
+                offer(previous[i])
+                offer(i)
+        return [symbol for symbol in symbols if symbol]
 
     def add_tokens(self, names: Iterable[str], vectors: int = 1) -> list[int]:
         """Add tokens to this tokenizer, as for textual inversion; returns their ids, in order.

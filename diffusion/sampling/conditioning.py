@@ -12,24 +12,33 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .. import UserError
+from .. import UserError, shown
 from ..data.batch import Batch
 from ..data.batches import move
 from ..data.latents import weights_digest
 from ..models.clip import CLIPTextModel, encode_chunks
 from ..models.cond import Cond
+from ..models.prompt_syntax import parse
 from ..models.tokenizer import Tokenizer
+from ..runtime.distributed import log
+
+MAX_PROMPT = 1 << 16  # characters; captions are cut off at as many bytes
 
 
 @dataclass(frozen=True)
 class Request:
-    """Hold what n pictures are asked for with; None: not given."""
+    """Hold what n pictures are asked for with; None: not given.
+
+    plain_prompts: whether prompts are taken as they stand, or else read as A1111 reads them. None:
+    as they stand, unless one of them has A1111's syntax.
+    """
 
     n: int
     labels: Tensor | None = None  # (n,) int64, the null label where there is none
     prompts: Sequence[str] | None = None
     negative_prompts: Sequence[str] | None = None
     chunks: int | None = None  # in how many every prompt is read; None: as the longest needs
+    plain_prompts: bool | None = None
     amp: torch.dtype | None = None  # autocast type of networks in float32
 
 
@@ -124,22 +133,51 @@ class Prompts:
         """Give what the network is trained on: ids (B, L), or embeddings (B, L, D)."""
         return self.tokenizer(prompts) if self.joint else self.embed(prompts, chunks)
 
-    def chunks(self, prompts: Sequence[str]) -> int:
-        """Count the chunks that the longest of the prompts needs."""
-        return 1 if self.joint else self.tokenizer.count_chunks(prompts)
+    def read(
+        self, prompts: Sequence[str], chunks: int | None, plain: bool | None
+    ) -> tuple[int, bool]:
+        """Choose in how many chunks all of these prompts are read, and whether as they stand.
+
+        chunks, plain: what is decided already, see `Request`. Raises UserError for a prompt of
+        absurd length, and for what `parse` does not take.
+        """
+        for prompt in prompts:
+            if len(prompt) > MAX_PROMPT:
+                raise UserError(
+                    f"prompt {shown(prompt)} has {len(prompt):,} characters; give at most "
+                    f"{MAX_PROMPT:,}"
+                )
+            if plain is None and (pieces := parse(prompt)) != [(prompt, 1.0)]:
+                plain = False
+                log(
+                    f"prompts are read as A1111 reads them: {shown(prompt)} is {shown(pieces)}; "
+                    "--plain_prompts takes them as they stand"
+                )
+        if chunks is not None:
+            return chunks, plain is not False
+        if plain is False:
+            return max(len(self.tokenizer.weighted_chunks(prompt)) for prompt in prompts), False
+        return 1 if self.joint else self.tokenizer.count_chunks(prompts), True
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str], chunks: int = 1, amp: torch.dtype | None = None):
-        """Give what the U-Net attends to, (B, chunks (L - 2) + 2, D).
+    def embed(
+        self,
+        prompts: Sequence[str],
+        chunks: int = 1,
+        amp: torch.dtype | None = None,
+        plain: bool = True,
+    ) -> Tensor:
+        """Give what the U-Net attends to, (B, chunks (L - 2) + 2, D), or (B, chunks L, D).
 
-        amp: the autocast type of an encoder that was trained along.
+        amp: the autocast type of an encoder that was trained along. plain: see `Request`.
         """
-        if not self.joint:
-            ids = self.tokenizer(prompts, chunks=chunks).to(self.device)
-            return encode_chunks(self.encoder, ids, skip=self.skip)
-        ids = self.tokenizer(prompts).to(self.device)
-        with torch.autocast(self.device.type, amp, enabled=amp is not None):
-            return self.encoder(ids, self.skip)
+        if plain:
+            ids = self.tokenizer(prompts, chunks=chunks)
+            weights = None
+        else:
+            ids, weights = self.tokenizer.weighted(prompts, chunks)
+        with torch.autocast(self.device.type, amp, enabled=self.joint and amp is not None):
+            return encode_chunks(self.encoder, ids.to(self.device), self.skip, weights)
 
     def of_request(self, request: Request, guided: bool) -> tuple[Cond, Cond]:
         if request.labels is not None:
@@ -148,20 +186,24 @@ class Prompts:
             [""] * request.n if given is None else list(given)
             for given in (request.prompts, request.negative_prompts)
         ]
-        chunks = self.chunks(sum(texts, [])) if request.chunks is None else request.chunks
-        read = [self.embed(part, chunks, request.amp) for part in texts[: 1 + guided]]
+        chunks, plain = self.read(sum(texts, []), request.chunks, request.plain_prompts)
+        read = [self.embed(part, chunks, request.amp, plain) for part in texts[: 1 + guided]]
         return Cond(context=read[0]), Cond(context=read[-1])
 
-    def in_turn(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
+    def in_turn(
+        self, prompts: Sequence[str], negative: str = "", plain: bool | None = None
+    ) -> Callable[..., dict]:
         """Make a function of indices that gives the options of `Pipeline.frames`, prompts in turn.
 
-        All are read in as many chunks as the longest needs, so that batch mates change nothing.
+        All are read in one way and in as many chunks as the longest needs, so that batch mates
+        change nothing. plain: see `Request.plain_prompts`.
         """
-        chunks = self.chunks([*prompts, negative])
+        chunks, plain = self.read([*prompts, negative], None, plain)
         return lambda indices: {
             "prompts": [prompts[i % len(prompts)] for i in indices],
             "negative_prompts": [negative] * len(indices),
             "chunks": chunks,
+            "plain_prompts": plain,
         }
 
     def of_networks(self, networks: dict[str, nn.Module]) -> "Prompts":

@@ -132,6 +132,7 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None,
         chunks: int | None = None,
+        plain_prompts: bool | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         batched: bool = True,
@@ -146,7 +147,7 @@ class Pipeline:
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
         50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
         eta and strength.
-        labels, prompts, negative_prompts, chunks: see `conditioning.Request`.
+        labels, prompts, negative_prompts, chunks, plain_prompts: see `conditioning.Request`.
         batched: guidance evaluates both in one call; else in two, in half the memory.
         eps: the noise to start from instead, (B, C, h, w).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
@@ -174,7 +175,7 @@ class Pipeline:
             if mask is not None:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
         dtype = amp_dtype(amp, self.device)
-        request = Request(len(x), labels, prompts, negative_prompts, chunks, dtype)
+        request = Request(len(x), labels, prompts, negative_prompts, chunks, plain_prompts, dtype)
         cond, uncond = self.conditioning.of_request(request, guidance_scale != 1)
         network = guided(self.network(cond, dtype), guidance_scale, guidance_rescale, batched)
         capture = None
@@ -229,14 +230,16 @@ class Pipeline:
         """Give the class labels of images `indices`, (B,), the classes in turn; None without."""
         return labels_in_turn(self.classes, indices) if self.conditional else None
 
-    def prompted(self, prompts: Sequence[str], negative: str = "") -> Callable[..., dict]:
+    def prompted(
+        self, prompts: Sequence[str], negative: str = "", plain_prompts: bool | None = None
+    ) -> Callable[..., dict]:
         """Make a function of indices that gives the options of `frames` for prompts in turn.
 
-        Raises UserError for a model that reads none.
+        plain_prompts: see `conditioning.Request`. Raises UserError for a model that reads none.
         """
         if not self.reads_prompts:
             raise UserError("this model reads no text: it takes no prompts")
-        return self.conditioning.in_turn(prompts, negative)
+        return self.conditioning.in_turn(prompts, negative, plain_prompts)
 
     # --- the network, ready for sampling
 

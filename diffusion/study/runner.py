@@ -108,6 +108,7 @@ def sample_arguments(
         args += [f"--lora={file}:{weight:g}" for file, weight in weights if weight]
     return args + [
         f"--prompt=@{prompts}",
+        "--plain_prompts",
         f"--sampler={s.sampler}",
         f"--steps={s.sample_steps}",
         f"--guidance_scale={base.guidance_scale:g}",

@@ -362,6 +362,7 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
             guidance_scale=c.guidance_scale,
             steps=min(c.sample_steps, len(recipe.schedule)),
             prompts=[wanted] * len(indices),
+            plain_prompts=True,
         )
         try:
             pictures = to_uint8(images, indices)

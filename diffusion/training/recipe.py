@@ -168,7 +168,7 @@ class Recipe:
         pipeline = self.pipeline(model)
         options = {}
         if pipeline.reads_prompts:
-            options = pipeline.prompted(self.prompts)(indices)
+            options = pipeline.prompted(self.prompts, plain_prompts=True)(indices)
         elif pipeline.conditional:
             labels = [i * len(pipeline.classes) // c.num_samples for i in indices]
             options = {"labels": torch.tensor(labels)}

@@ -201,7 +201,7 @@ PICTURES = {
     "sd guided": OF_SD + "--sampler dpmpp_2m --eta 0 " + GUIDED,
     "sd sde": OF_SD + "--sampler dpmpp_2m_sde --eta 1 --guidance_rescale 0.7 " + GUIDED,
     "sd ddpm": OF_SD + "--sampler ddpm --eta 1 --objective v",
-    "sd long prompt": OF_SD + DDIM + GUIDED + "--prompt '(a red face:1.3), [blue], " + "many words " * 12 + "'",
+    "sd long prompt": OF_SD + DDIM + GUIDED + "--plain_prompts --prompt '(a red face:1.3), [blue], " + "many words " * 12 + "'",
     "sd clip skip": OF_SD + DDIM + "--clip_skip 2",
     "sd tiling": OF_SD + DDIM + "--vae_tiling --height 160 --width 144 --num_images 1 --steps 1",
     "sd img2img": OF_SD + DDIM + FROM + GUIDED,

@@ -229,6 +229,17 @@ def test_models_with_a_text_encoder_of_their_own(scratch):
     assert torch.allclose(weighted, expected, atol=1e-5)
 
 
+def test_captions_are_no_syntax(scratch, tmp_path, capsys):
+    from diffusion.evaluation.__main__ import captions_in_turn
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("(red:1.4) [hair")
+    pipeline = load(scratch)
+    given = captions_in_turn(str(tmp_path), [tmp_path / "a.png"], pipeline)([0])
+    assert given["prompts"] == ["(red:1.4) [hair"] and given["plain_prompts"] is True
+    assert "--plain_prompts" not in capsys.readouterr().out
+
+
 # --- through the commands ------------------------------------------------------------------------
 
 

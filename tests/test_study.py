@@ -355,7 +355,7 @@ def test_arguments_of_the_scripts(faces, tmp_path):
         cell = dataclasses.replace(cells[kind], share=0.25)
         args = sample_arguments(s, Base(16, 2.0), cell, [Path("a"), Path("b")], prompts, path)
         parsed = sample.parse(args)
-        assert parsed.guidance_scale == 2 and parsed.num_images == 3
+        assert parsed.guidance_scale == 2 and parsed.num_images == 3 and parsed.plain_prompts
         assert len(parsed.lora + parsed.embedding) == count
         assert parsed.load_path == ("a" if kind == "dreambooth" else s.load_path)
     assert parsed.lora == [("a", 0.75), ("b", 0.25)]
@@ -374,7 +374,7 @@ class Fake:
         self.calls, self.stop_at, self.short_at = [], stop_at, short_at
 
     def __call__(self, script, args, logs, tick) -> dict:
-        options = dict(a.lstrip("-").split("=", 1) for a in args)
+        options = dict(a.lstrip("-").split("=", 1) for a in args if "=" in a)
         folder = Path(options["save_folder"])
         self.calls.append((script, folder.name))
         if len(self.calls) == self.stop_at:

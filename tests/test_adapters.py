@@ -262,16 +262,16 @@ def test_wrong_files(theirs, trained, tmp_path, capsys):
     deep = {k.replace("blocks.0", "blocks.7"): v for k, v in tensors.items() if "blocks.0" in k}
     sdxl = {f"lora_te2_text_model_encoder_layers_{i}_mlp_fc1.lora_{k}.weight": torch.ones(1, 1) for i in range(9) for k in ("down", "up")}  # fmt: skip
     for name, content, told in (
-        ("wide", wide, "for another architecture: its down of .* is .*, this network takes"),
+        ("wide", wide, r"for another architecture: .*\d\) in this network.* lora of"),
         ("deep", deep, "of its .* layers are not in this model"),
         ("sdxl", sdxl, "Stable Diffusion XL"),
-        ("loha", {"lora_unet_x.hada_w1_a": torch.ones(1)}, "is a LoHa"),
-        ("dora", tensors | {"unet.x.lora_magnitude_vector.weight": torch.ones(1)}, "is a DoRA"),
+        ("loha", {"lora_unet_x.hada_w1_a": torch.ones(1)}, "lora_unet_x"),
+        ("dora", tensors | {"unet.x.lora_magnitude_vector.weight": torch.ones(1)}, "unet.x"),
         ("embedding", {"emb_params": torch.ones(1, 32)}, "textual inversion embedding; give it with --embedding"),
         ("other", {"x": torch.ones(1)}, "holds no LoRA: it has x"),
         ("nan", {k: v * float("nan") for k, v in tensors.items()}, "holds NaN or infinity in"),
-        ("rank 0", {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in tensors.items()}, "its down of"),
-        ("scalars", {k: torch.ones(()) for k in tensors}, "its down of"),
+        ("rank 0", {k: v[:0] if "lora_A" in k else v[:, :0] for k, v in tensors.items()}, "down, up"),
+        ("scalars", {k: torch.ones(()) for k in tensors}, "down, up"),
         ("alpha", tensors | {k.replace("lora_A.weight", "alpha"): torch.tensor(float("nan")) for k in tensors if "lora_A" in k}, "holds NaN or infinity in"),
     ):  # fmt: skip
         save_file(content, tmp_path / f"{name}.safetensors")

@@ -7,8 +7,13 @@ their weights stay what they are. `up` starts at zero, so that injecting changes
 
 A linear layer's `down` is (r, in) and its `up` (out, r). A k x k convolution's `down` is a k x k
 convolution (r, in, k, k) of the same stride and padding, its `up` a 1 x 1 one (out, r, 1, 1).
+
+Adapters of other kinds come as a `Delta`, what a layer's own weights change by:
+
+    h = W x + w Delta x
 """
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,6 +51,17 @@ class LowRank(NamedTuple):
     alpha: float
 
 
+class Delta(NamedTuple):
+    """Hold what a layer's weights and its bias change by; None: not at all."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+# layers whose output is linear in their weights: they take a Delta
+LINEAR = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+
+
 class Branch(nn.Module):
     """Add one adapter's branch to one layer. Its parameters are float32 whatever the layer's are.
 
@@ -75,11 +91,35 @@ class Branch(nn.Module):
             x = x.to(self.down.weight.dtype)
         return self.weight * self.scale * self.up(self.down(self.dropout(x)))
 
-    def delta(self) -> Tensor:
-        """Compute what the branch adds to the layer's weights, at weight 1 and in float32."""
+    def changes(self) -> dict[str, Tensor]:
+        """Compute what the branch adds to the layer's parameters, at weight 1 and in float32."""
         down = self.down.weight
         up = self.up.weight
-        return (self.scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+        delta = (self.scale * up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+        return {"weight": delta}
+
+
+class DeltaBranch(nn.Module):
+    """Add the output of a layer's twin, whose weights are what the layer's own change by.
+
+    weight, merged: as in Branch.
+    """
+
+    def __init__(self, layer: nn.Module, delta: Delta):
+        super().__init__()
+        given = delta._asdict().items()
+        own = {k: None if v is None else nn.Parameter(v.to(layer.weight)) for k, v in given}
+        self.twin = copy.copy(layer)
+        self.twin.__dict__.update(_parameters=own, _modules={})
+        self.weight = 1.0
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.twin.forward(x)  # not its hooks, which are the layer's
+
+    def changes(self) -> dict[str, Tensor]:
+        """Give what the layer's parameters change by, at weight 1."""
+        return {name: value.float() for name, value in self.twin.named_parameters()}
 
 
 def add_branches(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
@@ -93,8 +133,8 @@ def add_branches(layer: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
 # --- where they go -------------------------------------------------------------------------------
 
 
-def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the layers that take a branch, by name.
+def layers(model: nn.Module, kinds=nn.Linear | nn.Conv2d) -> dict[str, nn.Module]:
+    """Find the layers of these kinds by name: those that take low-rank branches, unless said.
 
     Weight-standardised convolutions take none: it could not be merged into their weights, whose
     mean and scale are divided out.
@@ -102,7 +142,7 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, kinds)
         and not isinstance(module, WSConv3x3)
         and ".lora." not in name  # the branches' own
     }
@@ -152,27 +192,26 @@ def inject(
         _attach(known[name], adapter, Branch(known[name], rank, alpha, dropout))
 
 
-def load(model: nn.Module, parts: Mapping[str, LowRank], adapter: str, weight: float = 1.0) -> None:
-    """Put branches with these weights beside layers, by module name.
+def load(
+    model: nn.Module, parts: Mapping[str, LowRank | Delta], adapter: str, weight: float = 1.0
+) -> None:
+    """Put branches with these weights, which fit, beside layers, by module name.
 
-    Raises ValueError for a shape that does not fit, and an adapter that is there already.
+    Raises ValueError for an adapter that is there already.
     """
-    known = layers(model)
     for name, low in parts.items():
-        branch = Branch(known[name], len(low.down), low.alpha)
-        for kind in ("down", "up"):
-            given = getattr(low, kind)
-            own = getattr(branch, kind).weight
-            if given.shape != own.shape:
-                raise ValueError(
-                    f"{name}: {kind} is {tuple(given.shape)}, this network takes {tuple(own.shape)}"
-                )
-            own.data.copy_(given)
+        layer = model.get_submodule(name)
+        if isinstance(low, Delta):
+            branch = DeltaBranch(layer, low)
+        else:
+            branch = Branch(layer, len(low.down), low.alpha)
+            for kind in ("down", "up"):
+                getattr(branch, kind).weight.data.copy_(getattr(low, kind))
         branch.weight = weight
-        _attach(known[name], adapter, branch.requires_grad_(False))
+        _attach(layer, adapter, branch.requires_grad_(False))
 
 
-def _attach(layer: nn.Module, adapter: str, branch: Branch) -> None:
+def _attach(layer: nn.Module, adapter: str, branch: Branch | DeltaBranch) -> None:
     if not hasattr(layer, "lora"):
         layer.lora = nn.ModuleDict()
         layer.register_forward_hook(add_branches)
@@ -184,7 +223,7 @@ def _attach(layer: nn.Module, adapter: str, branch: Branch) -> None:
 # --- branches in a network ------------------------------------------------------------------------
 
 
-def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Branch]]:
+def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Branch | DeltaBranch]]:
     """Go through all branches: (module name, layer, adapter, branch)."""
     for name, layer in list(model.named_modules()):
         for adapter, branch in getattr(layer, "lora", {}).items():
@@ -213,7 +252,12 @@ def merge(model: nn.Module) -> None:
     """Add all branches to their layers' weights: the same function at the speed without them."""
     for _, layer, _, branch in branches(model):
         if not branch.merged:
-            total = torch.add(layer.weight.float(), branch.delta(), alpha=branch.weight)
-            # a new tensor: the old one may be shared with another copy of the network, or its file
-            layer.weight.data = torch.empty_like(layer.weight).copy_(total)
+            for name, change in branch.changes().items():
+                own = getattr(layer, name)
+                total = torch.add(own.float(), change, alpha=branch.weight)
+                # a new tensor: the old one may be shared with another copy of the network, or its
+                # file
+                own.data = torch.empty_like(own).copy_(total)
             branch.merged = True
+            if isinstance(branch, DeltaBranch):
+                branch.twin = None  # as large as the layer

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..files.adapter_files import read_lora
+from ..files.adapter_files import read_lora, tokens_of
 from ..files.embedding_files import read_embeddings
 from ..models import lora
 from ..models.clip import CLIPTextModel
@@ -33,6 +33,8 @@ def adapt(
     for i, (path, weight) in enumerate(loras):
         for part, branches in read_lora(path, parts).items():
             lora.load(parts[part], branches, str(i), weight)
+        if tokens_of(path) and path not in embeddings:
+            embeddings = [*embeddings, path]
     if embeddings and "text_encoder" not in parts:
         raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
     if embeddings:

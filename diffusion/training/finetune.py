@@ -28,6 +28,7 @@ from ..data.latents import ENCODE_BATCH, EncodedBatches, weights_digest
 from ..files import adapter_files, embedding_files, output, owned
 from ..files.checkpoint import save_weights
 from ..files.sd_files import OBJECTIVES, find_prediction
+from ..files.strict import some
 from ..models import lora
 from ..models.text_unet import TextUNet, networks_of
 from ..models.textual_inversion import extend, initial_rows, new_rows
@@ -161,7 +162,7 @@ class Adapter:
         model.load_state_dict(state, strict=False)
 
     def write(self, folder: Path, model: nn.Module, step: int, metadata: dict, best: bool) -> None:
-        """Write adapter.safetensors, and adapter_kohya.safetensors for other programs."""
+        """Write adapter.safetensors, and files for other programs beside it."""
         about = {"config": self.config.to_json(), "step": str(step)}
         files = (folder / "adapter.safetensors", folder / "adapter_kohya.safetensors")
         self.save(*files, networks_of(model), about)
@@ -216,11 +217,20 @@ def open_lora(config: Config, stack: FrozenStack | None) -> tuple[Callable, Call
         states = {part: lora.state(network) for part, network in networks.items()}
         states = {part: branches for part, branches in states.items() if branches}
         adapter_files.write_diffusers(own, states, **about)
+        adapter_files.write_peft(own.parent, states["unet"])
         if config.mode == "latent":
             adapter_files.write_kohya(other, states, **about)
 
     with torch.device("meta"):  # mistakes show before images are encoded
-        targets(networks_of(build_network(config, 0, stack)))
+        found = targets(networks_of(build_network(config, 0, stack)))
+    every = [(part, name) for part, names in found.items() for name in names]
+    lost = [name for part, name in every if not adapter_files.in_kohya(part, name)]
+    if lost and config.mode == "latent":
+        left = len(every) - len(lost)
+        dist.log(
+            f"kohya has no names for {some(lost)}: adapter_kohya.safetensors "
+            + (f"holds {left} of {len(every)} layers" if left else "is not written")
+        )
     return attach, save
 
 

@@ -3,6 +3,7 @@
 config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
 checkpoints/  model.pt  ema.safetensors  best.safetensors      (see files/checkpoint.py)
 of an adapter, instead of the last two: adapter.safetensors  adapter_kohya.safetensors
+and for peft: adapter_config.json  adapter_model.safetensors
 """
 
 import contextlib
@@ -24,8 +25,8 @@ from ..runtime.seeding import seed_of
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
 NAMES = (
-    r"(config|metadata)\.json|metrics\.jsonl|model\.pt"
-    r"|(ema|best|adapter|adapter_kohya)\.safetensors"
+    r"(config|metadata|adapter_config)\.json|metrics\.jsonl|model\.pt"
+    r"|(ema|best|adapter|adapter_kohya|adapter_model)\.safetensors"
 )
 # paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
 RUN_FILE = re.compile(

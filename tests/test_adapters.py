@@ -161,6 +161,96 @@ def test_peft_folder(theirs, tmp_path):
     assert_close(draw_ours(theirs[1], loras=[(tmp_path, 1.0)]), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind, options", [
+    ("LoHaConfig", dict(alpha=6, use_effective_conv2d=True, alpha_pattern={"to_q": 2})),
+    ("LoHaConfig", dict(alpha=2)),
+    ("LoKrConfig", dict(alpha=6, rank_pattern={"to_q": 2, "to_v": 40}, decompose_both=True, decompose_factor=8)),
+    ("LoKrConfig", dict(alpha=2, use_effective_conv2d=True)),
+    ("LoraConfig", dict(lora_alpha=6, use_dora=True)),
+], ids=["loha tucker", "loha", "lokr", "lokr tucker", "dora"])  # fmt: skip
+def test_other_kinds_of_peft(theirs, tmp_path, kind, options):
+    """Of a folder that peft saves, of linear layers and convolutions: same noise, same latents."""
+    pipeline = theirs_again(theirs[1])
+    torch.manual_seed(3)
+    config = getattr(peft, kind)(r=3, target_modules=["to_q", "to_v", "conv2", "proj_in"], **options)  # fmt: skip
+    wrapped = peft.get_peft_model(pipeline.unet, config)
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            p.data = p.data * 1.2 if "magnitude" in name else torch.randn_like(p) / 3
+    wrapped.save_pretrained(tmp_path)
+    expected = draw_theirs(pipeline)
+    assert (draw_ours(theirs[1]) - expected).abs().max() > 0.01
+    assert_close(draw_ours(theirs[1], loras=[(tmp_path, 1.0)]), expected, rtol=1e-4, atol=1e-4)
+
+
+def cloneofsimo(network, classes, kinds=nn.Linear) -> list[nn.Module]:
+    """The layers that lora_diffusion's _find_modules finds, in its order."""
+    above = [m for m in network.modules() if type(m).__name__ in classes]
+    return [m for module in above for m in module.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize("made", ["of today", "of 2022", "attention", "extended", "text", "both"])
+def test_cloneofsimo_s_files(theirs, tmp_path, made):
+    """W + up down for each layer in turn; .pt of one network, .safetensors of both, with tokens."""
+    pipeline = theirs_again(theirs[1])
+    torch.manual_seed(0)
+    layers = {"unet": [], "text_encoder": []}
+    if made == "extended":
+        layers["unet"] = cloneofsimo(pipeline.unet, {"ResnetBlock2D", "Attention", "GEGLU"}, nn.Linear | nn.Conv2d)  # fmt: skip
+    elif made != "text":
+        layers["unet"] = cloneofsimo(pipeline.unet, {"Attention", "GEGLU"} - ({"GEGLU"} if made == "attention" else set()))  # fmt: skip
+    if made in ("text", "both"):
+        layers["text_encoder"] = cloneofsimo(pipeline.text_encoder, {"CLIPAttention"})
+    if made == "of 2022":  # BasicTransformerBlock had its feed-forward layer before attn2
+        layers["unet"] = [layers["unet"][i + j] for i in range(0, len(layers["unet"]), 9) for j in (0, 1, 2, 3, 8, 4, 5, 6, 7)]  # fmt: skip
+    weights = {}
+    for part, found in layers.items():
+        for i, layer in enumerate(found):
+            W = layer.weight.data
+            up = (torch.randn(len(W), 2, *[1] * (W.ndim - 2)) / 4).half()
+            down = (torch.randn(2, *W.shape[1:]) / 4).half()
+            layer.weight.data = W + (up.float().flatten(1) @ down.float().flatten(1)).view_as(W)
+            weights |= {f"{part}:{i}:up": up, f"{part}:{i}:down": down}
+    file = tmp_path / "a.pt"
+    prompt = PROMPT
+    if made == "both":
+        file = tmp_path / "a.safetensors"
+        token = torch.randn(32, generator=torch.Generator().manual_seed(1))
+        marks = {"unet": '["GEGLU", "Attention"]', "unet:0:rank": "2", "<s1>": "<embed>"}
+        save_file(weights | {"<s1>": token}, file, metadata=marks)
+        prompt = ["a red <s1>"]
+        torch.save({"<s1>": token}, tmp_path / "ti.bin")
+        pipeline.load_textual_inversion(str(tmp_path), weight_name="ti.bin")
+    else:
+        torch.save(list(weights.values()), file)
+    expected = draw_theirs(pipeline, prompt)
+    assert_close(draw_ours(theirs[1], prompt, loras=[(file, 1.0)]), expected, rtol=1e-4, atol=1e-4)
+    assert (draw_ours(theirs[1]) - expected).abs().max() > 0.01
+    if made == "both":  # the tokens are not lost, and not taken twice
+        given = dict(loras=[(file, 1.0)], embeddings=[file])
+        assert_close(draw_ours(theirs[1], prompt, **given), expected, rtol=1e-4, atol=1e-4)
+        short = {k: v for k, v in weights.items() if k != "unet:3:down"}
+        save_file(short, tmp_path / "short.safetensors")
+        with pytest.raises(UserError, match="short.safetensors .*U-Net"):
+            draw_ours(theirs[1], loras=[(tmp_path / "short.safetensors", 1.0)])
+
+
+def test_folders(theirs, trained, tmp_path):
+    """A file by any name, if it is the only one; else they are named."""
+    (tmp_path / "._lora.safetensors").write_bytes(b"of a Mac")
+    (tmp_path / "fox.safetensors").write_bytes(trained[2].read_bytes())
+    known = networks(theirs[1])
+    found = adapters.read_lora(tmp_path, known)
+    assert found["unet"].keys() == adapters.read_lora(trained[2].parent, known)["unet"].keys()
+    (tmp_path / "wolf.safetensors").write_bytes(trained[2].read_bytes())
+    with pytest.raises(UserError, match=f"{tmp_path} .*fox.safetensors, wolf.safetensors"):
+        adapters.read_lora(tmp_path, known)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(trained[2].read_bytes())
+    adapters.read_lora(tmp_path, known)
+    with pytest.raises(UserError, match="adapter.safetensors"):
+        adapters.read_lora(theirs[1], known)
+
+
 def test_block_names_of_original_files(theirs):
     """CompVis' numbers, written out for this network (one ResBlock a level, two levels)."""
     known = adapters._layer_names(networks(theirs[1]))

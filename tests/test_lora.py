@@ -1,6 +1,8 @@
 """LoRA on networks: identity, closed form, merging, what it may be injected into."""
 
 import copy
+import functools
+import importlib
 
 import pytest
 import torch
@@ -239,10 +241,7 @@ KINDS = {
 
 def theirs(kind, unet) -> tuple[dict, dict]:
     """(LyCORIS' modules beside layers of a network, with random weights; the file that it saves)."""
-    lycoris = pytest.importorskip("lycoris", reason="needs lycoris-lora (tests/requirements.txt)")
-    assert lycoris
-    import importlib
-
+    pytest.importorskip("lycoris", reason="needs lycoris-lora (tests/requirements.txt)")
     where, options = KINDS[kind]
     module, name = where.split(".")
     made = getattr(importlib.import_module(f"lycoris.modules.{module}"), name)
@@ -324,10 +323,13 @@ def test_half_precision_and_sums_of_kinds(tmp_path):
     assert copy.deepcopy(nets["beside"])(x, t, cond).equal(nets["beside"](x, t, cond))
 
 
+same_unet = functools.cache(sd_unet)
+
+
 def refused(tensors, tmp_path, *named) -> None:
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(UserError) as caught:
-        adapter_files.read_lora(tmp_path / "bad.safetensors", {"unet": sd_unet()})
+        adapter_files.read_lora(tmp_path / "bad.safetensors", {"unet": same_unet()})
     told = str(caught.value)
     assert all(name in told for name in ("bad.safetensors", *named)), told
     assert "\n" not in told and len(told) < 700

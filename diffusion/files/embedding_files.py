@@ -48,7 +48,8 @@ def read_embeddings(
     for path in map(Path, paths):
         inside = read_embedding(path, width)
         for token, vectors in inside.items():
-            names = {"file": path.stem, "inside": token} if len(inside) == 1 else {"inside": token}
+            alone = len(inside) == 1 and not tokens_of(path)  # a LoRA's name is not a token's
+            names = {"file": path.stem, "inside": token} if alone else {"inside": token}
             tokens.append((path, names, vectors))
     found = []
     for path, names, vectors in tokens:

@@ -268,6 +268,55 @@ def test_lora_on_a_pixel_model(model, options, tmp_path):
     assert cond.labels.tolist() == [1, 3]  # the null label
 
 
+@pytest.mark.parametrize("base", ["sd", "pixel"])
+def test_peft_reads_a_run(base, sd_folder, model, options, tmp_path):
+    """PeftModel.from_pretrained on the folder computes what the network computes with the file.
+
+    `--lora FOLDER` means the whole LoRA, the text encoder's too.
+    """
+    peft = pytest.importorskip("peft", reason="needs peft (tests/requirements.txt)")
+    options |= dict(adapter="lora", load_path=str(model)) if base == "pixel" else on_sd(sd_folder) | LORA  # fmt: skip
+    train(
+        Config(**options | dict(rank=3, alpha=5.0, train_steps=2, train_text_encoder=base == "sd"))
+    )
+    run = tmp_path / "run"
+    assert peft.LoraConfig.from_pretrained(run).lora_alpha == 5
+    where = (str(model), None) if base == "pixel" else (None, sd_folder)
+    plain, ours, whole = (
+        open_pipeline(*where, "ema", CPU, amp="no", loras=loras).networks
+        for loras in ([], [(run / "adapter.safetensors", 1.0)], [(run, 1.0)])
+    )
+    for part, network in ours.items():
+        same(network.state_dict(), whole[part].state_dict())
+    theirs = peft.PeftModel.from_pretrained(plain["unet"], run)
+    names = [name for name, _ in plain["unet"].named_modules() if name.endswith(".lora_A.default")]
+    assert names and any(p.abs().max() > 0 for n, p in theirs.named_parameters() if "lora_B" in n)
+    merged = theirs.merge_and_unload()
+    expected = ours["unet"].state_dict()
+    found = merged.state_dict()
+    assert found.keys() == {name for name in expected if ".lora." not in name}
+    for name, value in found.items():
+        assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_kohya_gets_what_it_has_names_for(sd_folder, options, tmp_path, capsys):
+    """Of its classes; what it has no names for is named, and alone is not written."""
+    options |= on_sd(sd_folder) | LORA | dict(train_steps=2, num_samples=0)
+    every = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+    train(Config(**options | dict(targets="all", train_text_encoder=True)))
+    out = capsys.readouterr().out
+    assert "adapter_kohya.safetensors" in out and "conv_in" in out
+    mine, kohya = (load_file(tmp_path / "run" / f"{n}.safetensors") for n in ("adapter", "adapter_kohya"))  # fmt: skip
+    names = {n.removeprefix("unet.").split(".lora_")[0] for n in mine}
+    held = {n.removeprefix("lora_unet_").split(".")[0] for n in kohya if n.endswith(".alpha")}
+    lost = {n for n in names if n.replace(".", "_") not in held and "text" not in n}
+    assert lost == every and len(kohya) == 3 * (len(names) - len(every))
+    train(Config(**options | dict(targets="conv_(in|out)", save_folder=str(tmp_path / "few"))))
+    assert "adapter_kohya.safetensors is not written" in capsys.readouterr().out
+    assert (tmp_path / "few" / "adapter.safetensors").exists()
+    assert not (tmp_path / "few" / "adapter_kohya.safetensors").exists()
+
+
 # --- resuming -------------------------------------------------------------------------------------
 
 

@@ -364,7 +364,9 @@ def of_run(folder: Path) -> dict[str, str]:
     found["rest of model.pt"] = of_tensors(state)
     found["metrics.jsonl"] = digest(json.dumps(lines, sort_keys=True).encode())
     found["samples"] = of_pictures((folder / "samples").glob("*.png"))
-    return found | {path.name: of_tensors(load_file(path)) for path in folder.glob("*.safetensors")}
+    # peft's file holds the tensors of adapter.safetensors once more
+    files = (f for f in folder.glob("*.safetensors") if f.stem != "adapter_model")
+    return found | {path.name: of_tensors(load_file(path)) for path in files}
 
 
 def of_samples(folder: Path) -> dict[str, str]:

@@ -263,7 +263,8 @@ def theirs(kind, unet) -> tuple[dict, dict]:
         if kind == "full":
             saved = {"diff": beside[path].weight, "diff_b": beside[path].bias}
         flat = path.replace(".", "_")
-        file |= {f"lora_unet_{flat}.{k}": v.detach().clone().contiguous() for k, v in saved.items() if v is not None}  # fmt: skip
+        prefix = ("lora_unet_", "lycoris_unet_", "lycoris_")[i % 3]
+        file |= {f"{prefix}{flat}.{k}": v.detach().clone().contiguous() for k, v in saved.items() if v is not None}  # fmt: skip
     return beside, file
 
 
@@ -341,6 +342,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     norm = f"lora_unet_{NORMS[0].replace('.', '_')}."
     _, loha = theirs("LoHa", sd_unet())
     hada = {k: v for k, v in loha.items() if k.startswith(key)}
+    assert hada
     _, lokr = theirs("LoKr", sd_unet())
     kron = {k: v for k, v in lokr.items() if k.startswith(key)}
     pair = {f"{key}lora_down.weight": torch.ones(2, 24), f"{key}lora_up.weight": torch.ones(16, 2)}

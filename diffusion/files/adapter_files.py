@@ -62,11 +62,8 @@ PREFIX = {
     ),
 }
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-# the layers in the classes of kohya's UNET_TARGET_REPLACE_MODULE and its like
-KOHYA_LAYERS = {
-    "unet": re.compile("attentions|resnets|samplers"),
-    "text_encoder": re.compile("self_attn|mlp"),
-}
+# the U-Net's layers in the classes of kohya's UNET_TARGET_REPLACE_MODULE and its like
+KOHYA_UNET = re.compile("attentions|resnets|samplers")
 # what sd_names.family calls the files that are read
 KINDS = ("a LoRA", "a LoHa", "a LoKr", "a DoRA", "a LoRA with a Tucker core", None)
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr, DoRA and full differences"
@@ -134,7 +131,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     fit; and for files that hold no adapter, or one of a kind that is not read.
     """
     folder = Path(path).is_dir()
-    path = _find_file(Path(path))
+    path = find_file(Path(path))
     tensors = _name_layers(path, _open(path), networks)
     settings = _settings(path, folder)
     family = sd_names.family(tensors)
@@ -187,7 +184,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     return parts
 
 
-def _find_file(path: Path) -> Path:
+def find_file(path: Path) -> Path:
     """Find the LoRA of a folder; a file is itself. Raises UserError if there is no or no one."""
     if not path.is_dir():
         return path
@@ -236,11 +233,9 @@ def _settings(path: Path, folder: bool) -> dict[str, dict]:
     return settings
 
 
-def tokens_of(path: str | Path) -> set[str]:
+def tokens_of(path: Path) -> set[str]:
     """Find the tokens whose vectors cloneofsimo's trainers put into a LoRA's file."""
-    path = _find_file(Path(path))
-    marks = read_metadata(path) if path.is_file() else {}
-    return {name for name, mark in marks.items() if mark == EMBEDDING}
+    return {name for name, mark in read_metadata(path).items() if mark == EMBEDDING}
 
 
 def _name_layers(path: Path, tensors: Tensors, networks: Mapping[str, nn.Module]) -> Tensors:
@@ -302,7 +297,7 @@ def _branch(path: Path, name: str, own: Tensors, layer: nn.Module, settings: dic
         f"this network, the file has its {some(sorted(own))}; wrong or missing"
     ):
         change, rank = _multiply(left, weight.shape)
-        if rank is None:  # of a LoKr: in peft's settings, or nowhere
+        if rank is None and "lokr_w1" in own:  # in peft's settings, or nowhere
             rank = _pattern(settings, "rank_pattern", name, settings.get("r"))
         if rank is not None:
             # kohya's 0 is no alpha
@@ -502,7 +497,7 @@ def _as_peft(branches: Mapping[str, LowRank], prefix: str) -> tuple[Tensors, dic
 
 def in_kohya(part: str, name: str) -> bool:
     """Check whether kohya's LoRAs may have a layer."""
-    return bool(KOHYA_LAYERS[part].search(name))
+    return part != "unet" or bool(KOHYA_UNET.search(name))
 
 
 def write_kohya(path: Path, parts: Parts, **about: str) -> None:

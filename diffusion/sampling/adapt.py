@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..files.adapter_files import read_lora, tokens_of
+from ..files.adapter_files import find_file, read_lora, tokens_of
 from ..files.embedding_files import read_embeddings
 from ..models import lora
 from ..models.clip import CLIPTextModel
@@ -33,8 +33,9 @@ def adapt(
     for i, (path, weight) in enumerate(loras):
         for part, branches in read_lora(path, parts).items():
             lora.load(parts[part], branches, str(i), weight)
-        if tokens_of(path) and path not in embeddings:
-            embeddings = [*embeddings, path]
+        file = find_file(Path(path))
+        if tokens_of(file) and file not in map(Path, embeddings):
+            embeddings = [*embeddings, file]
     if embeddings and "text_encoder" not in parts:
         raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
     if embeddings:

@@ -226,9 +226,7 @@ def test_cloneofsimo_s_files(theirs, tmp_path, made):
     expected = draw_theirs(pipeline, prompt)
     assert_close(draw_ours(theirs[1], prompt, loras=[(file, 1.0)]), expected, rtol=1e-4, atol=1e-4)
     assert (draw_ours(theirs[1]) - expected).abs().max() > 0.01
-    if made == "both":  # the tokens are not lost, and not taken twice
-        given = dict(loras=[(file, 1.0)], embeddings=[file])
-        assert_close(draw_ours(theirs[1], prompt, **given), expected, rtol=1e-4, atol=1e-4)
+    if made == "both":
         short = {k: v for k, v in weights.items() if k != "unet:3:down"}
         save_file(short, tmp_path / "short.safetensors")
         with pytest.raises(UserError, match="short.safetensors .*U-Net"):

@@ -45,7 +45,7 @@ from ..runtime.distributed import log
 from . import sd_names
 from .atomic import blame, write_text
 from .strict import UNUSED, some
-from .tensors import is_safetensors, read_metadata, read_object, read_tensors, write_tensors
+from .tensors import read_metadata, read_object, read_tensors, write_tensors
 from .text_files import parse_json, read_json
 from .validate import Tensors, check_tensors
 
@@ -131,7 +131,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     fit; and for files that hold no adapter, or one of a kind that is not read.
     """
     folder = Path(path).is_dir()
-    path = find_file(Path(path))
+    path = _find_file(Path(path))
     tensors = _name_layers(path, _open(path), networks)
     settings = _settings(path, folder)
     family = sd_names.family(tensors)
@@ -184,7 +184,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
     return parts
 
 
-def find_file(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     """Find the LoRA of a folder; a file is itself. Raises UserError if there is no or no one."""
     if not path.is_dir():
         return path
@@ -200,14 +200,29 @@ def find_file(path: Path) -> Path:
 
 def _open(path: Path) -> Tensors:
     """Read all tensors but the vectors of tokens."""
-    content = None if is_safetensors(path) else read_object(path)
-    if isinstance(content, list):  # cloneofsimo's
-        tensors = {f":{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(content)}
-    else:
+    try:
         tensors = read_tensors(path)
+    except UserError:
+        content = read_object(path)
+        if not isinstance(content, list):
+            raise
+        # cloneofsimo's
+        tensors = {f":{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(content)}
     check_tensors(tensors, str(path))
-    tokens = tokens_of(path)
-    return {name: value for name, value in tensors.items() if name not in tokens}
+    marks = read_metadata(path)
+    return {name: value for name, value in tensors.items() if marks.get(name) != EMBEDDING}
+
+
+def read_tokens(path: str | Path, width: int) -> Tensors:
+    """Read the vectors (n, width) of tokens that cloneofsimo's trainers put into a LoRA's file.
+
+    Raises UserError for another width.
+    """
+    path = _find_file(Path(path))
+    tokens = [name for name, mark in read_metadata(path).items() if mark == EMBEDDING]
+    with blame(f"{path}: its vectors of {some(tokens)} are for another text encoder"):
+        tensors = read_tensors(path) if tokens else {}
+        return {token: tensors[token].float().reshape(-1, width) for token in tokens}
 
 
 def _settings(path: Path, folder: bool) -> dict[str, dict]:
@@ -231,11 +246,6 @@ def _settings(path: Path, folder: bool) -> dict[str, dict]:
     for own in settings.values():
         check_settings(path, own)
     return settings
-
-
-def tokens_of(path: Path) -> set[str]:
-    """Find the tokens whose vectors cloneofsimo's trainers put into a LoRA's file."""
-    return {name for name, mark in read_metadata(path).items() if mark == EMBEDDING}
 
 
 def _name_layers(path: Path, tensors: Tensors, networks: Mapping[str, nn.Module]) -> Tensors:

@@ -3,7 +3,6 @@
     diffusers     {"<token>": (n, D)}, .safetensors or .bin
     A1111, kohya  {"emb_params": (n, D)}, .safetensors; the token is the file's name
     A1111 .pt     {"string_to_param": {"*": (n, D)}, "name": token}, also as a ParameterDict
-    cloneofsimo   {"<token>": (D,)} in a LoRA, marked in its metadata
     bare          a tensor; the token is the file's name
 
 A token answers to its file's name, as in A1111 and ComfyUI, and to the name inside.
@@ -20,7 +19,7 @@ from torch import Tensor
 from .. import UserError
 from ..models.tokenizer import plain
 from . import sd_names
-from .adapter_files import save, tokens_of
+from .adapter_files import save
 from .strict import some
 from .tensors import is_safetensors, read_metadata, read_object, read_tensors
 from .validate import Tensors, check_tensors
@@ -48,8 +47,7 @@ def read_embeddings(
     for path in map(Path, paths):
         inside = read_embedding(path, width)
         for token, vectors in inside.items():
-            alone = len(inside) == 1 and not tokens_of(path)  # a LoRA's name is not a token's
-            names = {"file": path.stem, "inside": token} if alone else {"inside": token}
+            names = {"file": path.stem, "inside": token} if len(inside) == 1 else {"inside": token}
             tokens.append((path, names, vectors))
     found = []
     for path, names, vectors in tokens:
@@ -90,8 +88,6 @@ def read_embedding(path: str | Path, width: int) -> Tensors:
     """
     path = Path(path)
     content = read_tensors(path) if is_safetensors(path) else read_object(path)
-    marked = tokens_of(path)  # in a LoRA
-    content = {k: v for k, v in content.items() if k in marked} if marked else content
     found = _tokens(content, read_metadata(path).get("name") or path.stem)
     usable = found and all(
         isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2 for v in found.values()

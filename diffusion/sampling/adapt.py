@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..files.adapter_files import find_file, read_lora, tokens_of
-from ..files.embedding_files import read_embeddings
+from ..files.adapter_files import read_lora, read_tokens
+from ..files.embedding_files import Embedding, read_embeddings
 from ..models import lora
 from ..models.clip import CLIPTextModel
 from ..models.textual_inversion import extend
@@ -30,16 +30,18 @@ def adapt(
     Raises UserError for files that do not fit the model.
     """
     parts = pipeline.networks
+    inside = []  # tokens in the LoRAs' files
     for i, (path, weight) in enumerate(loras):
         for part, branches in read_lora(path, parts).items():
             lora.load(parts[part], branches, str(i), weight)
-        file = find_file(Path(path))
-        if tokens_of(file) and file not in map(Path, embeddings):
-            embeddings = [*embeddings, file]
+        if "text_encoder" in parts:
+            tokens = read_tokens(path, parts["text_encoder"].config.hidden_size)
+            inside += [Embedding(Path(path), (name,), value) for name, value in tokens.items()]
     if embeddings and "text_encoder" not in parts:
         raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
-    if embeddings:
-        add_embeddings(pipeline.conditioning.tokenizer, parts["text_encoder"], embeddings)
+    if embeddings or inside:
+        tokenizer = pipeline.conditioning.tokenizer
+        add_embeddings(tokenizer, parts["text_encoder"], embeddings, inside)
     if merged:
         for network in parts.values():
             if next(network.parameters()).dtype == torch.float32:
@@ -54,12 +56,19 @@ def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
     pipeline.forget()
 
 
-def add_embeddings(tokenizer: Tokenizer, text: CLIPTextModel, paths: Sequence[str | Path]) -> None:
+def add_embeddings(
+    tokenizer: Tokenizer,
+    text: CLIPTextModel,
+    paths: Sequence[str | Path],
+    others: Sequence[Embedding] = (),
+) -> None:
     """Put textual inversions into a vocabulary and its text encoder, and print their names.
 
+    others: that have been read.
     Raises UserError for files that do not fit, and for names that no prompt can hold.
     """
-    for found in read_embeddings(paths, text.config.hidden_size, lambda m: log(f"warning: {m}")):
+    read = read_embeddings(paths, text.config.hidden_size, lambda m: log(f"warning: {m}"))
+    for found in (*read, *others):
         names = [name for name in found.names if tokenizer.can_hold(name)]
         if odd := [name for name in found.names if name not in names]:
             message = f"{found.path}: {odd[0]!r} cannot be typed in a prompt"

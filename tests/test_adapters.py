@@ -163,9 +163,9 @@ def test_peft_folder(theirs, tmp_path):
 
 @pytest.mark.parametrize("kind, options", [
     ("LoHaConfig", dict(alpha=6, use_effective_conv2d=True, alpha_pattern={"to_q": 2})),
-    ("LoHaConfig", dict(alpha=2)),
+    pytest.param("LoHaConfig", dict(alpha=2), marks=pytest.mark.slow),
     ("LoKrConfig", dict(alpha=6, rank_pattern={"to_q": 2, "to_v": 40}, decompose_both=True, decompose_factor=8)),
-    ("LoKrConfig", dict(alpha=2, use_effective_conv2d=True)),
+    pytest.param("LoKrConfig", dict(alpha=2, use_effective_conv2d=True), marks=pytest.mark.slow),
     ("LoraConfig", dict(lora_alpha=6, use_dora=True)),
 ], ids=["loha tucker", "loha", "lokr", "lokr tucker", "dora"])  # fmt: skip
 def test_other_kinds_of_peft(theirs, tmp_path, kind, options):
@@ -189,7 +189,7 @@ def cloneofsimo(network, classes, kinds=nn.Linear) -> list[nn.Module]:
     return [m for module in above for m in module.modules() if isinstance(m, kinds)]
 
 
-@pytest.mark.parametrize("made", ["of today", "of 2022", "attention", "extended", "text", "both"])
+@pytest.mark.parametrize("made", ["of 2022", "both", *(pytest.param(n, marks=pytest.mark.slow) for n in ("of today", "attention", "extended", "text"))])  # fmt: skip
 def test_cloneofsimo_s_files(theirs, tmp_path, made):
     """W + up down for each layer in turn; .pt of one network, .safetensors of both, with tokens."""
     pipeline = theirs_again(theirs[1])

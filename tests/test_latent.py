@@ -515,16 +515,12 @@ def test_presets_are_whole():
     assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "fp16", 3, 512)
 
 
-def test_damaged_latents_are_not_trained_on(tmp_path):
-    """They are looked at when they are read, and named."""
+def test_damaged_latents_are_not_trained_on(tmp_path, capsys):
+    """They have a digest, are named and made again; files of before there was one, too."""
     make = lambda: numbers(tmp_path, lambda i: np.ones((len(i), 2)))  # noqa: E731
     assert make()[np.arange(4)].tolist() == [[1, 1]] * 4
     data = np.ones((4, 2), np.float16)
     data[2, 1] = np.nan
     np.save(tmp_path / "00000.npy", data)
-    damaged = make()
-    assert np.isfinite(damaged[np.array([0, 3])]).all()
-    with pytest.raises(UserError, match="00000.npy .*delete it"):
-        damaged[np.array([3, 2])]
-    (tmp_path / "00000.npy").unlink()
-    assert np.isfinite(make()[np.arange(4)]).all()  # made again
+    assert make()[np.arange(4)].tolist() == [[1, 1]] * 4
+    assert str(tmp_path) in capsys.readouterr().out

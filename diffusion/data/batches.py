@@ -30,6 +30,9 @@ class Batches(StepBatches):
         super().__init__(batch_size, seed, flip)
         self.pixels = pixels
         self.train, self.held_out = held_out(pixels.images.names)
+        if pixels.images.repeats:
+            repeats = np.asarray(pixels.images.repeats)[self.train]
+            self.train = np.concatenate([self.train[repeats > n] for n in range(repeats.max())])
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
         self.length: int | None = len(self.train)  # samples in an epoch, where known

@@ -1,26 +1,31 @@
 """Arrays that are computed once: decoded images, latents, embeddings of captions.
 
-    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each
+    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each, then a SHA-256 digest
     <cache_dir>/<key>/00000.json       notes on some of these entries, by index
 
 The key is a digest of all that the numbers depend on: whatever changes makes another cache. A shard
 is written atomically, and computed by whoever locks it first: the ranks of a run, and other runs,
-build at the same time. A build that was killed resumes with the shards that are missing.
+build at the same time. A build that was killed resumes with the shards that are missing. The digest
+is that of the shard and its notes, and compared when they are opened: what is damaged, or older
+than digests are, is computed again.
 """
 
 import contextlib
+import hashlib
+import io
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import UserError
-from ..files.atomic import atomic, write_text
-from ..files.text_files import read_json
+from ..files.atomic import atomic, is_temporary, locked, open_regular, write_text
+from ..files.text_files import MAX_JSON, read_bytes
 from ..runtime.distributed import barrier, log, progress, rank, world_size
 
 
@@ -45,7 +50,13 @@ class Cache:
 
     def __post_init__(self):
         shards = range(-(-self.count // self.shard))
-        self.built = [s for s in shards if self._open(s) is None]  # by this start of the program
+        self.arrays = [self._open(s) for s in shards]
+        self.built = [s for s in shards if self.arrays[s] is None]  # by this start of the program
+        if damaged := sum(os.path.lexists(self._file(s)) for s in self.built):
+            log(
+                f"warning: {self.what}: {damaged} files in {self.folder} are damaged or of an "
+                "earlier version, and computed again"
+            )
         try:
             self._build(self.built[rank() :: world_size()])
             barrier()
@@ -55,7 +66,6 @@ class Cache:
                 f"{self.what} cannot be cached in {self.folder}: {error}; free some space, choose "
                 "another --cache_dir, or give --no_cache, by which decoded images are not cached"
             ) from None
-        self.arrays = [self._open(s) for s in shards]
         if any(array is None for array in self.arrays):
             raise UserError(f"{self.folder} changed while it was read; start again")
 
@@ -63,15 +73,10 @@ class Cache:
         return self.count
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """Read (n, *shape) entries. Raises UserError for damaged ones."""
+        """Read (n, *shape) entries."""
         out = np.empty((len(indices), *self.shape), self.dtype)
         for row, i in enumerate(indices):
             out[row] = self.arrays[i // self.shard][i % self.shard]
-            if not np.isfinite(out[row]).all():
-                raise UserError(
-                    f"{self._file(i // self.shard)} is damaged: it holds NaN or infinity; delete "
-                    "it, and it is computed again"
-                )
         return out
 
     def _file(self, shard: int) -> Path:
@@ -83,22 +88,43 @@ class Cache:
     def _open(self, shard: int) -> np.ndarray | None:
         """Map a shard into memory and take in its notes; None where it is missing or damaged."""
         entries = self._entries(shard)
-        file = self._file(shard)
-        beside = file.with_suffix(".json")
-        with contextlib.suppress(Exception):  # a damaged header can be wrong in many ways
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            found = read_json(beside) if beside.exists() else {}
-            notes = {int(i): note for i, note in found.items()}
-            right = (len(entries), *self.shape) == array.shape and array.dtype == self.dtype
-            if right and notes.keys() <= set(entries):
-                self.notes |= notes
+        beside = self._file(shard).with_suffix(".json")
+        head, seal = self._begin(shard)
+        with contextlib.suppress(Exception), open_regular(self._file(shard)) as file:
+            array = np.memmap(file, self.dtype, "r", len(head), (len(entries), *self.shape))
+            notes = read_bytes(beside, MAX_JSON) if os.path.lexists(beside) else b""
+            seal.update(array)
+            seal.update(notes)
+            file.seek(0)
+            begins = file.read(len(head)) == head
+            file.seek(len(head) + array.nbytes)
+            if begins and file.read(seal.digest_size + 1) == seal.digest():
+                self.notes |= {int(i): note for i, note in json.loads(notes or b"{}").items()}
                 return array
         return None
 
+    def _begin(self, shard: int) -> tuple[bytes, "hashlib._Hash"]:
+        """Make the header of a shard's file, and the digest that begins with it."""
+        descr = np.lib.format.dtype_to_descr(np.dtype(self.dtype))
+        shape = (len(self._entries(shard)), *self.shape)
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            head, dict(descr=descr, fortran_order=False, shape=shape)
+        )
+        place = f"{self.folder.name} {shard}".encode()
+        return head.getvalue(), hashlib.sha256(place + head.getvalue())
+
+    def _is_there(self, shard: int) -> bool:
+        if self.arrays[shard] is None:
+            self.arrays[shard] = self._open(shard)
+        return self.arrays[shard] is not None
+
     def _build(self, shards: list[int]) -> None:
-        shards = [s for s in shards if self._open(s) is None]
+        shards = [s for s in shards if not self._is_there(s)]
         if not shards:
             return
+        if self.folder.is_symlink():  # whose files might be replaced?
+            raise OSError(f"it is a link to {os.readlink(self.folder)}")
         self.folder.mkdir(parents=True, exist_ok=True)
         count = sum(len(self._entries(s)) for s in shards)
         check_space(self.folder, count * math.prod(self.shape) * np.dtype(self.dtype).itemsize)
@@ -106,17 +132,20 @@ class Cache:
         with progress(total=count, desc=self.what, unit="", leave=False) as bar:
             for shard in shards:
                 lock = self._file(shard).with_suffix(".lock")
-                with locked(lock):
-                    if self._open(shard) is None:  # else another process was faster
+                with locked(lock) as held:
+                    for left in self.folder.glob(f".{shard:05d}.*") if held else ():
+                        if is_temporary(left.name, rf"{shard:05d}\.(npy|json)"):
+                            left.unlink()  # of a builder that was killed
+                    if not self._is_there(shard):  # else another process was faster
                         atomic(self._file(shard), lambda path: self._write(path, shard, bar))
+                        self._is_there(shard)
                     lock.unlink(missing_ok=True)  # who still waits for it finds the shard
 
     def _write(self, path: Path, shard: int, bar) -> None:
         entries = self._entries(shard)
-        descr = np.lib.format.dtype_to_descr(np.dtype(self.dtype))
-        header = dict(descr=descr, fortran_order=False, shape=(len(entries), *self.shape))
+        head, seal = self._begin(shard)
         with open(path, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
+            out.write(head)
             for low in range(0, len(entries), self.chunk):
                 values = self.compute(entries[low : low + self.chunk])
                 values = values.astype(self.dtype, copy=False)
@@ -124,13 +153,17 @@ class Cache:
                     raise UserError(
                         f"{self.what}: the network made non-finite numbers; try --amp no"
                     )
+                seal.update(values.tobytes())
                 out.write(values.tobytes())
                 bar.update(len(values))
-        notes = {i: self.notes[i] for i in entries if i in self.notes}
-        beside = self._file(shard).with_suffix(".json")
-        beside.unlink(missing_ok=True)
-        if notes:
-            write_text(beside, json.dumps(notes))
+            notes = {i: self.notes[i] for i in entries if i in self.notes}
+            beside = self._file(shard).with_suffix(".json")
+            beside.unlink(missing_ok=True)
+            if notes:
+                text = json.dumps(notes)
+                write_text(beside, text)
+                seal.update(text.encode())
+            out.write(seal.digest())
 
 
 def check_space(folder: Path, need: int) -> None:
@@ -138,14 +171,3 @@ def check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the system takes back if we die; none where it has none."""
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,13 +1,16 @@
 """Which files below a folder are a data set: the scan, and the splits that folders stand for.
 
 A scan leaves out what this program has written, what file managers put beside pictures, and hidden
-entries; links are followed. `choose_split` picks train/ where a folder holds splits:
+entries. Links are followed, but for texts and tables that lead out of the folder, whose words end
+up in models and pictures: those only to where images of the set come from, too, or to the store of
+the hub's snapshot that the folder is. `choose_split` picks train/ where a folder holds splits:
 
     train/cat/0.png  test/cat/1.png        or, the other way round,        cat/train/  cat/test/
 
 Both say what they have left out.
 """
 
+import contextlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,8 +19,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..files import owned
+from ..files.atomic import reason
 from ..runtime.distributed import log
 from .images import SUFFIXES
 
@@ -40,6 +44,7 @@ NAMED = re.compile(
 )
 TEXTS = (".txt", ".caption")  # captions, if they stand beside an image
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+LEVELS = 16  # of folders in which splits are looked for
 # splits, and what stands around them: "seg_train", "Training Set", "train2017", "test_images"
 SPLIT_NAME = re.compile(
     r"(?:(?:seg|images?|imgs?|data|dataset)[ _-])?"
@@ -49,9 +54,14 @@ SPLIT_NAME = re.compile(
 )
 
 
+def legible(text: str, limit: int = 1000) -> str:
+    """Give a name for a message: itself if it is short and on one line, else as `shown` does."""
+    return text if text.isprintable() and len(text) <= limit else shown(text, limit)
+
+
 def listed(parts: Iterable[str], max_parts: int = 20, between: str = ", ") -> str:
     """Join texts, the first of many only."""
-    parts = list(parts)
+    parts = list(map(legible, parts))
     return between.join([*parts[:max_parts], *(["..."] if len(parts) > max_parts else [])])
 
 
@@ -61,9 +71,9 @@ def counted(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def report(what: str, problems: list[tuple[str, str]], total: int) -> None:
-    """Count and name in one warning what was wrong. Names may hold anything: shown by repr."""
+    """Count and name in one warning what was wrong. Names may hold anything."""
     if problems:
-        lines = listed((f"{name!r}: {reason}" for name, reason in problems), between="\n  ")
+        lines = listed((f"{shown(name, 200)}: {why}" for name, why in problems), between="\n  ")
         log(f"warning: {len(problems)} of {total} {what}:\n  {lines}")
 
 
@@ -75,6 +85,8 @@ class Scan:
     """Lists what lies below root: images, sorted; texts and tables, which may describe them.
 
     left_out: {(what, why): images} by folder, or by picture. others: {suffix: files}.
+    outside: {what lies, by a link, outside of root: the folder where}. links: those that lead there.
+    problems: folders that cannot be read, and texts that are not followed, with the reason.
     """
 
     root: Path
@@ -83,6 +95,9 @@ class Scan:
     tables: list[Path] = field(default_factory=list)
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     others: Counter[str] = field(default_factory=Counter)
+    outside: dict[Path, Path] = field(default_factory=dict)
+    links: int = 0
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
     def why_left_out(self) -> str:
         parts = (f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items())
@@ -91,6 +106,9 @@ class Scan:
     def report(self) -> "Scan":
         if self.left_out:
             log(f"{self.root}: {self.why_left_out()}")
+        if self.links:
+            log(f"{self.root}: {self.links:,} links lead out of the folder and are followed")
+        report("folders and texts are not read", self.problems, len(self.problems))
         return self
 
 
@@ -122,21 +140,30 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
     is_written = inode_of(root) in excluded
     is_run = is_written or owned.is_run(root)
     sampled = sampled or is_written or owned.is_marked(root)
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        where = Path(folder)
-        paths = [where / name for name in sorted(subfolders) if not name.startswith(".")]
-        subfolders.clear()
+    home = Path(os.path.realpath(root))
+    pending = [root]
+    while pending:
+        where = pending.pop()
         if inode_of(where) in seen:
             continue
         seen.add(inode_of(where))
-        for path in paths:
-            reason = why_not(path, excluded)
-            if not reason:
-                subfolders.append(path.name)
+        folders, files = _listing(where, found.problems)
+        real = Path(os.path.realpath(where))
+        is_outside = not real.is_relative_to(home)
+        for entry in reversed(folders):
+            path = where / entry.name
+            why = why_not(path, excluded)
+            if not why:
+                pending.append(path)
+                found.links += not is_outside and not is_inside(path, home)
             elif count := count_images(path):
-                found.left_out[f"{path.relative_to(root)}/", reason] += count
+                found.left_out[f"{path.relative_to(root)}/", why] += count
         run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
-        for path in (where / name for name in files if not name.startswith(".")):
+        for entry in files:
+            path = where / entry.name
+            is_link = entry.is_symlink()
+            if is_outside or (is_link and not is_inside(path, home)):
+                found.outside[path] = Path(os.path.realpath(path)).parent if is_link else real
             suffix = path.suffix.lower()
             if path.name.lower() in TABLES:
                 found.tables.append(path)
@@ -149,6 +176,7 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
                 named = run_pictures or NAMED.fullmatch(path.name) or (number and not sampled)
                 if not (named and owned.is_our_picture(path)):
                     found.images.append(path)
+                    found.links += is_link and path in found.outside
                 else:
                     (numbered if number else ours).append(path)
     if found.images or found.left_out or ours or is_run:
@@ -157,9 +185,51 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
         found.images = numbered
     for path in ours:
         found.left_out[f"{path.parent.relative_to(root)}/", OURS] += 1
+    _withhold(found, home)
     for paths in (found.images, found.texts, found.tables):
         paths.sort(key=os.fsencode)
     return found
+
+
+def _listing(folder: Path, problems: list) -> tuple[list[os.DirEntry], list[os.DirEntry]]:
+    """List the folders and files of a folder, by name; links are what they lead to."""
+    kinds = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
+                is_folder = False
+                with contextlib.suppress(OSError):  # a link to itself
+                    is_folder = entry.is_dir()
+                if not entry.name.startswith("."):
+                    kinds[not is_folder].append(entry)
+    except OSError as error:
+        problems.append((str(folder), reason(error)))
+    return kinds
+
+
+def _withhold(found: Scan, home: Path) -> None:
+    """Leave out texts and tables elsewhere that are not seen to belong to the images."""
+    if not found.outside:
+        return
+    pools = {
+        folder
+        for path, folder in found.outside.items()
+        if (real := Path(os.path.realpath(path))).suffix.lower() in SUFFIXES and real.is_file()
+    }
+    for paths in (found.texts, found.tables):
+        for path in [path for path in paths if path in found.outside]:
+            folder = found.outside[path]
+            is_hub = folder.name == "blobs" and home.is_relative_to(folder.parent / "snapshots")
+            same = Path(os.path.realpath(path)).suffix.lower() == path.suffix.lower()
+            if not is_hub and not (same and folder in pools):
+                paths.remove(path)
+                why = f"a link to {folder}, where no image of the set lies: copy it to use it"
+                found.problems.append((str(path), why))
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Check that no link leads from a path to outside of a folder."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def inode_of(path: Path) -> tuple[int, int] | None:
@@ -181,8 +251,13 @@ def why_not(folder: Path, excluded: set = frozenset()) -> str | None:
 
 
 def count_images(folder: Path) -> int:
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    return sum(Path(n).suffix.lower() in SUFFIXES and not n.startswith(".") for n in files)
+    count = 0
+    pending = [folder]
+    while pending:
+        folders, files = _listing(pending.pop(), [])
+        pending += [Path(entry.path) for entry in folders if not entry.is_symlink()]
+        count += sum(Path(entry.name).suffix.lower() in SUFFIXES for entry in files)
+    return count
 
 
 # --- splits --------------------------------------------------------------------------------------
@@ -213,7 +288,7 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
     ways = [file.relative_to(root).parts for file in files]
     depth, points = find_splits(ways, split)
     if not points:
-        folders = {way[:i] for way in ways for i in range(1, len(way))}
+        folders = {way[:i] for way in ways for i in range(1, min(len(way), LEVELS))}
         if split not in (None, "all"):
             there = listed_folders(f for f in folders if len(f) == 1) or "no folders"
             raise UserError(f"--split {split}: no folder of {root} is this split; it holds {there}")
@@ -263,7 +338,7 @@ def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, 
     The folders are tuples of names. Those nearest to the root count.
     """
     deep = [way for way in ways if len(way) > 1]
-    for depth in range(max(map(len, deep), default=1) - 1):
+    for depth in range(min(LEVELS, max(map(len, deep), default=1) - 1)):
         level = defaultdict(set)
         for way in deep:
             if len(way) > depth + 1:

@@ -5,7 +5,6 @@ batches batches.py's.
 """
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +36,7 @@ class ImageSet:
     classes: list[str] = field(default_factory=list)
     texts: list[tuple[str, ...]] | None = None
     stamp: str = ""
+    repeats: list[int] | None = None
 
     @cached_property
     def captions(self) -> list[str] | None:
@@ -55,6 +55,7 @@ class ImageSet:
             read=lambda i, *args: self.read(indices[i], *args),
             labels=[self.labels[i] for i in indices],
             texts=self.texts and [self.texts[i] for i in indices],
+            repeats=self.repeats and [self.repeats[i] for i in indices],
         )
 
     def only(self, data_class: str) -> "ImageSet":
@@ -79,7 +80,8 @@ def digest(*parts: str) -> str:
     """Digest texts, which may hold undecodable bytes of file names, to 32 hex digits."""
     h = hashlib.sha256()
     for part in parts:
-        h.update(os.fsencode(part) + b"\0")
+        # as os.fsencode does it where texts are UTF-8, which is not everywhere
+        h.update(part.encode("utf-8", "surrogateescape") + b"\0")
     return h.hexdigest()[:32]
 
 

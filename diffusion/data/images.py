@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .. import shown
 from ..runtime.distributed import log
 from . import colour, depth
 
@@ -16,6 +19,11 @@ from . import colour, depth
 TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
+MAX_TILE = 1 << 24  # pixels of a TIFF's tile beyond those of the image
+TILE = (322, 323)  # TIFF tags: width and length
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG
+HEIF = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 
 ORIENTATION = 0x0112  # EXIF's tag
 
@@ -81,7 +89,7 @@ def read_image(file: Path | bytes, size: int | None, note: Note | None = None) -
     note: called with what is odd about it; else that is logged. Raises BadImage with the reason if
     the file cannot be decoded.
     """
-    name = "an image" if isinstance(file, bytes) else repr(str(file))
+    name = "an image" if isinstance(file, bytes) else shown(str(file), 200)
     with _opened(file) as image:
         return to_pixels(image, size, note or (lambda text: image_log.note(f"{name}: {text}")))
 
@@ -132,19 +140,23 @@ def read_mask(file: Path | bytes) -> np.ndarray:
 def _opened(file: Path | bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong while it is open becomes a BadImage with a reason."""
     try:
-        source = io.BytesIO(file) if isinstance(file, bytes) else file
         if isinstance(file, Path) and file.exists() and not file.is_file():
             raise BadImage("no regular file")  # from a pipe there may never come anything
-        with Image.open(source, formats=formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
-            colour.prepare(image)
-            yield depth.prepare(image, source)
+        with contextlib.ExitStack() as held:
+            try:
+                image = _decoded(file, held)
+            except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
+                if _head(file)[: len(PNG)] != PNG:
+                    raise
+                image = _decoded(_without_text(file), held)
+            yield image
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
     except UnidentifiedImageError:
+        if HEIF.match(_head(file)):
+            raise BadImage("HEIC is read with pillow-heif: pip install pillow-heif") from None
         raise BadImage(
             "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
         ) from None
@@ -152,9 +164,49 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
         raise BadImage(first_line(error)) from None
 
 
+def _decoded(file: Path | bytes, held: contextlib.ExitStack) -> Image.Image:
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    image = held.enter_context(Image.open(source, formats=formats()))
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
+    if image.format == "TIFF":
+        width, length = (image.tag_v2.get(tag, 0) for tag in TILE)
+        if width * length > pixels + MAX_TILE:
+            raise BadImage(f"{image.width}x{image.height} in tiles of {width}x{length}")
+    colour.prepare(image)
+    image = depth.prepare(image, source)
+    image.load()
+    return image
+
+
+def _head(file: Path | bytes) -> bytes:
+    if isinstance(file, bytes):
+        return file[:32]
+    with open(file, "rb") as opened:
+        return opened.read(32)
+
+
+def _without_text(file: Path | bytes) -> bytes:
+    """Copy a PNG without its texts."""
+    data = file if isinstance(file, bytes) else file.read_bytes()
+    kept = [PNG]
+    at = len(PNG)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind not in TEXTS:
+            kept.append(data[at : at + length + 12])
+        at += length + 12
+    return b"".join(kept)
+
+
 @lru_cache
 def formats() -> tuple[str, ...]:
-    """List those of FORMATS that this Pillow, with the plug-ins that are loaded, can read."""
+    """List those of FORMATS that this Pillow, with the plug-ins that there are, can read."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
     return tuple(sorted(FORMATS & Image.OPEN.keys()))
 

@@ -124,7 +124,7 @@ def parquet(tmp_path_factory, faces):
     library.config.HF_DATASETS_CACHE = Path(tmp_path_factory.mktemp("hf_cache"))
     files = sorted(faces.rglob("*.png")) * 3
     columns = {
-        "image": [str(f) for f in files],
+        "image": [{"bytes": f.read_bytes(), "path": None} for f in files],
         "text": [f"caption {i}" for i in range(len(files))],
         "label": [i % 2 for i in range(len(files))],
     }

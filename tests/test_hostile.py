@@ -399,8 +399,9 @@ def test_nothing_is_written_beside_an_archive(tmp_path):
         link = tarfile.TarInfo("link")
         link.type, link.linkname = tarfile.SYMTYPE, "../../secret.txt"
         t.addfile(link)
-    with pytest.raises(UserError, match="a.tar.gz.*outside"):
-        archives.fetch((tmp_path / "a.tar.gz").as_uri(), tmp_path / "deep" / "from_tar")
+    archives.fetch((tmp_path / "a.tar.gz").as_uri(), tmp_path / "deep" / "from_tar")
+    found = (p for p in (tmp_path / "deep" / "from_tar").rglob("*") if not p.is_dir())
+    assert sorted(p.name for p in found) == ["1.png", "empty.png"]
     outside = {p.name for p in tmp_path.iterdir()} | {p.name for p in (tmp_path / "deep").iterdir()}
     assert not any("escaped" in name for name in outside) and not Path("/escaped.png").exists()
     assert (tmp_path / "deep" / "from_zip" / "ok" / "1.png").read_bytes() == b"x"
@@ -526,7 +527,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         read_image(tmp_path / "0.png", 8)
     assert read_parameters(tmp_path / "0.png") is None
     os.mkfifo(tmp_path / "metadata.jsonl")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="pipe"):
         folder_set(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Arrays that are computed once: decoded images, latents, embeddings of captions.
 
-    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each, then a SHA-256 digest
+    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each, and their digest
     <cache_dir>/<key>/00000.json       notes on some of these entries, by index
 
 The key is a digest of all that the numbers depend on: whatever changes makes another cache. A shard

@@ -14,17 +14,17 @@ import math
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import Config
 from ..files.text_files import decode_text
 from ..runtime.distributed import log
-from .folder import TEXTS, Scan, counted, report
-from .tables import read_rows, shortened
+from .folder import TEXTS, Scan, counted, listed, report
+from .tables import read_rows
 
 MAX_CAPTION = 1 << 16  # bytes of a text
 MAX_NAMELESS = 1000  # rows without a file name, after which a table is of something else
@@ -57,7 +57,7 @@ class Selection:
             if asked is not None and asked not in columns:
                 raise UserError(
                     f"--{option} {asked}: {name} has no such column; its columns are "
-                    f"{', '.join(columns) or 'none'}"
+                    f"{listed(columns) or 'none'}"
                 )
 
 
@@ -75,7 +75,7 @@ def texts_of(value, where: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(text for v in value for text in texts_of(v, where)))
     if not isinstance(value, str):
         raise UserError(
-            f"{where}: the caption is {shortened(value)}; expected a text, a list of "
+            f"{where}: the caption is {shown(value)}; expected a text, a list of "
             "texts, or null for none"
         )
     # JSON may escape halves of characters, which are no text
@@ -90,10 +90,15 @@ def nfc(name: str) -> str:
 
 
 def read_captions(
-    found: Scan, files: list[Path], default: str = "", selection: Selection = EVERYTHING
+    found: Scan,
+    files: list[Path],
+    default: str = "",
+    selection: Selection = EVERYTHING,
+    concepts: Mapping[Path, str] = {},
 ) -> list[tuple[str, ...]] | None:
     """Find the captions of a scan's files, or None where none has one and there is no default.
 
+    concepts: of files, what stands in for a caption where there is no default.
     Problems are reported in one warning each; those of single images only where captions are used.
     """
     table = read_tables(found, files, selection)
@@ -116,10 +121,10 @@ def read_captions(
             wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
         if texts:
             sources["texts beside the images" if sides else "metadata"] += 1
-        else:
+        elif file not in concepts:
             missing.append((str(file), f"no caption, or an empty one; using {default!r}"))
         some = some or bool(texts) or text is not None
-        captions.append(texts or (default,))
+        captions.append(texts or (default or concepts.get(file, ""),))
     if some:
         several = sum(len(texts) > 1 for texts in captions)
         log(
@@ -128,7 +133,7 @@ def read_captions(
         )
     if selection.captions:
         report("captions have problems", wrong + missing if some else wrong, len(files))
-    return captions if some or default else None
+    return captions if some or default or concepts else None
 
 
 def without_image(found: Scan) -> list[Path]:
@@ -201,7 +206,7 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
     if columns or selection.captions or not found.tables:  # else no table could be read
         selection.check(columns, f"metadata.* of {found.root}")
     if seen:
-        log(f"metadata: {counted(seen.items())}; the columns are {', '.join(map(str, columns))}")
+        log(f"metadata: {counted(seen.items())}; the columns are {listed(columns)}")
     report("rows of metadata match no image", unmatched, seen["rows"])
     return {image: tuple(texts) for image, texts in captions.items()}
 
@@ -246,7 +251,7 @@ def _rows(table: Path, names: tuple[str, ...], columns: dict) -> Iterator[tuple[
     columns.update(there)
     log(
         f"warning: {table} has no column {' or '.join(names)} for the images' files and is not "
-        f"used; its columns are {shortened(list(there))}"
+        f"used; its columns are {shown(list(there))}"
     )
 
 
@@ -254,5 +259,5 @@ def _file_name(row: dict, where: str, names: tuple[str, ...]) -> str | None:
     """Find the row's image; None where there is none. Raises UserError for what is no name."""
     value = next((row[name] for name in names if name in row), None)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {shortened(value)} is no name of a file ({' or '.join(names)})")
+        raise UserError(f"{where}: {shown(value)} is no name of a file ({' or '.join(names)})")
     return value if value and value.strip() else None

@@ -85,8 +85,8 @@ class Scan:
     """Lists what lies below root: images, sorted; texts and tables, which may describe them.
 
     left_out: {(what, why): images} by folder, or by picture. others: {suffix: files}.
-    outside: {what lies, by a link, outside of root: the folder where}. links: those that lead there.
-    problems: folders that cannot be read, and texts that are not followed, with the reason.
+    outside: {what lies, by a link, outside of root: the folder where}. problems: folders that
+        cannot be read, and texts that are not followed, with the reason.
     """
 
     root: Path
@@ -96,7 +96,6 @@ class Scan:
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     others: Counter[str] = field(default_factory=Counter)
     outside: dict[Path, Path] = field(default_factory=dict)
-    links: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def why_left_out(self) -> str:
@@ -106,8 +105,8 @@ class Scan:
     def report(self) -> "Scan":
         if self.left_out:
             log(f"{self.root}: {self.why_left_out()}")
-        if self.links:
-            log(f"{self.root}: {self.links:,} links lead out of the folder and are followed")
+        if count := len(self.outside.keys() & set(self.images)):
+            log(f"{self.root}: links lead out of the folder to {count:,} of its images")
         report("folders and texts are not read", self.problems, len(self.problems))
         return self
 
@@ -148,22 +147,19 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
             continue
         seen.add(inode_of(where))
         folders, files = _listing(where, found.problems)
-        real = Path(os.path.realpath(where))
-        is_outside = not real.is_relative_to(home)
+        is_outside = not is_inside(where, home)
         for entry in reversed(folders):
             path = where / entry.name
             why = why_not(path, excluded)
             if not why:
                 pending.append(path)
-                found.links += not is_outside and not is_inside(path, home)
             elif count := count_images(path):
                 found.left_out[f"{path.relative_to(root)}/", why] += count
         run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
         for entry in files:
             path = where / entry.name
-            is_link = entry.is_symlink()
-            if is_outside or (is_link and not is_inside(path, home)):
-                found.outside[path] = Path(os.path.realpath(path)).parent if is_link else real
+            if is_outside or (entry.is_symlink() and not is_inside(path, home)):
+                found.outside[path] = Path(os.path.realpath(path)).parent
             suffix = path.suffix.lower()
             if path.name.lower() in TABLES:
                 found.tables.append(path)
@@ -176,7 +172,6 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
                 named = run_pictures or NAMED.fullmatch(path.name) or (number and not sampled)
                 if not (named and owned.is_our_picture(path)):
                     found.images.append(path)
-                    found.links += is_link and path in found.outside
                 else:
                     (numbered if number else ours).append(path)
     if found.images or found.left_out or ours or is_run:
@@ -209,22 +204,16 @@ def _listing(folder: Path, problems: list) -> tuple[list[os.DirEntry], list[os.D
 
 def _withhold(found: Scan, home: Path) -> None:
     """Leave out texts and tables elsewhere that are not seen to belong to the images."""
-    if not found.outside:
-        return
-    pools = {
-        folder
-        for path, folder in found.outside.items()
-        if (real := Path(os.path.realpath(path))).suffix.lower() in SUFFIXES and real.is_file()
-    }
+    pools = {folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"}
+    for path in found.outside.keys() & set(found.images):
+        real = Path(os.path.realpath(path))
+        if real.suffix.lower() in SUFFIXES and real.is_file():
+            pools.add(real.parent)
     for paths in (found.texts, found.tables):
-        for path in [path for path in paths if path in found.outside]:
-            folder = found.outside[path]
-            is_hub = folder.name == "blobs" and home.is_relative_to(folder.parent / "snapshots")
-            same = Path(os.path.realpath(path)).suffix.lower() == path.suffix.lower()
-            if not is_hub and not (same and folder in pools):
-                paths.remove(path)
-                why = f"a link to {folder}, where no image of the set lies: copy it to use it"
-                found.problems.append((str(path), why))
+        for path in [path for path in paths if found.outside.get(path, home) not in {home, *pools}]:
+            paths.remove(path)
+            why = f"a link to {found.outside[path]}, where no image of the set lies: copy it here"
+            found.problems.append((str(path), why))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

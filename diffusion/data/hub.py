@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import UserError
+from .. import UserError, shown
 from ..runtime.distributed import log
 from .captions import CAPTION_COLUMNS, EVERYTHING, Selection, texts_of
+from .folder import is_inside, listed
 from .image_set import ImageSet, digest
 from .images import BadImage, first_line, read_image
-from .tables import shortened
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # where several hold images
 LABEL_COLUMNS = ("label", "labels", "class", "category")
@@ -56,7 +56,7 @@ class HubSet:
         if len(choices) != 1 or choices[0] not in images:
             raise UserError(
                 f"--image_column {asked or 'is needed'}: {self.name} holds images in "
-                f"{', '.join(images) or 'none'} of its columns {', '.join(features)}"
+                f"{listed(images) or 'none'} of its columns {listed(features)}"
             )
         self.image = choices[0]
         texts = [n for n in CAPTION_COLUMNS if n in features]
@@ -75,6 +75,9 @@ class HubSet:
             f"({len(self.classes)} classes)"
         )
         self.data = data.cast_column(self.image, datasets.Image(decode=False))
+        # what rows may name: files of the set's own folder, or that the library has fetched
+        self.folders = [Path(path)] if Path(path).is_dir() else []
+        self.folders.append(Path(datasets.config.HF_DATASETS_CACHE))
         # before there was a choice, the first column of the train split was read
         first = split == "train" and images[:1] == [self.image]
         self.key = () if first else (split, self.image)
@@ -86,7 +89,10 @@ class HubSet:
             return read_image(value["bytes"], size, note)
         if value["path"] is None:
             raise BadImage("the row has no image")
-        return read_image(Path(value["path"]), size, note)
+        path = Path(value["path"])
+        if not any(is_inside(path, folder) for folder in self.folders):
+            raise BadImage(f"the row names {shown(str(path), 200)}, a file outside of the set")
+        return read_image(path, size, note)
 
     def captions_of(self, row: dict, number: int) -> tuple[str, ...]:
         """Find a row's captions, at least one. Raises UserError for what is no caption."""
@@ -103,7 +109,7 @@ class HubSet:
             return -1
         if value not in self.numbers:
             raise UserError(
-                f"{self.name}: column {self.label} holds {shortened(value)}, none of its "
+                f"{self.name}: column {self.label} holds {shown(value)}, none of its "
                 f"{len(self.classes)} classes"
             )
         return self.numbers[value]

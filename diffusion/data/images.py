@@ -142,20 +142,20 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
     try:
         if isinstance(file, Path) and file.exists() and not file.is_file():
             raise BadImage("no regular file")  # from a pipe there may never come anything
-        with contextlib.ExitStack() as held:
-            try:
-                image = _decoded(file, held)
-            except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
-                if _head(file)[: len(PNG)] != PNG:
-                    raise
-                image = _decoded(_without_text(file), held)
+        try:
+            image = _decoded(file)
+        except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
+            if _read(file, len(PNG)) != PNG:
+                raise
+            image = _decoded(_without_text(_read(file)))
+        with image:
             yield image
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
     except UnidentifiedImageError:
-        if HEIF.match(_head(file)):
+        if HEIF.match(_read(file, 12)):
             raise BadImage("HEIC is read with pillow-heif: pip install pillow-heif") from None
         raise BadImage(
             "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
@@ -164,9 +164,9 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
         raise BadImage(first_line(error)) from None
 
 
-def _decoded(file: Path | bytes, held: contextlib.ExitStack) -> Image.Image:
+def _decoded(file: Path | bytes) -> Image.Image:
     source = io.BytesIO(file) if isinstance(file, bytes) else file
-    image = held.enter_context(Image.open(source, formats=formats()))
+    image = Image.open(source, formats=formats())
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
@@ -180,16 +180,15 @@ def _decoded(file: Path | bytes, held: contextlib.ExitStack) -> Image.Image:
     return image
 
 
-def _head(file: Path | bytes) -> bytes:
+def _read(file: Path | bytes, size: int | None = None) -> bytes:
     if isinstance(file, bytes):
-        return file[:32]
+        return file[:size]
     with open(file, "rb") as opened:
-        return opened.read(32)
+        return opened.read(size)
 
 
-def _without_text(file: Path | bytes) -> bytes:
+def _without_text(data: bytes) -> bytes:
     """Copy a PNG without its texts."""
-    data = file if isinstance(file, bytes) else file.read_bytes()
     kept = [PNG]
     at = len(PNG)
     while at + 8 <= len(data):

@@ -1,17 +1,18 @@
 """What --data means: a folder, a named set, a set of the hub or the toy, as one `ImageSet`."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import Config
 from ..runtime.distributed import log
 from . import toy
-from .archives import cifar_set, fetch
+from .archives import cifar_set, fetch, unpacked
 from .captions import EVERYTHING, Selection, read_captions, without_image
-from .folder import choose_split, counted, walk
+from .folder import choose_split, counted, listed, walk
 from .hub import hub_set
 from .image_set import ImageSet, digest, file_stamp
 from .images import SUFFIXES, read_image
@@ -22,6 +23,11 @@ NAMED = {  # a set of the hub, or the address of an archive
     "afhq": "https://www.dropbox.com/s/t9l9o3vsx2jai3z/afhq.zip?dl=1",
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
 }
+SHA256 = {  # of these archives: cifar10's MD5 is on its page, afhq's is that of a published script
+    NAMED["afhq"]: "7f63dcc14ef58c0e849b59091287e1844da97016073aac20403ae6c6132b950f",
+    NAMED["cifar10"]: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+}
+KOHYA = re.compile(r"([1-9]\d{0,3})_(.+)")  # a folder's name: repeats, and what it shows
 
 
 def toy_set() -> ImageSet:
@@ -72,6 +78,14 @@ def folder_set(
     if not chosen:
         raise UserError(f"data_class {data_class!r} is no folder of {part.base}; classes: {shown}")
     classes = classes if data_class == "all" else [data_class]
+    concepts = {}
+    if selection.captions:
+        # its users have img/ beside reg/, class images for another purpose
+        images = [pair for pair in chosen if pair[0].is_relative_to(part.base / "img")] or chosen
+        concepts = _concepts(root, [file for file, _ in images])
+        if concepts and len(images) < len(chosen):
+            log(f"data: {root}: {len(chosen) - len(images):,} images beside img/ are left out")
+            chosen = images
     files = [file for file, _ in chosen]
     return ImageSet(
         name=str(root),
@@ -79,9 +93,32 @@ def folder_set(
         read=lambda i, size, note=None: read_image(files[i], size, note),
         labels=[-1 if c is None else classes.index(c) for _, c in chosen],
         classes=classes,
-        texts=read_captions(found, files, default_caption, selection),
+        texts=read_captions(
+            found, files, default_caption, selection, {f: text for f, (_, text) in concepts.items()}
+        ),
         stamp=digest(str(part.base.resolve()), *map(file_stamp, files)),
+        repeats=[times for times, _ in concepts.values()] or None,
     )
+
+
+def _concepts(root: Path, files: list[Path]) -> dict[Path, tuple[int, str]]:
+    """Read (repeats, caption) of images from folders named as kohya's, 10_name, where all are.
+
+    Folders 1_a, 2_b, 3_c ... are numbered, and mean nothing of the kind.
+    """
+    found = {folder: KOHYA.fullmatch(folder.name) for folder in {file.parent for file in files}}
+    if not all(found.values()):
+        return {}
+    numbers = sorted(int(match[1]) for match in found.values())
+    names = listed(sorted(match[0] for match in found.values()))
+    if len(numbers) > 1 and numbers == list(range(1, len(numbers) + 1)):
+        log(f"data: {root}: {names} are numbered, and not taken for kohya's <repeats>_<name>")
+        return {}
+    log(
+        f"data: {root}: {names}: read as kohya's <repeats>_<name>: how many times an epoch has "
+        "each image, and the caption of those without one (--default_caption goes before it)"
+    )
+    return {file: (int(found[file.parent][1]), found[file.parent][2]) for file in files}
 
 
 def open_data(
@@ -90,23 +127,29 @@ def open_data(
     default_caption: str = "",
     selection: Selection = EVERYTHING,
     written: Iterable[Path] = (),
+    cache_dir: Path = Path("data/.cache"),
 ) -> ImageSet:
-    """Open what --data names: toy, hf:owner/name, a folder, data/NAME, or a set to be fetched."""
+    """Open what --data names: toy, hf:owner/name, a folder, data/NAME, or a set to be fetched.
+
+    A zip or tar of images is a folder, too: that to which it is unpacked, in cache_dir.
+    """
     if data == "toy":
         return toy_set().only(data_class)
-    roots = (Path(data), Path("data") / data)
-    root = next((root for root in roots if root.exists()), None)
+    roots = (Path(data), Path(os.path.expanduser(data)), Path("data") / data)
+    root = next((root for root in roots if os.path.exists(root)), None)
     source = data if root is not None else NAMED.get(data, data)
     if source.startswith("hf:"):
         return hub_set(source[3:], default_caption, selection).only(data_class)
     if root is None and data in NAMED:
-        root = roots[1]
-        fetch(source, root)
-    if root is None or not root.is_dir():
+        root = roots[-1]
+        fetch(source, root, SHA256.get(source))
+    if root is None:
         raise UserError(
-            f"--data {data!r} is neither a folder of images, here or in data/, nor a known set: "
-            f"toy, {', '.join(NAMED)}, hf:owner/name"
+            f"--data {shown(data, 200)} is neither a folder, zip or tar of images, here or in "
+            f"data/, nor a known set: toy, {', '.join(NAMED)}, hf:owner/name"
         )
+    if not root.is_dir():
+        root = unpacked(root, cache_dir)
     for folder in (root, root / "cifar-10-batches-bin"):
         if (folder / "data_batch_1.bin").is_file():
             return cifar_set(folder, selection).only(data_class)
@@ -117,4 +160,5 @@ def configured(config: Config) -> tuple:
     """Give the arguments of `open_data`, of which a run leaves out what it writes itself."""
     c = config
     written = [Path(f) for f in (c.save_folder, c.cache_dir, c.class_data) if f is not None]
-    return c.data, c.data_class, c.default_caption, Selection.of(c), written
+    selection = Selection.of(c)
+    return c.data, c.data_class, c.default_caption, selection, written, Path(c.cache_dir)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
+from ..files.atomic import blame, open_regular
 from ..files.text_files import open_text, plain_text
 from ..runtime.distributed import log
 
@@ -51,16 +52,11 @@ def read_rows(table: Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{table}, line {number}: {error!s:.300}") from None
 
 
-def shortened(value) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
-
-
 def _json_rows(lines: Iterator[str]) -> Iterator[dict]:
     for line in filter(str.strip, lines):
         row = json.loads(line)
         if not isinstance(row, dict):
-            raise ValueError(f"{shortened(row)} is no JSON object with file_name and text")
+            raise ValueError(f"{shown(row)} is no JSON object with file_name and text")
         yield row
 
 
@@ -72,11 +68,11 @@ def _csv_rows(lines: Iterator[str]) -> Iterator[dict]:
     rows = filter(None, csv.reader(lines, delimiter=between, strict=True, skipinitialspace=True))
     names = [name.strip() for name in next(rows, [])]
     if len(set(names)) < len(names):
-        raise ValueError(f"the header names a column twice: {shortened(names)}")
+        raise ValueError(f"the header names a column twice: {shown(names)}")
     for row in rows:
         if len(row) != len(names):
             raise ValueError(
-                f"{len(row)} fields, {shortened(row)}; the header has {len(names)}: put a text "
+                f"{len(row)} fields, {shown(row)}; the header has {len(names)}: put a text "
                 f"with {between!r} in it between quotes"
             )
         yield dict(zip(names, map(_csv_value, row)))
@@ -105,16 +101,15 @@ def _python_list(text: str) -> list:
 
 def _parquet_rows(table: Path) -> Iterator[tuple[str, dict]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UserError(
             f"{table} needs the pyarrow library: pip install pyarrow (or datasets); or "
             "write it as metadata.jsonl"
         ) from None
-    try:
-        with parquet.ParquetFile(table) as file:
+    # the library raises nearly everything on damaged files
+    with blame(f"{table} cannot be read"), open_regular(table) as source:
+        with parquet.ParquetFile(source) as file:
             rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield f"{table}, line {number}", row
-    except (OSError, ValueError, RecursionError, MemoryError, ArrowException) as error:
-        raise UserError(f"{table} cannot be read: {str(error).split(chr(10))[0]:.200}") from None

@@ -1,12 +1,16 @@
 """What goes in: images of all kinds, folders, captions, the cache, batches, archives and the hub."""
 
 import hashlib
+import http.server
+import io
 import json
 import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ from conftest import ROOT
 from PIL import Image
 
 from diffusion import UserError
-from diffusion.data import cache, sources, toy
+from diffusion.data import archives, cache, sources, toy
 from diffusion.data.batches import Batches, to_unit
 from diffusion.data.image_set import digest, held_out
 from diffusion.data.images import BadImage, read_image, to_pixels
@@ -262,6 +266,52 @@ def test_a_truncated_cache_is_computed_again(tmp_path, faces):
     assert np.array_equal(pixels_of(faces, 16, tmp_path)[every], good)
 
 
+def test_one_flipped_bit_of_a_cache_is_noticed(tmp_path, capsys):
+    """In the pixels, their header, their digest or the notes: all is as if nothing had happened."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(root / f"{i}.png")
+    (root / "1.png").write_bytes(b"broken")
+    names = [f"{i}.png" for i in (0, 2, 3, 4, 5)]
+    good = pixels_of(root, 8, tmp_path / "c")[np.arange(5)]
+    files = sorted((tmp_path / "c").glob("*/*"))
+    assert [file.name for file in files] == ["00000.json", "00000.npy"]
+    g = np.random.default_rng(0)
+    for file in files:
+        data = file.read_bytes()
+        ends = [0, 20, 100, 130, len(data) - 40, len(data) - 1]
+        for at in [*ends, *g.integers(0, len(data), 30).tolist()]:
+            at = min(at, len(data) - 1)
+            changed = bytearray(data)
+            changed[at] ^= 1 << int(g.integers(8))
+            file.write_bytes(changed)
+            capsys.readouterr()
+            found = pixels_of(root, 8, tmp_path / "c")
+            assert found.images.names == names and np.array_equal(found[np.arange(5)], good)
+            assert "damaged" in capsys.readouterr().out, (file, at)
+            assert file.read_bytes() == data
+    files[0].unlink()  # the notes are gone: 1.png would be used
+    assert pixels_of(root, 8, tmp_path / "c").images.names == names
+
+
+def test_nothing_is_written_through_links_in_a_cache(tmp_path, faces):
+    pixels_of(faces, 16, tmp_path / "c")
+    (data,) = (tmp_path / "c").glob("*/*.npy")
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    data.unlink()
+    data.symlink_to(mine)
+    pixels_of(faces, 16, tmp_path / "c")
+    assert mine.read_text() == "mine" and not data.is_symlink()
+    folder = data.parent.rename(tmp_path / "elsewhere")
+    (folder / data.name).write_text("mine")
+    data.parent.symlink_to(folder)
+    with pytest.raises(UserError, match="link"):
+        pixels_of(faces, 16, tmp_path / "c")
+    assert (folder / data.name).read_text() == "mine"
+
+
 def test_what_is_skipped_is_said_at_every_start(tmp_path, capsys):
     """From the cache, too; its reasons are stored with it."""
     for i in range(3):
@@ -415,6 +465,173 @@ def test_a_failed_fetch_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch
     assert [p.name for p in Path("data").iterdir()] == [".afhq.lock"]
 
 
+def picture_bytes(colour="red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.bz2"])
+def test_an_archive_as_data(tmp_path, monkeypatch, kind):
+    """Given by its path, which may begin with ~; unpacked once, captions and classes with it."""
+    path = tmp_path / f"pets.{kind}"
+    members = {f"pets/{c}/{i}.png": picture_bytes() for c in ("cat", "dog") for i in range(2)}
+    members |= {"pets/cat/0.txt": b"a cat", "pets/run.py": b"import os"}
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as z:
+            for name, data in members.items():
+                z.writestr(name, data)
+    else:
+        with tarfile.open(path, f"w:{kind[4:]}") as t:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                t.addfile(info, io.BytesIO(data))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for data in (str(path), f"~/{path.name}"):
+        images = open_data(data, cache_dir=tmp_path / "c")
+        assert images.names == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+        assert images.classes == ["cat", "dog"] and images.captions == ["a cat", "", "", ""]
+    assert len([p for p in (tmp_path / "c").iterdir() if p.is_dir()]) == 1
+    assert not list(tmp_path.rglob("run.py"))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=path.name):
+        open_data(str(path), cache_dir=tmp_path / "d")
+    assert not [p for p in (tmp_path / "d").iterdir() if p.is_dir()]
+
+
+def tar_member(name="x.png", data=b"", size=None, kind=tarfile.REGTYPE, link="") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape"))
+    if size is not None:  # base 256, of which negative numbers can be
+        block[124:136] = (size % (1 << 96)).to_bytes(12, "big")
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + data + bytes(-len(data) % 512)
+
+
+def pax(text: bytes) -> bytes:
+    return tar_member("p", b"%d %s\n" % (len(text) + 4, text), kind=tarfile.XHDTYPE)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        tar_member(size=-512),
+        tar_member(size=1 << 60),
+        pax(b"size=-1024") + tar_member(),
+        pax(b"path=../../escaped.png") + tar_member(data=b"x"),
+        tar_member("../escaped.png", b"x"),
+        tar_member("/escaped.png", b"x"),
+        tar_member("C:\\escaped.png", b"x"),
+        tar_member("..\\escaped.png", b"x"),
+        tar_member("a" * 90 + "/" + "b" * 5, b"x") * 2,
+        tar_member("f", kind=tarfile.SYMTYPE, link="..") + tar_member("f/escaped.png", b"x"),
+        tar_member("l.png", kind=tarfile.SYMTYPE, link="/etc/passwd") + tar_member("l.png", b"x"),
+        tar_member("h.png", kind=tarfile.LNKTYPE, link="../../escaped.png"),
+        *(tar_member("d.png", kind=kind) for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE)),
+        tar_member("0.png/0.png", b"x") + tar_member("0.png", b"y"),
+        pax(b"GNU.sparse.realsize=9999999999") + tar_member(),
+    ],
+)
+def test_hostile_members_of_an_archive(tmp_path, hostile):
+    """Nothing but regular files below the folder, whatever the version of Python."""
+    good = tar_member("0.png", picture_bytes())
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(good + hostile + good[:512] * 0 + bytes(1024))
+    began = time.monotonic()
+    try:
+        open_data(str(tmp_path / "in" / "a.tar"), cache_dir=tmp_path / "c" / "d")
+    except UserError as error:
+        assert "a.tar" in str(error)
+    assert time.monotonic() - began < 10
+    every = [p for p in tmp_path.rglob("*") if p.name != "a.tar"]
+    assert not any(p.is_symlink() or not (p.is_dir() or p.is_file()) for p in every)
+    found = [p for p in every if p.is_file() and p.suffix == ".png"]
+    inside = [p for p in found if p.is_relative_to(tmp_path / "c" / "d")]
+    assert found == inside and sum(p.stat().st_size for p in found) < 4096
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Answers as its path says."""
+
+    def do_GET(self):
+        kind = self.path.strip("/")
+        self.send_response({"missing": 404, "file": 302}.get(kind, 200))
+        lengths = {"words": "abc", "negative": "-5", "short": "999", "figures": "\xb2"}
+        if kind in lengths:
+            self.send_header("Content-Length", lengths[kind])
+        if kind == "file":
+            self.send_header("Location", "file:///etc/passwd")
+        if kind == "chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        try:
+            for _ in range(10**6 if kind == "endless" else 1):
+                self.wfile.write(b"<html>no archive</html>" * 99)
+        except OSError:
+            pass
+
+    def log_message(self, *args):
+        pass
+
+
+def test_odd_answers_of_a_server(tmp_path, monkeypatch):
+    """One line, nothing left, nothing without an end; also for what is not the pinned file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(archives, "MAX_DOWNLOAD", 1 << 22)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kinds = "words negative short figures file chunks endless missing html pinned".split()
+    for kind in kinds:
+        url = f"http://127.0.0.1:{server.server_port}/{kind}"
+        monkeypatch.setitem(sources.NAMED, "afhq", url)
+        monkeypatch.setitem(sources.SHA256, url, "0" * 64 if kind == "pinned" else None)
+        with pytest.raises(UserError, match="data/afhq") as told:
+            open_data("afhq")
+        assert "\n" not in str(told.value)
+    server.shutdown()
+    assert [p.name for p in Path("data").iterdir()] == [".afhq.lock"]
+
+
+@pytest.mark.parametrize("meta", ["link", "nine", "markup", "pipe", "long"])
+def test_class_names_of_cifar_are_ten_words_of_its_own(tmp_path, meta):
+    folder = tmp_path / "cifar"
+    folder.mkdir()
+    (folder / "data_batch_1.bin").write_bytes(bytes(3073 * 2))
+    (tmp_path / "private").write_text("a b c d e f g h i j")
+    file = folder / "batches.meta.txt"
+    if meta == "link":
+        file.symlink_to(tmp_path / "private")
+    elif meta == "pipe":
+        os.mkfifo(file)
+    else:
+        texts = {"nine": "a b c d e f g h i", "markup": "<b> b c d e f g h i j"}
+        file.write_text(texts.get(meta, "x" * 5000 + " b c d e f g h i j"))
+    with pytest.raises(UserError, match="batches.meta.txt"):
+        open_data(str(folder))
+
+
+def test_rows_of_a_hub_set_name_no_files_of_yours(tmp_path, parquet, monkeypatch):
+    """Neither by an absolute path nor by one that leads out; files of the set itself are read."""
+    library = pytest.importorskip("datasets")
+    (tmp_path / "private.png").write_bytes(picture_bytes())
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "own.png").write_bytes(picture_bytes())
+    paths = [tmp_path / "private.png", folder / ".." / "private.png", folder / "own.png"]
+    features = library.Features({"image": library.Image()})
+    made = library.Dataset.from_dict({"image": list(map(str, paths))}, features=features)
+    made.to_parquet(folder / "train.parquet")
+    images = open_data(f"hf:{folder}")
+    for i in (0, 1):
+        with pytest.raises(BadImage, match="private.png"):
+            images.read(i, 8)
+    assert images.read(2, 8).shape == (8, 8, 3)
+
+
 def test_hub_set_downloaded(parquet):
     root, files = parquet
     images = open_data(f"hf:{root}")
@@ -475,8 +692,6 @@ def test_the_errors_are_one_line_for_a_user(tmp_path):
 
 def test_an_archive_is_the_same_set_at_every_opening(tmp_path, monkeypatch):
     """AFHQ's zip holds one folder, afhq/train/cat/...; it is taken off once, when unpacked."""
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "afhq.zip", "w") as z:
         for name in ("afhq/train/cat/1.png", "afhq/train/dog/1.png", "afhq/val/cat/2.png"):
             image = tmp_path / "i.png"

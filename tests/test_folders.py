@@ -3,20 +3,25 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import warm
+from conftest import ROOT
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.data import toy
+from diffusion.data.batches import Batches
 from diffusion.data.captions import Selection
 from diffusion.data.folder import scan, scan_split
+from diffusion.data.pixels import Pixels
 from diffusion.data.sources import configured, folder_set, open_data
 from diffusion.files import owned
 from diffusion.study.styles import read_style, style_folders
@@ -393,3 +398,138 @@ def test_splits_through_the_command(tmp_path):
     args = ("--data", "data", "--split", "nope", "--save_folder", "other")
     done = warm.script("train.py", *args, cwd=tmp_path)
     assert done.returncode == 1 and "--split nope" in done.stderr and "Valid/" in done.stderr
+
+
+# --- links, depth, names -------------------------------------------------------------------------
+
+
+def test_folders_of_links(tmp_path, capsys):
+    """Images, and texts from where they come: a pool's; private texts stay unread, and are named."""
+    pictures(tmp_path / "pool", "a.png", "b.png")
+    (tmp_path / "pool" / "a.txt").write_text("of the pool")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "private.txt").write_text("secret")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("a.png", "b.png", "a.txt"):
+        (data / name).symlink_to(Path("..", "pool", name))
+    for link, target in (("b.txt", "private.txt"), ("metadata.jsonl", "private.txt")):
+        (data / link).symlink_to(tmp_path / "home" / target)
+    (data / "c.png").symlink_to(tmp_path / "home" / "private.txt")  # no image: opens no door
+    (data / "gone.png").symlink_to("nowhere.png")
+    (data / "again").symlink_to(data)
+    images = folder_set(data)
+    assert images.names == ["a.png", "b.png", "c.png", "gone.png"]
+    assert images.captions == ["of the pool", "", "", ""]
+    told = capsys.readouterr().out
+    assert "3 of its images" in told and "b.txt" in told and "metadata.jsonl" in told
+    assert "secret" not in told
+
+
+def test_snapshots_of_the_hub(tmp_path):
+    """Only the links have suffixes; all lead to blobs/, texts and tables too."""
+    pictures(tmp_path / "made", "0.png", "1.png")
+    (tmp_path / "made" / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a cat"}\n')
+    (tmp_path / "made" / "1.txt").write_text("a dog")
+    blobs = tmp_path / "datasets--x" / "blobs"
+    snapshot = tmp_path / "datasets--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(sorted((tmp_path / "made").iterdir())):
+        file.rename(blobs / f"{i:040x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{i:040x}"))
+    images = folder_set(snapshot)
+    assert images.names == ["0.png", "1.png"] and images.captions == ["a cat", "a dog"]
+    assert images.read(0, 8).shape == (8, 8, 3)
+
+
+def test_folders_of_any_depth(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path, "top.png")
+    os.mkdir("images")  # a run's pictures are counted at any depth
+    for _ in range(1900):
+        os.mkdir("d")
+        os.chdir("d")
+    shutil.copy(tmp_path / "top.png", "deep.png")
+    os.chdir(tmp_path)
+    images = folder_set(tmp_path)
+    assert len(images) == 2 and images.read(0, 8).shape == (8, 8, 3)
+    owned.mark(tmp_path / "d")
+    assert folder_set(tmp_path).names == ["top.png"]
+
+
+ODD = b"c\xff\xe9t", b"d\nerror: forged\x1b[31m", "é".encode()
+
+
+def odd_names(root):
+    for name in ODD:
+        pictures(root, os.fsdecode(name + b"/\xfe0.png"), os.fsdecode(name + b"/\n.png"))
+        Path(root, os.fsdecode(name + b"/\xfe0.txt")).write_text("café")
+
+
+def test_names_that_are_no_utf8_or_would_forge_lines(tmp_path, capsys):
+    odd_names(tmp_path)
+    images = folder_set(tmp_path)
+    assert len(images) == 6 and len(images.classes) == 3 and images.captions.count("café") == 3
+    with pytest.raises(UserError) as told:
+        images.only("nope")
+    for text in (capsys.readouterr().out, str(told.value)):
+        assert "\x1b" not in text and not any(x.startswith("error") for x in text.split("\n"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_odd_names_through_the_command(tmp_path, locale):
+    odd_names(tmp_path / "data")
+    args = (*TINY, "--data", "data", "--condition", "class", "--train_steps", "2")
+    command = [sys.executable, ROOT / "train.py", *args, "--save_folder", "run"]
+    environment = os.environ | locale
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"\x1b" not in done.stdout and (tmp_path / "run" / "model.pt").exists()
+
+
+# --- kohya's folders -----------------------------------------------------------------------------
+
+
+def test_repeats_and_captions_of_kohya_s_folders(tmp_path, capsys):
+    pictures(tmp_path, "img/10_sks dog/0.png", "img/10_sks dog/1.png", "img/3_a cat/0.png")
+    pictures(tmp_path, "reg/1_dog/0.png")
+    (tmp_path / "img" / "10_sks dog" / "1.txt").write_text("a dog on grass")
+    images = folder_set(tmp_path)
+    assert images.names == ["img/10_sks dog/0.png", "img/10_sks dog/1.png", "img/3_a cat/0.png"]
+    assert images.repeats == [10, 10, 3]
+    assert images.captions == ["sks dog", "a dog on grass", "a cat"]
+    assert folder_set(tmp_path, default_caption="x").captions == ["x", "a dog on grass", "x"]
+    told = capsys.readouterr().out
+    assert "10_sks dog" in told and "1 images beside img/" in told
+    batches = Batches(Pixels(images, 8, None), 23, seed=0)
+    assert len(batches) == 23
+    for epoch in range(2):
+        assert np.bincount(batches.indices(epoch)).tolist() == [10, 10, 3]
+    part = images.subset([2, 0])
+    assert part.repeats == [3, 10]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("1_cat", "2_dog"),
+        ("1_cat", "dog"),
+        ("0_cat", "1_dog"),
+        ("01_cat", "10_dog"),
+        ("10_cat", "."),
+    ],
+)
+def test_numbered_classes_are_no_repeats(tmp_path, names):
+    pictures(tmp_path, *(f"{name}/0.png" for name in names))
+    images = folder_set(tmp_path)
+    assert images.repeats is None and images.texts is None
+
+
+def test_repeats_count_only_where_captions_are_used(tmp_path):
+    pictures(tmp_path, "10_cat/0.png", "20_dog/0.png")
+    images = folder_set(tmp_path, selection=Selection(captions=False))
+    assert images.repeats is None and images.classes == ["10_cat", "20_dog"]

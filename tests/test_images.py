@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -409,6 +410,46 @@ def test_a_heic_photograph():
     for profile, expected in ((P3, P3_GREEN), (None, GREEN)):
         data = saved(image, "HEIF", quality=-1, icc_profile=profile)
         near(read_image(data, None), expected, 2)
+
+
+def test_heic_without_its_plug_in_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    formats.cache_clear()
+    with pytest.raises(BadImage, match="pip install pillow-heif"):
+        read_image(tmp_path / "a.heic", 8)
+    with pytest.raises(BadImage, match="pip install pillow-heif"):
+        read_image((tmp_path / "a.heic").read_bytes(), 8)
+    formats.cache_clear()
+
+
+@pytest.mark.parametrize("place", ["before", "after", "many"])
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+def test_much_text_in_a_png_does_not_hide_its_pixels(tmp_path, kind, place):
+    """Pillow refuses it for the text, which may stand on either side of the pixels."""
+    text = zlib.compress(bytes(1 << 22))
+    body = b"k\0\0" + text if kind == b"zTXt" else b"k\0\1\0\0\0" + text
+    rows = [bytes([200, 30, 90] * 8)] * 8
+    plain = png(rows, 8, 2, 8)
+    chunk = png(rows, 8, 2, 8, (kind, body))[33 : -(len(plain) - 33)]
+    many = png(rows, 8, 2, 8, *[(b"tEXt", b"k\0" + b"x" * 900_000)] * 80)
+    end = plain[-12:]
+    data = {"before": plain[:33] + chunk + plain[33:], "after": plain[:-12] + chunk + end}
+    data["many"] = many
+    (tmp_path / "a.png").write_bytes(data[place])
+    for source in (tmp_path / "a.png", data[place]):
+        assert (read_image(source, 8) == [200, 30, 90]).all()
+    if place != "many":
+        with pytest.raises(ValueError):
+            Image.open(tmp_path / "a.png").load()
+
+
+def test_a_giant_tile_is_refused_before_it_is_decoded(tmp_path):
+    """16x16 pixels in a tile of 11000x11000: a gigabyte."""
+    file = tmp_path / "a.tiff"
+    Image.new("RGB", (16, 16)).save(file, tiffinfo={322: 11_000, 323: 11_000})
+    with pytest.raises(BadImage, match="11000x11000"):
+        read_image(file, 8)
 
 
 def test_an_unknown_cicp_leaves_it_to_the_profile():

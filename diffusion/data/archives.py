@@ -185,6 +185,8 @@ def _members(file: BinaryIO) -> Iterator[Member]:
                 if not member.isdir():
                     source = members.extractfile(member) if member.isreg() else None
                     yield member.name, member.size, source
+            if members.fileobj.tell() == members.offset:  # else a block of zeros was read
+                raise OSError("it ends too early")
         while tar.read(1 << 20):  # gzip's check of all that was read stands at the end
             pass
 

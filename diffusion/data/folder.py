@@ -140,19 +140,19 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
     is_run = is_written or owned.is_run(root)
     sampled = sampled or is_written or owned.is_marked(root)
     home = Path(os.path.realpath(root))
-    pending = [root]
+    pending = [(root, False)]
     while pending:
-        where = pending.pop()
+        where, is_outside = pending.pop()
         if inode_of(where) in seen:
             continue
         seen.add(inode_of(where))
         folders, files = _listing(where, found.problems)
-        is_outside = not is_inside(where, home)
         for entry in reversed(folders):
             path = where / entry.name
             why = why_not(path, excluded)
             if not why:
-                pending.append(path)
+                leads_out = is_outside if not entry.is_symlink() else not is_inside(path, home)
+                pending.append((path, leads_out))
             elif count := count_images(path):
                 found.left_out[f"{path.relative_to(root)}/", why] += count
         run_pictures = is_run and where.parent == root and where.name in RUN_PICTURES
@@ -209,11 +209,13 @@ def _withhold(found: Scan, home: Path) -> None:
         real = Path(os.path.realpath(path))
         if real.suffix.lower() in SUFFIXES and real.is_file():
             pools.add(real.parent)
+    allowed = {home, *pools}
     for paths in (found.texts, found.tables):
-        for path in [path for path in paths if found.outside.get(path, home) not in {home, *pools}]:
-            paths.remove(path)
-            why = f"a link to {found.outside[path]}, where no image of the set lies: copy it here"
-            found.problems.append((str(path), why))
+        for path in paths:
+            if (folder := found.outside.get(path, home)) not in allowed:
+                why = f"a link to {folder}, where no image of the set lies: copy it here"
+                found.problems.append((str(path), why))
+        paths[:] = [path for path in paths if found.outside.get(path, home) in allowed]
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -632,6 +632,22 @@ def test_rows_of_a_hub_set_name_no_files_of_yours(tmp_path, parquet, monkeypatch
     assert images.read(2, 8).shape == (8, 8, 3)
 
 
+def test_what_a_killed_fetch_has_left_is_removed(tmp_path, monkeypatch):
+    """Folders, of this version or before; not what a link of that name leads to."""
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine"
+    for folder in ("data/.afhq.fetch", "data/.afhq.x1y2.fetch", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "archive").write_text("mine")
+    (tmp_path / "data" / ".afhq.z.fetch").symlink_to(mine)
+    with zipfile.ZipFile("a.zip", "w") as z:
+        z.writestr("cat/0.png", picture_bytes())
+    monkeypatch.setitem(sources.NAMED, "afhq", (tmp_path / "a.zip").as_uri())
+    assert len(open_data("afhq")) == 1
+    left = {p.name for p in Path("data").iterdir()}
+    assert left == {"afhq", ".afhq.lock", ".afhq.z.fetch"} and (mine / "archive").exists()
+
+
 def test_hub_set_downloaded(parquet):
     root, files = parquet
     images = open_data(f"hf:{root}")

@@ -165,16 +165,16 @@ def _parts(name: str) -> list[str] | None:
 
 def _members(file: BinaryIO) -> Iterator[Member]:
     """Read what an archive holds, one after the other; folders are left out."""
-    if zipfile.is_zipfile(file):
+    magic = file.read(2)
+    file.seek(0)
+    if magic == b"PK":
         with zipfile.ZipFile(_Bounded(file.raw)) as z:
             for entry in z.infolist():
                 if not entry.is_dir():
                     with z.open(entry) as source:
                         yield entry.filename, entry.file_size, source
         return
-    file.seek(0)
-    unpacker = UNPACKERS.get(file.read(2))
-    file.seek(0)
+    unpacker = UNPACKERS.get(magic)
     with unpacker(file) if unpacker else contextlib.nullcontext(file) as tar:
         # as a stream: nothing that lies about lengths leads back in it
         with tarfile.open(fileobj=tar, mode="r|", tarinfo=TarMember) as members:

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError, shown
+from ..files.atomic import reason
 from ..runtime.distributed import log
 from .captions import CAPTION_COLUMNS, EVERYTHING, Selection, texts_of
 from .folder import is_inside, listed
 from .image_set import ImageSet, digest
-from .images import BadImage, first_line, read_image
+from .images import BadImage, read_image
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # where several hold images
 LABEL_COLUMNS = ("label", "labels", "class", "category")
@@ -38,6 +39,7 @@ class HubSet:
     ):
         try:
             import datasets
+            from huggingface_hub.constants import HF_HUB_CACHE
         except ImportError:
             raise UserError(
                 f"--data hf:{path} needs the datasets library: pip install datasets"
@@ -76,8 +78,8 @@ class HubSet:
         )
         self.data = data.cast_column(self.image, datasets.Image(decode=False))
         # what rows may name: files of the set's own folder, or that the library has fetched
-        self.folders = [Path(path)] if Path(path).is_dir() else []
-        self.folders.append(Path(datasets.config.HF_DATASETS_CACHE))
+        own = [path] if Path(path).is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+        self.folders = list(map(Path, own))
         # before there was a choice, the first column of the train split was read
         first = split == "train" and images[:1] == [self.image]
         self.key = () if first else (split, self.image)
@@ -162,7 +164,7 @@ def _load(datasets, path: str, streaming: bool, split: str | None):
                     raise
     except Exception as error:  # anything from the network to the repository's files
         raise UserError(
-            f"hf:{path} could not be loaded: {first_line(error)}; check the name and the network "
+            f"hf:{path} could not be loaded: {reason(error)}; check the name and the network "
             "(or set HF_ENDPOINT to a mirror), or give --data a folder of images"
         ) from None
     if split is None and len(names) == 1:

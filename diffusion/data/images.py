@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import shown
+from ..files.atomic import reason
 from ..runtime.distributed import log
 from . import colour, depth
 
@@ -76,11 +77,6 @@ class ImageLog:
 
 
 image_log = ImageLog()
-
-
-def first_line(error: Exception) -> str:
-    """Take the first line of a library's message, or the kind of the error where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_image(file: Path | bytes, size: int | None, note: Note | None = None) -> np.ndarray:
@@ -161,7 +157,7 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
             "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
         ) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
-        raise BadImage(first_line(error)) from None
+        raise BadImage(reason(error)) from None
 
 
 def _decoded(file: Path | bytes) -> Image.Image:

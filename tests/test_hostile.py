@@ -306,7 +306,7 @@ READERS = [
 HARMLESS = {
     ("prompts", "*"), ("merges.txt", "*"), ("metadata.jsonl", "*"), ("tokenizer_config.json", "*"),
     ("scheduler_config.json", "nothing in it"), ("VAE config.json", "nothing in it"),
-    ("foreign .safetensors", "no tensors"), ("resume", "missing"), ("image", "cut at 90 %"),
+    ("foreign .safetensors", "no tensors"), ("resume", "missing"), ("image", "cut at 90 %"), ("image", "text bomb"),
     ("archive, tar.gz", "*"), ("added_tokens.json", "nothing in it"),
     ("added_tokens.json", "missing"), ("added_tokens.json", "link to itself"), ("LoRA's metadata", "nothing in it"),
     ("adapter_config.json", "nothing in it"),

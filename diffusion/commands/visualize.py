@@ -6,7 +6,7 @@ python visualize.py --load_path results/model.pt --data FOLDER --html
 
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import (
     GUIDANCE,
     SAMPLERS,
@@ -31,7 +31,7 @@ def parse(args: list[str] | None = None):
     option("--load_path FILE", "model.pt or .safetensors file of the model (default: results/model.pt if there is one)")
     option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from", requires=MODEL)
     option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
-    option("--data TEXT", "images of the forward process: toy, a folder, a set's name (default: what the model was trained on)")
+    option("--data TEXT", "images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
     option("--num_images N", "number of images in each picture", between(1, 16), default=4)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}", default="ddim")
     option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule)", STEPS)
@@ -81,6 +81,28 @@ def open_model(args, device):
     return pipeline
 
 
+def choose_images(args, pipeline):
+    """Pick images of --data, the toy or what a run was trained on that was made here; else None.
+
+    What else a model names is neither opened nor fetched: it may be anything of the user's.
+    """
+    from ..pictures.views import pick_images
+    from ..runtime.distributed import log
+    from ..training.run_folder import made_here
+
+    config = pipeline.config
+    if args.data is None and config.data != "toy":
+        config = made_here(Path(args.load_path).parent)
+        local = config and (Path(config.data), Path("data", config.data))
+        if config is None or config.streaming or not any(map(Path.is_dir, local)):
+            log(
+                f"the forward process is shown of the model's own samples; the model names "
+                f"{shown(pipeline.config.data)} as its data: --data shows images of it"
+            )
+            return None
+    return pick_images(args.data, config, 2 * args.num_images)
+
+
 def sampling_options(args, pipeline, captions: list[str]):
     """Return the function (indices) -> options of `Pipeline.frames`."""
     same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
@@ -103,12 +125,13 @@ def main() -> None:
     args = parse()
 
     from ..files.output import output_folder
-    from ..pictures.views import Gallery, pick_images
+    from ..pictures.grid import Picked
+    from ..pictures.views import Gallery
     from ..runtime import distributed as dist
 
     pipeline = open_model(args, dist.setup(args.device))
-    data = pick_images(args.data, pipeline.config, 2 * args.num_images)
-    options = sampling_options(args, pipeline, data.captions)
+    data = choose_images(args, pipeline)
+    options = sampling_options(args, pipeline, [""] if data is None else data.captions)
     steps = min(50, len(pipeline.schedule)) if args.steps is None else args.steps
     try:  # mistakes show before the work
         table = pipeline.table(args.sampler, steps)
@@ -116,6 +139,11 @@ def main() -> None:
             pipeline.frames([0], sampler=args.sampler, steps=steps, **options([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
+    if data is None:
+        indices = range(2 * args.num_images)
+        images = pipeline.sample(indices, sampler=args.sampler, steps=steps, **options(indices))
+        names = [f"sample {i}" for i in indices]
+        data = Picked(images.clamp(-1, 1).cpu(), names, [""] * len(names))
 
     viz = Path(args.save_folder) / "viz"
     with output_folder(viz, args.overwrite) as chosen:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from .. import UserError
 
+MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of every other system
 
@@ -118,14 +119,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read the complete lines of a metrics.jsonl; a kill may have torn the last one."""
+    """Read the numbers of a metrics.jsonl: a step and others, or null, by name, from each line.
+
+    A kill may have torn the last line, and another program written anything: lines without a step
+    and values that are no finite numbers are left out. Raises UserError for what is no file.
+    """
     found = []
     if path.exists():
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        with blame(path), open_regular(path, MAX_LOG) as file:
             while text := file.readline(1 << 20):
                 with contextlib.suppress(ValueError, RecursionError):
                     found.append(json.loads(text))
-    return [x for x in found if isinstance(x, dict) and type(x.get("step")) is int]
+    lines = [
+        {k: v for k, v in line.items() if v is None or is_number(v)}
+        for line in found
+        if isinstance(line, dict)
+    ]
+    return [line for line in lines if type(line.get("step")) is int and line["step"] >= 0]
+
+
+def is_number(value) -> bool:
+    """Check for an int or a float that is finite, also as float32."""
+    return type(value) in (int, float) and abs(value) < 3.4e38
 
 
 @contextlib.contextmanager

@@ -16,11 +16,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 INK = "#333333"
 PALE = "#dddddd"
 SIZE = (640, 400)  # a third of what is drawn, for smooth lines
+MAX = 1e100  # numbers from here on are left out, as infinite ones are
 MAX_DOTS = 60  # a line of more points is drawn without dots
 
 
 class Line(NamedTuple):
-    """Describes a curve. x, y: as many numbers each; those that are not finite are left out."""
+    """Describes a curve. x, y: as many numbers each; those that are not finite, or beyond MAX, are left out."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -62,12 +63,13 @@ def line_plot(
         xy = np.stack([line.x, line.y], 1).astype(float)
         with np.errstate(divide="ignore", invalid="ignore"):
             xy[:, logs] = np.log10(xy[:, logs])
-        curves.append(xy[np.isfinite(xy).all(1)])
+        curves.append(xy[(abs(xy) < MAX).all(1)])
     every = np.concatenate(curves)
     if not len(every):
         raise ValueError(f"plot {title!r} has no finite point")
     span = np.ptp(every, 0)
     span[span == 0] = 1
+    span = np.maximum(span, 1e-6 * abs(every).max(0))  # less is no room for ticks
     low = every.min(0) - span / 25
     high = every.max(0) + span / 25
 
@@ -90,7 +92,7 @@ def line_plot(
     key = 201  # of the legend, a row between title and frame
     for line, curve, colour in zip(lines, map(pixels, curves), cycle(COLOURS)):
         points = list(map(tuple, curve))
-        if line.joined:
+        if line.joined and points:
             draw.line(points, colour, 6, joint="curve")
         if len(points) < MAX_DOTS or not line.joined:
             for point in points:

@@ -3,6 +3,8 @@
 Everything here is made from `Pipeline.frames`, q_sample and `Pipeline.decode`.
 """
 
+import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,8 @@ from .plot import Line, distance_title, line_plot, stack
 PERCENT = (0, 25, 50, 75, 99)
 MAX_FRAMES = 51  # of a trajectory, besides those at PERCENT
 WEIGHTS = torch.linspace(0, 1, 8).tolist()  # of an interpolation
+MAX_PLOTS = 8  # of a log's curves, beneath each other
+DISTANCE = re.compile(r"\w{1,80}")  # a name of one, as `name_of` makes it
 LOSSES = {"loss": "training loss", "heldout_loss": "held-out loss"}
 # what the page compares with the chosen sampler, from the same noise
 PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
@@ -296,7 +300,10 @@ def table_plot(table: Table) -> Image.Image:
 
 
 def curves(metrics: Path) -> Image.Image | None:
-    """Plot loss, held-out loss and distances over steps; None where nothing is logged."""
+    """Plot loss, held-out loss and distances over steps; None where nothing is logged.
+
+    Of the distances, those with names as `name_of` makes them, the first few of them.
+    """
     found = {}  # by title and label
     for entry in read_lines(metrics):
         # distances of other numbers of samples are another curve
@@ -306,11 +313,12 @@ def curves(metrics: Path) -> Image.Image | None:
             if name in LOSSES:
                 curve = ("Loss", LOSSES[name])
             elif "fid_seconds" in entry and name not in ("step", "fid_seconds", "fid_num_images"):
-                curve = (distance_title(name), samples)
+                curve = (distance_title(name), samples) if DISTANCE.fullmatch(name) else None
             if curve is not None and value is not None:
                 found.setdefault(curve, []).append((entry["step"], value))
     plots = []
-    for title in dict.fromkeys(title for title, _ in found):
+    for title in list(dict.fromkeys(title for title, _ in found))[:MAX_PLOTS]:
         lines = [Line(*zip(*xy), label) for (name, label), xy in found.items() if name == title]
-        plots.append(line_plot(lines, title, "step", log_y=title == "Loss"))
+        with contextlib.suppress(ValueError):  # no loss is positive
+            plots.append(line_plot(lines, title, "step", log_y=title == "Loss"))
     return stack(plots) if plots else None

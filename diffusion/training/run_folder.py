@@ -20,6 +20,7 @@ from ..config import Config
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
 from ..files.atomic import O_NOFOLLOW, append_text, read_lines, write_text
+from ..files.text_files import read_bytes, read_json
 from ..runtime.distributed import all_equal, barrier, is_main, log
 from ..runtime.seeding import seed_of
 
@@ -62,7 +63,25 @@ def claim(folder: Path):
         ) from None
     except OSError:
         pass  # a file system without locks
+    if not lock.tell():  # see made_here
+        with contextlib.suppress(OSError):
+            lock.write(str(folder.stat().st_ino))
+            lock.flush()
     return lock
+
+
+def made_here(folder: Path) -> Config | None:
+    """Read the configuration of a run that was made in this very folder, None of any other.
+
+    Its .lock holds the number that the file system gave the folder. One that was copied or came
+    out of an archive has another, and its configuration the paths of somebody else.
+    """
+    try:
+        mark = read_bytes(folder / ".lock", 40, cut=True)
+        own = mark == str(folder.stat().st_ino).encode()
+        return Config.from_dict(read_json(folder / "config.json")) if own else None
+    except (OSError, UserError):
+        return None
 
 
 def run_files(folder: Path) -> list[Path]:

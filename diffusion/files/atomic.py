@@ -18,6 +18,7 @@ from .. import UserError
 MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of every other system
+O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a pipe without another end would be waited for
 
 
 def reason(error: BaseException) -> str:
@@ -106,11 +107,16 @@ def is_temporary(name: str, of: str) -> bool:
     return re.fullmatch(rf"\.({of})(\.[0-9a-f]+)?\.tmp", name) is not None
 
 
+def open_append(path: Path) -> BinaryIO:
+    """Open a file to append to it, created if missing. Raises OSError where it is a link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_BINARY
+    return open(os.open(path, flags, 0o666), "ab")
+
+
 def append_text(path: Path, text: str) -> None:
     """Append to a UTF-8 text. Raises OSError where it cannot be written, or is a link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_NOFOLLOW, 0o666)
-    with open(descriptor, "a", encoding="utf-8") as file:
-        file.write(text)
+    with open_append(path) as file:
+        file.write(text.encode())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,12 +16,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 INK = "#333333"
 PALE = "#dddddd"
 SIZE = (640, 400)  # a third of what is drawn, for smooth lines
-MAX = 1e100  # numbers from here on are left out, as infinite ones are
+MAX = 1e100
 MAX_DOTS = 60  # a line of more points is drawn without dots
 
 
 class Line(NamedTuple):
-    """Describes a curve. x, y: as many numbers each; those that are not finite, or beyond MAX, are left out."""
+    """Describes a curve. x, y: as many numbers each; those that are not below MAX are left out."""
 
     x: Sequence[float]
     y: Sequence[float]

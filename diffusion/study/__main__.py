@@ -21,6 +21,7 @@ from ..config import (
     POSITIVE,
     SAMPLERS,
     SD_PATH,
+    SD_START,
     SEED,
     UTF8,
     Parser,
@@ -34,6 +35,7 @@ from .plan import BUDGETS, EXPERIMENTS, SMALL_AND_FULL, Settings
 
 EXPERIMENT_3 = Rule("experiment 3", lambda s: 3 in s.experiments)
 EXPERIMENT_4 = Rule("experiment 4", lambda s: 4 in s.experiments)
+MODEL = Rule("--load_path", lambda s: s.load_path is not None)
 KNOWN = Rule(f"among {', '.join(map(str, EXPERIMENTS))}", lambda v: set(v) <= set(EXPERIMENTS))
 
 
@@ -48,10 +50,11 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     experiments = ", ".join(f"{n} {text}" for n, text in EXPERIMENTS.items())
     # fmt: off
     option("--load_path FILE", "base model: a model.pt or .safetensors of train.py that reads captions")
-    option("--sd_path PATH", "base model: Stable Diffusion 1.x, a folder or a single file")
+    option("--sd_path PATH", "base model: Stable Diffusion 1.x, a folder or a single file; with --load_path: where it is now that the base model was trained from")
+    option("--vae PATH", "where the VAE is now that the base model was trained with", requires=MODEL)
     option("--sd_config FOLDER", "configs and tokenizer of a single file of other sizes than 1.5's", requires=SD_PATH)
-    option("--sd_weights", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*", requires=SD_PATH, default="raw", choices=("raw", "ema"))
-    option("--objective", "prediction type of a single file that does not state it (default: eps)", requires=SD_PATH, choices=("eps", "v", "x0"))
+    option("--sd_weights", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*", requires=SD_PATH & SD_START, default="raw", choices=("raw", "ema"))
+    option("--objective", "prediction type of a single file that does not state it (default: eps)", requires=SD_PATH & SD_START, choices=("eps", "v", "x0"))
     option("--data STYLES", "folder with a folder of images per style")
     option("--styles NAME,...", "styles to learn (default: all); the base knows the others, which serve the classifier", type=name_list)
     option("--experiments N,...", f"experiments to run: {experiments}", KNOWN, type=int_list, default="1,2,3,4")
@@ -67,6 +70,7 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     option("--amp", "mixed precision; no: float32", default="auto", choices=AMP)
     option("--save_folder FOLDER", "folder of studies, each in <timestamp>_<name>/", default="results")
     option("--name TEXT", "name of the study's folder (default: that of --data)")
+    option("--keep_images", "keep the folders of training images, and show held-out images in the report")
     option("--new", "start from scratch, even if there is a study of these settings")
 
     parser.section("instead of the budget's numbers")
@@ -86,7 +90,7 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     # fmt: on
     s = parser.parse_args(args)
     parser.check(s)
-    if (s.load_path is None) == (s.sd_path is None):
+    if s.load_path is None and s.sd_path is None:
         raise UserError("the study needs a base model: give either --sd_path or --load_path")
     if s.data is None:
         raise UserError("--data STYLES is missing: a folder with a folder of images per style")
@@ -128,7 +132,7 @@ def open_base(s: Settings, device):
     from ..sampling.load import open_pipeline
     from .runner import Base
 
-    foreign = s.sd_path is not None
+    foreign = s.load_path is None
     if s.sd_weights == "ema":
         check_averaged(s.sd_path, "--sd_weights")
     pipeline = open_pipeline(
@@ -137,6 +141,7 @@ def open_base(s: Settings, device):
         s.sd_weights if foreign else None,
         device,
         config=s.sd_config,
+        vae=s.vae,
         objective=s.objective,
         height=s.image_size,
         width=s.image_size,
@@ -168,7 +173,7 @@ def main() -> None:
     from .classifier import open_classifier
     from .experiment import Study, run_study
     from .judge import Judge, check_classifier
-    from .study_folder import create, describe, find, read_metrics
+    from .study_folder import check_links, create, describe, find, read_metrics
     from .styles import read_style, slugs_of, style_folders
 
     description = describe(s)
@@ -176,6 +181,8 @@ def main() -> None:
     if folder and read_metrics(folder)["finished"] and (folder / "report.html").is_file():
         dist.log(f"This study is finished: {folder / 'report.html'} (--new runs it again)")
         return
+    if folder is not None:
+        check_links(folder)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     # whatever can be found wrong is, before anything is written or trained

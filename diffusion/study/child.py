@@ -50,7 +50,8 @@ def main() -> None:
             "peak_memory": peak_memory(),
             "peak_device_memory": cuda.max_memory_allocated() if used else None,
         }
-        result.write_text(json.dumps(cost))
+        with open(result, "x") as file:
+            json.dump(cost, file)
 
 
 if __name__ == "__main__":

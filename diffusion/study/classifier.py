@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import UserError
 from ..data.batches import to_unit
-from ..files.atomic import atomic
-from ..runtime.distributed import progress
+from ..files.strict import load_strict
+from ..files.tensors import Unreadable, read_safetensors, write_tensors
+from ..runtime.distributed import log, progress
 from ..runtime.seeding import generator
 from .styles import Style
 
@@ -145,10 +146,15 @@ def open_classifier(path: Path, styles: list[Style], seed: int, steps: int = STE
     """Load a study's classifier, or train it; the same seed gives the same network."""
     torch.manual_seed(seed)
     net = StyleNet(len(styles))
-    if path.is_file():
-        net.load_state_dict(load_file(path))
-    else:
-        train(net, styles, seed, steps)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic(path, lambda p: save_file(net.state_dict(), p))
+    if path.exists():
+        try:
+            net = load_strict(net, read_safetensors(path)[0], str(path))
+            return Classifier(net, styles)
+        except Unreadable:
+            raise
+        except UserError as error:
+            log(f"warning: {error}; the classifier is trained again")
+    train(net, styles, seed, steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, net.state_dict(), {})
     return Classifier(net.eval().requires_grad_(False), styles)

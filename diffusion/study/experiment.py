@@ -6,6 +6,7 @@ results/<timestamp>_<name>/
     checkpoints/   the classifier, and what each cell's training has written
     inference/     each cell's images, grid.png and prompts
     thumbnails/    rows of images    logs.txt    report.html
+    data/          while it runs, or with --keep_images: the training images
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from .. import UserError
-from ..data.images import read_image
-from ..files.atomic import read_lines, write_text
+from .. import UserError, printable
+from ..data.images import BadImage, read_image
+from ..files.atomic import append_text, read_lines, write_text
 from ..files.output import is_ours, numbered
 from ..files.text_files import read_json
 from ..pictures.grid import grid, save_png, strip
@@ -57,6 +58,9 @@ class Study:
     def __post_init__(self):
         self.plan = Plan(self.settings, {s.name: s.slug for s in self.styles.values()})
         self.cells = self.plan.cells()
+        for cell in self.cells:
+            if cell.name in self.metrics["cells"]:  # what a cell is, is the plan's to say
+                self.entry(cell).update(dataclasses.asdict(cell))
 
     @property
     def styles(self) -> dict[str, Style]:
@@ -67,8 +71,8 @@ class Study:
 
     def note(self, message: str) -> None:
         log(message)
-        with open(self.folder / "logs.txt", "a", encoding="utf-8") as file:
-            file.write(f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}\n")
+        stamped = f"[{datetime.now():%Y-%m-%d %H:%M:%S}] {message}\n"
+        append_text(self.folder / "logs.txt", printable(stamped))
 
     def entry(self, cell: Cell) -> dict:
         """Return a cell's part of metrics.json."""
@@ -175,10 +179,18 @@ class Study:
 
 
 def read_images(folder: Path) -> np.ndarray:
-    """Read the images that sample.py has written to a folder, (N, H, W, 3) uint8, in order."""
+    """Read the images that sample.py has written to a folder, (N, H, W, 3) uint8, in order.
+
+    Raises UserError if they are none, damaged or of several sizes.
+    """
     files = [file for _, file in sorted(numbered(folder).items()) if file.suffix == ".png"]
     files = list(filter(is_ours, files)) or files  # older versions did not mark them
-    return np.stack([read_image(file, None) for file in files])
+    try:
+        return np.stack([read_image(file, None) for file in files])
+    except (BadImage, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no samples that can be used: {error}; run the study again with --new"
+        ) from None
 
 
 def thumbnail(images: np.ndarray) -> Image.Image:
@@ -225,7 +237,7 @@ def run_study(study: Study) -> Path:
         study.metrics.setdefault("experiments", list(study.settings.experiments))
         count = study.settings.num_images
         study.metrics["real"] = {name: study.judge.real(name, count) for name in study.styles}
-        for style in study.styles.values():
+        for style in study.styles.values() if study.settings.keep_images else ():
             save_png(thumbnail(style.held_out.pixels), study.thumbnail(f"real_{style.slug}"))
         study.save()
         try:
@@ -238,6 +250,9 @@ def run_study(study: Study) -> Path:
         except KeyboardInterrupt:
             study.note(f"Stopped. Run the same command to resume in {study.folder}.")
             raise
+        finally:
+            if not study.settings.keep_images:
+                shutil.rmtree(study.folder / "data", ignore_errors=True)
         mixtures = [cell for cell in study.cells if cell.kind == "mix"]
         if mixtures:  # a row for each of a few noises
             folders = [study.folder / "inference" / cell.name / "images" for cell in mixtures]

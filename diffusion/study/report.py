@@ -10,6 +10,7 @@ from string import Template
 
 from PIL import Image
 
+from ..data.images import BadImage, read_image
 from ..files.atomic import write_text
 from ..pictures.grid import data_uri
 from ..pictures.plot import Line, line_plot
@@ -45,11 +46,12 @@ def table(rows: dict[str, dict[str, str]]) -> str:
 
 
 def figure(picture: Image.Image | Path, caption: str, prompts: list[str] = ()) -> str:
-    """Write a picture with its caption, and prompts to unfold; nothing where no file is."""
+    """Write a picture with its caption, and prompts to unfold; nothing where no such file is."""
     if isinstance(picture, Path):
-        if not picture.is_file():
+        try:
+            picture = Image.fromarray(read_image(picture, None))
+        except BadImage:
             return ""
-        picture = Image.open(picture)
     text = escape(caption)
     lines = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
     lines = lines and f"<details><summary>prompts</summary><ol>{lines}</ol></details>"
@@ -69,7 +71,7 @@ def texts_of(entry: dict) -> dict[str, str]:
     for name, (heading, form, unit) in COLUMNS.items():
         if found.get(name) is not None:
             texts[heading] = form.format(found[name] / unit)
-    if entry.get("attempts", 1) > 1:
+    if entry.get("attempts", 1) > 1 and "seconds" in texts:
         texts["seconds"] += "*"
     return texts
 
@@ -94,7 +96,11 @@ def plots(entries: list[dict], field: str, name: str) -> str:
     """Plot each measure over a field of entries, if they are two or more."""
     found = ""
     for measure in entries[0]["measures"] if len(entries) > 1 else ():
-        points = [(entry[field], entry["measures"][measure]["value"]) for entry in entries]
+        points = [
+            (entry[field], entry["measures"][measure]["value"])
+            for entry in entries
+            if measure in entry["measures"]
+        ]
         heading = COLUMNS[measure][0]
         title = heading.replace("é", "e")  # Pillow's font knows ASCII only
         picture = line_plot([Line(*zip(*points))], title, name, log_x=field != "share")
@@ -179,8 +185,9 @@ def write_report(study) -> Path:
     progress = (
         "" if study.metrics["finished"] else f" Unfinished: {finished} of {len(study.cells)}."
     )
+    base = Path(s.load_path or s.sd_path).resolve().name
     summary = (
-        f"Base model {s.load_path or s.sd_path}, {study.base.image_size} px; budget {s.budget}: "
+        f"Base model {base}, {study.base.image_size} px; budget {s.budget}: "
         f"{s.steps} steps of {s.batch_size}, {s.num_images} images a cell, {s.sampler} with "
         f"{s.sample_steps} steps, guidance {study.base.guidance_scale:g}, seed {s.seed}.{progress}"
     )
@@ -203,5 +210,5 @@ def write_report(study) -> Path:
         experiments="".join(experiment(study, n, tables[n]) for n in sorted(tables)),
         definitions=definitions(study),
     )
-    write_text(path, text)
+    write_text(path, text.encode("utf-8", "replace").decode())  # paths may be no text
     return path

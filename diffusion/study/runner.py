@@ -1,18 +1,20 @@
 """Run train.py and sample.py as child processes: their arguments, what they cost, how they stop."""
 
 import contextlib
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import UserError
+from ..files.atomic import open_append, open_regular
+from ..files.text_files import read_optional
 from .plan import Cell, Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,15 +31,20 @@ class Base:
     objective: str | None = None
 
 
-def base_arguments(s: Settings, prefix: str = "") -> list[str]:
-    """Name the base model. prefix: of --config and --weights, which train.py calls --sd_..."""
+def base_arguments(s: Settings, prefix: str = "", model: Path | None = None) -> list[str]:
+    """Name the base model, or one that was trained from it, and where what it needs is.
+
+    prefix: of --config and --weights, which train.py calls --sd_...
+    """
     options = {
-        "load_path": s.load_path,
+        "load_path": model or s.load_path,
         "sd_path": s.sd_path,
+        "vae": s.vae,
         f"{prefix}config": s.sd_config,
-        f"{prefix}weights": None if s.sd_weights == "raw" else s.sd_weights,
-        "objective": s.objective,
     }
+    if model is None:
+        weights = None if s.sd_weights == "raw" else s.sd_weights
+        options |= {f"{prefix}weights": weights, "objective": s.objective}
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
@@ -71,11 +78,12 @@ def train_arguments(
         f"--device={s.device}",
         f"--amp={s.amp}",
     ]
-    if s.sd_path is not None:
+    foreign = s.load_path is None
+    if foreign:
         args.append("--condition=text")
         if s.objective is None:
             args.append(f"--objective={base.objective}")
-    if s.sd_path is not None or s.image_size is not None:
+    if foreign or s.image_size is not None:
         args.append(f"--image_size={base.image_size}")
     prior = [] if s.class_prompt is None else [f"--class_prompt={s.class_prompt}"]
     kinds = {
@@ -95,10 +103,7 @@ def sample_arguments(
     s: Settings, base: Base, cell: Cell, trained: list[Path], prompts: Path, folder: Path
 ) -> list[str]:
     """Write the arguments of sample.py. trained: what the trainings for the cell have written."""
-    if cell.kind == "dreambooth":
-        args = [f"--load_path={trained[0]}"]
-    else:
-        args = base_arguments(s)
+    args = base_arguments(s, model=trained[0] if cell.kind == "dreambooth" else None)
     if cell.kind == "lora":
         args.append(f"--lora={trained[0]}")
     elif cell.kind == "textual_inversion":
@@ -128,14 +133,14 @@ def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]
     is appended to `logs`; tick() is called every second. Ctrl-C is passed on to it, and it may save
     its state; a second one ends it at once. Raises UserError if it fails.
     """
-    result = logs.with_suffix(".child.json")
-    result.unlink(missing_ok=True)
     child = Path(__file__).with_name("child.py")
     shown = shlex.join([Path(sys.executable).name, script, *args])
     began = time.perf_counter()
-    with open(logs, "ab") as out:
-        out.write(f"\n$ {shown}\n".encode())
+    with tempfile.TemporaryDirectory() as private, open_append(logs) as out:
+        result = Path(private, "cost.json")
+        out.write(f"\n$ {shown}\n".encode(errors="surrogateescape"))
         out.flush()
+        start = out.tell()
         process = subprocess.Popen(
             [sys.executable, child, result, ROOT / script, *args],
             stdin=subprocess.DEVNULL,
@@ -152,15 +157,16 @@ def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]
         except BaseException:
             stop(process)
             raise
+        cost = read_optional(result)
     if process.returncode:
-        said = logs.read_text(encoding="utf-8", errors="replace").rpartition(f"$ {shown}\n")[2]
+        with open_regular(logs) as file:
+            file.seek(start)
+            said = file.read().decode(errors="replace")
         last = "\n".join(f"  {line}" for line in said.strip().splitlines()[-SHOWN_LINES:])
         raise UserError(
             f"{script} ended with status {process.returncode}:\n{last}\n  in: {shown}\n"
             "When this is mended, run the same command to resume the study."
         )
-    cost = json.loads(result.read_text())
-    result.unlink()
     return {"seconds": time.perf_counter() - began, **cost}
 
 

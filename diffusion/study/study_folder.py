@@ -1,42 +1,66 @@
-"""Find the folder of a study: the one that is resumed, or a new one."""
+"""Find the folder of a study: the one that is resumed, or a new one.
+
+What is written there may be shown to others: files and folders are named without the way to them.
+"""
 
 import contextlib
 import json
+import os
+import re
 from datetime import datetime
 from pathlib import Path
 
-from ..files.atomic import write_text
+from .. import UserError
+from ..files.atomic import is_number, write_text
 from ..files.output import names
 from ..files.sd_files import has_averaged
+from ..files.text_files import read_json
+from ..runtime.distributed import log
 from .plan import Settings
-from .styles import file_stamp, slugs_of, stamp, style_folders
+from .report import COLUMNS
+from .styles import slugs_of, stamp, style_folders
+
+PATHS = {"data", "load_path", "sd_path", "sd_config", "vae", "features", "clip"}
 
 
 def describe(s: Settings) -> dict:
     """Describe a study as config.json does; it is resumed where this is equal."""
     base = Path(s.load_path or s.sd_path)
-    mark = stamp(base) if base.is_dir() else file_stamp(base)
     settings = dict(vars(s))
+    del settings["keep_images"]
     # older studies do not have these: they took the EMA weights of a file that held them
-    weights = "ema" if s.sd_path is not None and has_averaged(base) else "raw"
-    for name, old in (("sd_weights", weights), ("objective", None)):
+    weights = "ema" if s.load_path is None and has_averaged(base) else "raw"
+    for name, old in (("sd_weights", weights), ("objective", None), ("vae", None)):
         if settings[name] == old:
             del settings[name]
+    for name in PATHS & settings.keys():
+        if settings[name] is not None:
+            path = Path(settings[name]).resolve()
+            stamped = name != "data" and path != base.resolve()
+            settings[name] = f"{path.name} {stamp(path)}" if stamped else path.name
     found = {
         "settings": settings,
-        "base": f"{base.resolve()} {mark}",
+        "base": f"{base.resolve().name} {stamp(base)}",
         "data": {f.name: stamp(f) for f in style_folders(s.data)},
     }
     return json.loads(json.dumps(found))  # lists for tuples
+
+
+def without_folders(description: dict) -> dict:
+    """Leave the name of each path, all of which older studies wrote down."""
+    name_of = lambda path: path and re.split(r"[/\\]", path)[-1]
+    settings = description["settings"].items()
+    named = {k: name_of(v) if k in PATHS else v for k, v in settings}
+    return description | {"settings": named, "base": name_of(description["base"])}
 
 
 def find(root: Path, description: dict) -> Path | None:
     """Find the newest folder of a study."""
     for file in sorted(root.glob("*/config.json"), reverse=True):
         try:
-            if json.loads(file.read_text(encoding="utf-8")) == description:
+            if without_folders(read_json(file)) == description:
                 return file.parent
-        except (OSError, ValueError):
+        except (UserError, LookupError, TypeError, AttributeError):
             continue  # another program's
     return None
 
@@ -53,8 +77,43 @@ def create(root: Path, name: str, description: dict) -> Path:
     return folder
 
 
+def check_links(folder: Path) -> None:
+    """Raise UserError for a link in a study's folder: it would write and delete elsewhere."""
+    for where, folders, files in os.walk(folder):
+        for path in (Path(where, name) for name in folders + files):
+            if path.is_symlink():
+                raise UserError(
+                    f"{path} is a link, and a study writes and deletes there: put what it leads "
+                    "to in its place, or give --new"
+                )
+
+
 def read_metrics(folder: Path) -> dict:
+    """Read what is done of a study. Entries that it cannot have written are named and left out."""
     file = folder / "metrics.json"
-    if not file.is_file():
-        return {"finished": False, "cells": {}}
-    return json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file) if file.exists() else {}
+    cells = found.get("cells")
+    cells = cells if isinstance(cells, dict) else {}
+    usable = {name: entry for name, entry in cells.items() if is_usable(entry)}
+    if len(usable) < len(cells):
+        log(f"warning: {file}: {len(cells) - len(usable)} entries are damaged; they are done again")
+    return {"finished": found.get("finished") is True, "cells": usable}
+
+
+def is_usable(entry) -> bool:
+    """Check the types of all that a study and its report take from a cell's entry."""
+    try:
+        costs = entry.get("cost", {}).items()
+        numbers = [v for k, v in costs if k != "file" and v is not None]
+        numbers.append(entry.get("attempts", 1))
+        texts = []
+        if "measures" in entry:
+            for m in entry["measures"].values():
+                numbers += [m["value"], m["num_images"]]
+                texts += [m["definition"], m["model"]]
+            numbers.append(entry["seconds"])
+            texts += entry["prompts"]
+        known = entry.get("measures", {}).keys() <= COLUMNS.keys()
+    except (LookupError, TypeError, AttributeError):
+        return False
+    return known and all(map(is_number, numbers)) and all(isinstance(t, str) for t in texts)

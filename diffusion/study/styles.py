@@ -8,21 +8,23 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from .. import UserError
-from ..data.captions import read_captions
+from .. import UserError, shown
+from ..data.captions import PUBLISHED, lies_in, read_captions
 from ..data.folder import scan_split, walk, why_not
 from ..data.image_set import digest, file_stamp
 from ..evaluation.image_batches import folder_batches
-from ..files.atomic import write_text
+from ..files.atomic import append_text, atomic
 from ..files.text_files import read_prompt_lines
 
 HELD_OUT_FRACTION = 0.2
 MAX_HELD_OUT = 500
 MIN_IMAGES = 4
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 PROMPTS = Path("prompts") / "validation_prompt.txt"
 
 
@@ -59,6 +61,8 @@ def style_folders(root: str) -> list[Path]:
     found = [f for f in folders if walk(f).images]
     if not found:
         raise UserError(f"--data {root} holds no styles: give a folder with one folder per style")
+    if odd := [f.name for f in found if NO_TEXT.search(f.name)]:
+        raise UserError(f"--data {root}: {shown(odd[0])} is no word of a prompt: rename it")
     return found
 
 
@@ -92,7 +96,9 @@ def replace_name(text: str, name: str, new: str) -> str:
 
 
 def stamp(folder: Path) -> str:
-    """Compute a digest that changes whenever a file of a folder may have."""
+    """Say what changes whenever a file, or one in a folder, may have."""
+    if not folder.is_dir():
+        return file_stamp(folder)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
     return digest(*(f"{f.relative_to(folder)} {file_stamp(f)}" for f in files))
 
@@ -112,7 +118,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
             f"{folder} has {len(pixels)} usable images; a style needs at least {MIN_IMAGES}, "
             "of which a fifth is held out to measure against"
         )
-    texts = read_captions(walk(folder), files) or [("",)] * len(files)
+    texts = read_captions(walk(folder), files, selection=PUBLISHED) or [("",)] * len(files)
     captions = {file: with_name(own[0], name) for file, own in zip(files, texts)}
 
     def split(chosen: set[Path]) -> Split:
@@ -124,7 +130,11 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     train, held_out = split(set(order[count:])), split(set(order[:count]))
     # sample.py reads a prompt a line
     prompts = list(dict.fromkeys(" ".join(text.split()) for text in held_out.captions))
-    if (file := folder / PROMPTS).is_file():
+    if (file := folder / PROMPTS).exists():
+        if not lies_in(file, folder):
+            raise UserError(
+                f"{file} is a link out of {folder}, and the report shows its text: copy it there"
+            )
         prompts = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
         if not prompts:
             raise UserError(f"{file} holds no prompt; write one a line, or delete it")
@@ -132,13 +142,10 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
 
 
 def training_folder(style: Style, folder: Path, word: str | None = None) -> Path:
-    """Make a folder of a style's training images with their captions, once.
+    """Make a folder of a style's training images with their captions, anew.
 
     word: replaces the style's name in the captions; {} is where train.py puts a new token.
     """
-    done = folder / ".complete"
-    if done.exists():
-        return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for n, (file, caption) in enumerate(zip(style.train.files, style.train.captions)):
@@ -146,8 +153,7 @@ def training_folder(style: Style, folder: Path, word: str | None = None) -> Path
         try:
             os.link(file.resolve(), target)
         except OSError:
-            shutil.copyfile(file, target)  # another file system
+            atomic(target, partial(shutil.copy2, file), sync=False)  # another file system
         text = replace_name(caption, style.name, word) if word else caption
-        target.with_suffix(".txt").write_text(text, encoding="utf-8")
-    write_text(done, "")
+        append_text(target.with_suffix(".txt"), text)
     return folder

@@ -63,10 +63,6 @@ def claim(folder: Path):
         ) from None
     except OSError:
         pass  # a file system without locks
-    if not lock.tell():  # see made_here
-        with contextlib.suppress(OSError):
-            lock.write(str(folder.stat().st_ino))
-            lock.flush()
     return lock
 
 
@@ -77,10 +73,9 @@ def made_here(folder: Path) -> Config | None:
     out of an archive has another, and its configuration the paths of somebody else.
     """
     try:
-        mark = read_bytes(folder / ".lock", 40, cut=True)
-        own = mark == str(folder.stat().st_ino).encode()
+        own = read_bytes(folder / ".lock", 40, cut=True).decode() == str(folder.stat().st_ino)
         return Config.from_dict(read_json(folder / "config.json")) if own else None
-    except (OSError, UserError):
+    except (OSError, ValueError):
         return None
 
 
@@ -216,6 +211,9 @@ class RunLog:
             if file.suffix == ".tmp":  # of a process that was killed while it wrote
                 file.unlink()
         write_text(folder / "config.json", config.to_json())
+        lock = folder / ".lock"
+        if not lock.exists() or not lock.stat().st_size:
+            append_text(lock, str(folder.stat().st_ino))  # see made_here
         self.path = folder / "metrics.jsonl"
         lines = [line for line in read_lines(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))

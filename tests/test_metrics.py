@@ -1,6 +1,8 @@
 """Distances against closed forms and clean-fid, feature networks, the command, --fid."""
 
+import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,7 +42,7 @@ from diffusion.evaluation.features import (
     name_of,
     open_features,
 )
-from diffusion.evaluation.fid import Fid
+from diffusion.evaluation.fid import Fid, read_moments, write_moments
 from diffusion.evaluation.image_batches import collect, folder_batches
 from diffusion.files.checkpoint import save_weights
 from diffusion.runtime.seeding import permutation
@@ -154,7 +156,14 @@ def inception(tmp_path, monkeypatch) -> Inception:
     torch.manual_seed(0)
     network = Inception()
     torch.jit.script(network).save(str(cache_folder() / INCEPTION))
+    trust(cache_folder() / INCEPTION, monkeypatch)
     return network
+
+
+def trust(file: Path, monkeypatch) -> None:
+    """Take a file for the published network."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr("diffusion.evaluation.features.INCEPTION_SHA256", digest)
 
 
 def test_features_are_clean_fids(inception, real):
@@ -198,6 +207,9 @@ def test_missing_and_broken_networks(tmp_path, monkeypatch, real):
         open_features(None, CPU)
     with pytest.raises(UserError, match="does not exist"):
         open_features(str(tmp_path / "no.pt"), CPU)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match=r"pipe\.pt"):
+        open_features(str(tmp_path / "pipe.pt"), CPU)
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match="cannot be read as TorchScript"):
         open_features(str(tmp_path / "text.pt"), CPU)
@@ -237,9 +249,26 @@ def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch):
     source = tmp_path / "source.pt"
     torch.jit.script(Inception()).save(str(source))
     monkeypatch.setattr("cleanfid.downloads_helper.inception_url", source.as_uri())
+    with pytest.raises(UserError, match="SHA-256"):  # not what was published
+        open_features(None, CPU)
+    (cache_folder() / INCEPTION).unlink()
+    trust(source, monkeypatch)
     assert open_features(None, CPU).is_inception
     assert (cache_folder() / INCEPTION).read_bytes() == source.read_bytes()
     assert list(cache_folder().iterdir()) == [cache_folder() / INCEPTION]
+
+
+def test_a_flipped_bit_in_cached_statistics_is_noticed(tmp_path):
+    file = tmp_path / "a.npz"
+    mean, cov = torch.randn(3).double(), torch.randn(3, 3).double()
+    write_moments(file, mean, cov)
+    good = file.read_bytes()
+    for bit in range(0, 8 * len(good), 5):
+        raw = bytearray(good)
+        raw[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(raw)
+        found = read_moments(file)
+        assert found is None or (found[0].equal(mean) and found[1].equal(cov))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -345,7 +374,8 @@ def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
     for row in rows:
         assert len(set(row["pooled_of_seeds"])) == 3
         assert row["pooled"] == sorted(row["pooled_of_seeds"])[1]
-    assert json.loads((tmp_path / "metrics" / "quality.json").read_text()) == found
+    text = (tmp_path / "metrics" / "quality.json").read_text()
+    assert json.loads(text) == found and str(tmp_path) not in text
     assert Image.open(tmp_path / "metrics" / "quality.png").size == (640, 400)
     assert "ddpm    20 steps  pooled" in told
     # it is the distance of what sample.py writes

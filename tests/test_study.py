@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +93,8 @@ def settings(data, **options) -> Settings:
 def parsed(**options) -> Settings:
     """Parse options as the command line gives them."""
     text = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in options.items()}
-    return program.parse([f"--{name}={value}" for name, value in text.items()])[0]
+    given = [f"--{name}={value}".removesuffix("=") for name, value in text.items()]
+    return program.parse(given)[0]
 
 
 def changed(s: Settings, **options) -> Settings:
@@ -343,6 +347,8 @@ def test_arguments_of_the_scripts(faces, tmp_path):
     assert ti["token"] == "<bob>" and ti["init_word"] == "x"
     assert dreambooth["instance_prompt"] == "bald" and "adapter" not in dreambooth
     assert dreambooth["class_prompt"] == "a face"
+    moved = changed(s, vae="new/vae", sd_path="new/sd")  # where what the base needs is now
+    assert {"sd_path": "new/sd", "vae": "new/vae"}.items() <= options("lora", moved).items()
     foreign = options("lora", changed(s, load_path=None, sd_path="sd"))
     assert foreign["sd_path"] == "sd" and foreign["objective"] == "eps" and foreign["image_size"] == "16"  # fmt: skip
     # sample.py knows the options that it knows today
@@ -358,6 +364,8 @@ def test_arguments_of_the_scripts(faces, tmp_path):
         assert parsed.guidance_scale == 2 and parsed.num_images == 3 and parsed.plain_prompts
         assert len(parsed.lora + parsed.embedding) == count
         assert parsed.load_path == ("a" if kind == "dreambooth" else s.load_path)
+        args = sample_arguments(moved, Base(16, 2.0), cell, [Path("a"), Path("b")], prompts, path)
+        assert (sample.parse(args).sd_path, sample.parse(args).vae) == ("new/sd", "new/vae")
     assert parsed.lora == [("a", 0.75), ("b", 0.25)]
 
 
@@ -531,6 +539,201 @@ def test_a_changed_base_is_another_study(tmp_path):
     assert before == describe(s)
     weights.write_text("another")
     assert before != describe(s)
+
+
+# --- what lies in its folders --------------------------------------------------------------------
+
+
+def test_what_is_shown_to_others_names_no_folder(study, tmp_path):
+    """Neither the way to a file nor the computer; and no picture of the data, unless asked for."""
+    one = study(Fake(), experiments=(1,), load_path=tmp_path / "base.safetensors")
+    report = run_study(one)
+    for file in (report, one.folder / "config.json", one.folder / "metrics.json"):
+        text = file.read_text()
+        assert str(tmp_path) not in text and platform.node() not in re.findall(r"[\w.-]+", text)
+    assert "base.safetensors" in report.read_text()
+    assert not list(one.folder.rglob("real_*")) and not (one.folder / "data").exists()
+    two = study(Fake(), experiments=(1,), load_path=tmp_path / "base.safetensors", keep_images="")
+    assert two.folder == one.folder
+    two.metrics["cells"].clear()
+    run_study(two)
+    assert len(list((two.folder / "data" / "bald").glob("*.png"))) == 32
+    assert (two.folder / "thumbnails" / "real_bald.png").is_file()
+
+
+def test_a_study_stopped_keeps_no_training_images(study):
+    one = study(Fake(stop_at=6), experiments=(1,))
+    with pytest.raises(KeyboardInterrupt):
+        run_study(one)
+    assert not (one.folder / "data").exists() and one.metrics["cells"]
+
+
+ODD = [
+    None,
+    0,
+    -1,
+    True,
+    "x",
+    "",
+    [],
+    {},
+    [[1]],
+    {"a": {"b": 0}},
+    1e300,
+    10**400,
+    "../../x\n\x1b[31m",
+]
+
+
+def places(value, above=()):
+    """Every place within JSON."""
+    yield above
+    for key in value if isinstance(value, dict) else ():
+        yield from places(value[key], (*above, key))
+
+
+def fuzz(file: Path):
+    """Write a JSON anew with each of its values replaced by odd ones; yield where, and the value."""
+    good = json.loads(file.read_text())
+    for place in places(good):
+        for odd in ODD:
+            bad = json.loads(json.dumps(good))
+            within = functools.reduce(lambda level, key: level[key], place[:-1], bad)
+            if place:
+                within[place[-1]] = odd
+            file.write_text(json.dumps(bad if place else odd))
+            yield place, odd
+    file.write_text(json.dumps(good))
+
+
+def test_settings_of_wrong_types_are_another_study(study, tmp_path):
+    one = study(Fake())
+    about = json.loads((one.folder / "config.json").read_text())
+    for place, odd in fuzz(one.folder / "config.json"):
+        same = place and functools.reduce(lambda level, key: level[key], place, about) == odd
+        assert find(tmp_path / "results", about) == (one.folder if same else None) or odd is True
+    for text in ("", "[" * 9000, "null", '{"settings": {"data": 1e999}}', "\xff"):
+        (one.folder / "config.json").write_bytes(text.encode("latin-1"))
+        assert find(tmp_path / "results", about) is None
+    (one.folder / "config.json").unlink()
+    os.mkfifo(one.folder / "config.json")
+    assert find(tmp_path / "results", about) is None
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_state_of_wrong_types_is_measured_anew(study, every):
+    """A cell whose entry no study can have written is done again, and the page shows the others."""
+    one = study(Fake(), experiments=(1,))
+    run_study(one)
+    file = one.folder / "metrics.json"
+    good = json.loads(file.read_text())
+    name = next(c.name for c in one.cells if c.kind == "lora")
+    del good["real"], good["experiments"]
+    good["cells"] = {n: e for n, e in good["cells"].items() if n in (name, "base_bald")}
+    file.write_text(json.dumps(good))
+    again = 0
+    for place, odd in islice(fuzz(file), 0, None, every):
+        try:
+            two = study(Fake(), experiments=(1,))
+        except UserError as error:
+            assert str(file) in str(error) and not isinstance(odd, dict)
+            continue
+        two.metrics["real"] = one.metrics["real"]
+        assert two.metrics["finished"] is (place != () and (place != ("finished",) or odd is True))
+        write_report(two)
+        with open_bar(two) as bar:
+            show_progress(bar, two, two.cells[-1])
+        again += len(two.metrics["cells"]) < 2
+        for cell in filter(two.done, two.cells):
+            assert two.entry(cell)["name"] == cell.name
+    assert again > 10
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"metrics\.json"):
+        read_metrics(one.folder)
+
+
+def test_samples_that_have_gone_or_changed_are_named(study):
+    one = study(Fake())
+    images = one.folder / "inference" / "x" / "images"
+    with pytest.raises(UserError, match=str(images)):
+        read_images(images)
+    for i in range(2):
+        save_png(toy.draw(i, 16 + i), images / f"{i:06d}.png")
+    with pytest.raises(UserError, match=str(images)):
+        read_images(images)
+
+
+def test_links_in_a_study_are_not_followed(base, faces, tmp_path, monkeypatch):
+    args = ["--load_path", base, "--data", faces, "--styles", "bald,bob"]
+    s = program.choose_styles(program.parse([*map(str, args), "--device", "cpu"])[0])
+    folder = create(tmp_path / "out", "x", describe(s))
+    (mine := tmp_path / "mine" / "bald").mkdir(parents=True)
+    (folder / "data").symlink_to(mine.parent)
+    with pytest.raises(UserError, match=str(folder / "data")):
+        call(monkeypatch, tmp_path, *args)
+    assert mine.is_dir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (logs := folder / "logs.txt").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(OSError):
+        run_child("train.py", [], logs, lambda: None)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def pictures_of(folder: Path) -> Path:
+    for i in range(6):
+        save_png(toy.draw(i, 16), folder / f"{i}.png")
+    return folder
+
+
+def test_links_do_not_publish_private_texts(tmp_path, capsys):
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    folder = pictures_of(tmp_path / "styles" / "manga")
+    for i in range(6):
+        (folder / f"{i}.txt").symlink_to(secret)
+    assert read_style(folder, "manga", 16).prompts == ["manga"]
+    assert "6 texts" in capsys.readouterr().out
+    (folder / PROMPTS).parent.mkdir()
+    (folder / PROMPTS).symlink_to(secret)
+    with pytest.raises(UserError, match=PROMPTS.name):
+        read_style(folder, "manga", 16)
+    (folder / PROMPTS).unlink()
+    os.mkfifo(folder / PROMPTS)
+    with pytest.raises(UserError, match=PROMPTS.name):
+        read_style(folder, "manga", 16)
+    # links within the folder, and from a snapshot of the hub to its blobs, are the data's own
+    hub = tmp_path / "datasets--me--manga"
+    folder = pictures_of(hub / "snapshots" / "abc" / "manga")
+    (hub / "blobs").mkdir()
+    (hub / "blobs" / "1f").write_text("a cat")
+    for i in range(6):
+        (folder / f"{i}.txt").symlink_to(hub / "blobs" / "1f")
+    assert read_style(folder, "manga", 16).prompts == ["manga, a cat"]
+
+
+def test_names_that_are_no_words_are_refused(tmp_path):
+    for name in ("a\nerror: b", "a\x1b[31m", os.fsdecode(b"\xff")):
+        pictures_of(tmp_path / "styles" / name)
+        with pytest.raises(UserError) as told:
+            style_folders(str(tmp_path / "styles"))
+        assert "\n" not in str(told.value) and "\x1b" not in str(told.value)
+        (tmp_path / "styles" / name).rename(tmp_path / f"{len(name)}")
+
+
+def test_a_damaged_classifier_is_trained_again(tmp_path, styles, capsys):
+    file = tmp_path / "c.safetensors"
+    good = open_classifier(file, styles, 0, steps=2).net.state_dict()
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    random = np.random.default_rng(0)
+    for i in [3, 20, *random.integers(8 + length, len(raw), 4)]:
+        damaged = bytearray(raw)
+        damaged[i] ^= 1 << 6
+        file.write_bytes(damaged)
+        found = open_classifier(file, styles, 0, steps=2).net.state_dict()
+        assert all(torch.equal(found[k], good[k]) for k in good)
+        assert str(file) in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -13,8 +15,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
+from diffusion.data import toy
+from diffusion.files.atomic import read_lines
 from diffusion.pictures import plot, views
-from diffusion.pictures.grid import enlarge, strip, to_uint8
+from diffusion.pictures.grid import enlarge, save_png, strip, to_uint8
 from diffusion.process.samplers import SAMPLERS
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import load
@@ -234,6 +238,7 @@ def test_plots_take_what_runs_produce():
     nan = float("nan")
     plot.line_plot([plot.Line([1, 2, 3], [nan, 1, float("inf")], "a")], "t", "x")
     plot.line_plot([plot.Line([5], [0.3], "one point")], "t", "x", log_x=True, log_y=True)
+    plot.line_plot([plot.Line([1], [nan], "none"), plot.Line([1], [1e30], "one")], "t", "x")
     plot.line_plot([plot.Line([0, 1, 2], [0, 1, 2], "zero on a log axis")], "t", "x", log_x=True)
     with pytest.raises(ValueError, match="no finite point"):
         plot.line_plot([plot.Line([1], [nan])], "t", "x")
@@ -260,6 +265,96 @@ def test_curves_of_a_killed_run_and_of_other_counts(tmp_path):
     assert picture.size == (640, 800)
     fid_plot = picture.crop((0, 400, 640, 800))
     assert len(where(fid_plot, plot.COLOURS[0])) and len(where(fid_plot, plot.COLOURS[1]))
+
+
+ODD = [None, 0, -1, True, "x", [], {}, [[1]], 1e300, -3e38, 10**30, 10**400, 5e-324]
+RAW = ["1e400", "-Infinity", "NaN", "1" * 5000, '"\\ud800"', "[" * 3000]
+
+
+@pytest.mark.parametrize(
+    "name", ["step", "loss", "fid", "fid_seconds", "fid_num_images", "a\n\x1b[31m"]
+)
+def test_curves_of_any_log(tmp_path, name):
+    """Numbers are drawn, and whatever else a line says is left out."""
+    file = tmp_path / "metrics.jsonl"
+    good = {"step": 1, "loss": 0.5, "fid": 3.0, "fid_seconds": 1.0, "fid_num_images": 10}
+    values = [*map(json.dumps, ODD[:: 1 if name == "loss" else 4]), *RAW]
+    bad = [json.dumps(good | {name: "?"}).replace('"?"', value) for value in values]
+    for lines in (["", "[1]", "3", "null", '"x"', "{}", *bad], *([line] for line in bad)):
+        file.write_text("\n".join(lines))
+        views.curves(file)
+        assert all(
+            type(v) in (int, float, type(None)) for x in read_lines(file) for v in x.values()
+        )
+    many = {f"k{i}": 1.0 for i in range(5000)}
+    file.write_text(json.dumps({"step": 1, "fid_seconds": 1.0} | many))
+    assert views.curves(file).height <= 8 * 400
+
+
+def test_a_log_that_is_a_pipe_is_named(model, tmp_path, show):
+    folder = shutil.copytree(model.parent, tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        show(
+            "--load_path",
+            folder / "model.pt",
+            "--data",
+            "toy",
+            "--save_folder",
+            tmp_path,
+            "--num_images",
+            1,
+        )
+
+
+def test_a_model_does_not_decide_what_is_opened(model, tmp_path, show, capsys, monkeypatch):
+    """What a run made here was trained on is shown; of a model from elsewhere, its own samples."""
+
+    def opened(*given):
+        seen.append(given[0])
+        raise UserError("opened")
+
+    seen = []
+    monkeypatch.setattr(views, "open_data", opened)
+    options = ("--save_folder", tmp_path, "--num_images", 1, "--steps", 2, "--html")
+    with pytest.raises(UserError, match="opened"):
+        show("--load_path", model, *options)
+    private = seen.pop()
+    copy = shutil.copytree(model.parent, tmp_path / "copy")  # as an archive's would be
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(model, alone)
+    for folder in (copy, alone):
+        show("--load_path", folder / "model.pt", *options)
+        assert seen == [] and private in capsys.readouterr().out
+        monkeypatch.setattr(views.Gallery, "draw", lambda *_: None)  # once is enough
+    page = (tmp_path / "viz" / "index.html").read_text()
+    assert "sample 0" in page and str(tmp_path) not in page
+    with pytest.raises(UserError, match="opened"):
+        show("--load_path", copy / "model.pt", "--data", "faces", *options)
+    assert seen == ["faces"]
+
+
+def test_a_set_is_fetched_only_when_asked_for(model, tmp_path, show, monkeypatch):
+    folder = shutil.copytree(model.parent, tmp_path / "run")
+    (folder / ".lock").write_text(str(folder.stat().st_ino))  # as if it were made here
+    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    options = ("--load_path", folder / "model.pt", "--num_images", 1, "--steps", 2)
+    for name in ("hf:me/private", "cifar10", "https://example.org/x.zip", "no/such/folder"):
+        (folder / "config.json").write_text(json.dumps(config | {"data": name}))
+        monkeypatch.setattr(views, "open_data", lambda *_: pytest.fail("it is opened"))
+        monkeypatch.setattr(views.Gallery, "draw", lambda *_: None)
+        show(*options, "--overwrite")
+
+
+def test_links_to_private_texts_are_not_on_the_page(pipeline, tmp_path, capsys):
+    (secret := tmp_path / "id_rsa").write_text("PRIVATE KEY")
+    for i in range(2):
+        save_png(toy.draw(i, 16), tmp_path / "set" / f"{i}.png")
+        (tmp_path / "set" / f"{i}.txt").symlink_to(secret)
+    found = views.pick_images(str(tmp_path / "set"), pipeline.config, 2)
+    assert found.captions == ["", ""] and "2 texts" in capsys.readouterr().out
 
 
 def test_long_processes_keep_few_frames(pipeline):

@@ -202,9 +202,9 @@ def measure_model(args, real: list[Path], file: Path, device: torch.device) -> d
         return None
     result = {
         "software": SOFTWARE,
-        "checkpoint": str(file),
+        "checkpoint": file.name,
         "weights": args.weights,
-        "real": str(Path(args.real)),
+        "real": Path(args.real).resolve().name,
         "size": size,
         "features": metrics.features.about,
         "num_real": len(reference["features"]),

@@ -5,6 +5,7 @@ then the Inception network of 2015. Any other network gives a Fréchet distance 
 network's own name.
 """
 
+import hashlib
 import os
 import re
 import warnings
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from .. import UserError
 from ..data.archives import download
-from ..files.atomic import atomic
+from ..files.atomic import atomic, open_regular
 from ..runtime.distributed import any_rank, is_main
 
 INCEPTION = "inception-2015-12-05.pt"
+# of NVIDIA's file, whose address clean-fid has; k-diffusion and others compare with it, too
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 # what else stands beside a distance in results and logs; no network may be called so
 RESERVED = set(
     "fid kid precision recall inception_score inception_score_std features num_real num_fake "
@@ -100,18 +103,25 @@ def open_features(path: str | None, device: torch.device) -> Features:
     Raises UserError if it is missing and cannot be fetched, or is no TorchScript file.
     """
     file = inception_file() if path is None else Path(path)
+    if path is None:
+        with open_regular(file) as opened:
+            if hashlib.sha256(opened.read()).hexdigest() != INCEPTION_SHA256:
+                raise UserError(
+                    f"{file} is not the published network, or damaged (its SHA-256 is another): "
+                    "delete it, and it is fetched again"
+                )
+    elif file.exists() and not file.is_file():
+        raise UserError(f"--fid_features {file} is no file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
             network = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        hint = (
-            "delete it, and it is fetched again"
-            if path is None
-            else "give a file that torch.jit.script(network).save(FILE) has written"
-        )
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{file} cannot be read as TorchScript ({reason}); {hint}") from None
+        raise UserError(
+            f"{file} cannot be read as TorchScript ({reason}); give a file that "
+            "torch.jit.script(network).save(FILE) has written"
+        ) from None
     if path is None:
         classifier = network.state_dict().get("output.weight")
         layers = lambda x: network.layers((x - 128) / 128).flatten(1)

@@ -21,6 +21,8 @@ from ..files.owned import SOFTWARE, SOFTWARE_TAG, picture_text
 from ..runtime import distributed as dist
 from .plot import INK, font
 
+MAX_PROMPT = 1 << 16  # characters of a picture's text; no prompt is longer
+
 
 class Trajectory(NamedTuple):
     """Holds a process as pictures. t: (F,) the frames' timesteps, -1 where the image is clean.
@@ -121,12 +123,12 @@ def read_parameters(file: Path) -> str | None:
     text = parameters_of(file)
     # the settings are the last such line: a prompt may have one that looks like them
     prompt = f"\n{text}".rsplit("\nSteps: ", 1)[0].split("\nNegative prompt: ", 1)[0]
-    return prompt[1:] if text and prompt else None
+    return prompt[1:MAX_PROMPT] if text and prompt else None
 
 
 def count_calls(files: Iterable[Path]) -> int:
     """Count the calls of sample.py that pictures are of: each has an image 0."""
-    settings = [parameters_of(file).rsplit("\n", 1)[-1] for file in files]
+    settings = (parameters_of(file).rsplit("\n", 1)[-1] for file in files)  # may be megabytes
     return sum(", Image: 0, " in text for text in settings)
 
 

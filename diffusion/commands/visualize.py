@@ -93,8 +93,7 @@ def choose_images(args, pipeline):
     config = pipeline.config
     if args.data is None and config.data != "toy":
         config = made_here(Path(args.load_path).parent)
-        local = config and (Path(config.data), Path("data", config.data))
-        if config is None or config.streaming or not any(map(Path.is_dir, local)):
+        if config is None or not (Path(config.data).is_dir() or Path("data", config.data).is_dir()):
             log(
                 f"the forward process is shown of the model's own samples; the model names "
                 f"{shown(pipeline.config.data)} as its data: --data shows images of it"

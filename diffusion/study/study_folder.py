@@ -5,7 +5,6 @@ What is written there may be shown to others: files and folders are named withou
 
 import contextlib
 import json
-import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -46,22 +45,13 @@ def describe(s: Settings) -> dict:
     return json.loads(json.dumps(found))  # lists for tuples
 
 
-def without_folders(description: dict) -> dict:
-    """Leave the name of each path, all of which older studies wrote down."""
-    name_of = lambda path: path and re.split(r"[/\\]", path)[-1]
-    settings = description["settings"].items()
-    named = {k: name_of(v) if k in PATHS else v for k, v in settings}
-    return description | {"settings": named, "base": name_of(description["base"])}
-
-
 def find(root: Path, description: dict) -> Path | None:
-    """Find the newest folder of a study."""
+    """Find the newest folder of a study. Of paths the names count: older studies wrote them all."""
+    text_of = lambda found: re.sub('"[^"]*/', '"', json.dumps(found, sort_keys=True))
     for file in sorted(root.glob("*/config.json"), reverse=True):
-        try:
-            if without_folders(read_json(file)) == description:
+        with contextlib.suppress(UserError):  # another program's
+            if text_of(read_json(file)) == text_of(description):
                 return file.parent
-        except (UserError, LookupError, TypeError, AttributeError):
-            continue  # another program's
     return None
 
 
@@ -79,13 +69,11 @@ def create(root: Path, name: str, description: dict) -> Path:
 
 def check_links(folder: Path) -> None:
     """Raise UserError for a link in a study's folder: it would write and delete elsewhere."""
-    for where, folders, files in os.walk(folder):
-        for path in (Path(where, name) for name in folders + files):
-            if path.is_symlink():
-                raise UserError(
-                    f"{path} is a link, and a study writes and deletes there: put what it leads "
-                    "to in its place, or give --new"
-                )
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        raise UserError(
+            f"{link} is a link, and a study writes and deletes there: put what it leads to in its "
+            "place, or give --new"
+        )
 
 
 def read_metrics(folder: Path) -> dict:

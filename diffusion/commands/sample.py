@@ -288,8 +288,9 @@ def short_name(path: str | Path) -> str:
     """Name a file without its suffix, or a folder; a common name comes with its folder."""
     path = Path(path)
     name = path.name if path.is_dir() else path.stem
-    parent = path.resolve().parent.name
-    return f"{parent}/{name}" if name in COMMON_NAMES and parent else name
+    parent = path.resolve().parent
+    told = name in COMMON_NAMES and parent.name and parent != Path.home()  # whose name is a user's
+    return f"{parent.name}/{name}" if told else name
 
 
 def lora_name(lora: tuple[str, float]) -> str:

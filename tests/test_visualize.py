@@ -15,10 +15,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
-from diffusion.data import toy
 from diffusion.files.atomic import read_lines
 from diffusion.pictures import plot, views
-from diffusion.pictures.grid import enlarge, save_png, strip, to_uint8
+from diffusion.pictures.grid import enlarge, strip, to_uint8
 from diffusion.process.samplers import SAMPLERS
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import load
@@ -346,15 +345,6 @@ def test_a_set_is_fetched_only_when_asked_for(model, tmp_path, show, monkeypatch
         monkeypatch.setattr(views, "open_data", lambda *_: pytest.fail("it is opened"))
         monkeypatch.setattr(views.Gallery, "draw", lambda *_: None)
         show(*options, "--overwrite")
-
-
-def test_links_to_private_texts_are_not_on_the_page(pipeline, tmp_path, capsys):
-    (secret := tmp_path / "id_rsa").write_text("PRIVATE KEY")
-    for i in range(2):
-        save_png(toy.draw(i, 16), tmp_path / "set" / f"{i}.png")
-        (tmp_path / "set" / f"{i}.txt").symlink_to(secret)
-    found = views.pick_images(str(tmp_path / "set"), pipeline.config, 2)
-    assert found.captions == ["", ""] and "2 texts" in capsys.readouterr().out
 
 
 def test_long_processes_keep_few_frames(pipeline):

@@ -6,7 +6,7 @@ Everything here is made from `Pipeline.frames`, q_sample and `Pipeline.decode`.
 import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +62,9 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
             f"the model was trained on a stream, {config.data}: say with --data which "
             "images to show"
         )
-    given = [data, "all", "", Selection(captions=config.condition == "text")]
-    given = list(configured(config)) if data is None else given
-    given[3] = replace(given[3], published=True)
+    other = (data, "all", "", Selection(captions=config.condition == "text"))
     try:
-        source = open_data(*given)
+        source = open_data(*(configured(config) if data is None else other))
     except UserError as error:
         if data is not None:
             raise

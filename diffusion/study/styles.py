@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError, shown
-from ..data.captions import PUBLISHED, lies_in, read_captions
+from ..data.captions import read_captions
 from ..data.folder import scan_split, walk, why_not
 from ..data.image_set import digest, file_stamp
 from ..evaluation.image_batches import folder_batches
@@ -118,7 +118,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
             f"{folder} has {len(pixels)} usable images; a style needs at least {MIN_IMAGES}, "
             "of which a fifth is held out to measure against"
         )
-    texts = read_captions(walk(folder), files, selection=PUBLISHED) or [("",)] * len(files)
+    texts = read_captions(walk(folder), files) or [("",)] * len(files)
     captions = {file: with_name(own[0], name) for file, own in zip(files, texts)}
 
     def split(chosen: set[Path]) -> Split:
@@ -131,7 +131,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     # sample.py reads a prompt a line
     prompts = list(dict.fromkeys(" ".join(text.split()) for text in held_out.captions))
     if (file := folder / PROMPTS).exists():
-        if not lies_in(file, folder):
+        if not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 f"{file} is a link out of {folder}, and the report shows its text: copy it there"
             )

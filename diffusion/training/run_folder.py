@@ -66,19 +66,6 @@ def claim(folder: Path):
     return lock
 
 
-def made_here(folder: Path) -> Config | None:
-    """Read the configuration of a run that was made in this very folder, None of any other.
-
-    Its .lock holds the number that the file system gave the folder. One that was copied or came
-    out of an archive has another, and its configuration the paths of somebody else.
-    """
-    try:
-        own = read_bytes(folder / ".lock", 40, cut=True).decode() == str(folder.stat().st_ino)
-        return Config.from_dict(read_json(folder / "config.json")) if own else None
-    except (OSError, ValueError):
-        return None
-
-
 def run_files(folder: Path) -> list[Path]:
     """List the files with the names of a run's; config.json, the proof of a run, comes last."""
     levels = [folder, *(folder / name for name in FOLDERS)]
@@ -210,10 +197,10 @@ class RunLog:
         for file in run_files(folder):
             if file.suffix == ".tmp":  # of a process that was killed while it wrote
                 file.unlink()
-        write_text(folder / "config.json", config.to_json())
         lock = folder / ".lock"
         if not lock.exists() or not lock.stat().st_size:
             append_text(lock, str(folder.stat().st_ino))  # see made_here
+        write_text(folder / "config.json", config.to_json())
         self.path = folder / "metrics.jsonl"
         lines = [line for line in read_lines(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -284,6 +271,19 @@ def _order_events(folder: Path) -> None:
 def logged(path: Path, step: int, name: str) -> bool:
     """Check whether metrics.jsonl has a value of this name for this step."""
     return any(line["step"] == step and name in line for line in read_lines(path))
+
+
+def made_here(folder: Path) -> Config | None:
+    """Read the configuration of a run that was made in this very folder, None of any other.
+
+    Its .lock holds the number that the file system gave the folder. One that was copied or came
+    out of an archive has another, and its configuration the paths of somebody else.
+    """
+    try:
+        own = read_bytes(folder / ".lock", 40, cut=True).decode() == str(folder.stat().st_ino)
+        return Config.from_dict(read_json(folder / "config.json")) if own else None
+    except (OSError, ValueError):
+        return None
 
 
 def import_wandb():

@@ -1,7 +1,6 @@
 """CLIP score against transformers, LPIPS diversity against lpips, and both in the command."""
 
 import json
-import shutil
 import sys
 
 import numpy as np
@@ -76,26 +75,6 @@ def test_clip_score_is_transformers(clip):
     ours.model.visual_projection.weight.neg_()
     assert (ours(images, PROMPTS) == 0).all()  # max(cos, 0)
     assert ours.name == "tiny-clip"
-
-
-def test_a_clip_folder_of_wrong_types(clip, tmp_path):
-    folder = shutil.copytree(clip[0], tmp_path / "clip")
-    file = folder / "preprocessor_config.json"
-    for mean in (None, 0, "x", [], {}, [1, 2], [1, 2, "x"], [1e400] * 3, [None] * 3, True):
-        for name in ("image_mean", "image_std"):
-            file.write_text(json.dumps({name: mean}))
-            with pytest.raises(UserError, match="preprocessor_config"):
-                open_clip(folder, CPU)
-    file.write_text(json.dumps({"image_std": [0.5, 0, 0.5]}))
-    with pytest.raises(UserError, match="preprocessor_config"):
-        open_clip(folder, CPU)
-    file.unlink()
-    config = json.loads((folder / "config.json").read_text())
-    for name in ("text_config", "vision_config", "projection_dim"):
-        for value in (-1, "x", [[1]], {"hidden_size": -1}, 1e300):
-            (folder / "config.json").write_text(json.dumps(config | {name: value}))
-            with pytest.raises(UserError, match="clip"):
-                open_clip(folder, CPU)
 
 
 def test_a_giant_text_in_a_picture_is_cut_off(tmp_path):

@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import UserError, shown
+from .. import UserError
 from ..data.captions import read_captions
 from ..data.folder import Scan
-from ..files.atomic import is_number
-from ..files.strict import build, load_strict
+from ..files.strict import load_strict
 from ..files.tensors import find_weights, read_tensors
-from ..files.text_files import read_json, read_optional
+from ..files.text_files import read_json
 from ..files.tokenizer_files import load_tokenizer
+from ..models.build import blank, build
 from ..models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel
+from ..models.configs import CLIPConfig
 from ..models.tokenizer import Tokenizer
 from ..pictures.grid import read_parameters
 
@@ -89,8 +90,12 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
             f"--clip {folder} holds a {config.get('model_type', 'model')} without vision tower; "
             "a CLIP with both towers is needed"
         )
+    try:
+        with blank():
+            model = build("clip", CLIPConfig.from_dict(config))
+    except ValueError as error:
+        raise UserError(f"--clip {folder}: {error}") from None
     file = find_weights(folder)
-    model = build("clip", config, f"--clip {folder}")
     model = load_strict(model, read_tensors(file), str(file)).float().to(device)
     tokenizer = load_tokenizer(folder)
     text = model.config.text
@@ -101,13 +106,9 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
             f"{text.max_position_embeddings}"
         )
     file = folder / "preprocessor_config.json"
-    pixels = read_optional(file)
+    pixels = read_json(file) if file.is_file() else {}
     mean = pixels.get("image_mean", IMAGE_MEAN)
     std = pixels.get("image_std", IMAGE_STD)
-    for values in (mean, std):
-        three = isinstance(values, list | tuple) and len(values) == 3
-        if not three or not all(map(is_number, values)) or (values is std and 0 in std):
-            raise UserError(f"{file}: {shown(values)} is no mean or standard deviation of colours")
     return ClipScore(model, tokenizer, folder.resolve().name, device, mean, std)
 
 

@@ -484,6 +484,8 @@ def test_other_settings_are_another_study(study):
     a, b = study(Fake()), study(Fake(), seed=1)
     assert a.folder != b.folder and study(Fake()).folder == a.folder
     assert study(Fake(), seed=1).folder == b.folder
+    prompts = [study(Fake(), class_prompt=text).folder for text in ("a/face", "the/face")]
+    assert prompts[0] != prompts[1]
 
 
 def test_a_folder_of_the_first_edition_is_found(tmp_path):

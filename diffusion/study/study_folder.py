@@ -20,6 +20,7 @@ from .report import COLUMNS
 from .styles import slugs_of, stamp, style_folders
 
 PATHS = {"data", "load_path", "sd_path", "sd_config", "vae", "features", "clip"}
+WAY = re.compile(rf'("({"|".join(PATHS)}|base)": )"[^"]*/')
 
 
 def describe(s: Settings) -> dict:
@@ -47,7 +48,7 @@ def describe(s: Settings) -> dict:
 
 def find(root: Path, description: dict) -> Path | None:
     """Find the newest folder of a study. Of paths the names count: older studies wrote them all."""
-    text_of = lambda found: re.sub('"[^"]*/', '"', json.dumps(found, sort_keys=True))
+    text_of = lambda found: WAY.sub(r'\1"', json.dumps(found, sort_keys=True))
     for file in sorted(root.glob("*/config.json"), reverse=True):
         with contextlib.suppress(UserError):  # another program's
             if text_of(read_json(file)) == text_of(description):

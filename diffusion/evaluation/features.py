@@ -103,15 +103,13 @@ def open_features(path: str | None, device: torch.device) -> Features:
     Raises UserError if it is missing and cannot be fetched, or is no TorchScript file.
     """
     file = inception_file() if path is None else Path(path)
-    if path is None:
+    if file.exists():
         with open_regular(file) as opened:
-            if hashlib.sha256(opened.read()).hexdigest() != INCEPTION_SHA256:
+            if path is None and hashlib.sha256(opened.read()).hexdigest() != INCEPTION_SHA256:
                 raise UserError(
                     f"{file} is not the published network, or damaged (its SHA-256 is another): "
                     "delete it, and it is fetched again"
                 )
-    elif file.exists() and not file.is_file():
-        raise UserError(f"--fid_features {file} is no file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted

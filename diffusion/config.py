@@ -300,7 +300,8 @@ class Config:
         """Read a stored configuration. Raises UserError for unknown fields and bad values."""
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
-            raise UserError(f"configuration has unknown fields: {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(map(shown, unknown))[:5])
+            raise UserError(f"the configuration has {len(unknown)} unknown fields: {names}")
         values = dict(values)
         if isinstance(values.get("dim_mults"), list):
             values["dim_mults"] = tuple(values["dim_mults"])
@@ -333,10 +334,12 @@ def _check_field(f: dataclasses.Field, value) -> None:
     ok = isinstance(value, allowed) or (float in allowed and isinstance(value, int))
     if not ok or (isinstance(value, bool) and bool not in allowed):
         raise UserError(
-            f"{f.name} is {value!r}; expected {' or '.join(t.__name__ for t in allowed)}"
+            f"{f.name} is {shown(value)}; expected {' or '.join(t.__name__ for t in allowed)}"
         )
+    if f.name == "dim_mults" and not all(type(v) is int for v in value):
+        raise UserError(f"{f.name} is {shown(value)}; expected whole numbers")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise UserError(f"{f.name} is {value!r}; {_choose(value, f.metadata['choices'])}")
+        raise UserError(f"{f.name} is {shown(value)}; {_choose(value, f.metadata['choices'])}")
 
 
 def _choose(value, choices) -> str:

@@ -274,7 +274,7 @@ READERS = [
     Reader("VAE weights", "network", lambda f: part(f, "diffusion_pytorch_model.safetensors"), load_vae),
     Reader("VAE config.json", "json", lambda f: part(f, "config.json"), load_vae),
     Reader("scheduler_config.json", "json", written("scheduler_config.json", loader.SCHEDULER),
-           lambda f: schedule_of(loader.SCHEDULER | loader.read_json(f))),
+           lambda f: schedule_of(loader.SCHEDULER | loader.complete_scheduler(loader.read_json(f), f))),
     Reader("vocab.json", "json", lambda f: tokenizer(f, "vocab.json"), load_tokenizer),
     Reader("merges.txt", "text", lambda f: tokenizer(f, "merges.txt"), load_tokenizer),
     Reader("tokenizer_config.json", "json", lambda f: tokenizer(f, "tokenizer_config.json"), load_tokenizer),

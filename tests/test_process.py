@@ -153,7 +153,7 @@ def test_impossible_spacings_are_refused():
     with pytest.raises(ValueError, match="offset"):
         timesteps(s, 100, "leading", offset=1)
     with pytest.raises(ValueError, match="leading, trailing"):
-        timesteps(s, 10, "karras")
+        timesteps(s, 10, "random")
     assert len(timesteps(s, 150, "logsnr")) == 150
 
 

@@ -13,6 +13,7 @@ from .. import UserError, shown
 from ..config import (
     FRACTION,
     GUIDANCE,
+    OBJECTIVES,
     POSITIVE,
     SAMPLERS,
     SEED,
@@ -65,7 +66,7 @@ def parse(args: list[str] | None = None):
     parser.section("latent models")
     option("--sd_path PATH", "Stable Diffusion 1.x: a diffusers folder, or a .safetensors or .ckpt file")
     option("--config FOLDER", "folder with the configs and the tokenizer of a single file of other sizes than 1.5's")
-    option("--objective", "what the model of --sd_path predicts (default: as it states, else eps)", choices=("eps", "v", "x0"))
+    option("--objective", "what the model of --sd_path predicts (default: as it states, else eps)", choices=OBJECTIVES)
     option("--vae PATH", "VAE to use instead of the one that the model was trained with")
     option("--prompt TEXT", "text that describes the image; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself", UTF8, action="append")
     option("--plain_prompts", "take prompts as they stand: no (word:1.4), [word], BREAK or <lora:name:0.8>", requires=PROMPT)
@@ -85,7 +86,7 @@ def parse(args: list[str] | None = None):
 
     parser.section("from an image")
     option("--init_image FILE", "image to start from, noised, in its aspect unless --height and --width are given")
-    option("--strength X", "fraction of the steps that is run on the init image, above 0 to 1; at 1 the masked part starts from noise", STRENGTH, INIT_IMAGE, default=0.8)
+    option("--strength X", "fraction of the steps that is run on the init image, above 0 to 1; at 1 the masked part starts from noise (default: 0.8; 1 with an inpainting model)", STRENGTH, INIT_IMAGE)
     option("--mask FILE", "image of the init image's size, white where new content goes; black and transparent stay", requires=INIT_IMAGE)
     # fmt: on
     args = parser.parse_args(args)
@@ -217,7 +218,8 @@ def sampling_options(args, pipeline, device):
         return same | own | {k: v.expand(len(indices), *v.shape[1:]) for k, v in start.items()}
 
     try:  # mistakes show before the work
-        strength = args.strength if start else 1.0
+        usual = 0.8 if start and not pipeline.inpaints else 1.0
+        strength = usual if args.strength is None else args.strength
         same["table"] = pipeline.table(args.sampler, args.steps, args.spacing, args.eta, strength)
         pipeline.frames([0], **options([0]))
     except ValueError as error:

@@ -16,16 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import UserError
+from .. import UserError, shown
 from ..data.captions import read_captions
 from ..data.folder import Scan
-from ..files.strict import load_strict
+from ..files.strict import build, load_strict
 from ..files.tensors import find_weights, read_tensors
-from ..files.text_files import read_json
-from ..files.tokenizer_files import load_tokenizer
-from ..models.build import blank, build
+from ..files.text_files import read_json, read_optional
+from ..files.tokenizer_files import check_tokenizer, load_tokenizer
 from ..models.clip import IMAGE_MEAN, IMAGE_STD, CLIPModel
-from ..models.configs import CLIPConfig
 from ..models.tokenizer import Tokenizer
 from ..pictures.grid import read_parameters
 
@@ -90,25 +88,19 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
             f"--clip {folder} holds a {config.get('model_type', 'model')} without vision tower; "
             "a CLIP with both towers is needed"
         )
-    try:
-        with blank():
-            model = build("clip", CLIPConfig.from_dict(config))
-    except ValueError as error:
-        raise UserError(f"--clip {folder}: {error}") from None
+    model = build("clip", config, f"--clip {folder}")
     file = find_weights(folder)
     model = load_strict(model, read_tensors(file), str(file)).float().to(device)
     tokenizer = load_tokenizer(folder)
-    text = model.config.text
-    if len(tokenizer) > text.vocab_size or tokenizer.context_length > text.max_position_embeddings:
-        raise UserError(
-            f"--clip {folder}: the tokenizer has {len(tokenizer)} tokens in rows of "
-            f"{tokenizer.context_length}, the network {text.vocab_size} in rows of "
-            f"{text.max_position_embeddings}"
-        )
+    check_tokenizer(tokenizer, model.config.text, f"--clip {folder}")
     file = folder / "preprocessor_config.json"
-    pixels = read_json(file) if file.is_file() else {}
+    pixels = read_optional(file)
     mean = pixels.get("image_mean", IMAGE_MEAN)
     std = pixels.get("image_std", IMAGE_STD)
+    for name, values in (("image_mean", mean), ("image_std", std)):
+        numbers = isinstance(values, Sequence) and all(type(v) in (int, float) for v in values)
+        if not numbers or len(values) != 3 or not all(0 <= v <= 1 for v in values) or not all(std):
+            raise UserError(f"{file}: {name} is {shown(values)}; expected 3 numbers up to 1")
     return ClipScore(model, tokenizer, folder.resolve().name, device, mean, std)
 
 

@@ -168,9 +168,14 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
     else:
         weights, config, metadata = _read_shared(path)
     check_tensors(weights, str(path))
-    if not isinstance(metadata.get("classes"), list):
-        raise UserError(f"{path} is damaged: it has no usable classes")
-    config = Config.from_dict(config)
+    metadata = {"networks": {}, "frozen": {}} | metadata
+    kinds = {"classes": list, "networks": dict, "frozen": dict}
+    if odd := [name for name, kind in kinds.items() if not isinstance(metadata.get(name), kind)]:
+        raise UserError(f"{path} is damaged: it has no usable {', '.join(odd)}")
+    try:
+        config = Config.from_dict(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if config.adapter != "none":
         raise UserError(
             f"{path} is a run of --adapter {config.adapter}, not a model: give the model "

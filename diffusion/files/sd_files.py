@@ -18,15 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import UserError
+from .. import UserError, shown
+from ..config import Rule
 from ..models.build import NETWORKS
 from ..models.clip import CLIPTextModel
+from ..models.configs import MAX_SIDE
 from ..models.sd_unet import SDUNet
 from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from ..runtime.distributed import log
 from . import sd_names, strict
-from .atomic import write_text
+from .atomic import blame, write_text
 from .checkpoint import load_weights
 from .strict import PARTS
 from .tensors import (
@@ -38,7 +40,7 @@ from .tensors import (
     write_tensors,
 )
 from .text_files import read_json, read_optional, read_text_file
-from .tokenizer_files import find_vocabulary, load_tokenizer, save_tokenizer
+from .tokenizer_files import check_tokenizer, find_vocabulary, load_tokenizer, save_tokenizer
 
 # scheduler_config.json of Stable Diffusion 1.5
 SCHEDULER = {
@@ -54,6 +56,87 @@ SCHEDULER = {
     "trained_betas": None,
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
+}
+# what diffusers takes where a scheduler_config.json says nothing; classes are without "Scheduler"
+USUAL = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "set_alpha_to_one": True,
+}
+LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
+FEW_STEPS = LATENT | {"beta_schedule": "scaled_linear"}
+EVEN = {"timestep_spacing": "linspace"}
+CLASSES = {
+    "DDIM": {},
+    "DDPM": {},
+    "PNDM": {"set_alpha_to_one": False},
+    "LCM": FEW_STEPS,
+    "TCD": FEW_STEPS,
+    "DPMSolverMultistep": EVEN,
+    "DPMSolverSinglestep": EVEN,
+    "DEISMultistep": EVEN,
+    "UniPCMultistep": EVEN,
+    "SASolver": EVEN,
+    "EulerDiscrete": EVEN,
+    "EulerAncestralDiscrete": EVEN,
+    "LMSDiscrete": EVEN,
+    "HeunDiscrete": EVEN | LATENT,
+    "KDPM2Discrete": EVEN | LATENT,
+    "KDPM2AncestralDiscrete": EVEN | LATENT,
+    "DPMSolverSDE": EVEN | LATENT,
+}
+OTHER_PATHS = re.compile("Flow|EDM|KarrasVe|ScoreSde|Consistency|VQ")
+# settings that choose real-valued timesteps, and the names of these here
+SIGMAS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "logsnr",
+    "use_lu_lambdas": "logsnr",
+}
+NUMBER = (int, float)
+FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+BETA = Rule("a number between 0 and 1", lambda v: type(v) in NUMBER and 0 < v < 1)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+TIMESTEPS = ("leading", "linspace", "trailing")
+SETTINGS = {  # what is taken from a scheduler_config.json
+    "_class_name": Rule("a text", lambda v: isinstance(v, str)),
+    "prediction_type": Rule("a text", lambda v: isinstance(v, str)),
+    "num_train_timesteps": Rule(
+        "a whole number from 2 to 1,000,000", lambda v: type(v) is int and 2 <= v <= 1_000_000
+    ),
+    "beta_start": BETA,
+    "beta_end": BETA,
+    "beta_schedule": Rule(" or ".join(BETA_SCHEDULES), lambda v: v in BETA_SCHEDULES),
+    "trained_betas": Rule(
+        "null, or numbers between 0 and 1",
+        lambda v: v is None or isinstance(v, list) and len(v) > 1 and all(map(BETA.holds, v)),
+    ),
+    "rescale_betas_zero_snr": FLAG,
+    "set_alpha_to_one": FLAG,
+    "timestep_spacing": Rule(" or ".join(TIMESTEPS), lambda v: v in TIMESTEPS),
+    "steps_offset": Rule("a whole number up to 1000", lambda v: type(v) is int and 0 <= v <= 1000),
+    **dict.fromkeys(SIGMAS, FLAG),
+}
+# settings that mean nothing to the samplers here; where there is a value, with that value only
+HARMLESS = {
+    "skip_prk_steps": None,
+    "lower_order_final": None,
+    "interpolation_type": None,
+    "dynamic_thresholding_ratio": None,
+    "sample_max_value": None,
+    "clip_sample_range": None,
+    "lambda_min_clipped": None,
+    "flow_shift": None,
+    "time_shift_type": None,
+    "predict_x0": None,
+    "solver_type": None,
+    "solver_order": 2,
+    "predictor_order": 2,
+    "corrector_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "final_sigmas_type": "zero",
+    "timestep_type": "discrete",
+    "variance_type": "fixed_small",
 }
 # our objectives and the words of scheduler_config.json
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -113,12 +196,12 @@ class StableDiffusion:
     report: list[str]
 
     def __post_init__(self):
-        tokens = len(self.tokenizer)
-        rows = self.text_encoder.config.vocab_size
-        if tokens > rows:
+        text = self.text_encoder.config
+        check_tokenizer(self.tokenizer, text, "Stable Diffusion")
+        width = self.unet.config.cross_attention_dim
+        if self.unet.takes_context and width != text.hidden_size:
             raise UserError(
-                f"the tokenizer has {tokens} tokens, the text encoder vectors of {rows}; "
-                "give those of one model"
+                f"the U-Net reads texts of width {width}, the text encoder makes {text.hidden_size}"
             )
 
 
@@ -190,10 +273,17 @@ def load_sd(
 
 
 def _part_config(folder: Path | None, part: str) -> dict:
-    """Read the config.json of a network; without a folder, take Stable Diffusion 1.5's."""
+    """Read the config.json of a network; without a folder, take Stable Diffusion 1.5's.
+
+    Raises UserError for one that is not supported.
+    """
     if folder is None:
         return NETWORKS[part][0]().to_dict()
-    return read_json(folder / part / "config.json")
+    file = folder / part / "config.json"
+    config = read_json(file)
+    with blame(f"{file} is not supported"):
+        NETWORKS[part][0].from_dict(config)
+    return config
 
 
 def part_of(tensors: Mapping, part: str) -> dict:
@@ -239,7 +329,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
             raise UserError(
                 f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
             )
-        sizes = metadata["networks"]["vae"]
+        sizes = metadata["networks"].get("vae")
     return strict.load_part("vae", sizes, part_of(tensors, "vae") or tensors, str(file))[0]
 
 
@@ -281,6 +371,45 @@ def read_scheduler(
     return scheduler
 
 
+def complete_scheduler(found: dict, where: Path | str) -> dict:
+    """Check the contents of a scheduler_config.json, and add what its class takes for the rest.
+
+    Raises UserError for a wrong value, and for a noise path that is not Stable Diffusion's.
+    """
+    for key, rule in SETTINGS.items():
+        if key in found and not rule.holds(found[key]):
+            raise UserError(f"{where}: {key} is {shown(found[key])}; expected {rule.text}")
+    name = found.get("_class_name", "PNDMScheduler")
+    kind = name.removeprefix("Flax").removesuffix("Scheduler")
+    if OTHER_PATHS.search(kind) or found.get("use_flow_sigmas"):
+        raise UserError(
+            f"{where}: {shown(name)} is of another noise path than Stable Diffusion 1.x's"
+            f"{', use_flow_sigmas is on' if found.get('use_flow_sigmas') else ''}"
+        )
+    own = USUAL | CLASSES[kind] if kind in CLASSES and "_class_name" in found else {}
+    betas = found.get("trained_betas")
+    if betas is not None and len(betas) != found.get("num_train_timesteps", 1000):
+        raise UserError(f"{where}: trained_betas has {len(betas)} numbers; expected one a timestep")
+    return own | found
+
+
+def not_taken(scheduler: dict) -> list[str]:
+    """List the settings of a scheduler_config.json that change pictures, and are not taken."""
+    kind = scheduler["_class_name"].removeprefix("Flax").removesuffix("Scheduler")
+    odd = [] if kind in CLASSES and CLASSES[kind] is not FEW_STEPS else ["_class_name"]
+    for key, value in scheduler.items():
+        harmless = not value or key in SETTINGS or key.startswith("_")
+        if not harmless and HARMLESS.get(key, ...) not in (None, value):
+            odd.append(key)
+    return [f"{shown(key)}: {shown(scheduler[key])}" for key in odd]
+
+
+def spacing_of(scheduler: dict) -> str:
+    """Choose how a model's own scheduler spaces timesteps, as --spacing names it."""
+    own = [name for key, name in SIGMAS.items() if scheduler.get(key)]
+    return [*own, scheduler["timestep_spacing"]][0]
+
+
 def find_prediction(path: str | Path, config: str | Path | None = None) -> Prediction:
     """Find a model's prediction type by its folder, or by a file, its metadata and a .yaml beside.
 
@@ -307,14 +436,15 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
             stated += [(value, file.name) for value in YAML_PREDICTION.findall(text)[:1]]
             zero_snr |= YAML_ZERO_SNR.search(text) is not None
     folder = _config_folder(path, config)
-    scheduler = read_optional(folder / "scheduler" / "scheduler_config.json") if folder else {}
+    file = folder and folder / "scheduler" / "scheduler_config.json"
+    scheduler = complete_scheduler(read_optional(file), file) if file else {}
     if scheduler:
         zero_snr |= bool(scheduler.get("rescale_betas_zero_snr", False))
         value = scheduler.get("prediction_type", "epsilon")
         if path.is_dir() or value != "epsilon":
             stated.append((value, "scheduler_config.json"))
     value, source = [*stated, ("epsilon", None)][0]
-    value = str(value).lower()
+    value = value.lower()
     return Prediction(SYNONYMS.get(value, value), source, zero_snr, scheduler)
 
 
@@ -326,7 +456,7 @@ def stated_objective(path: str | Path, config: str | Path | None = None) -> str:
     found = find_prediction(path, config)
     if found.type not in OBJECTIVES:
         raise UserError(
-            f"prediction_type {found.type!r} of {path} ({found.source}) is not known; "
+            f"prediction_type {shown(found.type)} of {path} ({found.source}) is not known; "
             f"known: {', '.join(OBJECTIVES)}; say with --objective which it is"
         )
     return OBJECTIVES[found.type]
@@ -361,11 +491,11 @@ def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
     """Find the side of the images that a model was trained for; 512 if its configs are unusable."""
     folder = _config_folder(path, config)
     try:
-        size = _part_config(folder, "unet").get("sample_size") or 64
-        levels = len(_part_config(folder, "vae")["block_out_channels"])
-        return int(max(size) if isinstance(size, list) else size) * 2 ** (levels - 1)
-    except (ValueError, TypeError, LookupError):
+        unet, vae = (NETWORKS[part][0].from_dict(_part_config(folder, part)) for part in PARTS[:2])
+    except UserError:
         return 512
+    side = unet.side * 2 ** (len(vae.block_out_channels) - 1)
+    return side if side <= MAX_SIDE else 512
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -390,8 +520,9 @@ def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
         save_part(getattr(sd, part), folder / part, f"{name}.safetensors")
     save_tokenizer(sd.tokenizer, folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", sd.scheduler)
+    inpaints = sd.unet.config.in_channels == 9
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'Inpaint' if inpaints else ''}Pipeline",
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from .. import UserError
+from .. import UserError, shown
 from ..models.build import NETWORKS, blank
 from ..models.build import build as build_network
 from . import sd_names
@@ -18,10 +18,9 @@ UNUSED = ("position_ids",)  # buffers that old files hold and no network reads
 def build(part: str, config: dict, where: str) -> nn.Module:
     """Build a network without memory (meta device). Raises UserError for another family's."""
     make_config, _ = NETWORKS[part]
-    for name, value in config.items():
-        if isinstance(value, int) and value > (1000 if "layers" in name else 1 << 24):
-            raise UserError(f"{where}: {name} is {value}, as in no network")
     with blame(f"{where}: its config.json is not supported"), blank():
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {shown(config)}; expected the sizes of a network")
         return build_network(part, make_config.from_dict(config))
 
 

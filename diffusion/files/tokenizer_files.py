@@ -5,8 +5,9 @@ import json
 import os
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..models import tokenizer as tokenizers
+from ..models.configs import CLIPTextConfig
 from ..models.tokenizer import EOS, Tokenizer
 from .atomic import blame, write_text
 from .text_files import MAX_JSON, read_bytes, read_json, read_optional
@@ -23,14 +24,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     about = read_optional(file)
     pad = about.get("pad_token") or EOS
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    with blame(file):
-        length = int(about.get("model_max_length", 77))  # transformers writes 1e30 for "unknown"
-    options = {"pad": pad, "context_length": length if abs(length) < 10**6 else 77}
+    if not isinstance(pad, str):
+        raise UserError(f"{file}: pad_token is {shown(pad)}; expected a token")
+    length = about.get("model_max_length", 77)
+    if type(length) not in (int, float) or not length >= 3:
+        raise UserError(f"{file}: model_max_length is {shown(length)}; expected 3 or more")
+    known = length < 10**6  # transformers writes 1e30 for "unknown"
+    options = {"pad": pad, "context_length": int(length) if known else 77}
     with blame(folder):
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             merges = read_bytes(folder / "merges.txt", MAX_JSON).decode("utf-8-sig")
-            added = read_optional(folder / "added_tokens.json")
-            return Tokenizer(read_json(folder / "vocab.json"), merges, **options, added=added)
+            vocab, added = (_read_ids(folder / f"{n}.json") for n in ("vocab", "added_tokens"))
+            return Tokenizer(vocab, merges, **options, added=added)
         if (folder / "tokenizer.json").exists():
             return tokenizers.from_tokenizer_json(read_json(folder / "tokenizer.json"), **options)
         for name, opener in ((VOCABULARY, open), (f"{VOCABULARY}.gz", gzip.open)):
@@ -44,6 +49,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         f"{folder} holds no vocabulary; expected vocab.json and merges.txt, "
         f"tokenizer.json, or {VOCABULARY}.gz"
     )
+
+
+def _read_ids(file: Path) -> dict[str, int]:
+    """Read {token: id}; {} if the file is missing."""
+    ids = read_optional(file)
+    for token, i in ids.items():
+        if type(i) is not int:
+            raise UserError(f"{file}: {shown(token)} has the id {shown(i)}; expected an integer")
+    return ids
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: CLIPTextConfig, where: str) -> None:
+    """Raise UserError for a tokenizer whose tokens or rows a text encoder cannot take."""
+    rows = config.max_position_embeddings
+    if len(tokenizer) > config.vocab_size or tokenizer.context_length > rows:
+        raise UserError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens in rows of "
+            f"{tokenizer.context_length}, the text encoder vectors of {config.vocab_size} in rows "
+            f"of {rows}; give those of one model"
+        )
 
 
 def find_vocabulary(path: Path) -> Tokenizer:

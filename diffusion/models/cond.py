@@ -10,11 +10,13 @@ class Cond(NamedTuple):
 
     context: (B, L, D) embeddings of a text, or (B, L) its ids for a network that embeds them.
     vector: (B, V) one embedding for the whole image. labels: (B,) int64 classes.
+    image: (B, C, H, W) channels that the network reads behind those of x.
     """
 
     context: Tensor | None = None
     vector: Tensor | None = None
     labels: Tensor | None = None
+    image: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List those that are there."""

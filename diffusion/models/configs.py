@@ -6,6 +6,51 @@ diffusers or transformers read.
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import get_args, get_origin
+
+from .. import shown
+
+MAX_SIZE = 1 << 24  # no side, width or vocabulary of a network is larger
+MAX_LAYERS = 1000
+MAX_LEVELS = 16
+MAX_SIDE = 2048  # pixels of the images that a file may say itself to be made for
+FROM_ZERO = ("num_classes", "eos_token_id")  # the other whole numbers begin at 1
+
+
+class Sizes:
+    """Check that each field of a dataclass has its type, within the bounds above."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            high = MAX_LAYERS if "layers" in f.name else MAX_SIZE
+            whole = range(0 if f.name in FROM_ZERO else 1, high + 1)
+            kind = f.type.__name__ if f.type in (int, float, str, bool) else str(f.type)
+            limits = f" of {whole.start} to {high:,}" if "int" in kind else ""
+            require(self, f.name, fits(getattr(self, f.name), f.type, whole), kind + limits)
+
+
+def fits(value, kind, whole: range) -> bool:
+    """Tell whether a value is of the type that an annotation names; whole: what integers may be."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, one, whole) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        first, rest = get_args(kind)
+        lengths = range(1, MAX_LEVELS + 1) if rest is ... else (2,)
+        good = isinstance(value, tuple) and len(value) in lengths
+        return good and all(fits(one, first, whole) for one in value)
+    if kind is int:
+        return type(value) is int and value in whole
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e9
+    return isinstance(value, kind)
+
+
+def check_fixed(cls, config: dict, fixed: dict) -> None:
+    """Raise ValueError for a key that is supported with one value only, and has another."""
+    for key, value in fixed.items():
+        if key in config and config[key] != value:
+            raise ValueError(f"{cls.__name__}: {key} is {shown(config[key])}; supported: {value!r}")
 
 
 def read_config(cls, config: dict, fixed: dict, missing: dict, ignored: tuple[str, ...] = ()):
@@ -15,16 +60,13 @@ def read_config(cls, config: dict, fixed: dict, missing: dict, ignored: tuple[st
     leaves out. ignored: keys that do not change the network; "*" is any.
     Raises ValueError for another key, unless its value is null, zero, empty or false.
     """
+    check_fixed(cls, config, fixed)
     names = [f.name for f in fields(cls)]
     for key, value in config.items():
-        harmless = not value or key.startswith("_") or key in ignored or "*" in ignored
-        if key in fixed and value != fixed[key]:
-            problem = f"{key} is {value!r}; supported: {fixed[key]!r}"
-        elif key not in fixed and key not in names and not harmless:
-            problem = f"unknown key {key}, which is {value!r}"
-        else:
-            continue
-        raise ValueError(f"{cls.__name__}: {problem}")
+        harmless = not value or str(key).startswith("_") or key in ignored or "*" in ignored
+        if key not in fixed and key not in names and not harmless:
+            name = shown(key).strip("'")
+            raise ValueError(f"{cls.__name__}: unknown key {name}, which is {shown(value)}")
     values = {k: v for k, v in {**missing, **config}.items() if k in names}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -38,13 +80,8 @@ def write_config(config, fixed: dict, **more) -> dict:
 def require(config, name: str, good: bool, supported: str) -> None:
     """Raise ValueError for a field whose value is not supported."""
     if not good:
-        found = f"{name} is {getattr(config, name)!r}; supported: {supported}"
+        found = f"{name} is {shown(getattr(config, name))}; supported: {supported}"
         raise ValueError(f"{type(config).__name__}: {found}")
-
-
-def positive(*numbers) -> bool:
-    """Tell whether all are integers above 0."""
-    return all(isinstance(n, int) and n > 0 for n in numbers)
 
 
 # --- the U-Net -----------------------------------------------------------------------------------
@@ -72,7 +109,7 @@ UNET_MISSING = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' 
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Sizes):
     """unet/config.json, diffusers' UNet2DConditionModel; Stable Diffusion 2's is read too.
 
     in_channels: 4; 9 for inpainting (latent, mask, latent of the masked image).
@@ -103,17 +140,17 @@ class UNetConfig:
     num_classes: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         dims = self.block_out_channels
         for name, known in (("down_block_types", DOWN), ("up_block_types", UP)):
             kinds = getattr(self, name)
             good = len(kinds) == len(dims) and set(kinds) <= set(known)
             require(self, name, good, f"{len(dims)} of {', '.join(known)}")
         require(self, "mid_block_type", self.mid_block_type in MID, " or ".join(MID))
-        for name in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            require(self, name, positive(getattr(self, name)), "one integer above 0")
-        good = len(self.heads) == len(dims) and positive(*self.heads)
-        good = good and not any(d % n for d, n in zip(dims, self.heads))
+        good = len(self.heads) == len(dims) and not any(d % n for d, n in zip(dims, self.heads))
         require(self, "attention_head_dim", good, f"a divisor of {dims}, or one for each")
+        good = 0 <= self.freq_shift < dims[0] // 2
+        require(self, "freq_shift", good, f"from 0 to below {dims[0] // 2}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -121,10 +158,19 @@ class UNetConfig:
         n = self.attention_head_dim
         return n if isinstance(n, tuple) else (n,) * len(self.block_out_channels)
 
+    @property
+    def side(self) -> int:
+        """Give the longer side of sample_size; 64 where the file has none."""
+        size = self.sample_size or 64
+        return max(size) if isinstance(size, tuple) else size
+
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
         config = dict(config)
         classes = config.pop("num_class_embeds", None)
+        if classes is not None and (type(classes) is not int or classes < 1):
+            found = shown(classes)
+            raise ValueError(f"UNetConfig: num_class_embeds is {found}; supported: 1 or more")
         config["num_classes"] = 0 if classes is None else classes - 1
         return read_config(cls, config, UNET, UNET_MISSING, UNET_IGNORED)
 
@@ -149,7 +195,7 @@ def vae_blocks(dims) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Sizes):
     """vae/config.json, diffusers' AutoencoderKL.
 
     scaling_factor, shift_factor: see AutoencoderKL.scale.
@@ -163,7 +209,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    sample_size: int | tuple[int, int] = 512
+    sample_size: int | tuple[int, int] | None = 512
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True
@@ -171,8 +217,10 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> "VAEConfig":
-        dims = {**VAE_MISSING, **config}["block_out_channels"]
-        return read_config(cls, config, VAE | vae_blocks(dims), VAE_MISSING, ("force_upcast",))
+        ignored = ("force_upcast", *vae_blocks(()))
+        made = read_config(cls, config, VAE, VAE_MISSING, ignored)
+        check_fixed(cls, config, vae_blocks(made.block_out_channels))
+        return made
 
     def to_dict(self) -> dict:
         return write_config(self, VAE, **vae_blocks(self.block_out_channels))
@@ -196,7 +244,7 @@ VISION_MISSING = {
 
 
 @dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Sizes):
     """Hold the sizes that CLIP's two towers have in common."""
 
     hidden_size: int
@@ -207,6 +255,7 @@ class TowerConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
+        super().__post_init__()
         known = ("quick_gelu", "gelu")
         require(self, "hidden_act", self.hidden_act in known, " or ".join(known))
         good = self.hidden_size % self.num_attention_heads == 0
@@ -223,15 +272,17 @@ class CLIPTextConfig(TowerConfig):
     num_attention_heads: int = 12
     vocab_size: int = 49408
     max_position_embeddings: int = 77
-    eos_token_id: int = EOS
+    eos_token_id: int | None = EOS
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPTextConfig":
-        kinds = config.get("architectures") or ()
-        if any(kind.endswith("WithProjection") for kind in kinds):
-            raise ValueError(f"CLIPTextConfig: architectures is {kinds}; supported: CLIPTextModel")
+        kinds = config.get("architectures")
+        if isinstance(kinds, list) and "CLIPTextModelWithProjection" in kinds:
+            raise ValueError(
+                f"CLIPTextConfig: architectures is {shown(kinds)}; supported: CLIPTextModel"
+            )
         made = read_config(cls, config, TEXT, TEXT_MISSING, ("*",))
-        legacy = made.eos_token_id == LEGACY_EOS
+        legacy = made.eos_token_id in (LEGACY_EOS, None)
         return replace(made, eos_token_id=min(EOS, made.vocab_size - 1)) if legacy else made
 
     def to_dict(self) -> dict:
@@ -259,7 +310,7 @@ class CLIPVisionConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Sizes):
     """config.json of transformers' CLIPModel: both towers, and the width of what they share."""
 
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
@@ -270,12 +321,15 @@ class CLIPConfig:
     def from_dict(cls, config: dict) -> "CLIPConfig":
         kind = config.get("model_type", "clip")
         if kind != "clip":
-            raise ValueError(f"CLIPConfig: model_type is {kind!r}; supported: 'clip'")
+            raise ValueError(f"CLIPConfig: model_type is {shown(kind)}; supported: 'clip'")
         # old files hold each tower twice, and there *_config_dict counts
         text, vision = (
             config.get(f"{name}_config_dict") or config.get(f"{name}_config") or {}
             for name in ("text", "vision")
         )
+        for name, values in (("text_config", text), ("vision_config", vision)):
+            if not isinstance(values, dict):
+                raise ValueError(f"CLIPConfig: {name} is {shown(values)}; supported: an object")
         towers = CLIPTextConfig.from_dict(text), CLIPVisionConfig.from_dict(vision)
         return cls(*towers, config.get("projection_dim", 512))
 

@@ -107,7 +107,7 @@ class SDUNet(Checkpointed):
     """Predict from x (B, C, H, W), t (B,) real and cond -> (B, out_channels, H, W).
 
     cond: the context (B, L, D) of a network with cross-attention; the labels (B,) int64 of one
-        with classes, None means the null label.
+        with classes, None means the null label; the image of one that inpaints.
     Any H and W: odd sides are rounded up on the way down.
     A new network's output is zero, and so is every branch beside a skip: as LDM starts training.
     Raises ValueError for a missing context.
@@ -193,6 +193,8 @@ class SDUNet(Checkpointed):
             )
         emb = self.embed(x, t, cond.labels)
 
+        if cond.image is not None:
+            x = torch.cat([x, cond.image], 1)
         x = self.conv_in(x)
 
         skips = [x]

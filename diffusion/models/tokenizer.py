@@ -360,7 +360,7 @@ def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list,
         raise ValueError(f"vocab, merges, added are {kinds}; give dict, str or list, dict")
     if lacking := [t for t in dict.fromkeys((*SYMBOLS, BOS, EOS, pad)) if t not in vocab]:
         raise ValueError(
-            f"the vocabulary lacks {len(lacking)} tokens, {lacking[:3]}; it must have "
+            f"the vocabulary lacks {len(lacking)} tokens, {shown(lacking)}; it must have "
             "all bytes with and without </w>, BOS, EOS, pad"
         )
     split = lambda merge: merge if isinstance(merge, list | tuple) else str(merge).split()

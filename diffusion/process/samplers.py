@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .schedule import NoisePath, timesteps
+from .schedule import REAL, NoisePath, timesteps
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +131,15 @@ def make_table(
         known = f"{low} to {high} (0: deterministic)" if low < high else f"only {low}"
         raise ValueError(f"eta is {eta}; {sampler} takes {known}")
     extra = kind.extra if spacing in ("leading", "linspace") else 0
-    if spacing == "logsnr" and final == "alpha_bar_0":
+    if spacing in REAL and final == "alpha_bar_0":
         extra = 1  # the last point, t = 0, is where the last row ends
     t = timesteps(schedule, steps, spacing, offset, extra)
     end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
     levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])
     first = start_row(steps, strength)
     t = t[first:]
+    if spacing == "karras" and kind.extra:
+        t = t.round()  # of what DPM-Solver in diffusers tells the network; the levels are exact
     levels = levels[first:]
     rows = kind.rows(levels, eta=eta)
     return Table(t, rows, levels, sampler, steps, spacing, float(eta), float(strength))

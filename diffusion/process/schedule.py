@@ -10,7 +10,7 @@ have alpha_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -174,21 +174,32 @@ def _linspace(schedule: NoisePath, points: int, offset: int) -> Tensor:
     return torch.linspace(0, len(schedule) - 1, points, dtype=torch.float64).round()
 
 
-def _logsnr(schedule: NoisePath, points: int, offset: int) -> Tensor:
-    """Space real-valued t uniformly in log-SNR; an infinite end is visited, but not spread over."""
+def _logsnr(schedule: NoisePath, points: int, offset: int, power: int | None = None) -> Tensor:
+    """Space real-valued t uniformly in log-SNR, or in the noise level sigma / alpha to 1 / power.
+
+    An infinite end is visited, but not spread over.
+    """
     lam = schedule.lam
     infinite = int(torch.isinf(lam[-1]))
     if points == 1:
         return torch.tensor([len(schedule) - 1.0], dtype=torch.float64)
     last = len(schedule) - 1 - infinite
-    grid = torch.linspace(float(lam[0]), float(lam[last]), points - infinite, dtype=torch.float64)
-    t = schedule.t_of(grid)
+    ends = lam[[0, last]] if power is None else torch.exp(-lam[[0, last]] / power)
+    grid = torch.linspace(*ends.tolist(), points - infinite, dtype=torch.float64)
+    t = schedule.t_of(grid if power is None else -power * grid.log())
     t[0] = 0.0
     t[-1] = float(last)
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
-SPACINGS = {"leading": _leading, "trailing": _trailing, "linspace": _linspace, "logsnr": _logsnr}
+SPACINGS = {
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "logsnr": _logsnr,
+    "karras": partial(_logsnr, power=7),  # arXiv:2206.00364, eq. 5
+}
+REAL = ("logsnr", "karras")  # whose t are no whole numbers
 
 
 def timesteps(
@@ -197,7 +208,8 @@ def timesteps(
     """Choose the timesteps to visit: (steps,) float64, falling.
 
     spacing: leading (t = 0 is visited, the last T/steps are not), trailing (T-1 is visited),
-        linspace (both are), logsnr (both are; real-valued t, uniform in log-SNR).
+        linspace (both are), logsnr and karras (both are; real-valued t, uniform in log-SNR, or in
+        the seventh root of the noise level).
     offset: added to every t of `leading` (Stable Diffusion's steps_offset is 1).
     extra: the spacing is computed for steps + extra points and its lowest points dropped;
         DPM-Solver in diffusers has 1 for leading and linspace.
@@ -209,7 +221,7 @@ def timesteps(
     points = steps + extra
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
-    if points > T and spacing != "logsnr":
+    if points > T and spacing not in REAL:
         raise ValueError(
             f"{steps} steps are more than the schedule's {T} can be split into by {spacing} "
             f"spacing; use at most {T - extra}, or spacing logsnr"

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
 
 from .. import UserError
 from ..config import SIDE, check_bounds
 from ..data.images import BadImage, read_image, read_mask
 from ..runtime.distributed import log
-from .pipeline import Pipeline
+from .pipeline import INPAINTS, Pipeline
 
 
 def read_init_image(
@@ -22,9 +23,13 @@ def read_init_image(
 ) -> dict:
     """Read init (1, C, H, W) and mask (1, 1, H, W); {} where there is no init image.
 
+    For a model that inpaints, also kept (1, C, H, W); its mask is cut at a half before it is made
+    smaller, by nearest neighbours, as diffusers does.
     A latent pipeline takes the image's aspect where height and width do not say otherwise.
     Raises UserError for files that cannot be read, and for a mask of another size than the image.
     """
+    if pipeline.inpaints and mask is None:
+        raise UserError(INPAINTS)
     if init_image is None:
         return {}
     image = _read(init_image, lambda path: read_image(path, None))
@@ -38,15 +43,28 @@ def read_init_image(
     log(f"{init_image}: {image.width}x{image.height} becomes {W}x{H}{cut}")
     x = torch.from_numpy(_crop(image, W, H)).permute(2, 0, 1)[None].float() / 127.5 - 1
     start = {"init": pipeline.encode(x)}
-    if mask is not None:
-        start["mask"] = _read_mask(mask, image, init_image, (W, H), start["init"].shape[-2:])
+    if mask is None:
+        return start
+    white = _read_mask(mask, image, init_image, (W, H))
+    grid = start["init"].shape[-2:]
+    if pipeline.inpaints:
+        white = (white >= 0.5).float()
+        start["kept"] = pipeline.encode(x * (1 - white))
+        start["mask"] = interpolate(white, grid)
+    else:
+        start["mask"] = (interpolate(white, grid, mode="area") > 0.5).float()
+    if not start["mask"].any():
+        raise UserError(
+            f"--mask {mask} repaints nothing: it is white nowhere, or in spots too "
+            "small for this model; paint white what to repaint"
+        )
     return start
 
 
 def _read_mask(
-    mask: str, image: Image.Image, init_image: str, size: tuple[int, int], grid: tuple[int, int]
+    mask: str, image: Image.Image, init_image: str, size: tuple[int, int]
 ) -> torch.Tensor:
-    """Read a mask (1, 1, *grid) of zeros and ones, cut as its image is, to (W, H) = size."""
+    """Read a mask (1, 1, H, W) from 0 to 1, cut as its image is, to (W, H) = size."""
     strokes = _read(mask, read_mask)
     w, h = image.size
     w_mask, h_mask = strokes.size
@@ -56,14 +74,7 @@ def _read_mask(
             f"{w}x{h}: give a mask of the image's size, or of its aspect"
         )
     white = _crop(strokes.resize(image.size, Image.LANCZOS), *size)
-    white = torch.from_numpy(white).float()[None, None] / 255
-    found = (torch.nn.functional.interpolate(white, grid, mode="area") > 0.5).float()
-    if not found.any():
-        raise UserError(
-            f"--mask {mask} repaints nothing: it is white nowhere, or in spots too "
-            "small for this model; paint white what to repaint"
-        )
-    return found
+    return torch.from_numpy(white).float()[None, None] / 255
 
 
 def _read(path: str, reader) -> Image.Image:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import Config
 from ..files.atomic import reason
 from ..files.checkpoint import FORMAT, load_weights
@@ -24,11 +24,13 @@ from ..files.sd_files import (
     find_prediction,
     load_sd,
     load_vae,
+    not_taken,
     read_scheduler,
     stated_objective,
 )
 from ..files.strict import build, load_strict
 from ..files.tensors import read_metadata
+from ..files.tokenizer_files import check_tokenizer
 from ..models import build as networks
 from ..models.build import blank
 from ..models.configs import CLIPTextConfig
@@ -37,6 +39,7 @@ from ..models.text_unet import TextUNet
 from ..models.tokenizer import byte_level
 from ..process.schedule import (
     NoisePath,
+    cosine,
     from_betas,
     linear,
     make_schedule,
@@ -53,30 +56,21 @@ from .pipeline import Pipeline
 TILE = 64  # latent pixels of a tile's side
 
 
+BETAS = {"linear": linear, "scaled_linear": scaled_linear}
+
+
 def schedule_of(scheduler: dict) -> NoisePath:
-    """Make the noise path of a scheduler_config.json. Raises UserError for one not known here."""
+    """Make the noise path of a complete scheduler_config.json, see `complete_scheduler`."""
     T = scheduler["num_train_timesteps"]
     kind = scheduler["beta_schedule"]
-    first = scheduler["beta_start"]
-    last = scheduler["beta_end"]
-    betas = scheduler.get("trained_betas")
-    given = [first, last] if betas is None else betas
-    usable = type(T) is int and 2 <= T <= 1_000_000 and isinstance(given, list)
-    if not usable or not all(isinstance(b, float | int) and 0 < b < 1 for b in given):
-        raise UserError(
-            f"scheduler_config.json has {T!r:.40} steps with betas {given!r:.80}; "
-            "expected a whole number, and betas in (0, 1)"
-        )
+    betas = scheduler["trained_betas"]
     if betas is not None:
         schedule = from_betas(torch.tensor(betas, dtype=torch.float64))
-    elif kind in ("linear", "scaled_linear"):
-        make = {"linear": linear, "scaled_linear": scaled_linear}[kind]
-        schedule = make(T, first * T / 1000, last * T / 1000)  # these scale betas by 1000 / T
+    elif kind in BETAS:  # these scale betas by 1000 / T
+        ends = (scheduler[name] * T / 1000 for name in ("beta_start", "beta_end"))
+        schedule = BETAS[kind](T, *ends)
     else:
-        raise UserError(
-            f"beta_schedule {kind!r} of scheduler_config.json is not known; supported: "
-            "linear, scaled_linear"
-        )
+        schedule = cosine(T)
     rescale = scheduler.get("rescale_betas_zero_snr", False)
     return zero_terminal_snr(schedule) if rescale else schedule
 
@@ -136,11 +130,12 @@ def open_sd_stack(
     vae: str | None = None,
     unet: bool = True,
     override: bool = False,
+    inpaints: bool = False,
 ) -> FrozenStack:
     """Open Stable Diffusion's, VAE and text encoder in float32.
 
     vae: another one than its own. unet: whether its U-Net is used. override: whether the
-    configuration's objective may contradict what the model states.
+    configuration's objective may contradict what the model states. inpaints: see `check_channels`.
     """
     other = None if vae is None else load_vae(vae)
     sd = load_sd(config.sd_path, config.sd_config, config.sd_weights if unet else "raw", other)
@@ -150,6 +145,8 @@ def open_sd_stack(
     scheduler = read_scheduler(
         config.sd_path, config.sd_config, PREDICTIONS.get(config.objective, config.objective)
     )
+    if odd := not_taken(scheduler):
+        report.append(f"scheduler_config.json: not taken: {', '.join(odd)}")
     layers = sd.text_encoder.config.num_hidden_layers
     if config.clip_skip > layers:
         raise UserError(
@@ -157,7 +154,7 @@ def open_sd_stack(
             f"last) to {layers}"
         )
     if unet:
-        check_channels(sd.unet, sd.vae.config.latent_channels, config.sd_path)
+        check_channels(sd.unet, sd.vae.config.latent_channels, config.sd_path, inpaints)
     for line in report:
         log(line)
     joint = config.adapter == "textual_inversion" or config.train_text_encoder
@@ -232,8 +229,8 @@ def check_objective(config: Config, override: bool) -> str:
     found = find_prediction(path, config.sd_config)
     if found.type not in OBJECTIVES:
         return (
-            f"warning: prediction_type {found.type!r} of {path} ({found.source}) is not known; "
-            f"--objective {own} is taken"
+            f"warning: prediction_type {shown(found.type)} of {path} ({found.source}) is not "
+            f"known; --objective {own} is taken"
         )
     stated = OBJECTIVES[found.type]
     if found.source is None:
@@ -246,15 +243,28 @@ def check_objective(config: Config, override: bool) -> str:
     return f"warning: --objective {own} overrides {stated}, which {path} states ({found.source})"
 
 
-def check_channels(unet: SDUNet, made: int, where: str) -> None:
-    """Raise UserError for a U-Net that does not diffuse latents of `made` channels."""
+# by the channels that a U-Net reads beside four of latents
+KINDS = {
+    1: "depth (depth2img), which is not supported",
+    3: "upscaling, which is not supported",
+    4: "instruct-pix2pix, which is not supported",
+    5: "inpainting: sample.py --init_image --mask samples from it, and nothing trains it",
+}
+
+
+def check_channels(unet: SDUNet, made: int, where: str, inpaints: bool = False) -> None:
+    """Raise UserError for a U-Net that does not diffuse latents of `made` channels.
+
+    inpaints: whether it may read a mask and other latents beside them.
+    """
     taken = (unet.config.in_channels, unet.config.out_channels)
-    if taken != (made, made):
-        kind = "; 9 are those of an inpainting model: sample.py --mask inpaints with any other"
-        raise UserError(
-            f"the U-Net of {where} has {taken[0]} channels in and {taken[1]} out, the "
-            f"VAE's latents have {made}{kind if taken[0] == 9 else ''}"
-        )
+    if taken == (made, made) or (inpaints and taken == (2 * made + 1, made)):
+        return
+    kind = KINDS.get(taken[0] - made) if taken[1] == made == 4 else None
+    raise UserError(
+        f"the U-Net of {where} has {taken[0]} channels in and {taken[1]} out, the "
+        f"VAE's latents have {made}{f'; it is a model of {kind}' if kind else ''}"
+    )
 
 
 def check_digests(found: dict, saved: dict | None) -> list[str]:
@@ -397,11 +407,12 @@ def load_latent(
             f"{error}; {path} was trained with it: say with {needed} where it is now"
         ) from None
     sizes = metadata["networks"]
-    model = build("unet", sizes["unet"], str(path))
+    model = build("unet", sizes.get("unet"), str(path))
     check_channels(model, stack.codec.channels, str(path))
     prompts = stack.prompts
     if "text" in sizes:
         model = TextUNet(model, build("text_encoder", sizes["text"], str(path)))
+        check_tokenizer(prompts.tokenizer, model.text.config, str(path))
     model = load_strict(model, tensors, str(path)).to(device).to(memory_format=torch.channels_last)
     if "text" in sizes:
         prompts = dataclasses.replace(prompts, encoder=model.text)
@@ -442,10 +453,9 @@ def load_stable_diffusion(
         objective=stated_objective(path, sd_config) if objective is None else objective,
         clip_skip=1 if clip_skip is None else clip_skip,
     )
-    stack = open_sd_stack(config, device, tile, vae, override=objective is not None)
-    side = stack.unet.config.sample_size or 64
-    side = side if isinstance(side, int) else max(side)
-    config = dataclasses.replace(config, image_size=side * stack.codec.factor)
+    stack = open_sd_stack(config, device, tile, vae, override=objective is not None, inpaints=True)
+    side = stack.unet.config.side * stack.codec.factor
+    config = dataclasses.replace(config, image_size=side)
     stack.unet.to(dtype or torch.float32)
     if dtype is not None:
         stack.prompts.encoder.to(dtype)

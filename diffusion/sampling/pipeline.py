@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
+from ..files.sd_files import spacing_of
 from ..models.build import for_inference
 from ..models.cond import Cond
+from ..models.configs import MAX_SIDE
 from ..models.text_unet import networks_of
 from ..process.objective import Denoiser
 from ..process.samplers import Inpaint, Table, guided, make_table, sample_loop
@@ -24,6 +26,8 @@ from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
 from .codec import LatentCodec, PixelCodec
 from .conditioning import ClassLabels, Prompts, Request, Unconditional, labels_in_turn, labels_of
+
+INPAINTS = "this model repaints a part of an image (inpainting): give --init_image and --mask"
 
 
 @dataclass(eq=False)
@@ -52,6 +56,11 @@ class Pipeline:
 
     def __post_init__(self):
         size = self.config.image_size
+        if size > MAX_SIDE and not (self.height and self.width):
+            raise UserError(
+                f"the model says that its images have {size:,} pixels a side; above {MAX_SIDE:,} "
+                "give --height and --width"
+            )
         self.set_size(self.height or size, self.width or size)
 
     def set_size(self, height: int, width: int) -> None:
@@ -76,6 +85,12 @@ class Pipeline:
         if self.reads_prompts:
             own = {"text_encoder": self.conditioning.encoder} | own
         return own
+
+    @property
+    def inpaints(self) -> bool:
+        """Tell whether the network reads a mask and the latents of what it keeps, behind x."""
+        sizes = getattr(networks_of(self.model)["unet"], "config", None)
+        return sizes is not None and sizes.in_channels > self.codec.channels
 
     @property
     def conditional(self) -> bool:
@@ -139,6 +154,7 @@ class Pipeline:
         eps: Tensor | None = None,
         init: Tensor | None = None,
         mask: Tensor | None = None,
+        kept: Tensor | None = None,
         amp: str = "auto",
         cuda_graph: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,6 +169,8 @@ class Pipeline:
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
         (arXiv:2108.01073); with a mask (B, 1, h, w) it stays where the mask is 0, and at
         strength 1 nothing of it is in the noise that the rest starts from.
+        kept: what `encode` gives for the image without what the mask repaints; a model that
+        inpaints needs all three, and decides itself what stays.
         cuda_graph: each step is one launch, captured at the first call with its settings; the
         network is then as it was at that call.
         Raises ValueError for settings that do not go together.
@@ -168,15 +186,20 @@ class Pipeline:
         eps = start if eps is None else eps.to(self.device)
         x = self.schedule.prior_std * eps
         inpaint = None
+        if self.inpaints and (init is None or mask is None or kept is None):
+            raise UserError(INPAINTS)
         if init is not None:
             alpha, sigma = table.levels[0].tolist()
             if mask is None or table.strength < 1:
                 x = alpha * init.to(self.device) + sigma * eps
-            if mask is not None:
+            if mask is not None and not self.inpaints:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
         dtype = amp_dtype(amp, self.device)
         request = Request(len(x), labels, prompts, negative_prompts, chunks, plain_prompts, dtype)
         cond, uncond = self.conditioning.of_request(request, guidance_scale != 1)
+        if self.inpaints:
+            image = torch.cat([mask, kept], 1).to(self.device).expand(len(x), -1, -1, -1)
+            cond, uncond = (one._replace(image=image) for one in (cond, uncond))
         network = guided(self.network(cond, dtype), guidance_scale, guidance_rescale, batched)
         capture = None
         if cuda_graph:
@@ -205,7 +228,7 @@ class Pipeline:
         steps = min(50, len(self.schedule)) if steps is None else steps
         options = {"strength": strength, "eta": eta, "spacing": spacing}
         if spacing is None and self.scheduler:
-            options["spacing"] = self.scheduler["timestep_spacing"]
+            options["spacing"] = spacing_of(self.scheduler)
         if self.scheduler and options["spacing"] == "leading":
             options["offset"] = self.scheduler["steps_offset"]
         if sampler == "ddim" and self.scheduler and not self.scheduler["set_alpha_to_one"]:

@@ -208,6 +208,32 @@ def test_dpmpp_is_diffusers(x, name, algorithm, spacing, steps):
         assert_close(a, b, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("name, kind", [
+    ("dpmpp_2m", "DPMSolverMultistepScheduler"), ("ddim", "EulerDiscreteScheduler"),
+])  # fmt: skip
+def test_karras_is_diffusers(x, name, kind):
+    """Its levels are exact, whole timesteps or not; Euler's x is x / alpha."""
+    d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
+    more = {"euler_at_final": True} if name == "dpmpp_2m" else {}
+    theirs = getattr(d, kind)(**BETAS, use_karras_sigmas=True, **more)
+    theirs.set_timesteps(12)
+    table = make_table(make_schedule("scaled_linear", 1000), name, 12, spacing="karras")
+    assert_close(table.t, theirs.timesteps.double(), rtol=0, atol=0.01)
+    ratio = table.levels[:, 1] / table.levels[:, 0]
+    assert_close(ratio, theirs.sigmas.double(), rtol=1e-4, atol=1e-6)
+    states = [x]
+    y = x if name == "dpmpp_2m" else x / float(table.levels[0, 0])
+    for t, (alpha, sigma), (end, _) in zip(theirs.timesteps, table.levels, table.levels[1:]):
+        own = y if name == "dpmpp_2m" else alpha * y
+        eps = (own - alpha * toy_x0(own, alpha, sigma)) / sigma
+        if name == "ddim":
+            theirs.is_scale_input_called = True
+        y = theirs.step(eps, t, y).prev_sample
+        states.append(y if name == "dpmpp_2m" else end * y)
+    for a, b in zip(run(table, x), states):
+        assert_close(a, b, rtol=2e-4, atol=2e-4, check_dtype=False)
+
+
 def test_ddpm_is_diffusers(x, monkeypatch):
     d = pytest.importorskip("diffusers", reason="oracle not installed: tests/requirements.txt")
     theirs = d.DDPMScheduler(

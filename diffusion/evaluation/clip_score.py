@@ -97,9 +97,9 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
     pixels = read_optional(file)
     mean = pixels.get("image_mean", IMAGE_MEAN)
     std = pixels.get("image_std", IMAGE_STD)
-    for name, values in (("image_mean", mean), ("image_std", std)):
+    for name, values, low in (("image_mean", mean, 0), ("image_std", std, 1e-3)):
         numbers = isinstance(values, Sequence) and all(type(v) in (int, float) for v in values)
-        if not numbers or len(values) != 3 or not all(0 <= v <= 1 for v in values) or not all(std):
+        if not numbers or len(values) != 3 or not all(low <= v <= 1 for v in values):
             raise UserError(f"{file}: {name} is {shown(values)}; expected 3 numbers up to 1")
     return ClipScore(model, tokenizer, folder.resolve().name, device, mean, std)
 

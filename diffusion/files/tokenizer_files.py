@@ -35,6 +35,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             merges = read_bytes(folder / "merges.txt", MAX_JSON).decode("utf-8-sig")
             vocab, added = (_read_ids(folder / f"{n}.json") for n in ("vocab", "added_tokens"))
+            if pad not in vocab:
+                raise UserError(f"{file}: pad_token is {shown(pad)}, which the vocabulary lacks")
             return Tokenizer(vocab, merges, **options, added=added)
         if (folder / "tokenizer.json").exists():
             return tokenizers.from_tokenizer_json(read_json(folder / "tokenizer.json"), **options)
@@ -55,8 +57,8 @@ def _read_ids(file: Path) -> dict[str, int]:
     """Read {token: id}; {} if the file is missing."""
     ids = read_optional(file)
     for token, i in ids.items():
-        if type(i) is not int:
-            raise UserError(f"{file}: {shown(token)} has the id {shown(i)}; expected an integer")
+        if type(i) is not int or i < 0:
+            raise UserError(f"{file}: {shown(token)} has the id {shown(i)}; expected 0 or more")
     return ids
 
 

@@ -58,8 +58,8 @@ class Pipeline:
         size = self.config.image_size
         if size > MAX_SIDE and not (self.height and self.width):
             raise UserError(
-                f"the model says that its images have {size:,} pixels a side; above {MAX_SIDE:,} "
-                "give --height and --width"
+                f"the model says that its images have {size:,} pixels a side; expected at most "
+                f"{MAX_SIDE:,}, or --height and --width"
             )
         self.set_size(self.height or size, self.width or size)
 

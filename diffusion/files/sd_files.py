@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -57,34 +58,39 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
 }
-# what diffusers takes where a scheduler_config.json says nothing; classes are without "Scheduler"
+# what diffusers takes where a scheduler_config.json says nothing, by its class
 USUAL = {
     "beta_start": 0.0001,
     "beta_end": 0.02,
     "beta_schedule": "linear",
     "set_alpha_to_one": True,
 }
-LATENT = {"beta_start": 0.00085, "beta_end": 0.012}
-FEW_STEPS = LATENT | {"beta_schedule": "scaled_linear"}
-EVEN = {"timestep_spacing": "linspace"}
+EVEN = USUAL | {"timestep_spacing": "linspace"}
 CLASSES = {
-    "DDIM": {},
-    "DDPM": {},
-    "PNDM": {"set_alpha_to_one": False},
-    "LCM": FEW_STEPS,
-    "TCD": FEW_STEPS,
-    "DPMSolverMultistep": EVEN,
-    "DPMSolverSinglestep": EVEN,
-    "DEISMultistep": EVEN,
-    "UniPCMultistep": EVEN,
-    "SASolver": EVEN,
-    "EulerDiscrete": EVEN,
-    "EulerAncestralDiscrete": EVEN,
-    "LMSDiscrete": EVEN,
-    "HeunDiscrete": EVEN | LATENT,
-    "KDPM2Discrete": EVEN | LATENT,
-    "KDPM2AncestralDiscrete": EVEN | LATENT,
-    "DPMSolverSDE": EVEN | LATENT,
+    "PNDMScheduler": USUAL | {"set_alpha_to_one": False},
+    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler"), USUAL),
+    **dict.fromkeys(
+        (
+            "DPMSolverMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "DEISMultistepScheduler",
+            "UniPCMultistepScheduler",
+            "SASolverScheduler",
+            "EulerDiscreteScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "LMSDiscreteScheduler",
+        ),
+        EVEN,
+    ),
+    **dict.fromkeys(
+        (
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverSDEScheduler",
+        ),
+        EVEN | {"beta_start": 0.00085, "beta_end": 0.012},
+    ),
 }
 OTHER_PATHS = re.compile("Flow|EDM|KarrasVe|ScoreSde|Consistency|VQ")
 # settings that choose real-valued timesteps, and the names of these here
@@ -93,46 +99,51 @@ SIGMAS = {
     "use_exponential_sigmas": "logsnr",
     "use_lu_lambdas": "logsnr",
 }
-NUMBER = (int, float)
-FLAG = Rule("true or false", lambda v: isinstance(v, bool))
-BETA = Rule("a number between 0 and 1", lambda v: type(v) in NUMBER and 0 < v < 1)
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-TIMESTEPS = ("leading", "linspace", "trailing")
+
+
+def whole(low: int, high: int) -> Rule:
+    text = f"a whole number from {low} to {high:,}"
+    return Rule(text, lambda v: type(v) is int and low <= v <= high)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule(" or ".join(names), lambda v: v in names)
+
+
+BETA = Rule("a number between 0 and 1", lambda v: type(v) in (int, float) and 0 < v < 1)
+BETAS = Rule(
+    "null, or numbers between 0 and 1",
+    lambda v: v is None or isinstance(v, list) and len(v) > 1 and all(map(BETA.holds, v)),
+)
 SETTINGS = {  # what is taken from a scheduler_config.json
-    "_class_name": Rule("a text", lambda v: isinstance(v, str)),
-    "prediction_type": Rule("a text", lambda v: isinstance(v, str)),
-    "num_train_timesteps": Rule(
-        "a whole number from 2 to 1,000,000", lambda v: type(v) is int and 2 <= v <= 1_000_000
+    "num_train_timesteps": whole(2, 1_000_000),
+    "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "trained_betas": BETAS,
+    "timestep_spacing": one_of("leading", "linspace", "trailing"),
+    "steps_offset": whole(0, 1000),
+    **dict.fromkeys(("beta_start", "beta_end"), BETA),
+    **dict.fromkeys(
+        ("_class_name", "prediction_type"), Rule("a text", lambda v: isinstance(v, str))
     ),
-    "beta_start": BETA,
-    "beta_end": BETA,
-    "beta_schedule": Rule(" or ".join(BETA_SCHEDULES), lambda v: v in BETA_SCHEDULES),
-    "trained_betas": Rule(
-        "null, or numbers between 0 and 1",
-        lambda v: v is None or isinstance(v, list) and len(v) > 1 and all(map(BETA.holds, v)),
+    **dict.fromkeys(
+        ("rescale_betas_zero_snr", "set_alpha_to_one", *SIGMAS),
+        Rule("true or false", lambda v: isinstance(v, bool)),
     ),
-    "rescale_betas_zero_snr": FLAG,
-    "set_alpha_to_one": FLAG,
-    "timestep_spacing": Rule(" or ".join(TIMESTEPS), lambda v: v in TIMESTEPS),
-    "steps_offset": Rule("a whole number up to 1000", lambda v: type(v) is int and 0 <= v <= 1000),
-    **dict.fromkeys(SIGMAS, FLAG),
 }
-# settings that mean nothing to the samplers here; where there is a value, with that value only
+# values of the other settings that change nothing here
 HARMLESS = {
-    "skip_prk_steps": None,
-    "lower_order_final": None,
-    "interpolation_type": None,
-    "dynamic_thresholding_ratio": None,
-    "sample_max_value": None,
-    "clip_sample_range": None,
-    "lambda_min_clipped": None,
-    "flow_shift": None,
-    "time_shift_type": None,
-    "predict_x0": None,
-    "solver_type": None,
+    "skip_prk_steps": True,
+    "lower_order_final": True,
+    "predict_x0": True,
+    "interpolation_type": "linear",
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "clip_sample_range": 1.0,
+    "flow_shift": 1.0,
+    "time_shift_type": "exponential",
+    "lambda_min_clipped": -inf,
     "solver_order": 2,
-    "predictor_order": 2,
-    "corrector_order": 2,
+    "solver_type": "midpoint",
     "algorithm_type": "dpmsolver++",
     "final_sigmas_type": "zero",
     "timestep_type": "discrete",
@@ -379,29 +390,26 @@ def complete_scheduler(found: dict, where: Path | str) -> dict:
     for key, rule in SETTINGS.items():
         if key in found and not rule.holds(found[key]):
             raise UserError(f"{where}: {key} is {shown(found[key])}; expected {rule.text}")
-    name = found.get("_class_name", "PNDMScheduler")
-    kind = name.removeprefix("Flax").removesuffix("Scheduler")
-    if OTHER_PATHS.search(kind) or found.get("use_flow_sigmas"):
+    name = found.get("_class_name", "")
+    if OTHER_PATHS.search(name) or found.get("use_flow_sigmas"):
         raise UserError(
-            f"{where}: {shown(name)} is of another noise path than Stable Diffusion 1.x's"
-            f"{', use_flow_sigmas is on' if found.get('use_flow_sigmas') else ''}"
+            f"{where}: {shown(name)}, use_flow_sigmas {shown(found.get('use_flow_sigmas'))}: not "
+            "the noise path of Stable Diffusion 1.x"
         )
-    own = USUAL | CLASSES[kind] if kind in CLASSES and "_class_name" in found else {}
     betas = found.get("trained_betas")
     if betas is not None and len(betas) != found.get("num_train_timesteps", 1000):
         raise UserError(f"{where}: trained_betas has {len(betas)} numbers; expected one a timestep")
-    return own | found
+    return CLASSES.get(name, {}) | found
 
 
 def not_taken(scheduler: dict) -> list[str]:
     """List the settings of a scheduler_config.json that change pictures, and are not taken."""
-    kind = scheduler["_class_name"].removeprefix("Flax").removesuffix("Scheduler")
-    odd = [] if kind in CLASSES and CLASSES[kind] is not FEW_STEPS else ["_class_name"]
+    odd = [] if scheduler["_class_name"] in CLASSES else ["_class_name"]
     for key, value in scheduler.items():
         harmless = not value or key in SETTINGS or key.startswith("_")
-        if not harmless and HARMLESS.get(key, ...) not in (None, value):
+        if not harmless and HARMLESS.get(key) != value:
             odd.append(key)
-    return [f"{shown(key)}: {shown(scheduler[key])}" for key in odd]
+    return [f"{shown(key)} ({shown(scheduler[key])})" for key in odd]
 
 
 def spacing_of(scheduler: dict) -> str:

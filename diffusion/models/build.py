@@ -24,7 +24,7 @@ from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import AutoencoderKL
 
-MAX_INITS = 8000  # Stable Diffusion's U-Net has 686 tensors
+MAX_INITS = 4000  # Stable Diffusion's U-Net takes 468
 NETWORKS = {
     "unet": (UNetConfig, SDUNet),
     "vae": (VAEConfig, AutoencoderKL),

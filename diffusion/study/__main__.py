@@ -18,6 +18,7 @@ from ..config import (
     COUNTS,
     DEVICES,
     GUIDANCE,
+    OBJECTIVES,
     POSITIVE,
     SAMPLERS,
     SD_PATH,
@@ -54,7 +55,7 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     option("--vae PATH", "where the VAE is now that the base model was trained with", requires=MODEL)
     option("--sd_config FOLDER", "configs and tokenizer of a single file of other sizes than 1.5's", requires=SD_PATH)
     option("--sd_weights", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*", requires=SD_PATH & SD_START, default="raw", choices=("raw", "ema"))
-    option("--objective", "prediction type of a single file that does not state it (default: eps)", requires=SD_PATH & SD_START, choices=("eps", "v", "x0"))
+    option("--objective", "prediction type of a single file that does not state it (default: eps)", requires=SD_PATH & SD_START, choices=OBJECTIVES)
     option("--data STYLES", "folder with a folder of images per style")
     option("--styles NAME,...", "styles to learn (default: all); the base knows the others, which serve the classifier", type=name_list)
     option("--experiments N,...", f"experiments to run: {experiments}", KNOWN, type=int_list, default="1,2,3,4")

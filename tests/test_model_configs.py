@@ -112,7 +112,7 @@ BRIEF = {
 
 @pytest.mark.parametrize("name", BRIEF)
 def test_values_of_wrong_types(sd, change, name):
-    values = [None, {}, -1, 1e30, True, FORGED]
+    values = [None, {}, -1, True, FORGED]
     keys = BRIEF[name].split()
     assert check_wrong_types(sd, change, name, keys, values) > len(keys)
 
@@ -151,10 +151,10 @@ def test_clip_folders_of_wrong_types(clip, tmp_path):
     open_clip(tmp_path / "clip", CPU)
     file = tmp_path / "clip" / "config.json"
     good = json.loads(file.read_text())
-    cases = [(key, good | {key: value}) for key in ("text_config", "projection_dim") for value in WRONG[1:]]  # fmt: skip
+    cases = [(key, good | {key: value}) for key in ("text_config", "projection_dim") for value in WRONG[1::2]]  # fmt: skip
     for part, key in (("vision_config", "patch_size"), ("vision_config", "image_size"),
                       ("text_config", "num_hidden_layers"), ("vision_config", "layer_norm_eps")):  # fmt: skip
-        cases += [(key, good | {part: good[part] | {key: value}}) for value in (0, *WRONG)]
+        cases += [(key, good | {part: good[part] | {key: value}}) for value in (0, *WRONG[::2])]
     for key, config in cases:
         file.write_text(json.dumps(config))
         text = told(lambda: open_clip(tmp_path / "clip", CPU))

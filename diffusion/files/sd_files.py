@@ -265,7 +265,7 @@ def load_sd(
             )
         sizes = _part_config(folder, part)
         first = own.get("input_blocks.0.0.weight")
-        if folder is None and first is not None:
+        if first is not None and first.ndim == 4:
             sizes["in_channels"] = first.shape[1]  # 9: inpainting
         # a text encoder may come with the rest of CLIP
         own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}

@@ -301,8 +301,8 @@ class Config:
         """Read a stored configuration. Raises UserError for unknown fields and bad values."""
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
-            names = ", ".join(sorted(map(shown, unknown))[:5])
-            raise UserError(f"the configuration has {len(unknown)} unknown fields: {names}")
+            names = ", ".join(sorted(shown(name).strip("'") for name in unknown)[:5])
+            raise UserError(f"configuration has unknown fields: {names}")
         values = dict(values)
         if isinstance(values.get("dim_mults"), list):
             values["dim_mults"] = tuple(values["dim_mults"])

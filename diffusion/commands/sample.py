@@ -39,6 +39,8 @@ PROMPT = Rule("--prompt", lambda a: a.prompt)
 SYNTAX = Rule("--prompt, and beside --plain_prompts", lambda a: a.prompt and not a.plain_prompts)
 GUIDED = Rule("a --guidance_scale other than 1", lambda a: a.guidance_scale != 1)
 INIT_IMAGE = Rule("--init_image", lambda a: a.init_image is not None)
+# 0.8 was its default once
+STRENGTH_USE = Rule("--init_image", lambda a: a.init_image is not None or a.strength == 0.8)
 INTERPOLATION = Rule("--lora_interpolate", lambda a: a.lora_interpolate)
 
 
@@ -86,7 +88,7 @@ def parse(args: list[str] | None = None):
 
     parser.section("from an image")
     option("--init_image FILE", "image to start from, noised, in its aspect unless --height and --width are given")
-    option("--strength X", "fraction of the steps that is run on the init image, above 0 to 1; at 1 the masked part starts from noise (default: 0.8; 1 with an inpainting model)", STRENGTH, INIT_IMAGE)
+    option("--strength X", "fraction of the steps that is run on the init image, above 0 to 1; at 1 the masked part starts from noise (default: 0.8; 1 with an inpainting model)", STRENGTH, STRENGTH_USE)
     option("--mask FILE", "image of the init image's size, white where new content goes; black and transparent stay", requires=INIT_IMAGE)
     # fmt: on
     args = parser.parse_args(args)

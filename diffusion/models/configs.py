@@ -168,7 +168,7 @@ class UNetConfig(Sizes):
     def from_dict(cls, config: dict) -> "UNetConfig":
         config = dict(config)
         classes = config.pop("num_class_embeds", None)
-        if classes is not None and (type(classes) is not int or classes < 1):
+        if classes is not None and not fits(classes, int, range(1, MAX_SIZE)):
             found = shown(classes)
             raise ValueError(f"UNetConfig: num_class_embeds is {found}; supported: 1 or more")
         config["num_classes"] = 0 if classes is None else classes - 1

@@ -19,6 +19,7 @@ from unicodedata import normalize
 import torch
 from torch import Tensor
 
+from .. import shown
 from .prompt_syntax import parse
 
 BOS = "<|startoftext|>"

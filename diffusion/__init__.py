@@ -4,6 +4,7 @@ pipeline = diffusion.load("results/model.pt")
 images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
 """
 
+import itertools
 import reprlib
 
 __version__ = "0.1.0"
@@ -26,6 +27,12 @@ def shown(value, limit: int = 80) -> str:
     short.maxstring = short.maxother = limit
     text = short.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def some(names, count: int = 3) -> str:
+    """Show the first few of some names that a file holds, without quotes."""
+    first = [shown(str(name), 100)[1:-1] for name in itertools.islice(names, count + 1)]
+    return ", ".join(first[:count]) + (" ..." if len(first) > count else "")
 
 
 def printable(text: str) -> str:

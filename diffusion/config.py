@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from . import UserError, printable, shown
+from . import UserError, printable, shown, some
 from .presets import PRESET_OF_DATA, PRESETS
 
 
@@ -301,8 +301,7 @@ class Config:
         """Read a stored configuration. Raises UserError for unknown fields and bad values."""
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
-            names = ", ".join(sorted(shown(name).strip("'") for name in unknown)[:5])
-            raise UserError(f"configuration has unknown fields: {names}")
+            raise UserError(f"configuration has unknown fields: {some(sorted(map(str, unknown)))}")
         values = dict(values)
         if isinstance(values.get("dim_mults"), list):
             values["dim_mults"] = tuple(values["dim_mults"])

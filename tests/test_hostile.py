@@ -4,7 +4,10 @@ import gzip
 import io
 import json
 import os
+import pickle
+import re
 import shutil
+import struct
 import sys
 import tarfile
 import zipfile
@@ -14,7 +17,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hostile import EPS, Reader, attacks, edited, edits, json_changes, json_edited, lies, watched
+from hostile import (
+    BYTEARRAY,
+    EPS,
+    Reader,
+    attacks,
+    bomb,
+    edited,
+    edits,
+    json_changes,
+    json_edited,
+    lies,
+    safetensors,
+    watched,
+    zipped,
+)
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -37,12 +54,14 @@ from diffusion.files import tokenizer_files as vocabulary
 from diffusion.files.atomic import read_lines
 from diffusion.files.tensors import read_tensors
 from diffusion.files.text_files import read_prompt_lines
+from diffusion.files.torch_files import LEGACY
 from diffusion.files.validate import check_tensors
 from diffusion.models.configs import VAEConfig
 from diffusion.models.tokenizer import BYTE_OF, SYMBOLS, byte_level
 from diffusion.models.vae import AutoencoderKL
 from diffusion.pictures.grid import read_parameters
 from diffusion.sampling.load import load, schedule_of
+from diffusion.training.optimizer import AdamW
 
 CPU = torch.device("cpu")
 FUZZ = int(os.environ.get("FUZZ_EXAMPLES", 4))  # more of them: more time, more found
@@ -616,6 +635,119 @@ def test_a_checkpoint_that_claims_a_giant_network(good, tmp_path):
     torch.save(state, tmp_path / "a.pt")
     reader = Reader("giant", "checkpoint", copied("model.pt"), load)
     assert "does not fit" in watched(reader, tmp_path / "a.pt")
+
+
+def test_hostile_pickles_and_headers(tmp_path, monkeypatch):
+    """What is checked is what is read, whatever a pickle, a zip file or a header claims."""
+    monkeypatch.chdir(tmp_path)
+    most = 3 << 20
+    plain = zipped(pickle.dumps({}))
+    old = LEGACY + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    entry = b"PK\x01\x02" + bytes(24) + b"\1\0" + bytes(16) + b"a"
+    files = {
+        # two directories in one file, of which the first one leads to half a gigabyte
+        "two zips": (bomb() + plain, "no weights"),
+        "old with a zip behind": (old + BYTEARRAY + pickle.dumps([], 2) + plain, "bytearray"),
+        "directory": (b"PK\3\4" + entry * (5 << 20 >> 5) + b"PK\5\6" + bytes(8)
+                      + struct.pack("<II", len(entry) * (5 << 20 >> 5), 4) + bytes(2), "directory"),
+        "lists": (zipped(b"\x80\x02" + b"]" * (most - 9) + b"."), "list"),
+        "longer": (zipped(b"\x80\x02" + b"]" * most + b"."), "3 MB"),
+        "memo": (zipped(b"\x80\x02}r\xff\xff\xff\xff."), "no weights"),
+        # a dictionary's key of tuples in tuples would be hashed to any depth of the stack
+        "deep key": (zipped(b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s."), "no weights"),
+        "call of a result": (zipped(b"\x80\x02cx\ny\n)R)R."), "no weights"),
+        "set on a name": (zipped(b"\x80\x02cx\ny\nK\x01K\x02s."), "no dictionary"),
+        "state on a function": (zipped(b"\x80\x02ctorch._utils\n_rebuild_parameter\n}U\1aU\1bsb."), "no weights|holds a"),
+        "long number": (zipped(b"\x80\x02\x8b" + struct.pack("<i", 1 << 20) + b"x" * (1 << 20) + b"."), "no weights"),
+        "program": (zipped(b"\x80\x02cposix\nsystem\nU\1x\x85R."), "posix.system"),
+        "escapes": (zipped(b"\x80\x02csubprocess\na\x1b[31m\r\n"), "x1b"),
+        "header": (safetensors(b"{" + b" " * (9 << 20) + b"}"), "header"),
+        "texts": (safetensors({"__metadata__": {f"{i:x}": "" for i in range(5 * 10**5)}}), "no weights"),
+    }  # fmt: skip
+    for name, (content, told) in files.items():
+        (tmp_path / name).write_bytes(content)
+        found = watched(Reader("", "", None, read_tensors), tmp_path / name)
+        assert found and re.search(told, found) and "\x1b" not in found, (name, found)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        (0, (4,), (1,)),  # beyond the end
+        (0, (1 << 28,), (0,)),
+        (0, (3, 1 << 40, 0), (1, 1, 1)),  # nothing, and nothing is taken for it
+        (1, (2,), (1,)),
+        (-1, (1,), (1,)),
+        (0, (-1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2,), (1 << 62,)),
+        (0, (1,) * 99, (1,) * 99),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("new", [True, False])
+def test_tensors_beyond_their_storage(tmp_path, where, new):
+    class Claim:
+        def __reduce__(self):
+            storage = torch.ones(2).untyped_storage()
+            typed = torch.storage.TypedStorage(
+                wrap_storage=storage, dtype=torch.float32, _internal=True
+            )
+            return torch._utils._rebuild_tensor_v2, (typed, *where, False, OrderedDict())
+
+    torch.save({"a": Claim()}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+    try:
+        found = read_tensors(tmp_path / "a.pt")["a"]
+    except UserError as error:
+        assert "a.pt" in str(error)
+    else:
+        assert not found.numel()
+
+
+def test_pipes_and_devices_are_no_weights(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
+    for file in ("pipe.safetensors", "zero.ckpt"):
+        for read in (read_tensors, load, loader.load_vae, read_lora, read_token):
+            with pytest.raises(UserError, match=file):
+                read(tmp_path / file)
+
+
+def test_moments_of_other_weights():
+    """torch's fused kernel would write beyond the end of these."""
+    optimizer = AdamW([torch.nn.Parameter(torch.ones(16))], 0.1)
+    good = {"step": torch.tensor(1.0), "exp_avg": torch.ones(16), "exp_avg_sq": torch.ones(16)}
+    for odd in (good | {"exp_avg": torch.ones(2)}, {"step": good["step"]}, good | {"x": good}):
+        with pytest.raises((ValueError, AttributeError)):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: odd}})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: good}})
+
+
+ODD_VALUES = (..., None, 0, "x", [], {}, {1: 1}, torch.ones(2))
+
+
+@pytest.mark.parametrize("part", [
+    "step", "best_loss", "ranks", "config", "classes", "data", "model", "ema", "optimizer",
+    "scaler", "tally",
+])  # fmt: skip
+def test_a_checkpoint_with_a_part_of_another_kind(good, tmp_path, part):
+    """As a run goes on, and as a model: one line, and no traceback."""
+    state = checkpoint.read(good / "model.pt")
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / "step_00000060.pt"
+    refused = 0
+    for value in ODD_VALUES:
+        changed = state | {part: value}
+        if value is ...:
+            del changed[part]
+        torch.save(changed, file)
+        for read in (load, lambda f: checkpoint.newest(f.parent.parent, lambda message: None)):
+            try:
+                read(file)
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 1500
+    assert refused >= 4
 
 
 def test_networks_are_kept_where_no_other_user_writes(monkeypatch, tmp_path):

@@ -2,7 +2,10 @@
 that are more than branches. diffusers and peft are the oracles; models are tiny."""
 
 import json
+import random
+import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,10 +16,11 @@ from torch import nn
 from torch.testing import assert_close
 from warm import script
 
+import diffusion
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import adapter_files as adapters
-from diffusion.files import checkpoint
+from diffusion.files import checkpoint, embedding_files
 from diffusion.files import sd_files as loader
 from diffusion.models import lora
 from diffusion.sampling.load import open_pipeline, open_stack
@@ -753,6 +757,267 @@ def test_a_text_encoders_part_for_a_model_without_one(sd, networks, written, tmp
     save_file(written[0] | {"lora_unet_x.diff": torch.ones(1)}, broken)
     done = script("sample.py", *alone, broken, cwd=tmp_path)
     assert done.returncode == 1 and "lora_unet_x.diff" in done.stderr
+
+
+# --- what a file is, its content says --------------------------------------------------------------
+
+
+class Foreign:
+    """A class of the file's own program, which is not here when the file is read."""
+
+    def __init__(self):
+        self.best = 3
+
+
+Foreign.__module__ = "some_trainer.callbacks"
+
+
+def world_state(tensors):
+    """What training programs leave beside the weights: numpy's scalars, settings, callbacks."""
+    import argparse
+    import pathlib
+
+    return {
+        "state_dict": {f"module.{k}": v for k, v in tensors.items()},
+        "best": np.float64(0.5),
+        "dtype": np.dtype("float32"),
+        "array": np.arange(3),
+        "args": argparse.Namespace(lr=1e-4, out=pathlib.Path("x")),
+        "callbacks": {Foreign: {"best": Foreign()}},
+        "seen": {1, 2},
+    }
+
+
+def save_foreign(state, path, **options):
+    modules = {name: type(sys)(name) for name in ("some_trainer", "some_trainer.callbacks")}
+    modules["some_trainer.callbacks"].Foreign = Foreign
+    sys.modules.update(modules)
+    try:
+        torch.save(state, path, **options)
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def same_networks(sd, networks):
+    """They have the weights of the folder's."""
+    want = loader.load_sd(sd)
+    for part, network in networks.items():
+        expected = getattr(want, part).state_dict()
+        found = network.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a.pt", "safetensors"),
+        ("a.ckpt", "safetensors"),
+        ("a.SAFETENSORS", "safetensors"),
+        ("a", "safetensors"),
+        ("a.safetensors", "zip"),
+        ("b", "zip"),
+        ("a.bin", "legacy"),
+        ("c.safetensors", "protocol 4"),
+    ],
+)
+def test_a_model_is_known_by_its_content(sd, tensors, tmp_path, name, kind):
+    """Whatever its name, and whatever else a program left in it."""
+    if kind == "safetensors":
+        save_file(tensors, tmp_path / name)
+    else:
+        options = {"legacy": {"_use_new_zipfile_serialization": False}}
+        options["protocol 4"] = {"pickle_protocol": 4}
+        state = world_state(tensors)
+        if kind == "protocol 4":
+            state.pop("seen")
+        save_foreign(state, tmp_path / name, **options.get(kind, {}))
+    found = diffusion.load(tmp_path / name, config=str(sd), amp="no")
+    same_networks(sd, found.networks | {"vae": found.codec.vae})
+    assert "some_trainer" not in sys.modules
+
+
+def test_adapters_and_shards_are_known_by_their_content(sd, written, tmp_path):
+    branches, expected, _ = written
+    torch.save(branches, tmp_path / "a.safetensors")
+    save_file(branches, tmp_path / "a.pt")
+    for name in ("a.safetensors", "a.pt"):
+        found = draw_ours(sd, loras=[(tmp_path / name, 1.0)])
+        assert_close(found, expected, rtol=0, atol=0)
+    save_file({"emb_params": VECTORS}, tmp_path / "x.pt")
+    torch.save({"emb_params": VECTORS}, tmp_path / "x.safetensors")
+    for ending in ("pt", "safetensors"):
+        found = embedding_files.read_embedding(tmp_path / f"x.{ending}", WIDTH)
+        assert torch.equal(found["x"], VECTORS)
+    shutil.copytree(sd, tmp_path / "sd")
+    folder = tmp_path / "sd" / "unet"
+    file = next(folder.glob("*.safetensors"))
+    unet = load_file(file)
+    file.unlink()
+    torch.save(unet, folder / "1.safetensors")
+    index = {"weight_map": dict.fromkeys(unet, "1.safetensors")}
+    (folder / f"{file.name}.index.json").write_text(json.dumps(index))
+    same_networks(sd, {"unet": loader.load_sd(tmp_path / "sd").unet})
+
+
+STAND_INS = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    "page": (b"\xef\xbb\xbf\n<!DOCTYPE html><title>404</title>", "web page"),
+    "xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "empty": (b"", "empty"),
+    "text": (b"Access to model x is restricted.\n\x1b[31m", "Access to model x"),
+    "gguf": (b"GGUF\3\0\0\0" + bytes(99), "GGUF"),
+    "zeros": (bytes(4096), "x00"),
+    "pickle": (b"\x80\x04\x95" + bytes(99), "x80"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*STAND_INS, "zip"])
+def test_what_is_no_weights_is_named(sd, tmp_path, kind):
+    """With each option that takes a file of weights, one line that names the file."""
+    content, named = STAND_INS.get(kind, (None, "pictures/0.png"))
+    for name in ("a.safetensors", "a.ckpt"):
+        file = tmp_path / name
+        if content is None:
+            with zipfile.ZipFile(file, "w") as z:
+                z.writestr("pictures/0.png", "x")
+        else:
+            file.write_bytes(content)
+        for read in (
+            lambda: loader.load_sd(file, sd),
+            lambda: loader.load_vae(file),
+            lambda: diffusion.load(file, config=str(sd)),
+            lambda: draw_ours(sd, loras=[(file, 1.0)]),
+            lambda: draw_ours(sd, embeddings=[file]),
+            lambda: checkpoint.load_weights(file),
+        ):
+            with pytest.raises(UserError) as caught:
+                read()
+            told = str(caught.value)
+            assert str(file) in told and named in told and "\n" not in told and "\x1b" not in told
+
+
+def test_config_files_that_are_pointers(sd, tmp_path):
+    shutil.copytree(sd, tmp_path / "sd")
+    for file in ("unet/config.json", "tokenizer/vocab.json"):
+        before = (tmp_path / "sd" / file).read_bytes()
+        (tmp_path / "sd" / file).write_bytes(STAND_INS["pointer"][0])
+        with pytest.raises(UserError, match="git lfs pull"):
+            loader.load_sd(tmp_path / "sd")
+        (tmp_path / "sd" / file).write_bytes(before)
+
+
+def test_vaes_of_a1111(sd, tensors, tmp_path):
+    """vae.pt and .ckpt with what the VAE was trained with beside it, bare or not."""
+    want = loader.load_sd(sd).vae.state_dict()
+    prefix = "first_stage_model."
+    bare = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    beside = {
+        "loss.logvar": torch.ones(1),
+        "loss.discriminator.main.0.weight": torch.ones(2, 2),
+        "model_ema.decay": torch.tensor(0.9),
+        "model_ema.encoderconv_inweight": torch.ones(2),
+        "discriminator.main.0.weight": torch.ones(2),
+    }
+    shutil.copy(sd / "vae" / "config.json", tmp_path)
+    for i, content in enumerate(
+        (
+            bare | beside,
+            {"state_dict": bare | beside, "global_step": np.int64(3)},
+            {f"{prefix}{k}": v for k, v in (bare | beside).items()},
+            {f"module.{k}": v for k, v in (bare | beside).items()},
+            {f"_orig_mod.module.{k}": v for k, v in bare.items()},
+            {f"model.{k}": v for k, v in bare.items()},
+        )
+    ):
+        for name in (f"{i}.vae.pt", f"{i}.ckpt", f"{i}.safetensors"):
+            torch.save(content, tmp_path / name)
+            found = loader.load_vae(tmp_path / name).state_dict()
+            assert found.keys() == want.keys()
+            assert all(torch.equal(found[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["module.", "_orig_mod.", "_orig_mod.module.", "model.", "unet.", "model._orig_mod."],
+)
+def test_wrappers_of_training_are_not_in_the_names(sd, tmp_path, before):
+    shutil.copytree(sd, tmp_path / "sd")
+    for part in ("unet", "text_encoder"):
+        file = next((tmp_path / "sd" / part).glob("*.safetensors"))
+        content = {f"{before}{k}": v for k, v in load_file(file).items()}
+        if part == "text_encoder":
+            if not any("text_model." in k for k in content):
+                content = {k.replace(before, f"{before}text_model."): v for k, v in content.items()}
+            content["text_projection.weight"] = torch.ones(4, 4)
+            content["logit_scale"] = torch.ones(())
+            if before in ("model.", "unet.", "model._orig_mod."):
+                content = {k: v for k, v in content.items() if k.startswith(before)}
+        save_file(content, file)
+    found = loader.load_sd(tmp_path / "sd")
+    same_networks(sd, {part: getattr(found, part) for part in ("unet", "text_encoder")})
+
+
+def test_whole_models_and_programs_are_named(sd, tmp_path):
+    """A pickled network is no weights by name; what calls the system is refused."""
+    save_foreign(Foreign(), tmp_path / "model.pt")
+    with pytest.raises(UserError, match="some_trainer.callbacks.Foreign"):
+        loader.load_sd(tmp_path / "model.pt", sd)
+
+
+# --- digests of what is written -------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_what_is_written_is_refused_or_changes_nothing(tmp_path):
+    """Of an adapter and an embedding: tensors and texts, wherever the bit is."""
+    from diffusion.files import tensors as files
+
+    branches = {
+        "mid_block.attentions.0.proj_in": lora.LowRank(torch.ones(2, 8), torch.ones(8, 2), 4.0)
+    }
+    adapters.write_diffusers(tmp_path / "a.safetensors", {"unet": branches}, step="3")
+    adapters.write_kohya(tmp_path / "b.safetensors", {"unet": branches})
+    embedding_files.write_a1111(tmp_path / "c.safetensors", "<a>", torch.ones(2, 8))
+    rng = random.Random(0)
+    for name in ("a", "b", "c"):
+        file = tmp_path / f"{name}.safetensors"
+        data = file.read_bytes()
+        want, about = files.read_safetensors(file)
+        assert load_file(file).keys() == want.keys()  # other programs read it
+        refused = 0
+        for _ in range(150):
+            bad = bytearray(data)
+            bad[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            file.write_bytes(bad)
+            try:
+                found, texts = files.read_safetensors(file)
+            except UserError:
+                refused += 1
+                continue
+            assert found.keys() == want.keys() and about.items() <= texts.items()
+            assert all(torch.equal(found[k], want[k]) for k in want)
+        assert refused > 100
+
+
+def test_files_that_other_programs_edited(tmp_path):
+    """More texts are no damage; another text, or other tensors, are, and the text is named."""
+    from safetensors import safe_open
+
+    from diffusion.files import tensors as files
+
+    file = tmp_path / "a.safetensors"
+    files.write_tensors(file, {"a": torch.ones(2)}, {"note": "mine"})
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    save_file({"a": torch.ones(2)}, file, metadata=about | {"ss_tag": "new"})
+    assert files.read_safetensors(file)[1]["ss_tag"] == "new"
+    save_file({"a": torch.ones(2)}, file, metadata=about | {"note": "theirs"})
+    with pytest.raises(UserError, match=f"note.*{files.DIGEST}"):
+        files.read_tensors(file)
+    about.pop(files.DIGEST)
+    save_file({"a": torch.ones(2)}, file, metadata=about | {"note": "theirs"})
+    assert files.read_safetensors(file)[1]["note"] == "theirs"
 
 
 # --- the study ------------------------------------------------------------------------------------

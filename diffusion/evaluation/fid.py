@@ -18,8 +18,8 @@ from .. import UserError
 from ..config import Config
 from ..data.image_set import digest
 from ..data.images import TRANSFORM
-from ..files.atomic import atomic
-from ..files.validate import check_size
+from ..files.atomic import atomic, open_regular
+from ..files.torch_files import open_zip
 from ..pictures.grid import NonFinite
 from ..pictures.samples import sample_batches
 from ..runtime import distributed as dist
@@ -147,7 +147,8 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
 def read_moments(file: Path) -> tuple[Tensor, Tensor] | None:
     """Read mean and covariance; None if there is no such file or it is damaged."""
     try:
-        check_size(file)
+        with open_regular(file) as opened:
+            open_zip(file, opened, file.stat().st_size)
         with np.load(file, allow_pickle=False) as found:
             mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
     except Exception:  # a zip file can be damaged in many ways

@@ -45,7 +45,7 @@ from ..runtime.distributed import log
 from . import sd_names
 from .atomic import blame, write_text
 from .strict import UNUSED, some
-from .tensors import read_metadata, read_object, read_tensors, write_tensors
+from .tensors import read_content, read_metadata, read_tensors, write_tensors
 from .text_files import parse_json, read_json
 from .validate import Tensors, check_tensors
 
@@ -200,14 +200,11 @@ def _find_file(path: Path) -> Path:
 
 def _open(path: Path) -> Tensors:
     """Read all tensors but the vectors of tokens."""
-    try:
-        tensors = read_tensors(path)
-    except UserError:
-        content = read_object(path)
-        if not isinstance(content, list):
-            raise
-        # cloneofsimo's
+    content = read_content(path)[0]
+    if isinstance(content, list):  # cloneofsimo's
         tensors = {f":{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(content)}
+    else:
+        tensors = read_tensors(path)
     check_tensors(tensors, str(path))
     marks = read_metadata(path)
     return {name: value for name, value in tensors.items() if marks.get(name) != EMBEDDING}

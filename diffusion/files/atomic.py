@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from .. import UserError
+from .. import UserError, printable
 
 MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
@@ -22,9 +22,9 @@ O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a pipe without another end would be
 
 
 def reason(error: BaseException) -> str:
-    """Shorten the message of a library's error to a line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0][:200]
+    """Shorten the message of a library's error to a line; what it quotes of a file is inert."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return printable(text.splitlines()[0][:200].replace("\t", " "))
 
 
 @contextlib.contextmanager

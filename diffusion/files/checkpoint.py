@@ -5,9 +5,9 @@
     ema.safetensors                EMA weights only, configuration in the metadata
     best.safetensors               the same, from the step of the lowest held-out loss
 
-Nothing here unpickles code: .pt files are opened with weights_only=True. A flipped bit is found: in
-a .pt file by the CRC that its zip format has for every record, in a .safetensors file by the digest
-of the tensors in its metadata.
+Nothing here unpickles code (files/torch_files.py). A flipped bit is found: in a .pt file by the CRC
+that its zip format has for every record, in a .safetensors file by the digest of the tensors in its
+metadata.
 """
 
 import filecmp
@@ -20,16 +20,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .. import UserError
+from .. import UserError, shown, some
 from ..config import Config
 from .atomic import atomic
-from .tensors import Unreadable, is_safetensors, read_object, read_safetensors, write_tensors
+from .tensors import (
+    Unreadable,
+    kind_of,
+    read_levels,
+    read_object,
+    read_safetensors,
+    write_tensors,
+)
 from .text_files import parse_json
 from .validate import Tensors, check_tensors, digest_tensors
 
 FORMAT = "diffusion-checkpoint-1"
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
+RESUMED = {  # what only a run that goes on reads
+    "best_loss": float | None,
+    "data": dict,
+    "optimizer": dict,
+    "ranks": int,
+    "scaler": dict,
+    "tally": Tensor,
+}
 
 
 def save(folder: Path, state: dict, keep_last: int) -> Path:
@@ -85,7 +101,8 @@ def check_format(path: Path, about: dict) -> None:
     if about.get("format") != FORMAT:
         raise UserError(
             f"{path} was not written by this version of train.py: its format is "
-            f"{about.get('format')!r:.60}, expected {FORMAT!r}"
+            f"{shown(about.get('format'))}, expected {FORMAT!r}; a Stable Diffusion model is given "
+            "with --sd_path"
         )
 
 
@@ -103,10 +120,21 @@ def read(path: Path) -> dict:
     state = read_object(path, check_crc=True)
     plain = isinstance(state, dict)
     check_format(path, state if plain else {"format": type(state).__name__})
-    odd = [name for name, kind in KINDS.items() if not isinstance(state.get(name), kind)]
+    check_parts(path, state, KINDS)
+    return state
+
+
+def check_parts(path: Path, state: dict, kinds: dict) -> None:
+    """Refuse a checkpoint in which a part is missing or of another kind."""
+    odd = [name for name, kind in kinds.items() if not isinstance(state.get(name, ...), kind)]
     if odd:
         raise UserError(f"{path} is damaged: it has no usable {', '.join(odd)}")
-    return state
+
+
+def is_own(path: Path) -> bool:
+    """Check whether a file is a run's: model.pt, ema.safetensors and the like."""
+    levels, about = read_levels(path, check=False)
+    return str((about or levels[0]).get("format")).startswith("diffusion-checkpoint")
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
@@ -121,6 +149,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     for file in files:
         try:
             state = read(file)
+            check_parts(file, state, RESUMED)
             for part in ("model", "ema"):
                 check_tensors(state[part], f"{file}, {part}")
         except Unreadable:
@@ -158,7 +187,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
     which: "ema" or "raw"; a .safetensors file holds EMA weights only. metadata: step and classes.
     Raises UserError for foreign, damaged or unsuitable files.
     """
-    if not is_safetensors(path):
+    if not path.is_file() or kind_of(path) != "safetensors":
         state = read(path)
         weights = state["ema" if which == "ema" else "model"]
         config = state["config"]
@@ -170,8 +199,9 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
     check_tensors(weights, str(path))
     metadata = {"networks": {}, "frozen": {}} | metadata
     kinds = {"classes": list, "networks": dict, "frozen": dict}
-    if odd := [name for name, kind in kinds.items() if not isinstance(metadata.get(name), kind)]:
-        raise UserError(f"{path} is damaged: it has no usable {', '.join(odd)}")
+    odd = [name for name, kind in kinds.items() if not isinstance(metadata.get(name), kind)]
+    if odd or not all(isinstance(name, str) for name in metadata["classes"]):
+        raise UserError(f"{path} is damaged: it has no usable {some(odd or ['classes'])}")
     try:
         config = Config.from_dict(config)
     except UserError as error:

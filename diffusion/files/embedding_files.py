@@ -16,12 +16,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import UserError
+from .. import UserError, shown, some
 from ..models.tokenizer import plain
 from . import sd_names
 from .adapter_files import save
-from .strict import some
-from .tensors import is_safetensors, read_metadata, read_object, read_tensors
+from .tensors import read_content
+from .torch_files import Stub
 from .validate import Tensors, check_tensors
 
 
@@ -68,7 +68,7 @@ def read_embeddings(
             else:
                 free.setdefault(plain(name), name)
         if not free:
-            known = ", ".join(map(repr, taken))
+            known = ", ".join(map(shown, taken))
             raise UserError(
                 f"{next(iter(taken.values()))} and {path}: {known} exists already: give a file "
                 "once, and rename one of two files of the same name"
@@ -76,7 +76,7 @@ def read_embeddings(
         for name, other in taken.items():
             if plain(name) not in free:
                 use = next(iter(free.values()))
-                warn(f"{path}: {name!r} is also a name of {other}; use {use!r}")
+                warn(f"{path}: {shown(name)} is also a name of {other}; use {shown(use)}")
         found.append(Embedding(path, tuple(free.values()), vectors))
     return found
 
@@ -87,8 +87,8 @@ def read_embedding(path: str | Path, width: int) -> Tensors:
     Raises UserError for another width and for other files.
     """
     path = Path(path)
-    content = read_tensors(path) if is_safetensors(path) else read_object(path)
-    found = _tokens(content, read_metadata(path).get("name") or path.stem)
+    content, about = read_content(path)
+    found = _tokens(content, about.get("name") or path.stem)
     usable = found and all(
         isinstance(v, Tensor) and v.numel() and v.squeeze().ndim <= 2 for v in found.values()
     )
@@ -99,15 +99,15 @@ def read_embedding(path: str | Path, width: int) -> Tensors:
     check_tensors(found, str(path))
     for token, vectors in found.items():
         if not isinstance(token, str) or not token.strip() or not token.isprintable():
-            raise UserError(f"{path} is no textual inversion: a token is {token!r:.60}")
+            raise UserError(f"{path} is no textual inversion: a token is {shown(token)}")
         if token in ("clip_l", "clip_g", "t5xxl"):
             raise UserError(
                 f"{path} is for a model of several text encoders, such as Stable "
-                f"Diffusion XL: it has {token!r}; expected one token"
+                f"Diffusion XL: it has {shown(token)}; expected one token"
             )
         if vectors.shape[-1] != width:
             raise UserError(
-                f"{path} is for another text encoder: {token!r:.60} is "
+                f"{path} is for another text encoder: {shown(token)} is "
                 f"{vectors.shape[-1]} wide, this one's is {width}"
             )
     return {token: v.detach().float().reshape(-1, width) for token, v in found.items()}
@@ -124,7 +124,9 @@ def _tokens(content, name: str) -> dict:
         return content
     inner = content.get("name")
     name = inner if isinstance(inner, str) and inner else name
-    params = getattr(content["string_to_param"], "_parameters", content["string_to_param"])
+    params = content["string_to_param"]
+    if isinstance(params, Stub) and isinstance(params.state, dict):  # a ParameterDict
+        params = params.state.get("_parameters")
     if not isinstance(params, dict):
         return {}
     if len(params) == 1 and "name" in content:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..config import Rule
 from ..models.build import NETWORKS
 from ..models.clip import CLIPTextModel
@@ -30,13 +30,11 @@ from ..models.vae import AutoencoderKL
 from ..runtime.distributed import log
 from . import sd_names, strict
 from .atomic import blame, write_text
-from .checkpoint import load_weights
+from .checkpoint import is_own, load_weights
 from .strict import PARTS
 from .tensors import (
     find_weights,
     inspect,
-    is_safetensors,
-    read_metadata,
     read_tensors,
     write_tensors,
 )
@@ -261,20 +259,19 @@ def load_sd(
             hint = "; give --vae" if part == "vae" else ""
             raise UserError(
                 f"{file} holds no {part}{hint}: no tensor begins with "
-                f"{sd_names.PREFIXES[part][0]}; it has {strict.some(sorted(tensors))}"
+                f"{sd_names.PREFIXES[part][0]}; it has {some(sorted(tensors))}"
             )
         sizes = _part_config(folder, part)
         first = own.get("input_blocks.0.0.weight")
         if first is not None and first.ndim == 4:
             sizes["in_channels"] = first.shape[1]  # 9: inpainting
-        # a text encoder may come with the rest of CLIP
-        own = {k: v for k, v in own.items() if not k.startswith(("vision_model", "logit_"))}
         networks[part], used = strict.load_part(part, sizes, own, f"{file}, {part}")
         report.append(f"{part}: {file.name}, {used}" + (note if part == "unet" else ""))
     if tensors:
         known = (*itertools.chain(*sd_names.PREFIXES.values()), "model_ema.", V_MARK, ZERO_SNR_MARK)
         over = [name for name in tensors if not name.startswith(known)]
-        report.append(f"not used: {len(over)} tensors" + (f", such as {over[0]}" if over else ""))
+        such = f", such as {some(over[:1])}" if over else ""
+        report.append(f"not used: {len(over)} tensors{such}")
     return StableDiffusion(
         **networks,
         tokenizer=load_tokenizer(folder / "tokenizer") if folder else find_vocabulary(path),
@@ -327,11 +324,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
     elif path.is_dir():
         ema = path / "ema.safetensors"
         file = ema if ema.is_file() else path / "model.pt"
-    if (
-        folders
-        or file.suffix in (".ckpt", ".bin")
-        or (is_safetensors(file) and "config" not in read_metadata(file))
-    ):
+    if folders or not is_own(file):
         tensors = read_tensors(file)
         sizes = _network_config(file.parent) or _part_config(None, "vae")
     else:

@@ -1,10 +1,10 @@
 """Load tensors of any known file into the networks of Stable Diffusion, strictly."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..models.build import NETWORKS, blank
 from ..models.build import build as build_network
 from . import sd_names
@@ -13,6 +13,11 @@ from .validate import Tensors, check_tensors
 
 PARTS = ("unet", "vae", "text_encoder")
 UNUSED = ("position_ids",)  # buffers that old files hold and no network reads
+# what a file has beside a network: the rest of CLIP; what a VAE was trained with
+BESIDE = {
+    "text_encoder": ("vision_model", "visual", "logit_", "text_projection"),
+    "vae": ("loss.", "model_ema.", "discriminator."),
+}
 
 
 def build(part: str, config: dict, where: str) -> nn.Module:
@@ -40,7 +45,7 @@ def load_strict(model: nn.Module, tensors: Tensors, where: str, advice: str = ""
         "missing": sorted(expected.keys() - found),
         "left over": sorted(found.keys() - expected),
         "of another shape": [
-            f"{name} is {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+            f"{name} is {shown(tuple(found[name].shape))}, expected {tuple(value.shape)}"
             for name, value in expected.items()
             if name in found and found[name].shape != value.shape
         ],
@@ -55,12 +60,6 @@ def load_strict(model: nn.Module, tensors: Tensors, where: str, advice: str = ""
     return model.requires_grad_(False).eval()
 
 
-def some(names: Iterable) -> str:
-    """List the first three of some names."""
-    first = list(map(str, names))[:4]
-    return ", ".join(f"{name:.100}" for name in first[:3]) + (" ..." if len(first) > 3 else "")
-
-
 def as_shape(value: Tensor, shape: Sequence[int]) -> Tensor:
     """Reshape where only sides of 1 differ, as of linear layers and 1x1 convolutions."""
     same = [size for size in value.shape if size > 1] == [size for size in shape if size > 1]
@@ -70,11 +69,17 @@ def as_shape(value: Tensor, shape: Sequence[int]) -> Tensor:
 def load_part(part: str, config: dict, tensors: Tensors, where: str) -> tuple[nn.Module, str]:
     """Build a network from its tensors in the names of any known file: (network, which names)."""
     model = build(part, config, where)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(BESIDE.get(part, ()))}
     if part == "text_encoder" and not any("text_model." in name for name in tensors):
         # transformers 5 leaves out the prefix that published files have
         tensors = {f"text_model.{name}": value for name, value in tensors.items()}
     _, known = sd_names.tables(part, model.config.to_dict())
     named = {sd_names.translate(name, known): value for name, value in tensors.items()}
+    expected = model.state_dict()
+    # `model.` of Lightning, `unet.` and the like, which all names begin with
+    while not named.keys() & expected and len({name.split(".")[0] for name in tensors}) == 1:
+        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
+        named = {sd_names.translate(name, known): value for name, value in tensors.items()}
     used = "its own names" if named.keys() == tensors.keys() else "original names"
     advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER"
     return load_strict(model, named, where, advice), used

@@ -1,50 +1,38 @@
 """Read and write weight files: safetensors, in one file or in shards, and what torch.save wrote.
 
-Nothing here unpickles code, and nothing is copied: tensors lie in the mapped file until used. Each
-reader raises UserError for files that are missing, damaged or no weights.
+What a file is, its first bytes say and not its name. Nothing here unpickles code, and nothing is
+copied: tensors lie in the mapped file until used. Each reader raises UserError for files that are
+missing, damaged or no weights.
 """
 
 import contextlib
 import errno
-import pickle
-import zipfile
+import hashlib
+import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import UserError
-from .atomic import atomic, reason
-from .text_files import read_json
-from .validate import Tensors, check_size
+from .. import UserError, shown, some
+from .atomic import atomic, open_regular, reason
+from .text_files import parse_json, read_json, stand_in
+from .torch_files import LEGACY, Stub, read_legacy, read_zip
+from .validate import Tensors, digest_tensors
 
+MAX_HEADER = 8 << 20  # bytes of a safetensors header, which take 30 times more to read
+DIGEST = "diffusion.sha256"  # the text in which a file that we write has its digests
+# what stands in the names of networks that were wrapped to train or to compile
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 BASES = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 class Unreadable(UserError):
     """Report a file that may be intact, but cannot be read now."""
-
-
-class Stub:
-    """Stand for a class that a checkpoint names; hold the fields of its instances, and no code."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-# the classes that the world's checkpoints name
-STUBS = [
-    (Stub, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    (Stub, "pytorch_lightning.callbacks.early_stopping.EarlyStopping"),
-    (Stub, "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
-    (Stub, "torch.nn.modules.container.ParameterDict"),  # of textual inversions
-]
 
 
 def find_weights(folder: Path) -> Path:
@@ -66,24 +54,43 @@ def find_weights(folder: Path) -> Path:
     )
 
 
-def is_safetensors(path: Path) -> bool:
-    """Check a file's suffix, in any letter case."""
-    return path.suffix.lower() == ".safetensors"
+def kind_of(path: Path) -> str:
+    """Tell "safetensors", "zip", "legacy" (before torch 1.6) or "index" (of shards) by content.
+
+    Raises UserError, which says what it is instead, for everything else.
+    """
+    with _open(path) as file:
+        head = file.read(512)
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length < 1 << 40:
+        return "safetensors"
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head.startswith(LEGACY):
+        return "legacy"
+    if head.lstrip().startswith(b"{"):
+        return "index"
+    if what := stand_in(head):
+        raise UserError(f"{path} {what}")
+    raise UserError(
+        f"{path} is truncated, damaged or no weights: it begins with {shown(head[:24])}; expected "
+        "safetensors, or what torch.save has written"
+    )
 
 
 @contextlib.contextmanager
-def _name_faults(path: Path) -> Iterator[None]:
-    """Turn what the libraries raise for a file into a UserError that names it."""
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, and turn what the libraries raise for it into a UserError that names it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in it")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     try:
-        yield
+        with open_regular(path) as file:
+            yield file
     except UserError:
         raise
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is no checkpoint, or holds more than weights, such as code, and is not "
-            "opened; give a .safetensors version of it"
-        ) from None
-    except Exception as error:  # torch raises nearly everything on damaged files
+    except Exception as error:  # the libraries raise nearly everything on damaged files
         text = reason(error)
         # a disk, a network or a permission may be back in a minute; EINVAL: zipfile seeks nowhere
         passing = getattr(error, "errno", None) not in (None, errno.EINVAL)
@@ -92,65 +99,106 @@ def _name_faults(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is truncated, damaged or no weights: {text}") from None
 
 
-def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read (tensors, metadata) of a safetensors file."""
-    with _name_faults(path):
-        check_size(path)
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+def read_safetensors(path: Path, check: bool = True) -> tuple[Tensors, dict[str, str]]:
+    """Read (tensors, metadata) of a safetensors file.
+
+    check: compare it with the digests that we wrote into it.
+    """
+    with _open(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise UserError(f"{path} is not to be trusted: its header has {header:,} bytes")
+        with safe_open(path, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            about = opened.metadata() or {}
+    if DIGEST in about and check:
+        written = parse_json(about.pop(DIGEST), f"{path}: its {DIGEST}")
+        found = _digests(tensors, about)
+        changed = [name for name in {"": None} | written if written.get(name) != found.get(name)]
+        if "" in changed:
+            raise UserError(f"{path} is damaged: its tensors do not have their SHA-256")
+        if changed:
+            raise UserError(
+                f"{path} is damaged, or was edited: its metadata {some(changed)} is not what was "
+                f"written; if another program did that on purpose, let it remove {DIGEST} as well"
+            )
+    return tensors, about
+
+
+def _digests(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> dict[str, str]:
+    """Digest the tensors, under "", and each text beside them."""
+    texts = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in about.items()}
+    return texts | {"": digest_tensors(tensors)}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the texts that a safetensors file holds beside its tensors; {} of other files."""
-    return read_safetensors(path)[1] if is_safetensors(path) else {}
+    return read_content(path, check=False)[1]
 
 
 def read_tensors(path: Path) -> Tensors:
-    """Read all tensors of a file by name, from within state_dict where there is one."""
-    if path.name.endswith(".json"):
-        return _read_shards(path)
-    innermost = _read(path)[0][-1]
-    return {k: v for k, v in innermost.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    """Read all tensors of a file by name, from within state_dict where there is one.
+
+    What wraps a network in training is not in the names.
+    """
+    innermost = read_levels(path)[0][-1]
+    named = {k: v for k, v in innermost.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not named:
+        raise UserError(f"{path} holds no weights, but {some(innermost) or 'nothing'}")
+    return {_unwrapped(name): value for name, value in named.items()}
 
 
 def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
     """Read all names in a single file, also those beside state_dict, and its metadata."""
-    levels, metadata = _read(path)
-    return {key for level in levels for key in level if isinstance(key, str)}, metadata
+    levels, metadata = read_levels(path, check=False)
+    return {_unwrapped(k) for level in levels for k in level if isinstance(k, str)}, metadata
 
 
-def _read(path: Path) -> tuple[list[dict], dict[str, str]]:
-    """Read (a file's dictionary, what that has under state_dict, and so on; its metadata)."""
-    if is_safetensors(path):
-        tensors, metadata = read_safetensors(path)
-        return [tensors], metadata
-    state = read_object(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}; expected weights by name")
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def read_levels(path: Path, check: bool = True) -> tuple[list[dict], dict[str, str]]:
+    """Read (a file's dictionary, what that has under state_dict, and so on; its metadata).
+
+    check: as of `read_safetensors`.
+    """
+    state, metadata = read_content(path, check)
+    if not isinstance(state, dict) or (isinstance(state, Stub) and not state):
+        kind = getattr(state, "name", type(state).__name__)
+        raise UserError(f"{path} holds a {shown(kind)[1:-1]}; expected weights by name")
     levels = []
     while isinstance(state, dict) and len(levels) < 8:  # a dictionary may hold itself
         levels.append(state)
         state = state.get("state_dict")
-    return levels, {}
+    return levels, metadata
+
+
+def read_content(path: Path, check: bool = True) -> tuple[object, dict[str, str]]:
+    """Read (what a file of any kind holds, its metadata). check: as of `read_safetensors`."""
+    kind = kind_of(path)
+    if kind == "safetensors":
+        return read_safetensors(path, check)
+    return (_read_shards(path) if kind == "index" else read_object(path)), {}
 
 
 def _read_shards(index: Path) -> Tensors:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
-        raise UserError(f"{index} is no index of shards: it has no weight_map")
+        raise UserError(f"{index} is no weights, and no index of shards: it has no weight_map")
     names = set(map(str, shards.values()))
-    if outside := [n for n in names if Path(n).name != n or n.endswith(".json")]:
-        raise UserError(
-            f"{index} is not to be trusted: it names {min(outside):.100}; expected files of its "
-            "folder"
-        )
     tensors = {}
     for name in sorted(names):
-        tensors |= read_tensors(index.parent / name)
-    if missing := shards.keys() - tensors:
+        shard = index.parent / name
+        if shard.name != name or kind_of(shard) == "index":
+            raise UserError(
+                f"{index} is not to be trusted: it names {shown(name)}; expected files beside it"
+            )
+        tensors |= read_tensors(shard)
+    if missing := set(map(_unwrapped, shards)) - tensors.keys():
         raise UserError(
             f"{index} lists {len(missing)} tensors that its shards do not hold, "
-            f"such as {min(missing)}"
+            f"such as {shown(min(missing))}"
         )
     return tensors
 
@@ -161,30 +209,20 @@ def read_object(path: Path, check_crc: bool = False):
     check_crc: also compare every record with the CRC that was written with it.
     Raises Unreadable where the disk or the memory is at fault, else UserError.
     """
-    with _name_faults(path):
-        zipped = check_size(path)
-        if zipped and check_crc:
-            with zipfile.ZipFile(path) as z:
-                if damaged := z.testzip():
-                    raise UserError(f"{path} is damaged: {damaged} does not have its CRC")
-        left = path.stat().st_size
-
-        def limited(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
-            # torch calls it before it writes to a storage: nothing but addresses was taken
-            nonlocal left
-            left -= storage.nbytes()
-            if left < 0:
-                raise UserError(
-                    f"{path} is not to be trusted: its tensors claim more than its bytes"
-                )
-            return storage
-
-        with torch.serialization.safe_globals(STUBS):
-            # files from before torch 1.6 are no zip files and cannot be mapped
-            return torch.load(path, map_location=limited, weights_only=True, mmap=zipped)
+    kind = kind_of(path)
+    if kind not in ("zip", "legacy"):
+        raise UserError(f"{path} is no file that torch.save has written, but {kind}")
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if kind == "legacy":
+            return read_legacy(path, file, size)
+        return read_zip(path, file, size, check_crc)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, with these texts as its metadata."""
+    """Write a safetensors file atomically, with these texts, and digests, as its metadata."""
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    atomic(path, lambda p: save_file(plain, p, metadata={"format": "pt", **about}))
+    about = {"format": "pt", **about}
+    if "sha256" not in about:  # of our checkpoints
+        about[DIGEST] = json.dumps(_digests(plain, about))
+    atomic(path, lambda p: save_file(plain, p, metadata=about))

@@ -42,9 +42,24 @@ def read_bytes(path: Path, limit: int = MAX_TEXT, cut: bool = False) -> bytes:
     return raw
 
 
+def stand_in(head: bytes) -> str | None:
+    """Say what lies in place of a file, by its first bytes, and what helps; None: maybe it."""
+    text = head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")
+    if not head:
+        return "is empty: download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS to the file: run `git lfs pull` in its folder"
+    if text.startswith(b"<"):
+        return "is a web page (HTML or XML), not the file that it links to: download that"
+    return None
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError if the file is missing or holds none."""
-    return parse_json(read_bytes(path, MAX_JSON), str(path))
+    raw = read_bytes(path, MAX_JSON)
+    if what := stand_in(raw):
+        raise UserError(f"{path} {what}")
+    return parse_json(raw, str(path))
 
 
 def read_optional(path: Path) -> dict:

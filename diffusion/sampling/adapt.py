@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .. import UserError
+from .. import UserError, shown
 from ..files.adapter_files import read_lora, read_tokens
 from ..files.embedding_files import Embedding, read_embeddings
 from ..models import lora
@@ -71,10 +71,10 @@ def add_embeddings(
     for found in (*read, *others):
         names = [name for name in found.names if tokenizer.can_hold(name)]
         if odd := [name for name in found.names if name not in names]:
-            message = f"{found.path}: {odd[0]!r} cannot be typed in a prompt"
+            message = f"{found.path}: {shown(odd[0])} cannot be typed in a prompt"
             if not names:
                 raise UserError(f"{message}: rename the file")
-            log(f"warning: {message}; use {names[0]!r}")
+            log(f"warning: {message}; use {shown(names[0])}")
         first = len(tokenizer)
         count = len(found.vectors)
         try:
@@ -82,7 +82,7 @@ def add_embeddings(
             extend(text, found.vectors, first)
         except ValueError as error:
             raise UserError(f"{found.path}: {error}") from None
-        known = " or ".join(map(repr, names))
+        known = " or ".join(map(shown, names))
         log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..data.batch import Batch
 from ..data.batches import move
 from ..data.latents import weights_digest
@@ -247,6 +247,6 @@ def labels_of(classes: Sequence[str], choice: str | None, indices) -> Tensor | N
         return torch.full((len(indices),), int(choice))
     known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
     raise UserError(
-        f"class_label {choice!r} is unknown; the model's classes are "
-        f"{', '.join(known) or 'none: it is unconditional'}"
+        f"class_label {shown(choice)} is unknown; the model's classes are "
+        f"{some(known, 100) or 'none: it is unconditional'}"
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import UserError, shown
 from ..config import Config
 from ..files.atomic import reason
-from ..files.checkpoint import FORMAT, load_weights
+from ..files.checkpoint import is_own, load_weights
 from ..files.sd_files import (
     OBJECTIVES,
     PREDICTIONS,
@@ -29,7 +29,6 @@ from ..files.sd_files import (
     stated_objective,
 )
 from ..files.strict import build, load_strict
-from ..files.tensors import read_metadata
 from ..files.tokenizer_files import check_tokenizer
 from ..models import build as networks
 from ..models.build import blank
@@ -289,9 +288,7 @@ def load(
     path = Path(path)
     if (path / "model.pt").is_file():
         path = path / "model.pt"
-    foreign = path.is_dir() or path.suffix == ".ckpt"
-    if path.suffix == ".safetensors" and path.is_file():
-        foreign = read_metadata(path).get("format") != FORMAT
+    foreign = path.is_dir() or (path.is_file() and not is_own(path))
     where = (None, str(path)) if foreign else (str(path), None)
     return open_pipeline(*where, weights, torch.device(device), **options)
 

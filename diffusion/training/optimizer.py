@@ -26,15 +26,22 @@ class AdamW(torch.optim.AdamW):
         return taken
 
     def load_state_dict(self, state: dict) -> None:
-        """Also moments that have the shape of their weights, as they once were saved."""
+        """Take the moments, also of the shape of their weights, as they once were saved.
+
+        Settings are the configuration's. Raises ValueError for the moments of other weights:
+        torch's kernel would write beyond their end.
+        """
         moments = {}
         for i, values in state["state"].items():
             like = self.parameters[i]
+            sizes = {"step": 1, "exp_avg": like.numel(), "exp_avg_sq": like.numel()}
+            if sizes != {k: v.numel() for k, v in values.items()}:
+                raise ValueError(f"the optimizer's state of weight {i} is not that of AdamW")
             moments[i] = {
                 k: (flat(v, like) if v.shape == like.shape and k != "step" else v).clone()
                 for k, v in values.items()
             }
-        super().load_state_dict(state | {"state": moments})
+        super().load_state_dict(self.state_dict() | {"state": moments})
 
 
 def flat(x: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import re
 import time
 from pathlib import Path
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import Config
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
@@ -161,7 +161,10 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     if from_itself:
         config = dataclasses.replace(config, load_path=saved.load_path)
     if changed := config.differences(saved):
-        lines = [f"  {n}: {old!r} (saved) != {new!r} (given)" for n, (new, old) in changed.items()]
+        lines = [
+            f"  {name}: {shown(old)} (saved) != {shown(new)} (given)"
+            for name, (new, old) in changed.items()
+        ]
         lines.insert(0, f"{folder} holds a run with a different configuration:")
         lines.append("choose another --save_folder, or delete that run with --overwrite")
         raise UserError("\n".join(lines))

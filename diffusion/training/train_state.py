@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import UserError
+from .. import UserError, shown
 from ..files import checkpoint
 from ..runtime import distributed as dist
 from .autoencoder import AutoencoderRecipe
@@ -44,7 +44,10 @@ class TrainState:
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.stats.values.copy_(saved["tally"])
-        self.recipe.batches.length = saved["data"]["length"]
+        length = saved["data"]["length"]
+        if not isinstance(length, int | None):
+            raise TypeError(f"its data has the length {shown(length)}")
+        self.recipe.batches.length = length
 
     def save(self, folder: Path, logs: RunLog, improved: bool) -> None:
         """Write the checkpoint, last: a run killed before it does this step again, complete.

@@ -16,6 +16,7 @@ from .. import UserError
 from ..config import Config
 from ..evaluation.fid import Fid
 from ..files import checkpoint
+from ..files.atomic import blame
 from ..pictures.grid import NonFinite
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
@@ -75,7 +76,8 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     else:
         recipe = open_recipe(config, device, base)
     batches = recipe.batches
-    check_resume(saved, recipe, folder)
+    with blame(f"{folder} cannot be resumed from its newest checkpoint"):
+        check_resume(saved, recipe, folder)
     total = total_steps(config, batches.length)
     if saved is not None and saved["step"] >= total:
         if dist.is_main():
@@ -100,8 +102,9 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     stats = StepStats(device)
     state = TrainState(recipe, split, model, ema, optimizer, scaler, stats)
     if saved is not None:
-        state.restore(saved)
-        ranks = saved.get("ranks", split.ranks)
+        with blame(f"{folder} cannot be resumed from its newest checkpoint"):
+            state.restore(saved)
+        ranks = saved["ranks"]
         other = f"; {ranks} ranks saved it, {split.ranks} resume" if ranks != split.ranks else ""
         dist.log(f"resuming the run in {folder} from step {state.step}{other}")
         del saved

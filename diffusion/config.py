@@ -182,7 +182,7 @@ class Config:
     compile: bool = opt(False, "torch.compile the network: minutes of start-up, then faster on GPUs")
     num_workers: int = opt(2, "number of threads that decode images", NOT_NEGATIVE, free=True)
     rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
-    wandb: bool = opt(False, "sync TensorBoard to Weights & Biases (pip install wandb)", free=True)
+    wandb: bool = opt(False, "log to Weights & Biases, too (pip install wandb)", free=True)
 
     data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name")
     data_class: str = opt("all", "the one class folder to use, such as cat, or all")
@@ -499,5 +499,10 @@ def run_script(main) -> None:
         main()
     except UserError as error:
         sys.exit(f"error: {printable(str(error))}")
+    except OSError as error:  # a disk that is full or may not be written, mostly
+        if error.errno is None:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        sys.exit(f"error: {printable(f'{where}{error.strerror}')}")
     except KeyboardInterrupt:
         sys.exit(130)

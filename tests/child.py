@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+import fault_plan
 import torch
 import torch._dynamo  # noqa: F401 - what takes seconds is imported before the fork
 import torch.utils.tensorboard  # noqa: F401
@@ -37,6 +38,8 @@ def script(name: str, args: list[str], cwd: str, env: dict, output: str, errors:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if "FAULT_PLAN" in env:
+        fault_plan.install()
     sys.argv = [name, *args]
     if name.endswith(".py"):
         sys.path.insert(0, str(Path(name).parent))

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,13 @@ def real(tmp_path_factory) -> Path:
     from feature_networks import pictures
 
     return pictures(tmp_path_factory.mktemp("real"), range(40))
+
+
+@pytest.fixture
+def quick_path(tmp_path):
+    """A folder in memory where there is one: runs sync their files, and disks take their time."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)

@@ -1,13 +1,13 @@
 """Faults of a running training: killed, stopped, out of disk, damaged files, clocks, memory."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import signal
 import struct
 import subprocess
-import tempfile
 import time
 import zipfile
 from collections import Counter
@@ -15,15 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import tiny_sd
 import torch
 import warm
-from helpers import run_lines, same, same_runs
+from helpers import on_scratch, plain, run_lines, same, same_runs, tiny_run
 
 from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import checkpoint, tensors
 from diffusion.files.atomic import read_lines
 from diffusion.files.tensors import read_object
+from diffusion.sampling.pipeline import Pipeline
 from diffusion.training import faults, trainer
 from diffusion.training.optimizer import AdamW
 from diffusion.training.trainer import train
@@ -96,16 +98,6 @@ def one_run(options: dict, folder: Path, faults_to_come: list[str], seed: int) -
     assert ended(started(options, output)) == 0, output.read_text()[-3000:]
     assert "Traceback" not in output.read_text()
     return seen
-
-
-@pytest.fixture
-def quick_path(tmp_path):
-    """A folder in memory where there is one: runs sync their files, and disks take their time."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture
@@ -292,6 +284,70 @@ def test_overwrite_is_done_once(tiny, tmp_path, monkeypatch):
     assert [line["step"] for line in run_lines(tmp_path / "run")] == [2]
 
 
+def test_a_finished_run_completes_what_it_shares(tiny, tmp_path):
+    """Killed after its last checkpoint, a run leaves model.pt and the rest as of the one before."""
+    folder = tmp_path / "run"
+    names = ("model.pt", "ema.safetensors", "best.safetensors", "metadata.json")
+    options = tiny | dict(num_samples=0, train_steps=8)
+    train(Config(**options | dict(train_steps=4)))
+    before = {name: (folder / name).read_bytes() for name in names}
+    train(Config(**options))
+    expected = [checkpoint.load_weights(folder / name) for name in names[:3]]
+    assert expected[2][2]["step"] == 8  # the best one
+    for name, content in before.items():
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+    (folder / ".ema.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
+    train(Config(**options))
+    for name, (weights, _, about) in zip(names, expected):
+        found, _, told = checkpoint.load_weights(folder / name)
+        same(found, weights)
+        assert told == about
+    assert json.loads((folder / "metadata.json").read_text())["step"] == 8
+    assert not list(folder.rglob("*.tmp"))
+    assert [line["step"] for line in run_lines(folder)] == [2, 4, 6, 8]
+
+
+def test_a_copy_of_model_outlives_a_damaged_checkpoint(tiny, tmp_path):
+    """Where there are no hard links, model.pt may be the only good file of the last step."""
+    folder = tmp_path / "run"
+    options = tiny | dict(num_samples=0, train_steps=4)
+    train(Config(**options))
+    good = (folder / "model.pt").read_bytes()
+    os.truncate(folder / "checkpoints" / "step_00000004.pt", 1000)
+    (folder / "model.pt").unlink()
+    (folder / "model.pt").write_bytes(good)
+    train(Config(**options))
+    assert (folder / "model.pt").read_bytes() == good
+
+
+def test_class_images_are_sampled_in_the_batches_of_before(tiny, tmp_path, scratch, monkeypatch):
+    """In a smaller batch, an image can be another by rounding: after a kill others would be trained on."""
+    seen = []
+    real = Pipeline.sample
+
+    def sample(self, indices, **options):
+        seen.append(list(indices))
+        return real(self, indices, **options)
+
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    options = plain(tiny, "condition", "unet_dim", "dim_mults", "time_steps") | on_scratch(scratch)
+    options |= dict(instance_prompt="sks face", class_prompt="a face", class_images=11, train_steps=1, num_samples=0,
+                    class_data=str(tmp_path / "class"))  # fmt: skip
+    train(Config(**options))
+    folder = tmp_path / "class"
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+    assert seen == [list(range(8)), [8, 9, 10]] and len(before) == 11
+    (folder / "00010.png").unlink()
+    half = folder / ".00010.png.0123456789abcdef.tmp"
+    half.write_bytes(b"half")
+    train(Config(**options | dict(save_folder=str(tmp_path / "again"))))
+    assert seen[2:] == [[8, 9, 10]] and not half.exists()
+    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == ["00010.png"] and before["00010.png"][0] == after["00010.png"][0]
+
+
 def test_what_a_killed_writer_has_left_is_removed(tiny, tmp_path):
     train(Config(**tiny | dict(train_steps=4, num_samples=0)))
     left = [
@@ -398,6 +454,68 @@ def test_a_read_only_folder_is_told_before_the_work(tiny, tmp_path):
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         train(Config(**options))
         assert checkpoint.read(disk / "run" / "model.pt")["step"] == 12
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, faces) -> Path:
+    """The model.pt of a run of two steps on a tiny Stable Diffusion."""
+    folder = tmp_path_factory.mktemp("tuned")
+    (folder / "sd").mkdir()
+    tiny_sd.save_folder(folder / "sd")
+    options = plain(tiny_run(faces, folder), "unet_dim", "dim_mults", "time_steps", "condition")
+    options |= dict(mode="latent", sd_path=str(folder / "sd"), condition="text", objective="eps", image_size=32,
+                    train_steps=1, save_and_sample_every=1, num_samples=0, batch_size=2)  # fmt: skip
+    train(Config(**options))
+    return folder / "run" / "model.pt"
+
+
+def written_to(kind: str, disk: Path, request) -> list:
+    """A command that writes to this folder."""
+    if kind.startswith("export"):
+        return ["diffusion.export", request.getfixturevalue("tuned"), disk / kind.split(" ")[1]]
+    data, model = request.getfixturevalue("faces"), request.getfixturevalue("model")
+    if kind == "evaluation":
+        pooled = request.getfixturevalue("pooled")
+        return ["diffusion.evaluation", data, model, "--fid_features", pooled, "--num_images", 4, "--samplers",
+                "ddim:2", "--device", "cpu", "--save_folder", disk]  # fmt: skip
+    if kind == "study":
+        return ["diffusion.study", "--load_path", request.getfixturevalue("scratch"), "--data", data, "--save_folder",
+                disk, "--device", "cpu", "--steps", 2, "--num_images", 2]  # fmt: skip
+    if kind == "visualize":
+        return [
+            "visualize.py",
+            "--data",
+            "toy",
+            "--num_images",
+            1,
+            "--device",
+            "cpu",
+            "--save_folder",
+            disk / "out",
+        ]
+    return ["sample.py", "--load_path", model, "--num_images", 2, "--steps", 2, "--device", "cpu", "--save_folder", disk / "out"]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["full", "read-only"])
+@pytest.mark.parametrize("kind", [
+    "sample", *(pytest.param(k, marks=pytest.mark.slow) for k in
+                ("visualize", "export made", "export made.safetensors", "evaluation", "study")),
+])  # fmt: skip
+def test_a_disk_that_cannot_be_written_is_one_line(request, tmp_path, kind, state):
+    with mounted(tmp_path / "disk", "2m") as disk:
+        name, *args = written_to(kind, disk, request)
+        if state == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        else:
+            with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        done = warm.script(name, *args, cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+        said = done.stderr.rpartition("error: ")[2]
+        assert len(said.splitlines()) == 1 and str(disk) in said, done.stderr
+        assert "pace left" in said or "Read-only" in said
 
 
 def when(monkeypatch, step: int, act) -> None:

@@ -18,9 +18,9 @@ QUICK = ["--preset", "none", "--image_size", 16, "--unet_dim", 8, "--dim_mults",
 def run(faces, tmp_path):
     """Call train.py on a few steps in tmp_path/run."""
 
-    def call(*options, steps=2, folder="run"):
+    def call(*options, steps=2, folder="run", env=None):
         return warm.script("train.py", *QUICK, "--data", faces, "--train_steps", steps, "--save_folder", folder,
-                           "--cache_dir", tmp_path / "cache", *options, cwd=tmp_path)  # fmt: skip
+                           "--cache_dir", tmp_path / "cache", *options, cwd=tmp_path, env=env)  # fmt: skip
 
     return call
 
@@ -181,3 +181,134 @@ def test_a_lock_is_held_once(tmp_path):
             assert first is True and second is False
         with locked(path, wait=False) as again:
             assert again is True
+
+
+# --- links that somebody else has laid -------------------------------------------------------------
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A file of the user's that nothing may write to."""
+    file = tmp_path / "mine.txt"
+    file.write_text("mine")
+    yield file
+    assert file.read_text() == "mine" and not (tmp_path / "gone").exists()
+
+
+def lay(folder, names, target) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+
+LOGS = [
+    "metrics.jsonl",
+    "metadata.json",
+    "config.json",
+    "tensorboard/events.out.tfevents.9999999999.x",
+]
+RESULTS = [
+    "model.pt",
+    "ema.safetensors",
+    "best.safetensors",
+    "samples/step_00000004.png",
+    "checkpoints/step_00000004.pt",
+    ".model.pt.tmp",
+    "samples/.step_00000004.png.tmp",
+    ".overwritten",
+]
+
+
+def test_links_in_a_runs_folder_are_not_written_through(run, tmp_path, mine):
+    """They are replaced by the run's own files, and those that are not there yet stay out of it."""
+    assert run().returncode == 0
+    for names, target in ((LOGS[:2], mine), (RESULTS, mine), (LOGS, tmp_path / "gone")):
+        lay(tmp_path / "run", names, target)
+        done = run(steps=4)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        done = run("--overwrite")
+        assert done.returncode == 0, done.stderr
+    lay(tmp_path / "run", [".lock"], mine)
+    done = run(steps=4)
+    assert done.returncode == 1 and ".lock" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_of_another_run_is_not_written_to(run, tmp_path):
+    """A link into it would replace its checkpoints and pictures."""
+    assert run(folder="other").returncode == 0
+    before = contents(tmp_path / "other")
+    for name in ("checkpoints", "samples", "tensorboard"):
+        lay(tmp_path / "run", [name], tmp_path / "other" / name)
+        for options in ((), ("--overwrite",)):
+            done = run("--seed", 1, *options)
+            assert done.returncode == 1 and f"run/{name}" in done.stderr
+            (tmp_path / "run" / "config.json").write_bytes(
+                (tmp_path / "other" / "config.json").read_bytes()
+            )
+        (tmp_path / "run" / name).unlink()
+    assert contents(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "best.safetensors", "adapter.safetensors"])
+def test_shared_weights_alone_are_not_replaced(run, tmp_path, name):
+    """Somebody's download, with the config.json that belongs to it."""
+    assert run(folder="other").returncode == 0
+    (tmp_path / "run").mkdir()
+    for theirs, ours in (("ema.safetensors", name), ("config.json", "config.json")):
+        (tmp_path / "run" / ours).write_bytes((tmp_path / "other" / theirs).read_bytes())
+    before = contents(tmp_path / "run")
+    done = run()
+    assert done.returncode == 1 and name in done.stderr and "--save_folder" in done.stderr
+    assert contents(tmp_path / "run") == before
+
+
+SAMPLE = ["--num_images", 2, "--steps", 2, "--device", "cpu", "--overwrite"]
+
+
+@pytest.mark.parametrize("target", ["mine.txt", "gone"])
+def test_links_among_pictures_are_not_written_through(tmp_path, model, mine, target):
+    def sampled():
+        done = warm.script(
+            "sample.py", "--load_path", model, *SAMPLE, "--save_folder", "out", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+
+    lay(tmp_path / "out", [".images.diffusion"], tmp_path / target)
+    sampled()
+    names = ["images/000000.png", "images/.000001.png.tmp", "grid.png", ".images_9_11"]
+    lay(tmp_path / "out", names, tmp_path / target)
+    sampled()
+    assert (tmp_path / "out" / ".images_9_11").is_symlink()  # a reservation that is none
+
+
+@pytest.mark.parametrize("target", ["mine.txt", "gone"])
+def test_links_in_a_page_are_not_written_through(tmp_path, mine, target):
+    args = ("--data", "toy", "--num_images", 1, "--html", "--device", "cpu", "--overwrite")
+    lay(tmp_path / "results", [".viz.diffusion"], tmp_path / target)
+    for _ in range(2):
+        assert warm.script("visualize.py", *args, cwd=tmp_path).returncode == 0
+        lay(
+            tmp_path / "results" / "viz",
+            ["index.html", "schedule.png", ".table.png.tmp"],
+            tmp_path / target,
+        )
+
+
+# --- --overwrite in a command that is started again ------------------------------------------------
+
+
+@pytest.mark.parametrize("launch", [
+    {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"},
+    {"TORCHELASTIC_ERROR_FILE": "/tmp/e_1/none_a/attempt_1/0/error.json", "TORCHELASTIC_RESTART_COUNT": "1"},
+])  # fmt: skip
+def test_overwrite_is_done_by_the_restarted_command(run, tmp_path, launch):
+    """Killed before it deleted the old run, a command must not take the old run for its own."""
+    old = {"SLURM_JOB_ID": "6", "TORCHELASTIC_ERROR_FILE": "/tmp/e_0/none_a/attempt_0/0/error.json"}
+    assert run("--overwrite", env={k: v for k, v in old.items() if k in launch}).returncode == 0
+    new = ("--overwrite", "--seed", 1)
+    assert run(*new, env=launch).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
+    done = run(*new, steps=4, env=launch)
+    assert done.returncode == 0 and "from step 2" in done.stdout

@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -126,3 +127,89 @@ def test_importing_does_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+# --- what is written --------------------------------------------------------------------------------
+
+WRITES = {"write_text", "write_bytes", "touch", "symlink_to", "hardlink_to", "rename", "tofile", "extractall"}  # fmt: skip
+WRITERS = {"os.open", "os.replace", "os.rename", "os.link", "os.symlink", "os.truncate", "shutil.copy",
+           "shutil.copyfile", "shutil.copy2", "shutil.copytree", "shutil.move", "np.save", "np.savez",
+           "np.savez_compressed", "np.lib.format.open_memmap", "torch.save", "save_file", "json.dump",
+           "pickle.dump", "SummaryWriter", "urllib.request.urlretrieve"}  # fmt: skip
+# (file, function): why it may write by itself. Everything else calls files/atomic.py.
+OWN_WRITES = {
+    # writers, which `atomic`, `write_new` or `write_free` call with a fresh file
+    ("grid.py", "write_png"): "a picture",
+    ("grid.py", "save_animation"): "a film",
+    ("grid.py", "data_uri"): "in memory",
+    ("page.py", "write_page"): "a page",
+    ("tensors.py", "write_tensors"): "safetensors",
+    ("checkpoint.py", "save"): "a checkpoint",
+    ("checkpoint.py", "_link"): "model.pt",
+    # names that are given or changed
+    ("output.py", "publish"): "never over a file of somebody's",
+    ("atomic.py", "create_whole"): "a file or folder that is complete",
+}
+# what others of them should use
+OTHER_WRITES = {
+    ("cache.py", "_write"): "a writer: a shard of numbers",
+    ("fid.py", "write_moments"): "a writer: moments of features",
+    ("classifier.py", "open_classifier"): "a writer: the study's classifier",
+    ("archives.py", "download"): "a writer: an archive, or the Inception network",
+    ("archives.py", "_build"): "a fresh folder, like files.atomic.create_whole",
+    ("archives.py", "_unpack"): "in the fresh folder of _build",
+    ("child.py", "main"): "files.atomic.write_text",
+    ("runner.py", "run_child"): "files.atomic.open_append",
+    ("experiment.py", "note"): "files.atomic.append_text",
+    ("styles.py", "training_folder"): "files.atomic.create_whole",
+}
+
+
+def written(path: Path) -> list[tuple[str, str]]:
+    """(function, what it calls) of everything in a file that writes."""
+    found = []
+
+    def visit(node, function: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            last = called.split(".")[-1]
+            given = [*node.args, *(k.value for k in node.keywords)]
+            texts = [
+                a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
+            opens = last == "open" and any(re.fullmatch(r"[rbt]*[wxa+][wxabt+]*", m) for m in texts)
+            saves = last == "save" and called.startswith(("image", "first", "picture"))  # Pillow's
+            method = last in WRITES and isinstance(node.func, ast.Attribute)
+            maps = called == "np.memmap" and "r" not in texts
+            if (
+                opens
+                or saves
+                or maps
+                or method
+                or called in WRITERS
+                or called.startswith("tempfile.")
+            ):
+                found.append((function, called))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function)
+
+    visit(ast.parse(path.read_text()), "")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_everything_is_written_by_one_file(path):
+    """So that no link leads a write elsewhere, and a kill leaves no half file: files/atomic.py."""
+    if path.name == "atomic.py":
+        return
+    for function, called in written(path):
+        known = OWN_WRITES | OTHER_WRITES
+        assert (path.name, function) in known, f"{path.name}, {function}: {called} writes"
+
+
+def test_what_may_write_does():
+    """No row of the list stands for what is gone."""
+    there = {(path.name, function) for path in FILES for function, _ in written(path)}
+    assert OWN_WRITES.keys() <= there

@@ -319,13 +319,9 @@ def main() -> None:
         batch_size=args.batch_size,
         overwrite=args.overwrite,
     )
-    try:
-        if not args.lora_interpolate:
-            samples.write_images()
-        elif dist.is_main():
-            samples.write_interpolation(args.lora_interpolate, len(args.lora), args.points)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{args.save_folder} cannot be written: {reason}") from None
+    if not args.lora_interpolate:
+        samples.write_images()
+    elif dist.is_main():
+        samples.write_interpolation(args.lora_interpolate, len(args.lora), args.points)
     dist.barrier()
     dist.cleanup()

@@ -1,6 +1,16 @@
-"""Open regular files, write files atomically, and lock what two processes may write at once."""
+"""Open regular files, write files atomically, and lock what two processes may write at once.
+
+The whole package writes through this file (tests/test_walls.py): no link that somebody has laid
+into a folder leads a write elsewhere, and a process that is killed leaves no half file.
+
+    atomic, write_text        a file, new or in place of the old one
+    create_whole              a new file or folder of several parts
+    open_append, append_text  a log
+    locked                    a lock
+"""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -44,8 +54,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
     limit: the size in bytes above which it is refused.
     Raises UserError for what is no file or too large, and OSError where it cannot be opened.
     """
-    # a pipe without a writer would be waited for; Windows has neither
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | O_BINARY)
+    descriptor = os.open(path, os.O_RDONLY | O_NONBLOCK | O_BINARY)
     about = os.fstat(descriptor)
     if stat.S_ISREG(about.st_mode) and (limit is None or about.st_size <= limit):
         return open(descriptor, "rb")
@@ -54,6 +63,24 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
         raise UserError(f"{path} has {about.st_size:,} bytes; at most {limit:,} are read")
     kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
     raise UserError(f"{path} is {kind}; expected a file")
+
+
+@contextlib.contextmanager
+def naming(path: Path, instead: Path | None = None) -> Iterator[None]:
+    """Let errors of the system name this path, where they name none, or the one `instead` of it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(instead)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def create(path: Path) -> Iterator[BinaryIO]:
+    """Create a file to write to. Raises FileExistsError for what exists, also a link."""
+    with naming(path), open(path, "xb") as file:
+        yield file
 
 
 def atomic(
@@ -71,23 +98,24 @@ def atomic(
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        open(temporary, "xb").close()
-        write(temporary)
-        if sync:
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors keeps its files from other users
-        publish(temporary, path)
+        with naming(path, temporary):
+            with create(temporary) as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            write(temporary)
+            if sync:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.chmod(mode)  # safetensors keeps its files from other users
+            publish(temporary, path)
     except BaseException as error:
-        text = reason(error)
+        number = errno.EIO
         with contextlib.suppress(OSError):
             if shutil.disk_usage(path.parent).free < 1 << 20:  # torch does not say why it failed
-                text = f"no space left on the device ({text})"
+                number = errno.ENOSPC
             temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError | SafetensorError):
-            raise OSError(f"{path} could not be written: {text}") from None
+        if isinstance(error, RuntimeError | SafetensorError) and "memory" not in str(error):
+            text = reason(error) if number == errno.EIO else os.strerror(number)
+            raise OSError(number, text, str(path)) from None
         raise
     if not sync:
         return
@@ -107,10 +135,45 @@ def is_temporary(name: str, of: str) -> bool:
     return re.fullmatch(rf"\.({of})(\.[0-9a-f]+)?\.tmp", name) is not None
 
 
-def open_append(path: Path) -> BinaryIO:
+def remove_left(folder: Path, of: str) -> None:
+    """Delete the half files that killed writers of files have left, of whose names `of` is a regex.
+
+    Only where nobody else writes such files in the folder.
+    """
+    for left in folder.glob(".*.tmp"):
+        if is_temporary(left.name, of) and left.is_file():
+            left.unlink()
+
+
+def create_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a new file or folder by write(path elsewhere): it is there complete or not at all.
+
+    What killed writers of it have left is deleted, unless somebody else writes in the folder.
+    Raises FileExistsError where it exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with locked(path.parent, wait=False) as alone:
+        of = re.escape(path.name)
+        for left in path.parent.iterdir() if alone else ():
+            if re.fullmatch(rf"\.{of}\.[0-9a-f]{{16}}\.tmp", left.name) and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            fresh.mkdir()
+            write(fresh / path.name)
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            (fresh / path.name).rename(path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_append(path: Path) -> Iterator[BinaryIO]:
     """Open a file to append to it, created if missing. Raises OSError where it is a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_BINARY
-    return open(os.open(path, flags, 0o666), "ab")
+    with naming(path), open(os.open(path, flags, 0o666), "ab") as file:
+        yield file
 
 
 def append_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ that its zip format has for every record, in a .safetensors file by the digest o
 metadata.
 """
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -66,14 +67,21 @@ def save(folder: Path, state: dict, keep_last: int) -> Path:
     return path
 
 
-def point_model_to(folder: Path, step: int) -> None:
-    """Make model.pt the checkpoint of this step: a kill may have come between the two."""
+def complete(folder: Path, step: int, keep_last: int) -> None:
+    """Do what `save` does after it has written the checkpoint of this step, unless that is done."""
     path = step_file(folder, step)
     model = folder / "model.pt"
     # of hard links the times are the same: nothing is read
-    same = model.is_file() and path.is_file() and filecmp.cmp(path, model)
-    if path.is_file() and not same:
+    if not path.is_file():
+        return
+    if not (model.is_file() and filecmp.cmp(path, model)):
+        with contextlib.suppress(UserError):
+            if read(model)["step"] >= step:  # a copy, and the step's own file may be damaged
+                return
         atomic(model, lambda p: _link(path, p))
+    files = step_files(folder)
+    for old in files[files.index(path) + keep_last :]:
+        old.unlink(missing_ok=True)
 
 
 def step_file(folder: Path, step: int) -> Path:

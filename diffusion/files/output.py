@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import UserError
 from . import owned
-from .atomic import atomic, blame, is_temporary, locked
+from .atomic import atomic, locked, remove_left
 
 # the names of our other files, and how these begin
 HEADS = {
@@ -156,27 +156,25 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
 
     Each process holds a locked file with its range for as long as it runs, beside the folder.
     overwrite: numbers start again, after the highest one of a picture that is not ours.
-    Raises UserError if the folder cannot be written, or with overwrite, if another one writes.
+    Raises UserError if another process writes, with overwrite, and OSError if it cannot be written.
     """
     with contextlib.ExitStack() as claimed:
-        with unwritable(folder):
-            create(folder)
-            with locked(folder):
-                existing = numbered(folder)
-                busy = _busy_ranges(folder)
-                if overwrite and busy:
-                    raise UserError(
-                        f"another process writes pictures to {folder}: wait, or give "
-                        "another --save_folder"
-                    )
-                taken = [n for n, file in existing.items() if not (overwrite and is_ours(file))]
-                first = max([n + 1 for n in taken] + busy, default=0)
-                if not busy:
-                    for left in folder.glob(".*.tmp"):  # of a process that was killed in writing
-                        if is_temporary(left.name, r"\d{6,}\.png") and left.is_file():
-                            left.unlink()
-                claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
-                claimed.enter_context(locked(claim))
+        create(folder)
+        with locked(folder):
+            existing = numbered(folder)
+            busy = _busy_ranges(folder)
+            if overwrite and busy:
+                raise UserError(
+                    f"another process writes pictures to {folder}: wait, or give "
+                    "another --save_folder"
+                )
+            taken = [n for n, file in existing.items() if not (overwrite and is_ours(file))]
+            first = max([n + 1 for n in taken] + busy, default=0)
+            if not busy:
+                remove_left(folder, r"\d{6,}\.png")
+                remove_left(folder.parent, r"grid(_\d+)?\.png")
+            claim = folder.with_name(f".{folder.name}_{first}_{first + count}")
+            claimed.enter_context(locked(claim))
         try:
             yield Numbers(folder, first, count, len(existing), overwrite)
         finally:
@@ -184,22 +182,21 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
                 claim.unlink(missing_ok=True)
 
 
-def unwritable(folder: Path) -> contextlib.AbstractContextManager:
-    """Turn errors of the file system into UserError."""
-    return blame(f"--save_folder: {folder} cannot be written", kinds=OSError)
-
-
 def _busy_ranges(folder: Path) -> list[int]:
     """List the ends of the ranges of running processes; delete what others have left."""
     ends = []
     claim = re.compile(rf"\.{re.escape(folder.name)}_\d+_\d+")
     for file in folder.parent.iterdir():
-        if claim.fullmatch(file.name) and file.is_file():
-            with locked(file, wait=False) as free:
-                if free is False:
-                    ends.append(int(file.name.rsplit("_", 1)[1]))
-                else:
-                    file.unlink(missing_ok=True)
+        if not claim.fullmatch(file.name):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # that process has just ended
+            # a claim is an empty file; a link or anything else of such a name is somebody's
+            if file.is_file() and file.lstat().st_size == 0:
+                with locked(file, wait=False) as free:
+                    if free is False:
+                        ends.append(int(file.name.rsplit("_", 1)[1]))
+                    else:
+                        file.unlink()
     return ends
 
 
@@ -211,18 +208,18 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Create the folder to write to: `path`, or path_2, path_3, ... where that holds files.
 
     No other process gets it meanwhile. overwrite: `path` itself, if all that it holds is ours.
-    Raises UserError if it cannot be written.
+    Raises OSError if it cannot be written.
     """
     for folder in names(path):
         with contextlib.ExitStack() as held:
-            with unwritable(folder):
-                try:
-                    create(folder)
-                except FileExistsError:
-                    continue  # a file
-                free = held.enter_context(locked(folder, wait=False))
-                existing = [file for file in folder.iterdir() if not file.name.startswith(".")]
+            try:
+                create(folder)
+            except FileExistsError:
+                continue  # a file
+            free = held.enter_context(locked(folder, wait=False))
+            existing = [file for file in folder.iterdir() if not file.name.startswith(".")]
             replaced = overwrite and all(map(is_ours, existing))
             if free is not False and (not existing or replaced):
+                remove_left(folder, r"\w+\.(png|webp)|index\.html")
                 yield folder
                 return

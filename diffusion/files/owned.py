@@ -7,12 +7,14 @@ Nothing is deleted or replaced without such proof, and a scan for images to trai
 folders and pictures out.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 from PIL import Image
 
 from .. import UserError
+from .atomic import create
 from .text_files import read_json
 
 MARKER = ".diffusion"
@@ -25,9 +27,8 @@ STUDY_KEYS = {"settings", "base", "data"}
 def mark(folder: Path) -> None:
     """Create a folder for output, and put the proof that it is ours beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    marker = marker_of(folder)
-    if not marker.exists():
-        marker.write_text("Written by the diffusion codebase; not training data.\n")
+    with contextlib.suppress(FileExistsError), create(marker_of(folder)) as file:
+        file.write(b"Written by the diffusion codebase; not training data.\n")
 
 
 def is_run(folder: Path) -> bool:

@@ -7,6 +7,7 @@ python -m diffusion.export results/model.pt my-model --dtype fp16    half the si
 The U-Net is the trained one; the rest is that of the Stable Diffusion model it was trained from.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from .. import UserError
 from ..config import Parser, run_script
+from .atomic import create_whole
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
 from .strict import load_part
@@ -49,7 +51,7 @@ def main() -> None:
             f"{path} was not trained from a Stable Diffusion model (--mode latent "
             "--sd_path): other programs cannot read its network"
         )
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists; give a new name")
     base = args.sd_path or config.sd_path
     sd = load_sd(base, config.sd_config)
@@ -65,7 +67,8 @@ def main() -> None:
         print(f"clip skip {config.clip_skip} is not stored in {target}: set it where that is used")
     for network in (sd.unet, sd.vae, sd.text_encoder):
         network.to(DTYPES[args.dtype])
-    (save_sd_file if single_file else save_sd_folder)(sd, target)
+    save = save_sd_file if single_file else save_sd_folder
+    create_whole(target, lambda path: save(sd, path))
     if config.objective != "eps":
         print(f"{target} predicts {config.objective}, and states it")
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files.atomic import write_text
 from ..sampling.pipeline import Pipeline
 from .grid import Picked, Trajectory, data_uri
 
@@ -78,4 +77,4 @@ def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked
         text = template.replace("@@DATA@@", embed(values))
         if len(text) <= MAX_BYTES:
             break
-    write_text(path, text)
+    path.write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from .. import UserError
 from ..config import Config
@@ -23,7 +22,7 @@ def friendly_errors(config: Config, micro: int, step: Callable[[], int]) -> Iter
     resume = f"{command} resumes from the last checkpoint in {folder}"
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if not folder.is_dir():
             raise UserError(
                 f"step {step()}: {folder} was removed or renamed under the run; nothing more can "

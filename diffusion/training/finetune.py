@@ -11,6 +11,7 @@ The last goes with either, or with neither: then the U-Net itself is trained. Th
 of trainer.py: what differs is which parameters train, which batches come and what is written.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ..data.folder import scan
 from ..data.image_set import ImageSet, digest
 from ..data.latents import ENCODE_BATCH, EncodedBatches, weights_digest
 from ..files import adapter_files, embedding_files, output, owned
+from ..files.atomic import blame, locked, remove_left
 from ..files.checkpoint import save_weights
 from ..files.sd_files import OBJECTIVES, find_prediction
 from ..files.strict import some
@@ -338,51 +340,61 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
         str(c.guidance_scale),
     )
     folder = Path(c.class_data) if c.class_data is not None else Path(c.cache_dir) / f"class-{key}"
-    try:
+    with blame(f"--class_data {folder} cannot be written", kinds=OSError):
         output.create(folder)
-    except OSError as error:
-        raise UserError(f"--class_data {folder} cannot be written: {error}") from None
-    present = scan(folder, sampled=True)
-    made_for = [owned.picture_text(file, CLASS_PROMPT) for file in present]
-    if others := {p for p in made_for if p is not None and p.strip() != wanted}:
-        raise UserError(
-            f"--class_data {folder} holds images that were sampled for the class prompt "
-            f"{min(others)!r}; this run's is {c.class_prompt!r}: give another --class_data"
-        )
-    if unknown := made_for.count(None):
-        dist.log(
-            f"{folder}: {unknown} images from elsewhere are used for the class prompt "
-            f"{c.class_prompt!r}"
-        )
-    missing = max(0, c.class_images - len(present))
-    # nothing that is there is written over
-    free = [i for i in range(2 * c.class_images) if not image_of(folder, i).exists()][:missing]
-    dist.barrier()  # all ranks have counted
-    if free:
-        dist.log(f"{folder}: {len(free)} of {c.class_images} class images are sampled")
-    pipeline = recipe.pipeline(model)
-    bad = None
-    for low in range(0, len(free), ENCODE_BATCH)[dist.rank() :: dist.world_size()]:
-        indices = free[low : low + ENCODE_BATCH]
-        images = pipeline.sample(
-            indices,
-            seed=c.seed,
-            sampler=c.sampler,
-            amp=c.amp,
-            guidance_scale=c.guidance_scale,
-            steps=min(c.sample_steps, len(recipe.schedule)),
-            prompts=[wanted] * len(indices),
-            plain_prompts=True,
-        )
-        try:
-            pictures = to_uint8(images, indices)
-        except NonFinite as error:  # the other ranks wait below
-            bad = error
-            break
-        for i, image in zip(indices, pictures):
-            save_png(image, image_of(folder, i), {CLASS_PROMPT: wanted})
-    if dist.any_rank(bad is not None):
-        raise bad or NonFinite("class images of another rank")
+    with contextlib.ExitStack() as held:
+        if dist.is_main():  # another run may sample into the same cache
+            held.enter_context(locked(folder))
+            remove_left(folder, r"\d{5,}\.png")
+        dist.barrier()
+        present = scan(folder, sampled=True)
+        made_for = [owned.picture_text(file, CLASS_PROMPT) for file in present]
+        if others := {p for p in made_for if p is not None and p.strip() != wanted}:
+            raise UserError(
+                f"--class_data {folder} holds images that were sampled for the class prompt "
+                f"{min(others)!r}; this run's is {c.class_prompt!r}: give another --class_data"
+            )
+        if unknown := made_for.count(None):
+            dist.log(
+                f"{folder}: {unknown} images from elsewhere are used for the class prompt "
+                f"{c.class_prompt!r}"
+            )
+        sampled = {file for file, prompt in zip(present, made_for) if prompt is not None}
+        # nothing of somebody's is written over; after a kill the batches are those of before it,
+        # since in another one an image would be another by rounding
+        names = {i: image_of(folder, i) for i in range(2 * c.class_images)}
+        ours = [i for i, file in names.items() if file in sampled or not file.exists()]
+        elsewhere = len(set(present) - {names[i] for i in ours})
+        ours = ours[: max(0, c.class_images - elsewhere)]
+        missing = {i for i in ours if not names[i].exists()}
+        dist.barrier()  # all ranks have counted
+        if missing:
+            dist.log(f"{folder}: {len(missing)} of {c.class_images} class images are sampled")
+        pipeline = recipe.pipeline(model)
+        bad = None
+        batches = [ours[low : low + ENCODE_BATCH] for low in range(0, len(ours), ENCODE_BATCH)]
+        batches = [indices for indices in batches if missing.intersection(indices)]
+        for indices in batches[dist.rank() :: dist.world_size()]:
+            images = pipeline.sample(
+                indices,
+                seed=c.seed,
+                sampler=c.sampler,
+                amp=c.amp,
+                guidance_scale=c.guidance_scale,
+                steps=min(c.sample_steps, len(recipe.schedule)),
+                prompts=[wanted] * len(indices),
+                plain_prompts=True,
+            )
+            try:
+                pictures = to_uint8(images, indices)
+            except NonFinite as error:  # the other ranks wait below
+                bad = error
+                break
+            for i, image in zip(indices, pictures):
+                if i in missing:
+                    save_png(image, names[i], {CLASS_PROMPT: wanted})
+        if dist.any_rank(bad is not None):
+            raise bad or NonFinite("class images of another rank")
     return folder
 
 

@@ -12,21 +12,33 @@ import json
 import math
 import os
 import re
+import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from .. import UserError, shown
 from ..config import Config
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
-from ..files.atomic import O_NOFOLLOW, append_text, read_lines, write_text
+from ..files.atomic import (
+    append_text,
+    blame,
+    create,
+    locked,
+    open_append,
+    read_lines,
+    write_text,
+)
 from ..files.text_files import read_bytes, read_json
-from ..runtime.distributed import all_equal, barrier, is_main, log
+from ..runtime.distributed import all_equal, barrier, from_main, is_main, is_restart, log
 from ..runtime.seeding import seed_of
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
+OVERWRITTEN = ".overwritten"
 NAMES = (
-    r"(config|metadata|adapter_config)\.json|metrics\.jsonl|model\.pt"
+    r"(config|metadata|adapter_config)\.json|metrics\.jsonl|model\.pt|\.overwritten"
     r"|(ema|best|adapter|adapter_kohya|adapter_model)\.safetensors"
 )
 # paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
@@ -38,32 +50,46 @@ RUN_FILE = re.compile(
 )
 
 
-def claim(folder: Path):
-    """Lock the folder on rank 0, until the returned file is closed.
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock on rank 0.
 
     Raises UserError if it cannot be written, or if another process has it.
     """
-    if not is_main():
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # what another program wrote there stays, and where a link leads to, too
-        lock = open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | O_NOFOLLOW, 0o666), "a")
-    except OSError as error:
-        raise UserError(f"--save_folder {folder} cannot be written: {error}") from None
-    try:
-        import fcntl
+    with contextlib.ExitStack() as held:
+        if is_main():
+            lock = folder / ".lock"
+            with blame(f"--save_folder: {lock} cannot be written", kinds=OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                free = held.enter_context(locked(lock, wait=False))
+            if free is False:
+                raise UserError(
+                    f"another process is training in {folder}; wait, or choose another "
+                    "--save_folder"
+                )
+        yield
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError:
-        raise UserError(
-            f"another process is training in {folder}; wait, or choose another --save_folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
+
+def is_overwritten(folder: Path) -> bool:
+    """Check whether this command has deleted the old run before it was restarted, on all ranks.
+
+    `RunLog` leaves the name of what has launched the command in a file. The first start forgets
+    it: a name may come twice.
+    """
+    file = folder / OVERWRITTEN
+    done = False
+    if is_main() and file.is_file():
+        done = file.read_text(errors="replace") == launcher()
+    restarted = is_restart()
+    if is_main() and not restarted:
+        file.unlink(missing_ok=True)
+    return from_main(restarted and done)
+
+
+def launcher() -> str:
+    """Name the Slurm job or the torchrun that has launched this command; it restarts the same."""
+    errors = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # ID_RANDOM/attempt_0/0/error.json
+    return os.environ.get("SLURM_JOB_ID") or "/".join(errors.split("/")[:-3])
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -74,6 +100,11 @@ def run_files(folder: Path) -> list[Path]:
     return sorted(ours, key=lambda path: (path.name == "config.json", path))
 
 
+def refuse(path: Path, why: str) -> NoReturn:
+    """Raise UserError for what a run would replace or cannot write to."""
+    raise UserError(f"{path} {why}: move it, or choose another --save_folder")
+
+
 def check_folder(folder: Path, is_run: bool) -> None:
     """Raise UserError if the run would replace or delete what no run of this program wrote.
 
@@ -81,19 +112,16 @@ def check_folder(folder: Path, is_run: bool) -> None:
     """
     for name in FOLDERS:
         path = folder / name
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+        other = path.resolve().parent
         if path.exists() and not path.is_dir():
-            raise UserError(
-                f"{path} is a file; a run keeps its {name} in a folder of this name: "
-                "move it, or choose another --save_folder"
-            )
+            refuse(path, f"is a file; a run keeps its {name} in a folder of this name")
+        if path.is_symlink() and not path.exists():
+            refuse(path, f"is a link to {os.readlink(path)}, which does not exist")
+        if path.is_symlink() and owned.is_run(other) and not other.samefile(folder):
+            refuse(path, f"is a link into {other}, another run's folder, which would be written to")
     found = run_files(folder)
     if blocked := [path for path in found if path.is_dir()]:
-        raise UserError(
-            f"{blocked[0]} is a folder; a run writes a file of this name: move it, or "
-            "choose another --save_folder"
-        )
+        refuse(blocked[0], "is a folder; a run writes a file of this name")
     found = [path for path in found if path.suffix != ".tmp"]  # of a run killed at its start
     if found and not is_run:
         names = [path.relative_to(folder).as_posix() for path in found]
@@ -133,6 +161,9 @@ def find_run(folder: Path) -> dict | None:
         if is_run:
             raise
     check_folder(folder, is_run or state is not None)
+    # a run writes them after its first checkpoint
+    if state is None and (shared := [f for f in run_files(folder) if f.suffix == ".safetensors"]):
+        refuse(shared[0], "would be replaced, and there is no checkpoint of a run that wrote it")
     return state
 
 
@@ -180,23 +211,21 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, step: int):
         self.folder = folder
-        self.writer = None
+        self.wandb = None
         if not is_main():
             return
         if config.wandb:
             # one run there for one run here, however often it is resumed
             name = f"{folder.resolve()} {config.to_json()}"
-            import_wandb().init(
+            self.wandb = import_wandb()
+            self.wandb.init(
                 project="diffusion",
                 name=folder.name,
                 dir=folder,
-                sync_tensorboard=True,
                 id=f"{seed_of(name):x}",
                 resume="allow",
                 config=dataclasses.asdict(config),
             )
-        from torch.utils.tensorboard import SummaryWriter
-
         for file in run_files(folder):
             if file.suffix == ".tmp":  # of a process that was killed while it wrote
                 file.unlink()
@@ -204,43 +233,63 @@ class RunLog:
         if not lock.exists() or not lock.stat().st_size:
             append_text(lock, str(folder.stat().st_ino))  # see made_here
         write_text(folder / "config.json", config.to_json())
+        if config.overwrite:
+            write_text(folder / OVERWRITTEN, launcher())
         self.path = folder / "metrics.jsonl"
         lines = [line for line in read_lines(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-        _order_events(folder / "tensorboard")
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
+        # TensorBoard reads files by the times in their names, and a clock may have been set back
+        times = [file.name.split(".")[3] for file in events.glob("events.out.tfevents.*")]
+        now = max([int(time.time()), *(int(t) + 1 for t in times if t.isdecimal())])
+        self.events = events / f"events.out.tfevents.{now:010d}.{secrets.token_hex(8)}"
+        with create(self.events):
+            pass
+        self.event(step=step + 1, file_version="brain.Event:2")
+        # steps from here on that are in older files are not shown
+        self.event(step=step + 1, session_log={"status": "START"})
+
+    def event(self, **fields) -> None:
+        """Append a record to this start's TensorBoard file."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with open_append(self.events) as file:
+            record = Event(wall_time=time.time(), **fields)
+            RecordWriter(file).write(record.SerializeToString())
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, and a TensorBoard scalar for each value."""
-        if self.writer is None:
+        if not is_main():
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         append_text(self.path, json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self.event(step=step, summary={"value": scalars})
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def has(self, step: int, name: str) -> bool:
         """Check whether a value of this step has been logged; False off rank 0."""
-        return self.writer is not None and logged(self.path, step, name)
+        return is_main() and logged(self.path, step, name)
 
     def picture(self, step: int, grid) -> None:
         """Write a sample grid (PIL image)."""
-        import numpy as np
-
         from ..pictures.grid import save_png
 
-        save_png(grid, self.folder / "samples" / f"step_{step:08d}.png")
-        self.writer.add_image("samples", np.asarray(grid), step, dataformats="HWC")
-
-    def close(self) -> None:
-        if self.writer is not None:
-            with contextlib.suppress(OSError):  # that it could not be written has been said
-                self.writer.close()
+        file = self.folder / "samples" / f"step_{step:08d}.png"
+        save_png(grid, file)
+        size = {"width": grid.width, "height": grid.height, "colorspace": 3}
+        image = size | {"encoded_image_string": file.read_bytes()}
+        self.event(step=step, summary={"value": [{"tag": "samples", "image": image}]})
+        if self.wandb is not None:
+            self.wandb.log({"samples": self.wandb.Image(grid)}, step=step)
 
     def sync(self) -> None:
         """Flush metrics.jsonl to the disk, before the checkpoint that relies on it."""
-        if self.writer is not None:
-            with open(self.path, "rb+") as file:
+        if is_main():
+            with open_append(self.path) as file:
                 os.fsync(file.fileno())
 
 
@@ -258,22 +307,19 @@ def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
     write_text(folder / "metadata.json", json.dumps(values, indent=2))
 
 
-def _order_events(folder: Path) -> None:
-    """Rename event files that would come after a new one.
-
-    TensorBoard reads them by the time in their names: after a clock was set back the old ones
-    would come last, and steps that were deleted from them would come back.
-    """
-    found = sorted(folder.glob("events.out.tfevents.*"))
-    times = [file.name.split(".")[3] for file in found]
-    if any(not t.isdigit() or int(t) >= int(time.time()) for t in times):
-        for i, (file, old) in enumerate(zip(found, times)):
-            file.rename(file.with_name(file.name.replace(old, f"{i:010d}", 1)))
+def logged(path: Path, step: int, name: str, value: float | None = None) -> bool:
+    """Check whether metrics.jsonl has a value of this name for this step, or just this one."""
+    lines = (line for line in read_lines(path) if line["step"] == step)
+    return any(name in line and value in (None, line[name]) for line in lines)
 
 
-def logged(path: Path, step: int, name: str) -> bool:
-    """Check whether metrics.jsonl has a value of this name for this step."""
-    return any(line["step"] == step and name in line for line in read_lines(path))
+def is_published(folder: Path, step: int) -> bool:
+    """Check whether what `TrainState.publish` writes of a step, or of a later one, is complete."""
+    try:
+        found = read_json(folder / "metadata.json").get("step")
+    except UserError:
+        return False
+    return isinstance(found, int) and found >= step
 
 
 def made_here(folder: Path) -> Config | None:

@@ -50,7 +50,7 @@ class TrainState:
         self.recipe.batches.length = length
 
     def save(self, folder: Path, logs: RunLog, improved: bool) -> None:
-        """Write the checkpoint, last: a run killed before it does this step again, complete.
+        """Write the checkpoint, then what is made of it: a run killed between them goes on there.
 
         Raises UserError, and writes nothing, for weights that are not finite.
         """
@@ -65,8 +65,6 @@ class TrainState:
         trainable = self.recipe.trainable
         batches = self.recipe.batches
         metadata = self.recipe.metadata(self.ema.model)
-        trainable.write(folder, self.ema.model, self.step, metadata, improved)
-        write_metadata(folder, config, batches, self.step, self.best_loss)
         logs.sync()
         saved = {
             "step": self.step,
@@ -83,3 +81,10 @@ class TrainState:
             "tally": self.stats.values.cpu(),
         }
         checkpoint.save(folder, saved, config.keep_last)
+        self.publish(folder, metadata, improved)
+
+    def publish(self, folder: Path, metadata: dict, improved: bool) -> None:
+        """Write what is to be shared, and then metadata.json, whose step says that all is there."""
+        recipe = self.recipe
+        recipe.trainable.write(folder, self.ema.model, self.step, metadata, improved)
+        write_metadata(folder, recipe.config, recipe.batches, self.step, self.best_loss)

@@ -35,6 +35,9 @@ from .run_folder import (
     clear,
     fid_is_missing,
     import_wandb,
+    is_overwritten,
+    is_published,
+    logged,
     resume,
 )
 from .steps import BatchSplit, StepStats, clip_factor, learning_rate, split_batch, total_steps
@@ -52,10 +55,11 @@ def train(config: Config, given: set[str] | None = None) -> None:
     config = resolve_config(config, given, base)
     device = dist.setup(config.device, config.rank_timeout)
     split = split_batch(config)
-    if config.overwrite and dist.is_restart():
-        dist.log("Restarted: resuming, --overwrite already applied.")
-        config = replace(config, overwrite=False)
-    with friendly_errors(config, split.micro, lambda: 0):
+    folder = Path(config.save_folder)
+    with friendly_errors(config, split.micro, lambda: 0), claim(folder):
+        if config.overwrite and is_overwritten(folder):
+            dist.log("Restarted: resuming, --overwrite already applied.")
+            config = replace(config, overwrite=False)
         run(config, device, split, base)
 
 
@@ -63,7 +67,6 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     """`train`, on this rank."""
     dtype = amp_dtype(config.amp, device)
     folder = Path(config.save_folder)
-    lock = claim(folder)  # noqa: F841 - held until the end of the run
 
     # the parts
     config, saved = resume(config, folder)
@@ -79,10 +82,11 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     with blame(f"{folder} cannot be resumed from its newest checkpoint"):
         check_resume(saved, recipe, folder)
     total = total_steps(config, batches.length)
+    published = saved is None or is_published(folder, saved["step"])
+    if saved is not None and dist.is_main():
+        checkpoint.complete(folder, saved["step"], config.keep_last)
     if saved is not None and saved["step"] >= total:
-        if dist.is_main():
-            checkpoint.point_model_to(folder, saved["step"])
-        if not fid_is_missing(config, saved["step"]):
+        if not dist.any_rank(not published or fid_is_missing(config, saved["step"])):
             dist.log(
                 f"{folder} holds a finished run of {saved['step']} steps; give more --train_steps "
                 "to continue it, or --overwrite to start from scratch"
@@ -118,6 +122,10 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     if config.overwrite:
         clear(folder)
     logs = RunLog(folder, config, state.step)
+    if not published and dist.is_main():  # the run was killed after it wrote its checkpoint
+        loss = state.best_loss
+        best = loss is not None and logged(logs.path, state.step, "heldout_loss", loss)
+        state.publish(folder, recipe.metadata(ema.model), best)
     announce(config, model, batches, device, dtype, split, total)
 
     with (
@@ -126,7 +134,6 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     ):
         stop = StopSignal()
         closing.callback(stop.restore)  # however the run ends
-        closing.callback(logs.close)
         bar = closing.enter_context(dist.progress(total=total, initial=state.step, unit="step"))
         if fid is not None:  # due, but not done before the run was stopped
             measure_fid(fid, state, total, logs, stop)

@@ -12,6 +12,8 @@ import difflib
 import importlib.util
 import json
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -102,9 +104,10 @@ def check_bounds(
         if isinstance(value, float) and not (math.isfinite(value) or not typed and value == value):
             raise UserError(f"{name} is {value}; it must be a finite number")
         rule = bounds.get(name)
-        if value is None or rule is None or rule.typed > typed or rule.holds(value):
-            continue
-        raise UserError(f"{name} is {shown(value, 400)}; it must be {rule.text}")
+        if not (value is None or rule is None or rule.typed > typed or rule.holds(value)):
+            raise UserError(f"{name} is {shown(value, 400)}; it must be {rule.text}")
+        if typed and isinstance(value, int) and value >= 2**63:
+            raise UserError(f"{name} must be below 2**63")
 
 
 def check_use(options, defaults: Mapping[str, object], requires: Mapping[str, Rule | None]) -> None:
@@ -171,7 +174,7 @@ class Config:
     mode: str = opt("pixel", "what to train: a diffusion model of pixels, one of latents, or the VAE that makes latents", ("pixel", "latent", "vae"))
     save_folder: str = opt("results", "folder of the run; a run found there is resumed", free=True)
     overwrite: bool = opt(False, "start from scratch in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0")
+    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0", free=True)
     sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT, free=True)
     sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE, free=True)
     sd_weights: str = opt("raw", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*, which merged files carry stale", ("raw", "ema"), SD_FILE & SD_START, free=True)
@@ -184,7 +187,7 @@ class Config:
     rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
     wandb: bool = opt(False, "log to Weights & Biases, too (pip install wandb)", free=True)
 
-    data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name")
+    data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name", free=True)
     data_class: str = opt("all", "the one class folder to use, such as cat, or all")
     split: str | None = opt(None, "part of the data to use: a folder such as valid, a hub set's split, or all (default: train where there are splits)", requires=OTHER_DATA)
     image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
@@ -233,7 +236,7 @@ class Config:
     instance_prompt: str | None = opt(None, "DreamBooth: the caption of all images, such as 'a photo of sks dog'", UTF8)
     class_prompt: str | None = opt(None, "DreamBooth's prior preservation: caption of the class images, such as 'a photo of a dog'", UTF8, ADAPTS)
     class_images: int = opt(100, "number of class images; the model samples those that are missing", POSITIVE, CLASS_PROMPT)
-    class_data: str | None = opt(None, "folder of the class images (default: one in cache_dir)", requires=CLASS_PROMPT)
+    class_data: str | None = opt(None, "folder of the class images (default: one in cache_dir)", requires=CLASS_PROMPT, free=True)
     prior_weight: float = opt(1.0, "weight of the class images' loss", NOT_NEGATIVE, CLASS_PROMPT)
 
     batch_size: int = opt(32, "number of samples per step, over all ranks and micro-batches", POSITIVE)
@@ -293,8 +296,13 @@ class Config:
 
     # --- JSON and resuming --------------------------------------------------------------------
 
+    def shared(self) -> dict:
+        """Give all options as files hold them, which may be shared: no absolute path is in them."""
+        own = dataclasses.asdict(self)
+        return own | {name: shared_path(own[name]) for name in PATHS}
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.shared(), indent=2)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
@@ -318,7 +326,22 @@ class Config:
         check_use(self, {n: default for n, default in DEFAULTS.items() if n in given}, REQUIRES)
 
 
+def shared_path(path: str | None) -> str | None:
+    """Name a path without this machine: by its way from the working directory, or its last name."""
+    if path is not None and path.startswith("hf:"):
+        return f"hf:{shared_path(path[3:])}"
+    if path is None or not os.path.isabs(path):
+        return path
+    way = os.path.relpath(path)
+    return os.path.basename(os.path.normpath(path)) if way.startswith("..") else way
+
+
 DEFAULTS = {f.name: f.default for f in fields(Config)}
+# files and folders, which may move: what is in them is compared (training/run_folder.py)
+PATHS = (
+    "save_folder", "load_path", "sd_path", "sd_config", "vae", "data", "cache_dir", "class_data",
+    "fid_features", "validation_prompts",
+)  # fmt: skip
 BOUNDS = {f.name: f.metadata["bounds"] for f in fields(Config)}
 REQUIRES = {f.name: f.metadata["requires"] for f in fields(Config)}
 
@@ -348,7 +371,82 @@ def _choose(value, choices) -> str:
     return f"{guess}choose one of {', '.join(choices)}"
 
 
+# our options, and what diffusers, kohya, CompVis, lucidrains and EDM call them
+OTHER_NAMES = """
+adapter: network_module use_lora lora_type
+alpha: network_alpha lora_alpha
+amp: mixed_precision fp16 bf16 half precision use_fp16 use_amp dtype
+batch_size: train_batch_size eval_batch_size batch bs total_batch_size max_batch_size
+checkpointing: gradient_checkpointing use_checkpoint
+class_data: class_data_dir reg_data_dir
+class_images: num_class_images
+class_label: class class_idx classes label
+class_prompt: class_token
+config: base original_config
+data: train_data_dir instance_data_dir dataset dataset_name dataset_dir data_dir data_root image_dir
+default_caption: default_prompt
+dim_mults: channel_mult channel_mults block_out_channels ch_mult
+ema_decay: ema_rate ema ema_beta ema_halflife
+embedding: embeddings embedding_path textual_inversion
+epochs: num_train_epochs max_train_epochs num_epochs max_epochs n_epochs
+eta: ddim_eta
+flip: random_flip flip_aug augment_horizontal_flip mirror xflip
+grad_accum: gradient_accumulation_steps gradient_accumulate_every accumulate_grad_batches
+grad_clip: max_grad_norm gradient_clip_val
+guidance_scale: cfg_scale scale cfg guidance cond_scale unconditional_guidance_scale
+heads: num_heads attn_heads
+height: H
+height and --width: resolution image_size size
+image_column: image_key
+image_size: resolution img_size image_resolution res size H W
+init_image: init_img image input_image
+init_word: initializer_token init_token
+instance_prompt: instance_token
+learning_rate: lr unet_lr base_lr train_lr base_learning_rate text_encoder_lr
+load_path: network network_pkl pretrained transfer model_path
+lora: lora_path lora_weights network_weights
+lora_dropout: network_dropout
+lr_schedule: lr_scheduler scheduler_type
+lr_warmup_steps: warmup_steps warmup lr_warmup
+mask: mask_image mask_img
+negative_prompt: negative neg_prompt n_prompt uc
+num_images: n_samples num_samples n_iter num_images_per_prompt samples
+num_samples: n_samples num_validation_images
+num_workers: dataloader_num_workers max_data_loader_n_workers workers
+objective: prediction_type pred_type parameterization v_parameterization
+perceptual_weight: lpips_weight
+prior_weight: prior_loss_weight with_prior_preservation
+prompt: prompts text caption
+rank: network_dim lora_rank lora_r
+sampler: scheduler sample_sampler solver plms
+save_and_sample_every: checkpointing_steps save_every_n_steps validation_steps save_interval save_every
+save_folder: output_dir outdir out_dir logdir logging_dir results_folder save_dir output output_name
+save_folder, where a run is resumed by its own command: resume resume_from_checkpoint
+schedule: noise_schedule beta_schedule
+sd_path: pretrained_model_name_or_path base_model
+sd_path or --load_path: ckpt checkpoint checkpoint_path ckpt_path model model_id
+steps: num_inference_steps ddim_steps sampling_timesteps sampling_steps num_steps sample_steps
+sample_steps: num_inference_steps ddim_steps sampling_timesteps sampling_steps
+strength: denoising_strength
+targets: target_modules lora_target_modules
+time_steps: timesteps num_timesteps num_train_timesteps diffusion_steps T
+token: placeholder_token
+train_steps: max_train_steps max_steps train_num_steps num_steps iterations num_iterations total_steps steps
+unet_dim: dim num_channels model_channels base_channels ch channels cbase
+vae: vae_path pretrained_vae_model_name_or_path vae_model
+validation_prompts: validation_prompt sample_prompts
+vectors: num_vectors
+wandb: report_to log_with
+weight_decay: adam_weight_decay wd
+width: W
+"""
+
 # --- command line ---------------------------------------------------------------------------------
+
+
+# what is typed for an option, by the word that --help shows; a text is taken as it is
+PATH = os.path.expanduser  # shells leave the ~ of --name=~/folder as it is
+KINDS = {"N": int, "X": float, "FILE": PATH, "FOLDER": PATH, "PATH": PATH, "STYLES": PATH}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -392,7 +490,7 @@ class Parser(argparse.ArgumentParser):
         if len(values) > 1:
             settings |= dict(nargs=len(values), metavar=tuple(values))
         elif values:
-            kind = {"N": int, "X": float}.get(values[0], str)
+            kind = KINDS.get(values[0], str)
             settings = dict(type=kind, metavar=values[0]) | settings
         elif "choices" not in settings:
             settings["action"] = "store_true"
@@ -414,11 +512,25 @@ class Parser(argparse.ArgumentParser):
                 self.error(
                     f"{unknown[0]!r} stands alone: options are --name value (--help lists all)"
                 )
-            names = [s for a in self._actions for s in a.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
-            guess = f"; did you mean {close[0]}?" if close else " (--help lists all)"
-            self.error(f"unknown option {unknown[0]}{guess}")
+            self.error(f"unknown option {unknown[0]}{self.guess(unknown[0])}")
         return values
+
+    def guess(self, option: str) -> str:
+        """Say which option may be meant by one that there is not."""
+        name = option.split("=")[0].lstrip("-").replace("-", "_")
+        own = {s.lstrip("-"): s for a in self._actions for s in a.option_strings}
+        known = {}
+        for row in OTHER_NAMES.strip().splitlines():
+            ours, others = row.split(": ")
+            if re.match(r"\w+", ours)[0] in own:
+                known |= dict.fromkeys(others.split(), f"--{ours}")
+        known |= own
+        name = name if name in known else name.lower()
+        close = [name] if name in known else difflib.get_close_matches(name, known, 1)
+        if not close:
+            return " (--help lists all)"
+        meant = known[close[0]]
+        return f": here it is {meant}" if name in known.keys() - own else f"; did you mean {meant}?"
 
     @property
     def defaults(self) -> dict:
@@ -462,6 +574,7 @@ def add_config_arguments(parser: Parser) -> None:
             continue
         kind = int_list if f.name == "dim_mults" else _types(f)[0]
         metavar = "|".join(row["choices"]) or {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
+        kind = PATH if f.name in PATHS else kind
         names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])
         section.add_argument(*names, type=kind, metavar=metavar, help=text, **options)
 
@@ -504,5 +617,11 @@ def run_script(main) -> None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         sys.exit(f"error: {printable(f'{where}{error.strerror}')}")
+    except (RuntimeError, MemoryError) as error:
+        from .runtime.machine import explain  # takes torch's seconds
+
+        if (text := explain(error)) is None:
+            raise
+        sys.exit(f"error: {printable(text)}")
     except KeyboardInterrupt:
         sys.exit(130)

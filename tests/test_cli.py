@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -218,3 +219,216 @@ def test_the_mathematics_page_names_what_exists():
         assert f"def {name}(" in tests, name
     for name in set(re.findall(r"`\w+\.(\w+)`", text)):
         assert f"def {name}(" in code or f"class {name}(" in code or f"class {name}:" in code, name
+
+
+# --- what people type who come from elsewhere -----------------------------------------------------
+
+
+@pytest.mark.parametrize("command, typed, named", [
+    (train, "--lr 1e-4", "--learning_rate"),
+    (train, "--output_dir out", "--save_folder"),
+    (train, "--resolution=512", "--image_size"),
+    (train, "--max_train_steps 10", "--train_steps"),
+    (train, "--train-batch-size 4", "--batch_size"),
+    (train, "--num_train_epochs 4", "--epochs"),
+    (train, "--pretrained_model_name_or_path sd", "--sd_path"),
+    (train, "--instance_data_dir dog", "--data"),
+    (train, "--mixed_precision fp16", "--amp"),
+    (train, "--gradient_accumulation_steps 2", "--grad_accum"),
+    (train, "--gradient_checkpointing", "--checkpointing"),
+    (train, "--network_dim 8", "--rank"),
+    (train, "--num_inference_steps 8", "--sample_steps"),
+    (train, "--resume", "--save_folder"),
+    (train, "--learning-rate 1", "--learning_rate"),
+    (train, "--max_train_step 10", "--train_steps"),
+    (sample, "--num_inference_steps 8", "--steps"),
+    (sample, "--ckpt sd.ckpt", "--sd_path or --load_path"),
+    (sample, "--outdir out", "--save_folder"),
+    (sample, "--n_samples 3", "--num_images"),
+    (sample, "--H 512", "--height"),
+    (sample, "--W 512", "--width"),
+    (sample, "--scale 7", "--guidance_scale"),
+    (visualize, "--cfg_scale 7", "--guidance_scale"),
+])  # fmt: skip
+def test_the_names_of_other_programs_are_known(command, typed, named, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(typed.split())
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and typed.split()[0] in said
+    assert re.search(rf"(here it is|did you mean) {named}[?,\n]", said), said
+
+
+def test_every_name_leads_to_an_option(monkeypatch):
+    own = {s for c in (train, sample) for a in parser_of(c, monkeypatch)._actions for s in a.option_strings}  # fmt: skip
+    for row in config.OTHER_NAMES.strip().splitlines():
+        ours, others = row.split(": ")
+        assert set(re.findall(r"--\w+", f"--{ours}")) <= own, row
+        assert len(set(others.split())) == len(others.split()), row
+
+
+@pytest.mark.parametrize("text, named", [
+    ("--data toy --epochs inf --preset none", "epochs is inf"),
+    ("--epochs nan --preset none", "epochs is nan"),
+    ("--batch_size 99999999999999999999", "batch_size must be below"),
+    ("--train_steps 1" + "0" * 400, "train_steps must be below"),
+    ("--guidance_scale 1e999", "guidance_scale is inf"),
+])  # fmt: skip
+def test_numbers_without_end(text, named):
+    with pytest.raises(UserError, match=named):
+        parse(text)
+
+
+def test_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    for name in config.PATHS:
+        made = train.parse([f"--{name}=~/x", "--preset=none", "--mode=latent", "--condition=text",
+                            "--fid", *(["--sd_path=y"] if name == "sd_config" else [])])[0]  # fmt: skip
+        assert getattr(made, name) == "/home/of/mine/x"
+    args = sample.parse(["--load_path=~/x", "--lora=~/x:0.5", "--embedding=~/x", "--prompt=a"])
+    assert (args.load_path, args.embedding) == ("/home/of/mine/x", ["/home/of/mine/x"])
+    assert args.lora == [("/home/of/mine/x", 0.5)]
+    assert visualize.parse(["--data=~/x"]).data == "/home/of/mine/x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").write_text("a face\n")
+    assert sample.parse(["--prompt=@~/x"]).prompt == ["a face"]
+
+
+def test_files_name_no_place_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Config(data="/data/faces", load_path=str(tmp_path / "a" / "model.pt"), vae="../vae")
+    kept = made.shared()
+    assert (kept["data"], kept["load_path"], kept["vae"]) == ("faces", "a/model.pt", "../vae")
+    assert kept["class_data"] is None and "/data" not in made.to_json()
+    assert Config(data="hf:/data/set").shared()["data"] == "hf:set"
+
+
+# --- what this machine lacks ----------------------------------------------------------------------
+
+
+def fails_in_one_line(*args, **options) -> str:
+    import warm
+
+    done = warm.script(*args, **options)
+    assert done.returncode == 1 and done.stderr.startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_no_gpu(ranks, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    said = fails_in_one_line("train.py", "--device", "cuda", cwd=tmp_path, ranks=ranks)
+    assert "no CUDA GPU" in said and "--device" in said
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_no_compiler(name, tmp_path, model):
+    args = ["--load_path", model] if name == "sample.py" else ["--train_steps", 1]
+    lacking = {"PATH": "", "CXX": ""}
+    said = fails_in_one_line(name, "--compile", *args, "--device", "cpu", cwd=tmp_path, env=lacking)
+    assert "--compile" in said and "g++" in said and not list(tmp_path.iterdir())
+
+
+def test_what_is_compiled_is_kept_where_nobody_else_writes(tmp_path, monkeypatch):
+    import torch
+
+    from diffusion.runtime import compiler
+
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("CXX", sys.executable)  # any program: nothing is compiled
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/of/mine")
+    (tmp_path / "diffusion").mkdir()
+    (tmp_path / "diffusion").chmod(0o777)
+    compiler.prepare(cpu)
+    folder = tmp_path / "diffusion" / "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/of/mine"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent.stat().st_mode & 0o022 == 0
+    # somebody else's
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    mine = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: mine + 1)
+    with pytest.raises(UserError, match=f"{tmp_path}.*XDG_CACHE_HOME"):
+        compiler.prepare(cpu)
+
+
+@pytest.mark.slow
+def test_compiling_leaves_nothing_in_the_shared_folder(tmp_path):
+    code = "import torch; from diffusion.runtime import compiler\n"
+    code += "compiler.prepare(torch.device('cpu')); torch.compile(lambda x: x.sin() + 1)(torch.ones(64))"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp"),
+           "TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": ""}  # fmt: skip
+    (tmp_path / "tmp").mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
+    assert any((tmp_path / "cache" / "diffusion" / "compiled" / "inductor").iterdir())
+    assert not list((tmp_path / "tmp").glob("torchinductor*"))
+
+
+@pytest.mark.parametrize("message, named", [
+    ("CUDA out of memory. Tried to allocate 2 GiB", "out of memory"),
+    ("CUDA error: device-side assert triggered\nmore", "the GPU failed .*device-side assert"),
+    ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", "out of memory"),
+])  # fmt: skip
+def test_faults_of_the_machine_are_one_line_and_blamed_on_no_file(message, named):
+    import torch
+
+    from diffusion.files.atomic import blame
+
+    kind = torch.OutOfMemoryError if message.startswith("CUDA out") else RuntimeError
+
+    def main():
+        raise kind(message)
+
+    with pytest.raises(SystemExit, match=f"^error: {named}") as caught:
+        config.run_script(main)
+    assert "\n" not in str(caught.value)
+    if "CUDA" in message:
+        with pytest.raises(kind, match="CUDA"), blame("model.pt"):
+            main()
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        config.run_script(lambda: (_ for _ in ()).throw(RuntimeError("a mistake of ours")))
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+BLOCKED = """
+import os, socket
+def refuse(*args, **options):
+    with open(os.environ["ASKED"], "a") as file:
+        print(args, file=file)
+    raise OSError("the network was asked")
+for name in ("getaddrinfo", "create_connection", "gethostbyname"):
+    setattr(socket, name, refuse)
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+
+
+def offline(tmp_path, *command) -> None:
+    """Run a command with every way to the network closed, and see that it tries none."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKED)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "ASKED": str(tmp_path / "asked")}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "asked").exists(), (tmp_path / "asked").read_text()
+
+
+@pytest.mark.slow
+def test_nothing_asks_the_network_unless_told_to(tmp_path, model, scratch, faces):
+    tiny = (
+        "--image_size 16 --unet_dim 8 --dim_mults 1,2 --train_steps 1 --num_samples 1 --device cpu"
+    )
+    few = "--num_images 1 --steps 2 --device cpu --save_folder out"
+    study = "--budget small --steps 2 --num_images 2 --sample_steps 1 "
+    study += "--experiments 1 --batch_size 2 --device cpu --save_folder studies"
+    offline(tmp_path, ROOT / "train.py", *tiny.split())
+    offline(tmp_path, ROOT / "sample.py", "--load_path", model, *few.split())
+    offline(tmp_path, ROOT / "visualize.py", "--load_path", model, "--data", faces, *few.split())
+    offline(tmp_path, "-m", "diffusion.study", "--load_path", scratch, "--data", faces, *study.split())  # fmt: skip

@@ -10,6 +10,7 @@ Nothing of the package is imported here, so that all of it may be moved and rena
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL
 import pytest
 import tiny_sd
@@ -374,9 +376,22 @@ def of_samples(folder: Path) -> dict[str, str]:
     text = [Image.open(path).text["parameters"].encode() for path in paths]
     return {
         "images": of_pictures(paths),
-        "grid": of_pictures([folder / "grid.png"]),
+        "grid": of_grid(folder / "grid.png", paths),
         "parameters": digest(*text),
     }
+
+
+def of_grid(path: Path, paths: list[Path]) -> str:
+    """Digest a grid in its images' own size: that of small ones is enlarged by a whole factor."""
+    with Image.open(path) as image, Image.open(paths[0]) as first:
+        sheet = np.array(image)
+        width = math.ceil(math.sqrt(min(len(paths), 100))) * (first.width + 2) + 2
+        times = image.width // width
+    own = sheet[::times, ::times]
+    assert np.array_equal(own.repeat(times, 0).repeat(times, 1), sheet)
+    assert times == (1 if first.height >= 64 else -(-96 // first.height))
+    about = f"{image.mode} {(own.shape[1], own.shape[0])}"
+    return digest(path.name.encode(), about.encode(), own.tobytes())
 
 
 def of_views(folder: Path) -> dict[str, str]:

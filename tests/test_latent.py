@@ -524,3 +524,99 @@ def test_damaged_latents_are_not_trained_on(tmp_path, capsys):
     np.save(tmp_path / "00000.npy", data)
     assert make()[np.arange(4)].tolist() == [[1, 1]] * 4
     assert str(tmp_path) in capsys.readouterr().out
+
+
+# --- what a run is known by ------------------------------------------------------------------------
+
+
+def test_data_is_known_by_its_names(tiny, faces, tmp_path, monkeypatch, capsys):
+    """Not by the spelling of its path; other names are refused, a wrong path is said first."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(faces / "bald", "faces", ignore=lambda _, names: sorted(names)[16:])
+    options = tiny | dict(data="faces", train_steps=1, num_samples=0, condition="none")
+    train(Config(**options))
+    moved = shutil.copytree("faces", tmp_path / "other" / "moved")
+    for steps, data in enumerate(("faces/", str(tmp_path / "faces"), str(moved)), 2):
+        train(Config(**options | dict(data=data, train_steps=steps)))
+        assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == steps
+    with pytest.raises(UserError, match="facse"):  # before the other difference
+        train(Config(**options | dict(data="facse", learning_rate=0.1)))
+    (moved / "000.png").rename(moved / "other.png")
+    with pytest.raises(UserError, match=f"--data {moved}/ .*--load_path .*model.pt"):
+        train(Config(**options | dict(data=f"{moved}/", train_steps=9)))
+
+
+def test_the_start_is_known_by_its_weights(tiny, tmp_path, monkeypatch):
+    first = tiny | dict(train_steps=1, save_folder="a", num_samples=0)
+    monkeypatch.chdir(tmp_path)
+    for folder, seed in (("a", 0), ("b", 1)):
+        train(Config(**first | dict(save_folder=folder, seed=seed)))
+    options = tiny | dict(load_path="a/model.pt", train_steps=2, num_samples=0)
+    train(Config(**options))
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    for steps, path in enumerate((tmp_path / "a" / "model.pt", "c/ema.safetensors"), 3):
+        train(Config(**options | dict(load_path=str(path), train_steps=steps)))
+    assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 4
+    for other in ("b/model.pt", str(tmp_path / "b" / "model.pt"), None):
+        with pytest.raises(UserError, match="load_path: .*given"):
+            train(Config(**options | dict(load_path=other, train_steps=9)))
+
+
+def test_a_model_finds_its_vae_and_names_no_place(latent, vae, tmp_path, monkeypatch):
+    """From any folder, by a relative path, an absolute one or beside it; no file says which."""
+    options = latent | dict(condition="none", train_steps=1, **UNREAD)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(vae, "results/vae")
+    shutil.copytree(vae, "elsewhere/model")  # the last name is that of no folder beside the run
+    train(Config(**options | dict(vae="results/vae", save_folder="results/run")))
+    where = str(tmp_path / "elsewhere" / "model")
+    train(Config(**options | dict(vae=where, save_folder=str(tmp_path / "far" / "run"))))
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    train(Config(**options | dict(vae=where, save_folder=str(tmp_path / "far" / "again"))))
+    found = load(tmp_path / "far" / "again" / "ema.safetensors")
+    assert found.config.vae == where and found.sample([0], steps=2).isfinite().all()
+    for file in (tmp_path / "far" / "again").rglob("*"):
+        if file.is_file() and file.name != "config.json":  # which is private
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+    # shared without it: what lies beside the model is found, else it is asked for
+    for folder in ("far/again", "results/run"):
+        (tmp_path / folder / "config.json").unlink()
+    found = load(tmp_path / "results" / "run" / "model.pt")
+    assert found.config.vae == str(tmp_path / "results" / "vae")
+    with pytest.raises(UserError, match="--vae"):
+        load(tmp_path / "far" / "again" / "model.pt")
+    load(tmp_path / "far" / "again" / "model.pt", vae=where)
+
+
+EDITS = {
+    "scheduler configuration": ("scheduler/scheduler_config.json", '"beta_end": 0.012', '"beta_end": 0.02'),
+    "U-Net configuration": ("unet/config.json", '"sample_size": 16', '"sample_size": 32'),
+    "text encoder configuration": ("text_encoder/config.json", '"quick_gelu"', '"gelu"'),
+    "tokenizer": ("tokenizer/tokenizer_config.json", '"model_max_length": 77', '"model_max_length": 40'),
+}  # fmt: skip
+
+
+def test_changed_settings_of_the_base_are_noticed(latent, sd_folder, tmp_path):
+    """Though all weights are the same; the base itself may have moved."""
+    options = latent | options_of(sd_folder) | dict(adapter="lora", rank=2, num_samples=0)
+    options |= dict(train_steps=1)
+    train(Config(**options))
+    moved = shutil.copytree(sd_folder, tmp_path / "moved")
+    train(Config(**options | dict(sd_path=f"{moved}/", train_steps=2)))
+    for name, (file, old, new) in EDITS.items():
+        text = (moved / file).read_text()
+        assert old in text, (file, text)
+        (moved / file).write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=rf"{tmp_path / 'run'} .*another {name} than"):
+            train(Config(**options | dict(sd_path=str(moved), train_steps=3)))
+        (moved / file).write_text(text)
+    train(Config(**options | dict(sd_path=str(moved), train_steps=3)))
+    # checkpoints of before say nothing of these settings
+    for path in (tmp_path / "run").rglob("*.pt"):
+        state = checkpoint.read(path)
+        state["frozen"] = {k: state["frozen"][k] for k in ("VAE", "VAE's scale", "text encoder")}
+        state.pop("origin")
+        path.unlink()
+        torch.save(state, path)
+    train(Config(**options | dict(sd_path=str(moved), train_steps=4)))

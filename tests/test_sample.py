@@ -71,7 +71,7 @@ def test_images_grid_and_seeds(model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "a" / "images").iterdir()) == [
         f"{i:06d}.png" for i in range(6)
     ]
-    assert Image.open(tmp_path / "a" / "grid.png").size == (3 * 18 + 2, 2 * 18 + 2)
+    assert Image.open(tmp_path / "a" / "grid.png").size == (6 * (3 * 18 + 2), 6 * (2 * 18 + 2))
     cut = run(model, tmp_path / "b", "--num_images", 5, "--batch_size", 2, "--sampler", "ddpm")
     assert abs(six[:5] - cut).max() <= 2
     ranks = run(

@@ -176,7 +176,9 @@ def test_the_folder_contract(tiny, tmp_path, capsys):
     assert "12 steps" in capsys.readouterr().out
     train(dataclasses.replace(config, train_steps=16, log_every=4, num_workers=1))
     assert checkpoint.read(tmp_path / "run" / "model.pt")["step"] == 16
-    with pytest.raises(UserError, match="(?s)learning_rate.*0.001.*0.1.*--overwrite"):
+    with pytest.raises(
+        UserError, match="(?s)learning_rate.*0.001.*0.1.*--load_path .*model.pt.*train_steps"
+    ):
         train(dataclasses.replace(config, learning_rate=0.1))
     notes = tmp_path / "run" / "notes.txt"
     notes.write_text("mine")

@@ -14,6 +14,7 @@ from ..config import (
     FRACTION,
     GUIDANCE,
     OBJECTIVES,
+    PATH,
     POSITIVE,
     SAMPLERS,
     SEED,
@@ -108,6 +109,7 @@ def parse(args: list[str] | None = None):
 
 def weighted(text: str) -> tuple[str, float]:
     """Read FILE or FILE:WEIGHT; without a weight it is 1."""
+    text = PATH(text)
     path, mark, weight = text.rpartition(":")
     try:
         return (path, float(weight)) if mark and path else (text, 1.0)
@@ -147,10 +149,13 @@ def take_loras(args) -> None:
 def open_model(args, device):
     """Open the pipeline that the arguments name. Raises UserError for what it has no use for."""
     from ..files.sd_files import check_averaged
+    from ..runtime import compiler
     from ..sampling.load import open_pipeline
 
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
+    if args.compile:
+        compiler.prepare(device)
     foreign = args.load_path is None and args.sd_path is not None
     if args.weights == "ema" and foreign:
         check_averaged(args.sd_path, "--weights")

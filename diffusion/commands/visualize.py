@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import UserError, shown
 from ..config import (
     GUIDANCE,
+    PATH,
     SAMPLERS,
     SEED,
     STEPS,
@@ -31,7 +32,7 @@ def parse(args: list[str] | None = None):
     option("--load_path FILE", "model.pt or .safetensors file of the model (default: results/model.pt if there is one)")
     option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from", requires=MODEL)
     option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
-    option("--data TEXT", "images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
+    option("--data TEXT", type=PATH, help="images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
     option("--num_images N", "number of images in each picture", between(1, 16), default=4)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}", default="ddim")
     option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule)", STEPS)

@@ -4,6 +4,7 @@ The cache's key holds the images, their transform, the digest of the encoding ne
 that the numbers depend on. The index of an entry is its image's or its caption's.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,11 @@ ENCODE_BATCH = 8  # images or captions that are encoded at a time
 def weights_digest(model: nn.Module) -> str:
     """Digest all weights, in their own precision: another network has another digest."""
     return digest_tensors(model.state_dict())[:32]
+
+
+def settings_digest(settings) -> str:
+    """Digest settings of JSON's types."""
+    return digest(json.dumps(settings, sort_keys=True))
 
 
 def image_latents(

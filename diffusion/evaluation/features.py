@@ -6,7 +6,6 @@ network's own name.
 """
 
 import hashlib
-import os
 import re
 import warnings
 from collections.abc import Callable
@@ -21,6 +20,8 @@ from .. import UserError
 from ..data.archives import download
 from ..files.atomic import atomic, open_regular
 from ..runtime.distributed import any_rank, is_main
+from ..runtime.machine import is_of_gpu
+from ..runtime.user_cache import cache_folder
 
 INCEPTION = "inception-2015-12-05.pt"
 # of NVIDIA's file, whose address clean-fid has; k-diffusion and others compare with it, too
@@ -61,6 +62,8 @@ class Features:
         try:
             out = self.network(x)
         except RuntimeError as error:
+            if is_of_gpu(error):
+                raise
             raise UserError(
                 f"the feature network {self.about} cannot use images of "
                 f"{tuple(x.shape[1:])} {x.dtype}: {str(error).strip().splitlines()[-1]}"
@@ -115,6 +118,8 @@ def open_features(path: str | None, device: torch.device) -> Features:
             warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
             network = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as error:
+        if is_of_gpu(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{file} cannot be read as TorchScript ({reason}); give a file that "
@@ -142,12 +147,6 @@ def inception_file() -> Path:
     if any_rank(error is not None):  # no rank waits for a file that will not come
         raise error or UserError("rank 0 could not fetch the Inception network")
     return file
-
-
-def cache_folder() -> Path:
-    """Return this user's own cache folder, where nobody else can lay another network."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "diffusion"
 
 
 def _fetch(file: Path) -> None:

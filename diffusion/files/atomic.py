@@ -24,6 +24,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from .. import UserError, printable
+from ..runtime.machine import is_of_gpu
 
 MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
@@ -45,6 +46,8 @@ def blame(where: Path | str, advice: str = "", kinds=Exception) -> Iterator[None
     except UserError:
         raise
     except kinds as error:
+        if is_of_gpu(error):
+            raise
         raise UserError(f"{where}: {reason(error)}{advice}") from None
 
 

@@ -11,6 +11,7 @@ metadata.
 """
 
 import contextlib
+import dataclasses
 import filecmp
 import hashlib
 import json
@@ -34,10 +35,11 @@ from .tensors import (
     read_safetensors,
     write_tensors,
 )
-from .text_files import parse_json
+from .text_files import parse_json, read_optional
 from .validate import Tensors, check_tensors, digest_tensors
 
 FORMAT = "diffusion-checkpoint-1"
+NETWORKS = ("vae", "sd_path", "sd_config")  # paths of what a model needs beside its own file
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
 RESUMED = {  # what only a run that goes on reads
     "best_loss": float | None,
@@ -219,7 +221,31 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
             f"{path} is a run of --adapter {config.adapter}, not a model: give the model "
             "that it was trained from, and its adapter.safetensors"
         )
-    return weights, config, metadata
+    return weights, locate(config, path), metadata
+
+
+def locate(config: Config, file: Path) -> Config:
+    """Find the networks and the data that the configuration in a model's file names.
+
+    Networks are looked for where the run's own config.json says, beside the file and in each
+    folder around it, and from the working directory; one found nowhere is named by where it was.
+    """
+    folder = file.resolve().parent
+    private = {}
+    with contextlib.suppress(UserError):
+        private = read_optional(folder / "config.json")
+    found = {}
+    for name in NETWORKS:
+        if path := getattr(config, name):
+            own = str(private.get(name, path))
+            places = [own] if os.path.isabs(own) else []
+            places += [*(str(f / path) for f in (folder, *folder.parents)), path]
+            there = [p for p in places if os.path.exists(p) and Path(p).resolve() != folder]
+            found[name] = [*there, own][0]
+    data = str(private.get("data"))
+    if os.path.isabs(data) and Path(data).name == config.data:
+        found["data"] = data
+    return dataclasses.replace(config, **found)
 
 
 def _read_shared(path: Path) -> tuple[Tensors, dict, dict]:

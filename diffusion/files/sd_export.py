@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..config import Parser, run_script
+from ..config import PATH, Parser, run_script
 from .atomic import create_whole
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
@@ -35,7 +35,12 @@ def parse(args: list[str] | None = None):
         choices=("ema", "raw"),
         help="weights to export: EMA weights, or those of the last step",
     )
-    add("--sd_path", metavar="PATH", help="where the Stable Diffusion model is now, if it moved")
+    add(
+        "--sd_path",
+        type=PATH,
+        metavar="PATH",
+        help="where the Stable Diffusion model is now, if it moved",
+    )
     add("--dtype", default="fp32", choices=tuple(DTYPES), help="precision of the exported weights")
     return parser.parse_args(args)
 

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def prompts_of(options: Sequence[str]) -> list[str]:
             found.append(text.removeprefix("@"))
             continue
         try:
-            lines = read_prompt_lines(Path(text[1:]))
+            lines = read_prompt_lines(Path(os.path.expanduser(text[1:])))
         except UserError as error:
             raise UserError(
                 f"--prompt {text}: {error}; a prompt that itself begins with @ is written @{text}"

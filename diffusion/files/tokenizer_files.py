@@ -2,13 +2,13 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 from .. import UserError, shown
 from ..models import tokenizer as tokenizers
 from ..models.configs import CLIPTextConfig
 from ..models.tokenizer import EOS, Tokenizer
+from ..runtime.user_cache import cache_folder
 from .atomic import blame, write_text
 from .text_files import MAX_JSON, read_bytes, read_json, read_optional
 
@@ -78,7 +78,7 @@ def find_vocabulary(path: Path) -> Tokenizer:
 
     Raises UserError if there is none.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion"
+    cache = cache_folder()
     for folder in (path.parent / "tokenizer", path.parent, cache):
         try:
             return load_tokenizer(folder)

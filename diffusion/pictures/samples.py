@@ -1,12 +1,13 @@
 """Sampled pictures as files: numbered PNGs and a grid of them, or a strip from LoRA to LoRA."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..files.output import drop_others, reserve, write_free
 from ..runtime import distributed as dist
@@ -15,6 +16,7 @@ from ..sampling.pipeline import Pipeline
 from .grid import grid, strip, to_uint8, write_png
 
 GRID_IMAGES = 100  # at most
+SMALL = 64  # pixels; a grid of smaller images is enlarged, for people to see them
 
 
 def sample_batches(
@@ -86,7 +88,10 @@ class Samples:
                     dist.log(f"{dropped} other pictures of earlier calls are deleted")
                     drop_others(self.folder / "grid.png")
                 first = [numbers.file(i) for i in range(min(self.count, GRID_IMAGES))]
-                path = self.write("grid.png", grid(np.stack([Image.open(file) for file in first])))
+                images = np.stack([Image.open(file) for file in first])
+                times = math.ceil(96 / images.shape[1]) if images.shape[1] < SMALL else 1
+                sheet = ImageOps.scale(grid(images), times, Image.Resampling.NEAREST)
+                path = self.write("grid.png", sheet)
                 last = numbers.file(self.count - 1)
                 dist.log(
                     f"{self.count} images in {folder}, {first[0].name} to {last.name}, the "

@@ -47,6 +47,8 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     if device == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))
         count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError("--device cuda: there is no CUDA GPU here; use auto or cpu")
         if index >= count:
             raise UserError(
                 f"rank {index} of this machine needs a GPU of its own and there are {count}; "

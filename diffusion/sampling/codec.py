@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.batches import move, to_unit
-from ..data.latents import weights_digest
+from ..data.latents import settings_digest, weights_digest
 from ..models.vae import AutoencoderKL, sample
 
 
@@ -98,5 +98,9 @@ class LatentCodec:
     @cached_property
     def digests(self) -> dict:
         """Describe the frozen networks that x0 depends on."""
-        scale = [self.vae.config.scaling_factor, self.vae.config.shift_factor]
-        return {"VAE": weights_digest(self.vae), "VAE's scale": scale}
+        c = self.vae.config
+        return {
+            "VAE": weights_digest(self.vae),
+            "VAE's scale": [c.scaling_factor, c.shift_factor],
+            "VAE configuration": settings_digest(c.to_dict()),
+        }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import UserError, shown, some
 from ..data.batch import Batch
 from ..data.batches import move
-from ..data.latents import weights_digest
+from ..data.latents import settings_digest, weights_digest
 from ..models.clip import CLIPTextModel, encode_chunks
 from ..models.cond import Cond
 from ..models.prompt_syntax import parse
@@ -212,8 +212,13 @@ class Prompts:
 
     @cached_property
     def digests(self) -> dict:
-        """Describe the frozen networks that the condition depends on."""
-        return {} if self.joint else {"text encoder": weights_digest(self.encoder)}
+        """Describe the tokenizer, and the frozen network that the condition depends on."""
+        t = self.tokenizer  # with its own words: training may have added one
+        own = {"tokenizer": settings_digest([t.vocab, t.merges, t.pad, t.context_length])}
+        if not self.joint:
+            own["text encoder"] = weights_digest(self.encoder)
+            own["text encoder configuration"] = settings_digest(self.encoder.config.to_dict())
+        return own
 
 
 # --- classes by name ---

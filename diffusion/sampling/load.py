@@ -10,12 +10,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown
 from ..config import Config
+from ..data.latents import settings_digest
 from ..files.atomic import reason
 from ..files.checkpoint import is_own, load_weights
 from ..files.sd_files import (
@@ -90,6 +92,11 @@ class FrozenStack:
     prompts: Prompts | None = None
     text_config: CLIPTextConfig | None = None
     unet: SDUNet | None = None
+
+    @property
+    def digests(self) -> dict:
+        """Describe what the network depends on that is neither codec nor condition."""
+        return {"scheduler configuration": settings_digest(self.scheduler)}
 
 
 def open_stack(config: Config, device: torch.device, tile: int | None = None) -> FrozenStack:
@@ -333,7 +340,7 @@ def open_pipeline(
     if trained.mode == "vae":
         raise UserError(
             f"{path} is a VAE, which samples nothing by itself: train a model on its "
-            f"latents, python train.py --mode latent --vae {path.parent}"
+            f"latents, python train.py --mode latent --vae {quote(str(path.parent))}"
         )
     if trained.mode == "latent":
         given = {"sd_path": sd_path, "sd_config": config, "vae": vae, "clip_skip": clip_skip}
@@ -414,7 +421,8 @@ def load_latent(
     if "text" in sizes:
         prompts = dataclasses.replace(prompts, encoder=model.text)
     conditioning = conditioning_of(config, metadata["classes"], device, prompts)
-    changed = check_digests(stack.codec.digests | conditioning.digests, metadata.get("frozen"))
+    found = stack.codec.digests | conditioning.digests | stack.digests
+    changed = check_digests(found, metadata.get("frozen"))
     if names := [n for n in changed if other_vae is None or not n.startswith("VAE")]:
         log(
             f"warning: {path} was trained with another {' and '.join(names)} than is there "

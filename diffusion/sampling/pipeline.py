@@ -21,6 +21,7 @@ from ..models.text_unet import networks_of
 from ..process.objective import Denoiser
 from ..process.samplers import Inpaint, Table, guided, make_table, sample_loop
 from ..process.schedule import NoisePath
+from ..runtime import compiler
 from ..runtime.cuda_graph import Graphs
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
@@ -277,6 +278,7 @@ class Pipeline:
         if not self.compiled:
             return for_inference(unet, dtype)
         if dtype not in self.ready:
+            compiler.prepare(self.device)
             self.ready[dtype] = for_inference(unet, dtype)
             self.ready[dtype].compile(dynamic=False)
         return self.ready[dtype]

@@ -4,11 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from .. import UserError
 from ..config import Config
 from ..runtime.distributed import describe_comm_error
+from ..runtime.machine import explain, is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -36,13 +35,7 @@ def friendly_errors(config: Config, micro: int, step: Callable[[], int]) -> Iter
                 "nothing else, or give --checkpointing or --amp auto"
             )
         else:
-            message = describe_comm_error(error)
+            message = describe_comm_error(error) or explain(error)
         if message is None:
             raise
         raise UserError(f"step {step()}: {message}; {resume}") from None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Check for an out-of-memory error, of a GPU or of the machine."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

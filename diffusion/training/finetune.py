@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from ..models.text_unet import TextUNet, networks_of
 from ..models.textual_inversion import extend, initial_rows, new_rows
 from ..pictures.grid import NonFinite, save_png, to_uint8
 from ..runtime import distributed as dist
+from ..runtime.machine import is_of_gpu
 from ..runtime.seeding import seed_of
 from ..sampling.load import FrozenStack, build_network
 from .finetune_config import Base
@@ -70,6 +72,8 @@ def start_from(model: nn.Module, base: Base) -> None:
     try:
         model.load_state_dict(base.weights)
     except RuntimeError as error:
+        if is_of_gpu(error):
+            raise
         raise UserError(
             f"--load_path does not fit this network (it was trained with unet_dim "
             f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
@@ -118,9 +122,11 @@ class Everything:
     def result(self, folder: Path) -> str:
         """Say where the result is, and how to use it."""
         if self.config.mode == "vae":
-            return f"{folder / 'model.pt'}; python train.py --mode latent --vae {folder} --data ..."
+            command = f"train.py --mode latent --vae {quote(str(folder))} --data ..."
+            return f"{folder / 'model.pt'}; python {command}"
         prompt = ' --prompt "..."' if self.config.condition == "text" else ""
-        return f"{folder / 'model.pt'}; python sample.py --load_path {folder / 'model.pt'}{prompt}"
+        file = str(folder / "model.pt")
+        return f"{file}; python sample.py --load_path {quote(file)}{prompt}"
 
 
 class Adapter:
@@ -158,7 +164,7 @@ class Adapter:
                 f"the model that the run in {self.config.save_folder} began with has "
                 "changed since; bring it back (--sd_weights ema, if it is a file with "
                 "model_ema.* and the run is of an earlier version, which took these), "
-                "or start from scratch with --overwrite"
+                "or train anew in another --save_folder (--overwrite deletes this run)"
             )
         assert state.keys() == set(self.trained)
         model.load_state_dict(state, strict=False)
@@ -171,16 +177,17 @@ class Adapter:
 
     def result(self, folder: Path) -> str:
         c = self.config
-        base = f"--sd_path {c.sd_path}" if c.load_path is None else f"--load_path {c.load_path}"
+        name, path = ("sd_path", c.sd_path) if c.load_path is None else ("load_path", c.load_path)
+        base = f"--{name} {quote(path)}"
         if c.load_path is None:
             stated = OBJECTIVES.get(find_prediction(c.sd_path, c.sd_config).type)
-            base += f" --config {c.sd_config}" if c.sd_config is not None else ""
+            base += f" --config {quote(c.sd_config)}" if c.sd_config is not None else ""
             base += " --weights ema" if c.sd_weights == "ema" else ""
             base += f" --clip_skip {c.clip_skip}" if c.clip_skip > 1 else ""
             base += "" if stated == c.objective else f" --objective {c.objective}"
         option = "--lora" if c.adapter == "lora" else "--embedding"
-        file = folder / "adapter.safetensors"
-        return f"{file}; python sample.py {base} {option} {file}"
+        file = str(folder / "adapter.safetensors")
+        return f"{file}; python sample.py {base} {option} {quote(file)}"
 
 
 def open_trainable(config: Config, stack: FrozenStack | None = None) -> Everything | Adapter:

@@ -10,6 +10,7 @@ from .. import UserError
 from ..config import Config
 from ..files.checkpoint import load_weights
 from ..files.sd_files import check_averaged, read_image_size, stated_objective
+from ..files.validate import digest_tensors
 
 # what a base model's own configuration decides; the second row unless it is given
 DECIDED = (
@@ -49,6 +50,10 @@ class Base(NamedTuple):
     weights: dict[str, Tensor]
     config: Config
     metadata: dict
+
+    def digest(self) -> str:
+        """Digest the weights, by which a file that has moved is known again."""
+        return digest_tensors(self.weights)[:32]
 
 
 def open_base(config: Config) -> Base | None:

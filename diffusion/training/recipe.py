@@ -98,19 +98,27 @@ class Recipe:
             networks = networks_of(model)
             names = {"unet": "unet", "text_encoder": "text"}  # as checkpoints name them
             about["networks"] = {names[n]: net.config.to_dict() for n, net in networks.items()}
-            about["frozen"] = self.codec.digests | self.conditioning.digests
+            about["frozen"] = self.frozen
         return about | self.trainable.metadata()
 
+    @property
+    def frozen(self) -> dict:
+        """Describe what the network is trained beside and does not train."""
+        return self.codec.digests | self.conditioning.digests | self.stack.digests
+
     def check_checkpoint(self, state: dict) -> None:
-        """Raise UserError if a checkpoint was trained with other frozen networks."""
+        """Raise UserError if a checkpoint was trained with other frozen networks or settings."""
         if self.stack is None:
             return
-        digests = self.codec.digests | self.conditioning.digests
-        if names := check_digests(digests, state.get("frozen")):
+        names = check_digests(self.frozen, state.get("frozen"))
+        unet = self.stack.unet
+        if unet is not None and check_digests(unet.config.to_dict(), state["networks"]["unet"]):
+            names.append("U-Net configuration")
+        if names:
             raise UserError(
                 f"the run in {self.config.save_folder} was trained with another "
-                f"{' and '.join(names)} than there is now; bring that back, or start "
-                "from scratch with --overwrite"
+                f"{' and '.join(names)} than there is now; bring that back, or train anew in "
+                "another --save_folder (--overwrite deletes this run)"
             )
 
     # --- a step

@@ -16,10 +16,12 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import NoReturn
 
 from .. import UserError, shown
-from ..config import Config
+from ..config import PATHS, Config, shared_path
+from ..data.sources import NAMED, configured, open_data
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
 from ..files.atomic import (
@@ -34,6 +36,7 @@ from ..files.atomic import (
 from ..files.text_files import read_bytes, read_json
 from ..runtime.distributed import all_equal, barrier, from_main, is_main, is_restart, log
 from ..runtime.seeding import seed_of
+from .finetune_config import open_base
 
 FOLDERS = ("checkpoints", "samples", "tensorboard")
 OVERWRITTEN = ".overwritten"
@@ -191,15 +194,72 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     saved = Config.from_dict(state["config"])
     if from_itself:
         config = dataclasses.replace(config, load_path=saved.load_path)
-    if changed := config.differences(saved):
+    check_data(config, saved, state["data"]["order"])
+    changed = config.differences(saved)
+    for name, same in (("load_path", same_start(config, saved, state)), ("class_data", None)):
+        pair = getattr(config, name), getattr(saved, name)
+        if not (same_place(*pair) if same is None else same):
+            changed[name] = pair
+    if changed:
         lines = [
             f"  {name}: {shown(old)} (saved) != {shown(new)} (given)"
             for name, (new, old) in changed.items()
         ]
         lines.insert(0, f"{folder} holds a run with a different configuration:")
-        lines.append("choose another --save_folder, or delete that run with --overwrite")
+        lines.append(f"give the saved values to continue it; {elsewhere(config)}")
+        free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
+        free = [name for name in free if name not in PATHS]
+        lines.append(f"a run may be continued with other {', '.join(free)}")
         raise UserError("\n".join(lines))
     return config, state
+
+
+def check_data(config: Config, saved: Config, order: str) -> None:
+    """Raise UserError if --data, named otherwise than a run's, is mistyped or has other images."""
+    if saved.data in (config.data, shared_path(config.data)):
+        return  # looked at later, with the rest
+    download = config.data.startswith("hf:") or config.data in NAMED
+    if download or open_data(*configured(config)).order_key() != order:
+        raise UserError(other_data(config))
+    log(f"--data {config.data} has images of the same names as --data {saved.data} had")
+
+
+def other_data(config: Config) -> str:
+    """Say that a run saw other images than there are now."""
+    return (
+        f"the files of --data {config.data} are not those that the run in {config.save_folder} saw "
+        f"(or an earlier version chose others of them: see CHANGELOG.md); {elsewhere(config)}"
+    )
+
+
+def elsewhere(config: Config) -> str:
+    """Say how to train with other options than a run's, which stays as it is."""
+    file = quote(str(Path(config.save_folder) / "model.pt"))
+    start = f", from its weights with --load_path {file}" if config.adapter == "none" else ""
+    return (
+        f"to train with these, give --save_folder ANOTHER{start} (--overwrite would delete the run)"
+    )
+
+
+def same_place(given: str | None, before: str | None) -> bool:
+    """Tell whether two paths, one as given and one as saved, lead to the same place."""
+    if given is None or before is None or shared_path(given) == before:
+        return shared_path(given) == before
+    return Path(given).resolve() == Path(before).resolve()
+
+
+def same_start(config: Config, saved: Config, state: dict) -> bool | None:
+    """Tell whether --load_path has the weights that a run began with; None: its place decides.
+
+    An adapter's base is compared in any case, when the adapter is put into it.
+    """
+    given, before = config.load_path, saved.load_path
+    if given is None or before is None:
+        return None
+    if given == before or config.adapter != "none":
+        return True
+    known = state.get("origin") is not None and Path(given).exists()
+    return open_base(config).digest() == state["origin"] if known else None
 
 
 class RunLog:
@@ -224,7 +284,7 @@ class RunLog:
                 dir=folder,
                 id=f"{seed_of(name):x}",
                 resume="allow",
-                config=dataclasses.asdict(config),
+                config=config.shared(),
             )
         for file in run_files(folder):
             if file.suffix == ".tmp":  # of a process that was killed while it wrote
@@ -232,7 +292,11 @@ class RunLog:
         lock = folder / ".lock"
         if not lock.exists() or not lock.stat().st_size:
             append_text(lock, str(folder.stat().st_ino))  # see made_here
-        write_text(folder / "config.json", config.to_json())
+        # where things are on this machine stands here alone, see `checkpoint.locate`
+        networks = {n: getattr(config, n) for n in checkpoint.NETWORKS}
+        private = {n: os.path.abspath(path) for n, path in networks.items() if path}
+        private = dataclasses.asdict(config) | private
+        write_text(folder / "config.json", json.dumps(private, indent=2))
         if config.overwrite:
             write_text(folder / OVERWRITTEN, launcher())
         self.path = folder / "metrics.jsonl"
@@ -356,12 +420,7 @@ def fid_is_missing(config: Config, step: int) -> bool:
 def check_resume(saved: dict | None, recipe, folder: Path) -> None:
     """Raise UserError if a run cannot be resumed with the data and networks that are there now."""
     if saved is not None and saved["data"]["order"] != recipe.batches.order_key():
-        raise UserError(
-            f"the files of --data {recipe.config.data} are not those that the run in "
-            f"{folder} saw (or an earlier version chose others of them: see CHANGELOG.md); to "
-            f"train on these, start from its weights: --load_path {folder / 'model.pt'} "
-            "--save_folder ANOTHER"
-        )
+        raise UserError(other_data(recipe.config))
     if not all_equal(-1 if saved is None else saved["step"]):
         raise UserError(
             f"not all ranks find the same run in {folder}: it must lie where all machines see it"

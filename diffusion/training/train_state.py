@@ -1,6 +1,6 @@
 """Everything that changes while a run trains, and how a checkpoint keeps it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,10 @@ DIVERGED_HINT = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
 
 @dataclass(eq=False)
 class TrainState:
-    """Hold all that changes while a run trains: what a checkpoint holds."""
+    """Hold all that changes while a run trains: what a checkpoint holds.
+
+    origin: the digest of --load_path's weights, if training began with them.
+    """
 
     recipe: Recipe | AutoencoderRecipe
     split: BatchSplit
@@ -32,6 +35,7 @@ class TrainState:
     stats: StepStats
     step: int = 0
     best_loss: float | None = None
+    origin: str | None = None
 
     def restore(self, saved: dict) -> None:
         """Continue from a checkpoint."""
@@ -71,7 +75,8 @@ class TrainState:
             "samples_seen": self.step * config.batch_size,
             "best_loss": self.best_loss,
             "ranks": self.split.ranks,
-            "config": asdict(config),
+            "config": config.shared(),
+            "origin": self.origin,
             **metadata,
             "data": {"order": batches.order_key(), "length": batches.length},
             "model": trainable.state(self.model),

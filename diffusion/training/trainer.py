@@ -18,6 +18,7 @@ from ..evaluation.fid import Fid
 from ..files import checkpoint
 from ..files.atomic import blame
 from ..pictures.grid import NonFinite
+from ..runtime import compiler
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import seed_of
@@ -54,6 +55,8 @@ def train(config: Config, given: set[str] | None = None) -> None:
     base = open_base(config) if config.adapts else None  # others need it at their start only
     config = resolve_config(config, given, base)
     device = dist.setup(config.device, config.rank_timeout)
+    if config.compile:
+        compiler.prepare(device)
     split = split_batch(config)
     folder = Path(config.save_folder)
     with friendly_errors(config, split.micro, lambda: 0), claim(folder):
@@ -95,6 +98,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     torch.manual_seed(seed_of(config.seed, "init"))
     model = recipe.build().to(device)
     recipe.start(model, base, fresh=saved is None)
+    origin = saved.get("origin") if saved is not None else base and base.digest()
     del base
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(
@@ -104,7 +108,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)
     stats = StepStats(device)
-    state = TrainState(recipe, split, model, ema, optimizer, scaler, stats)
+    state = TrainState(recipe, split, model, ema, optimizer, scaler, stats, origin=origin)
     if saved is not None:
         with blame(f"{folder} cannot be resumed from its newest checkpoint"):
             state.restore(saved)

@@ -1,18 +1,16 @@
 """Arrays that are computed once: decoded images, latents, embeddings of captions.
 
-    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each, and their digest
-    <cache_dir>/<key>/00000.json       notes on some of these entries, by index
+    <cache_dir>/<key>/00000.npy ...    as many entries as `shard` says in each
+    <cache_dir>/<key>/00000.json       notes on some of these entries, by index; the digest of all
 
 The key is a digest of all that the numbers depend on: whatever changes makes another cache. A shard
 is written atomically, and computed by whoever locks it first: the ranks of a run, and other runs,
 build at the same time. A build that was killed resumes with the shards that are missing. The digest
-is that of the shard and its notes, and compared when they are opened: what is damaged, or older
-than digests are, is computed again.
+is compared when a shard is opened: what is damaged, or older than digests are, is computed again.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -24,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..files.atomic import atomic, is_temporary, locked, open_regular, write_text
-from ..files.text_files import MAX_JSON, read_bytes
+from ..files.atomic import atomic, locked, remove_left, write_text
+from ..files.text_files import read_json
 from ..runtime.distributed import barrier, log, progress, rank, world_size
 
 
@@ -87,32 +85,24 @@ class Cache:
 
     def _open(self, shard: int) -> np.ndarray | None:
         """Map a shard into memory and take in its notes; None where it is missing or damaged."""
-        entries = self._entries(shard)
-        beside = self._file(shard).with_suffix(".json")
-        head, seal = self._begin(shard)
-        with contextlib.suppress(Exception), open_regular(self._file(shard)) as file:
-            array = np.memmap(file, self.dtype, "r", len(head), (len(entries), *self.shape))
-            notes = read_bytes(beside, MAX_JSON) if os.path.lexists(beside) else b""
-            seal.update(array)
-            seal.update(notes)
-            file.seek(0)
-            begins = file.read(len(head)) == head
-            file.seek(len(head) + array.nbytes)
-            if begins and file.read(seal.digest_size + 1) == seal.digest():
-                self.notes |= {int(i): note for i, note in json.loads(notes or b"{}").items()}
+        file = self._file(shard)
+        with contextlib.suppress(Exception):
+            about = read_json(file.with_suffix(".json"))
+            array = np.load(file, "r") if file.is_file() else np.empty(0)  # a pipe has no end
+            seal = hashlib.sha256(array)
+            seal.update(self._described(shard, about["notes"]))
+            expected = (self._shape(shard), self.dtype, seal.hexdigest())
+            if (array.shape, array.dtype, about["sha256"]) == expected:
+                self.notes |= {int(i): note for i, note in about["notes"].items()}
                 return array
         return None
 
-    def _begin(self, shard: int) -> tuple[bytes, "hashlib._Hash"]:
-        """Make the header of a shard's file, and the digest that begins with it."""
-        descr = np.lib.format.dtype_to_descr(np.dtype(self.dtype))
-        shape = (len(self._entries(shard)), *self.shape)
-        head = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            head, dict(descr=descr, fortran_order=False, shape=shape)
-        )
-        place = f"{self.folder.name} {shard}".encode()
-        return head.getvalue(), hashlib.sha256(place + head.getvalue())
+    def _shape(self, shard: int) -> tuple[int, ...]:
+        return (len(self._entries(shard)), *self.shape)
+
+    def _described(self, shard: int, notes: dict) -> bytes:
+        """Give what is digested beside the numbers of a shard."""
+        return f"{self.folder.name} {shard} {json.dumps(notes)}".encode()
 
     def _is_there(self, shard: int) -> bool:
         if self.arrays[shard] is None:
@@ -133,9 +123,8 @@ class Cache:
             for shard in shards:
                 lock = self._file(shard).with_suffix(".lock")
                 with locked(lock) as held:
-                    for left in self.folder.glob(f".{shard:05d}.*") if held else ():
-                        if is_temporary(left.name, rf"{shard:05d}\.(npy|json)"):
-                            left.unlink()  # of a builder that was killed
+                    if held:
+                        remove_left(self.folder, rf"{shard:05d}\.(npy|json)")
                     if not self._is_there(shard):  # else another process was faster
                         atomic(self._file(shard), lambda path: self._write(path, shard, bar))
                         self._is_there(shard)
@@ -143,9 +132,12 @@ class Cache:
 
     def _write(self, path: Path, shard: int, bar) -> None:
         entries = self._entries(shard)
-        head, seal = self._begin(shard)
+        seal = hashlib.sha256()
         with open(path, "wb") as out:
-            out.write(head)
+            np.lib.format.write_array_header_1_0(
+                out,
+                dict(descr=np.dtype(self.dtype).str, fortran_order=False, shape=self._shape(shard)),
+            )
             for low in range(0, len(entries), self.chunk):
                 values = self.compute(entries[low : low + self.chunk])
                 values = values.astype(self.dtype, copy=False)
@@ -156,14 +148,10 @@ class Cache:
                 seal.update(values.tobytes())
                 out.write(values.tobytes())
                 bar.update(len(values))
-            notes = {i: self.notes[i] for i in entries if i in self.notes}
-            beside = self._file(shard).with_suffix(".json")
-            beside.unlink(missing_ok=True)
-            if notes:
-                text = json.dumps(notes)
-                write_text(beside, text)
-                seal.update(text.encode())
-            out.write(seal.digest())
+        notes = {str(i): self.notes[i] for i in entries if i in self.notes}
+        seal.update(self._described(shard, notes))
+        about = json.dumps(dict(sha256=seal.hexdigest(), notes=notes))
+        write_text(self._file(shard).with_suffix(".json"), about)
 
 
 def check_space(folder: Path, need: int) -> None:

@@ -1,4 +1,4 @@
-"""Colours to sRGB: by the ICC profile, or by what PNG, AVIF and EXIF say in numbers.
+"""Colours to sRGB: by the ICC profile, or by what PNG, AVIF, HEIC and EXIF say in numbers.
 
 Which one counts, first of all (PNG, third edition): cICP, ICC profile, sRGB, gAMA and cHRM; and of
 photographs without any of them, EXIF's R03 (DCF: Adobe RGB). Numbers are made into a profile, so
@@ -31,9 +31,10 @@ MAX_HEAD = 1 << 22  # bytes of a file that are looked through, or of a profile
 EMBEDDED = {
     "PNG": rb"\0\0\0\x04cICP(.)(.)(.)(.)",
     "AVIF": rb"colrnclx(..)(..)",
+    "HEIF": rb"colrnclx(..)(..)",
     "JPEG2000": rb"(....)colr\x02..",
-    "GIF": rb"!\xff\x0bICCRGBG1012",  # an application's block, then chunks with lengths
-    "BMP": rb"^BM.{12}\x7c\0\0\0.{52}DEBM.{52}(....)(....)",  # version 5, embedded
+    "GIF": rb"!\xff\x0bICCRGBG1012",  # of these two the profile is not read
+    "BMP": rb"^BM.{12}\x7c\0\0\0.{52}DEBM",
 }
 D50 = (0.9642, 1.0, 0.8249)  # XYZ of the profile connection space
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # (aX + b)^g above d, cX below
@@ -105,26 +106,15 @@ def _find_embedded(image: Image.Image) -> None:
     found = re.search(EMBEDDED[image.format], head, re.DOTALL)
     if not found or (image.format != "PNG" and "icc_profile" in image.info):
         return
-    order = "little" if image.format == "BMP" else "big"
-    numbers = [int.from_bytes(group, order) for group in found.groups()]
-    at = found.end()
-    profile = b""
-    match image.format:
-        case "PNG" | "AVIF":
-            image.info["cicp"] = numbers
-            if numbers[3:] not in ([], [1]):
-                raise ValueError("a PNG of narrow range (cICP); convert it to full range")
-            return
-        case "JPEG2000":
-            profile = head[at : found.start() + numbers[0]]
-        case "BMP":
-            image.fp.seek(14 + numbers[0])
-            profile = image.fp.read(min(numbers[1], MAX_HEAD))
-        case "GIF":
-            while at < len(head) and head[at]:
-                profile += head[at + 1 : at + 1 + head[at]]
-                at += 1 + head[at]
-    image.info["icc_profile"] = profile
+    numbers = [int.from_bytes(group, "big") for group in found.groups()]
+    if image.format == "JPEG2000":
+        image.info["icc_profile"] = head[found.end() : found.start() + numbers[0]]
+    elif not numbers:
+        image.info["icc_profile"] = b"none that could be opened"
+    elif numbers[3:] not in ([], [1]):
+        raise ValueError("a PNG of narrow range (cICP); convert it to full range")
+    else:
+        image.info["cicp"] = numbers
 
 
 def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
@@ -158,11 +148,10 @@ def _is_grey(image: Image.Image) -> bool:
 def _profile(image: Image.Image) -> bytes | None:
     """Find the profile of the image's colours; None where it is sRGB or nothing is said."""
     info = image.info
-    grey = _is_grey(image)
     if "cicp" in info:
         primaries, transfer = info["cicp"][:2]
         if primaries in PRIMARIES and transfer in TRANSFERS:
-            return make_profile(PRIMARIES[primaries], TRANSFERS[transfer], grey)
+            return make_profile(PRIMARIES[primaries], TRANSFERS[transfer])
         if not LESSER & info.keys():
             raise BadProfile(f"its colours are of an unknown kind (cICP {primaries}, {transfer})")
     if info.get("icc_profile") or "srgb" in info:
@@ -173,17 +162,15 @@ def _profile(image: Image.Image) -> bytes | None:
             raise BadProfile(f"its gAMA is {gamma:g}")
         same = abs(gamma * 2.2 - 1) <= GAMMA_SAME
         chromaticity = tuple(info.get("chromaticity", PRIMARIES[1]))
-        return make_profile(chromaticity, None if same else 1 / gamma, grey)
-    if info.get("adobe_rgb"):
-        return make_profile(ADOBE, ADOBE_GAMMA, grey)
-    return None
+        return make_profile(chromaticity, None if same else 1 / gamma)
+    return make_profile(ADOBE, ADOBE_GAMMA) if info.get("adobe_rgb") else None
 
 
 @lru_cache
-def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -> bytes:
+def make_profile(chromaticity: tuple, gamma: float | None) -> bytes:
     """Build an ICC profile of 8 numbers, x and y of white, red, green and blue, and a power law.
 
-    gamma None: sRGB's curve. grey: the curve only. Raises BadProfile for impossible primaries.
+    gamma None: sRGB's curve. Raises BadProfile for impossible primaries.
     """
     xy = np.array(chromaticity, np.float64).reshape(4, 2)
     with np.errstate(all="ignore"):
@@ -199,13 +186,10 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     def fixed(values) -> bytes:
         return np.round(65536 * np.asarray(values)).astype(">i4").tobytes()
 
-    # a parametric curve, of type 0: Y = X^g, or of type 3: as sRGB's
-    kind = 3 if gamma is None else 0
-    curve = struct.pack(">4s4xH2x", b"para", kind) + fixed(SRGB_CURVE if kind else [gamma])
+    # a parametric curve of type 3
+    curve = b"para\0\0\0\0\0\3\0\0" + fixed(SRGB_CURVE if gamma is None else [gamma, 1, 0, 0, 0])
     tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(D50)}
-    if grey:
-        tags[b"kTRC"] = curve
-    for name, column in () if grey else zip((b"r", b"g", b"b"), columns.T):
+    for name, column in zip((b"r", b"g", b"b"), columns.T):
         tags[name + b"XYZ"] = b"XYZ \0\0\0\0" + fixed(column)
         tags[name + b"TRC"] = curve
     at = 132 + 12 * len(tags)
@@ -214,8 +198,8 @@ def make_profile(chromaticity: tuple, gamma: float | None, grey: bool = False) -
     for name, value in tags.items():
         table += struct.pack(">4sII", name, at + len(data), len(value))
         data += value
-    kinds = (b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ ", b"acsp")
-    head = struct.pack(">I4xI4s4s4s12x4s28x", at + len(data), 0x04200000, *kinds) + fixed(D50)
+    kind = b"mntrRGB XYZ "
+    head = struct.pack(">I4xI12s12x4s28x", at + len(data), 0x04200000, kind, b"acsp") + fixed(D50)
     return head.ljust(128, b"\0") + table + data
 
 

@@ -5,17 +5,14 @@
     signed, and all of 32 bits  those tags, or MinSampleValue and MaxSampleValue; refused without
 
 A guess from an image's own values would give two images of one folder two scales: what declares
-no range is refused by name. Mended too is what Pillow gets wrong: WhiteIsZero in deep greys, 16-bit
-planes stored one after the other, compressed samples of the other byte order, and the transparent
-colour of a PNG of other than 8 bits.
+no range is refused by name. Mended too is what Pillow gets wrong: WhiteIsZero in deep greys, and
+the transparent grey of a PNG of less than 8 bits. The rest of what it gets wrong is refused.
 """
 
-import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 BITS = 258  # TIFF tags
 PHOTOMETRIC = 262
@@ -26,21 +23,23 @@ SUBSAMPLING = 530
 LOWEST = (340, 280)  # SMinSampleValue, MinSampleValue
 HIGHEST = (341, 281)
 KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
-NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
+OTHER_ORDER = ("F;32BF", "I;32BS", "I;16BS")  # of bytes
 OVERSHOOT = 0.5  # of floats beyond 0 ... 1, as sharpening makes it; cut off
 
 
-def prepare(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
+def prepare(image: Image.Image) -> None:
     """Note in image.info what the file declares of its samples, before they are read.
 
-    Mends how Pillow would read them. Raises ValueError, which names the kind, for one that has no
-    certain meaning.
+    Raises ValueError, which names the kind, for one that has no certain meaning, or that Pillow
+    would misread.
     """
     if image.format == "TIFF":
         _prepare_tiff(image)
     if image.format == "PNG" and "transparency" in image.info:
-        return _prepare_transparent(image, source)
-    return image
+        raw = image.tile[0][3] if image.tile else ""
+        if raw == "RGB;16B":  # of the pixels it keeps 8 bits, of the colour 16
+            raise ValueError("a PNG of 16 bits with a transparent colour; save it with alpha")
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
 def _prepare_tiff(image: Image.Image) -> None:
@@ -54,12 +53,10 @@ def _prepare_tiff(image: Image.Image) -> None:
     misread = kind == 2 and not _is_deep(image)
     # of compressed planes without alpha, libtiff reads the first
     misread |= in_planes and (mode in ("LA", "La", "PA") or (is_raw and mode in ("1", "L", "P")))
+    misread |= in_planes and is_raw and bits == 16
     if not is_raw:
         # libtiff gives the machine's byte order, Pillow expects the file's
-        _read_as(image, lambda raw: NATIVE.get(raw, raw))
-    elif in_planes and bits == 16:
-        misread |= mode not in ("RGB", "RGBA")
-        _read_as(image, lambda raw: f"{raw};16{'L' if tags.prefix == b'II' else 'B'}")
+        misread |= image.tile[0][3][0] in OTHER_ORDER
     elif mode == "YCbCr":
         misread |= tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)
     if misread:
@@ -90,39 +87,6 @@ def _prepare_tiff(image: Image.Image) -> None:
         image.info["sample_range"] = (high, low) if white_is_zero else (low, high)
         image.info["sample_declared"] = is_declared
         image.info["sample_unsigned"] = kind == 1
-
-
-def _prepare_transparent(image: Image.Image, source: Path | io.BytesIO) -> Image.Image:
-    """Bring tRNS, which is in the file's depth, to that of the pixels."""
-    key = image.info["transparency"]
-    raw = image.tile[0][3] if image.tile else ""
-    image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(raw, 1)
-    if raw != "RGB;16B":
-        return image
-    # Pillow keeps the high bytes of 16 bits; read as if it were little-endian, the low ones
-    if not isinstance(source, Path):
-        source = io.BytesIO(source.getvalue())
-    with Image.open(source, formats=("PNG",)) as again:
-        _read_as(again, lambda raw: "RGB;16L")
-        low = np.asarray(again)
-    del image.info["transparency"]
-    image = image.copy()
-    alpha = np.empty((image.height, image.width), np.uint8)
-    for band, high in _bands(image):
-        colour = high.astype(np.uint16) << 8 | low[band]
-        alpha[band] = np.where((colour == key).all(-1), 0, 255)
-    image.putalpha(Image.fromarray(alpha))
-    return image
-
-
-def _read_as(image: Image.Image, change: Callable[[str], str]) -> None:
-    """Have Pillow take a file's bytes for another raw mode; it names one per tile."""
-    tile_type = getattr(ImageFile, "_Tile", lambda *tile: tile)  # since Pillow 11
-    tiles = []
-    for codec, extents, offset, args in image.tile:
-        args = change(args) if isinstance(args, str) else (change(args[0]), *args[1:])
-        tiles.append(tile_type(codec, extents, offset, args))
-    image.tile = tiles
 
 
 def _is_deep(image: Image.Image) -> bool:

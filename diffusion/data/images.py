@@ -7,12 +7,13 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import shown
-from ..files.atomic import reason
+from ..files.atomic import open_regular, reason
 from ..runtime.distributed import log
 from . import colour, depth
 
@@ -98,15 +99,10 @@ def read_noting(read: Callable[..., np.ndarray], *args) -> tuple[np.ndarray, lis
     found = []
     pixels = read(*args, found.append)
     sparse = pixels[::8, ::8]  # nearly every image shows its colours in these
-    if _spread(sparse) <= ONE_COLOUR and _spread(pixels) <= ONE_COLOUR:
+    if all(np.ptp(some, (0, 1)).max() <= ONE_COLOUR for some in (sparse, pixels)):
         mean = pixels.mean((0, 1)).round().astype(int).tolist()
         found.append(f"all of it is (nearly) one colour, {tuple(mean)}")
     return pixels, found
-
-
-def _spread(pixels: np.ndarray) -> int:
-    """Find the largest difference within one of the channels."""
-    return int((pixels.max((0, 1)).astype(int) - pixels.min((0, 1))).max())
 
 
 def read_mask(file: Path | bytes) -> np.ndarray:
@@ -136,33 +132,34 @@ def read_mask(file: Path | bytes) -> np.ndarray:
 def _opened(file: Path | bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong while it is open becomes a BadImage with a reason."""
     try:
-        if isinstance(file, Path) and file.exists() and not file.is_file():
-            raise BadImage("no regular file")  # from a pipe there may never come anything
-        try:
-            image = _decoded(file)
-        except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
-            if _read(file, len(PNG)) != PNG:
-                raise
-            image = _decoded(_without_text(_read(file)))
-        with image:
-            yield image
+        with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as source:
+            try:
+                image = _decoded(source)
+            except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
+                source.seek(0)
+                if source.read(len(PNG)) != PNG:
+                    raise
+                image = _decoded(io.BytesIO(_without_text(source.read())))
+            with image:
+                yield image
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
-    except UnidentifiedImageError:
-        if HEIF.match(_read(file, 12)):
-            raise BadImage("HEIC is read with pillow-heif: pip install pillow-heif") from None
-        raise BadImage(
-            "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
-        ) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
         raise BadImage(reason(error)) from None
 
 
-def _decoded(file: Path | bytes) -> Image.Image:
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
-    image = Image.open(source, formats=formats())
+def _decoded(source: BinaryIO) -> Image.Image:
+    try:
+        image = Image.open(source, formats=formats())
+    except UnidentifiedImageError:
+        source.seek(0)
+        if HEIF.match(source.read(12)) and "HEIF" not in formats():
+            raise BadImage("HEIC is read with pillow-heif: pip install pillow-heif") from None
+        raise BadImage(
+            "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
+        ) from None
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
@@ -171,22 +168,15 @@ def _decoded(file: Path | bytes) -> Image.Image:
         if width * length > pixels + MAX_TILE:
             raise BadImage(f"{image.width}x{image.height} in tiles of {width}x{length}")
     colour.prepare(image)
-    image = depth.prepare(image, source)
+    depth.prepare(image)
     image.load()
     return image
 
 
-def _read(file: Path | bytes, size: int | None = None) -> bytes:
-    if isinstance(file, bytes):
-        return file[:size]
-    with open(file, "rb") as opened:
-        return opened.read(size)
-
-
 def _without_text(data: bytes) -> bytes:
-    """Copy a PNG without its texts."""
+    """Copy a PNG without its texts, from its chunks."""
     kept = [PNG]
-    at = len(PNG)
+    at = 0
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         if kind not in TEXTS:

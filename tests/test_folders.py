@@ -540,3 +540,66 @@ def test_repeats_count_only_where_captions_are_used(tmp_path):
     pictures(tmp_path, "10_cat/0.png", "20_dog/0.png")
     images = folder_set(tmp_path, selection=Selection(captions=False))
     assert images.repeats is None and images.classes == ["10_cat", "20_dog"]
+
+
+# --- what is said of folders that mean something else ----------------------------------------------
+
+
+def test_private_texts_beside_a_picture_stay_unread(tmp_path, capsys):
+    """A picture opens only the texts and tables of its own name, not all that lies beside it."""
+    home, data = tmp_path / "home", tmp_path / "data"
+    pictures(home, "holiday.png")
+    secrets = (".netrc", "id_rsa", "notes.txt", "rows.csv")
+    for name in (*secrets, "holiday.txt"):
+        (home / name).write_text("file_name,text\n1.png,secret" if "." in name else "secret")
+    for i, name in enumerate(secrets):
+        folder = data / str(i)
+        folder.mkdir(parents=True)
+        (folder / "1.png").symlink_to(home / "holiday.png")
+        (folder / "1.txt").symlink_to(home / name)
+        (folder / "metadata.csv").symlink_to(home / name)
+        assert folder_set(folder).captions is None
+        said = capsys.readouterr().out
+        assert "secret" not in said and "1.txt" in said and "metadata.csv" in said
+        (folder / "1.txt").unlink()
+        (folder / "1.txt").symlink_to(home / "holiday.txt")
+        assert len(folder_set(folder).captions[0]) > 0
+
+
+def test_a_folder_of_two_names_is_named(tmp_path, capsys):
+    pictures(tmp_path, "made/0.png")
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / name).symlink_to(tmp_path / "made")
+    assert folder_set(tmp_path / "data").classes == ["a"]
+    assert f"{tmp_path / 'data' / 'b'}': was read under another name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["", "hf:"])
+def test_data_that_names_nothing(tmp_path, data):
+    """As of a shell's variable that is not set: not the folder one is in."""
+    pictures(tmp_path, "0.png")
+    done = warm.script("train.py", "--data", data, "--dry_run", cwd=tmp_path)
+    told = done.stdout + done.stderr
+    assert done.returncode == 1 and "error: --data" in told and "Traceback" not in told
+
+
+def test_folders_without_images_say_what_is_there(tmp_path):
+    with pytest.raises(UserError, match="0 images: none; other files: none"):
+        folder_set(tmp_path)
+    (tmp_path / "z.zip").write_text("")
+    with pytest.raises(UserError, match=r"other files: .zip \(1\)"):
+        folder_set(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("20_a dog/x/0.png",), ("20_a dog/0.png", "plain/1.png")])
+def test_names_like_kohya_s_that_are_not_read_so_are_named(tmp_path, names, capsys):
+    pictures(tmp_path, *names)
+    assert folder_set(tmp_path).repeats is None
+    assert "20_a dog look like kohya's" in capsys.readouterr().out
+
+
+def test_heif_by_all_its_suffixes(tmp_path):
+    for suffix in ("heic", "HIF", "heif", "heics", "heifs"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"")
+    assert len(folder_set(tmp_path)) == 5

@@ -337,7 +337,7 @@ def test_what_an_avif_says_of_its_colours():
 
 
 @pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow reads no JPEG 2000")
-def test_a_profile_in_jpeg_2000():
+def test_a_profile_in_jpeg_2000_is_not_used_and_named():
     data = saved(Image.new("RGB", (16, 16), GREEN), "JPEG2000", irreversible=False)
     at = data.index(b"colr") - 4
     (length,) = struct.unpack(">I", data[at : at + 4])
@@ -347,7 +347,9 @@ def test_a_profile_in_jpeg_2000():
     grown = struct.pack(">I", whole + len(box) - length)
     changed = data[:head] + grown + data[head + 4 : at] + box + data[at + length :]
     near(read_image(data, None), GREEN)
-    near(read_image(changed, None), P3_GREEN)
+    said = []
+    near(read_image(changed, None, said.append), GREEN)
+    assert len(said) == 1 and "profile cannot be used" in said[0]
 
 
 def test_a_profile_in_gif_is_not_used_and_named():
@@ -478,6 +480,37 @@ def test_much_text_in_a_png_does_not_hide_its_pixels(tmp_path, kind, place):
         Image.open(tmp_path / "a.png").load()
 
 
+@pytest.mark.parametrize(
+    "chunk, named",
+    [
+        ((b"zTXt", b"k\0\5" + zlib.compress(b"x")), False),
+        ((b"iCCP", b"k\0\5" + zlib.compress(P3)), True),
+        ((b"iCCP", b"k\0\0" + zlib.compress(P3 + bytes(1 << 21))), True),
+        ((b"pHYs", b"\0"), True),
+        ((b"gAMA", b"\0"), True),
+        ((b"eXIf", b"MM\0*\0\0"), False),
+    ],
+    ids=lambda value: value[0].decode() if isinstance(value, tuple) else "",
+)
+def test_damaged_chunks_of_a_png_do_not_hide_its_pixels(chunk, named):
+    data = png([bytes([*GREEN, 0, 0, 0])], 8, 2, 2, (b"tRNS", bytes(6)), chunk)
+    said = []
+    near(read_image(data, None, said.append)[0], [GREEN, (255,) * 3])
+    assert len(said) == named and all("profile cannot be used" in line for line in said)
+    for wrong in (data.replace(chunk[0], b"xxxx"), data):  # its sum is wrong, too
+        at = wrong.index(b"IDAT")
+        with pytest.raises(BadImage):
+            read_image(wrong[: at + 4] + bytes(8) + wrong[at + 12 :], None)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0ExifExif", bytes(40), b"Exif\0\0MM\0*\0\0"])
+def test_damaged_exif_is_as_none(kind, exif):
+    image = Image.new("RGB", (16, 16), GREEN)
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    near(read_image(saved(image, kind, exif=exif, **options), None), GREEN, 2)
+
+
 def test_a_giant_tile_is_refused_before_it_is_decoded(tmp_path):
     """16x16 pixels in a tile of 11000x11000: a gigabyte."""
     file = tmp_path / "a.tiff"
@@ -530,21 +563,16 @@ def test_threads_share_a_profile():
 # --- depth ---------------------------------------------------------------------------------------
 
 GREYS = np.array([[0, 64, 128, 255]])
-RANGE = {340: ("I", [0]), 341: ("I", [4095])}
 
 
 @pytest.mark.parametrize("zip", [False, True], ids=["raw", "deflate"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype, scale, shift, options", [
     ("u1", 1, 0, {}), ("u2", 257, 0, {}), ("f4", 1 / 255, 0, {"kind": 3}),
-    ("u2", 16.0588, 0, {"bits": 12}), ("u2", 16.0588, 0, {"tags": {341: ("H", [4095])}}),
-    ("i2", 257, -32768, {"kind": 2, "tags": {340: ("h", [-32768]), 341: ("h", [32767])}}),
-    ("i4", 1000, -100, {"kind": 2, "tags": {340: ("i", [-100]), 341: ("i", [254900])}}),
-    ("u4", 16843009, 0, {"tags": {341: ("I", [2**32 - 1])}}), ("u4", 16.0588, 0, {"tags": {281: ("H", [4095])}}),
-    ("f4", 1, 0, {"kind": 3, "tags": {340: ("f", [0]), 341: ("f", [255])}}),
-    ("f4", 2, -255, {"kind": 3, "tags": {340: ("d", [-255]), 341: ("d", [255])}}),
+    ("u2", 16.0588, 0, {"bits": 12}), ("u2", 257, 0, {"tags": {341: ("H", [65535]), 281: ("H", [4095])}}),
+    ("f4", 1 / 255, 0, {"kind": 3, "tags": {340: ("f", [0]), 341: ("d", [1])}}),
 ], ids=str)  # fmt: skip
-def test_greys_are_scaled_by_their_declared_range(dtype, scale, shift, options, order, zip):
+def test_greys_are_scaled_by_the_range_of_their_type(dtype, scale, shift, options, order, zip):
     """Or refused by name, where Pillow cannot read them (some of the other byte order)."""
     values = (
         (GREYS * scale + shift).astype(dtype)
@@ -602,7 +630,11 @@ def test_colours_of_a_tiff(dtype, scale, channels, order, planar, zip):
     (tiff(GREYS.astype("i1"), 1, kind=2), "8-bit signed integer"),
     (tiff(GREYS.astype("f4"), 1, kind=3), "from 0 to 255.*0 to 1"),
     (tiff(-GREYS.astype("f4"), 1, kind=3), "from -255 to (-)?0.*0 to 1"),
-    (tiff(np.float32([[0, np.nan]]), 1, kind=3), "NaN"), (tiff(np.float32([[0, np.inf]]), 1, kind=3), "infinite"),
+    (tiff(np.float32([[0, np.nan]]), 1, kind=3), "nan"), (tiff(np.float32([[0, np.inf]]), 1, kind=3), "inf"),
+    (tiff(GREYS.astype("u2"), 1, tags={341: ("H", [4095])}), "16-bit.*range"),
+    (tiff(GREYS.astype("f4"), 1, kind=3, tags={341: ("f", [255])}), "32-bit floats.*range"),
+    (tiff(GREYS.astype("i2"), 1, kind=2, tags={340: ("h", [-32768]), 341: ("h", [32767])}), "16-bit.*range"),
+    (tiff(GREYS.astype("u4"), 1, tags={341: ("I", [255])}), "32-bit.*range"),
     (tiff(GREYS / 255, 1, kind=3), "Pillow can read.*PNG"),
     (tiff((GREYS / 255).astype("f2"), 1, kind=3), "Pillow can read.*PNG"),
     (tiff((RGBA[..., :3] / 255).astype("f4"), 2, kind=3), "Pillow can read.*PNG"),
@@ -614,7 +646,7 @@ def test_colours_of_a_tiff(dtype, scale, channels, order, planar, zip):
     (tiff(RGBA[..., :2].astype("u1"), 0, planar=2, extra=(0,)), "8-bit.*L in planes"),
     (tiff(RGBA[..., :2].astype("u1"), 0, extra=(2,)), "Pillow can read.*PNG"),
     (tiff(GREYS.astype("u2"), 0, order=">"), "Pillow can read.*PNG"),
-], ids=range(20))  # fmt: skip
+], ids=range(24))  # fmt: skip
 def test_what_has_no_certain_range_is_refused_by_name(data, match):
     with pytest.raises(BadImage, match=match):
         read_image(data, 8)

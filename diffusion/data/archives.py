@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zipfile
 from collections import Counter
@@ -26,13 +25,12 @@ import numpy as np
 from PIL import Image
 
 from .. import UserError, shown
-from ..files.atomic import blame, locked, open_regular
-from ..files.text_files import read_bytes
+from ..files.atomic import blame, create_whole, locked, open_regular
 from ..files.validate import TarMember
 from ..runtime.distributed import log, progress
 from .cache import check_space
 from .captions import EVERYTHING, Selection
-from .folder import counted, is_inside
+from .folder import counted
 from .image_set import ImageSet, digest, file_stamp
 from .images import SUFFIXES, to_pixels
 
@@ -43,6 +41,7 @@ MAX_NAME = 1000  # characters of a path
 MAX_DIRECTORY = 32 << 20  # bytes of a zip's directory, which zipfile holds in memory
 # what a data set may consist of: images, their captions and tables, and CIFAR-10
 WANTED = SUFFIXES | {".txt", ".caption", ".jsonl", ".csv", ".parquet", ".bin"}
+CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 Member = tuple[str, int, BinaryIO | None]  # path, bytes, what to read; None for what is no file
 
@@ -51,8 +50,8 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> None:
     """Download an archive and unpack it to the folder `target`, completely or not at all."""
 
     def get(work: Path) -> Path:
-        download(url, work / "archive", sha256)
-        return work / "archive"
+        download(url, work / ".archive", sha256)
+        return work / ".archive"
 
     advice = f"; download it elsewhere and unpack it to {target}, or give --data a folder of images"
     with blame(f"{url} could not be fetched", advice):
@@ -62,7 +61,8 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> None:
 def unpacked(archive: Path, cache_dir: Path) -> Path:
     """Unpack an archive of the user's below the cache's folder, once; give the folder."""
     target = cache_dir / f"archive_{digest(str(archive.resolve()), file_stamp(archive))}"
-    with blame(f"--data {archive}", "; expected a folder, or a zip or tar of images"):
+    advice = "; expected a folder of images, or a zip or tar of one: unpack any other archive"
+    with blame(f"--data {archive}", advice):
         _build(target, lambda work: archive)
     log(f"data: {archive} is unpacked to {target}")
     return target
@@ -70,25 +70,21 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
 
 def _build(target: Path, get: Callable[[Path], Path]) -> None:
     """Unpack the archive that get(a new folder) gives to `target`, unless that is there."""
+
+    def write(path: Path) -> None:
+        folder = path.with_name(".unpacked")
+        folder.mkdir()
+        _unpack(get(path.parent), folder)
+        inner = list(folder.iterdir())
+        if len(inner) == 1 and inner[0].is_dir():  # around all others: no class
+            suffixes = {path.suffix.lower() for path in inner[0].iterdir()}
+            folder = folder if suffixes & SUFFIXES else inner[0]
+        folder.rename(path)
+
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{target.name}.lock")) as held:
-        if target.is_dir():
-            return
-        for left in target.parent.glob(f".{target.name}.*fetch") if held else ():
-            if not left.is_symlink():  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(".fetch", f".{target.name}.", target.parent))
-        try:
-            folder = work / "unpacked"
-            folder.mkdir()
-            _unpack(get(work), folder)
-            inner = list(folder.iterdir())
-            if len(inner) == 1 and inner[0].is_dir():  # around all others: no class
-                suffixes = {path.suffix.lower() for path in inner[0].iterdir()}
-                folder = folder if suffixes & SUFFIXES else inner[0]
-            os.replace(folder, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with locked(target.with_name(f".{target.name}.lock")):
+        if not target.is_dir():
+            create_whole(target, write)
 
 
 def download(url: str, part: Path, sha256: str | None = None) -> None:
@@ -130,7 +126,7 @@ def _unpack(archive: Path, target: Path) -> None:
                 )
             parts = _parts(name)
             if parts is None or source is None:
-                left_out["names that lead outside" if parts is None else "links and devices"] += 1
+                left_out["links, devices and names that lead outside"] += 1
                 continue
             if not parts or parts[-1].startswith(".") or parts[0] == "__MACOSX":
                 continue
@@ -139,19 +135,15 @@ def _unpack(archive: Path, target: Path) -> None:
             if suffix not in WANTED:
                 left_out[suffix or path.name] += 1
                 continue
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-            except (FileExistsError, NotADirectoryError):
-                left_out["names that are there twice"] += 1
-                continue
-            if path.stat().st_size != length:
-                raise OSError(f"{shown(name)} ends too early")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+                if out.tell() != length:
+                    raise OSError(f"{shown(name)} ends too early")
     if not total:
         raise OSError("it holds nothing")
     if left_out:
-        log(f"left out of {archive.name}: {counted(sorted(left_out.items()))}")
+        log(f"left out of {archive.name}: {counted(left_out)}")
 
 
 def _parts(name: str) -> list[str] | None:
@@ -159,8 +151,8 @@ def _parts(name: str) -> list[str] | None:
     path = name.replace("\\", "/")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     is_absolute = path.startswith("/") or re.match("[A-Za-z]:", path)
-    is_long = len(path) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in parts)
-    return None if is_absolute or is_long or ".." in parts or "\0" in path else parts
+    is_odd = is_absolute or len(path) > MAX_NAME or "\0" in path
+    return None if is_odd or ".." in parts else parts
 
 
 def _members(file: BinaryIO) -> Iterator[Member]:
@@ -211,17 +203,12 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
             "--split, --image_column and --caption_column"
         )
     files = sorted(file for file in folder.glob("data_batch_*.bin") if file.is_file())
-    meta = folder / "batches.meta.txt"
     try:
-        names = read_bytes(meta, MAX_NAME).decode("ascii").split()
-        is_plain = "".join(names).replace("_", "").isalnum()  # they become the model's classes
-        if len(set(names)) != 10 or not is_plain or not is_inside(meta, folder):
-            raise ValueError(f"{meta.name} holds no ten words, or is a link")
         # a byte more than there may be is no row of the table
         rows = [np.fromfile(file, np.uint8, 10_000 * 3073 + 1).reshape(-1, 3073) for file in files]
         table = np.concatenate(rows)
         labels = table[:, 0].tolist()
-        classes = [names[label] for label in labels]
+        texts = [(f"a photo of a {CIFAR[label]}",) for label in labels]
         if not labels:
             raise ValueError("no images")
     except (OSError, ValueError, IndexError) as error:
@@ -238,7 +225,7 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
         names=[f"cifar10/{i:05d}" for i in range(len(table))],
         read=read,
         labels=labels,
-        classes=names,
-        texts=[(f"a photo of a {name}",) for name in classes],
+        classes=CIFAR,
+        texts=texts,
         stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
     )

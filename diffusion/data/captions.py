@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..config import Config
-from ..files.text_files import decode_text
+from ..files.text_files import decode_text, read_bytes
 from ..runtime.distributed import log
-from .folder import TEXTS, Scan, counted, listed, report
+from .folder import TEXTS, Scan, counted, report
 from .tables import read_rows
 
 MAX_CAPTION = 1 << 16  # bytes of a text
@@ -57,7 +57,7 @@ class Selection:
             if asked is not None and asked not in columns:
                 raise UserError(
                     f"--{option} {asked}: {name} has no such column; its columns are "
-                    f"{listed(columns) or 'none'}"
+                    f"{some(columns, 20) or 'none'}"
                 )
 
 
@@ -112,7 +112,7 @@ def read_captions(
     missing = []
     captions = []
     sources = Counter()
-    some = False
+    is_captioned = False
     for file in files:
         sides = [] if table.get(file) else _texts_beside(file, beside)
         text = _read_side(sides[0], wrong) if sides else None
@@ -121,25 +121,21 @@ def read_captions(
             wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
         if texts:
             sources["texts beside the images" if sides else "metadata"] += 1
-        elif file not in concepts:
+        elif file in concepts:
+            sources["names of folders"] += 1
+        else:
             missing.append((str(file), f"no caption, or an empty one; using {default!r}"))
-        some = some or bool(texts) or text is not None
+        is_captioned = is_captioned or bool(texts) or text is not None
         captions.append(texts or (default or concepts.get(file, ""),))
-    if some:
+    if is_captioned:
         several = sum(len(texts) > 1 for texts in captions)
         log(
             f"captions: {sources.total():,} of {len(files):,} images have one, from "
-            f"{counted(sources.items())}; {several:,} have several: each step samples one"
+            f"{counted(sources)}; {several:,} have several: each step samples one"
         )
     if selection.captions:
-        report("captions have problems", wrong + missing if some else wrong, len(files))
-    return captions if some or default or concepts else None
-
-
-def without_image(found: Scan) -> list[Path]:
-    """Find the texts that stand beside no image."""
-    known = {(file.parent, nfc(n)) for file in found.images for n in (file.stem, file.name)}
-    return [path for path in found.texts if (path.parent, nfc(path.stem)) not in known]
+        report("captions have problems", wrong + missing if is_captioned else wrong, len(files))
+    return captions if is_captioned or default or concepts else None
 
 
 def _texts_beside(file: Path, beside: dict) -> list[Path]:
@@ -154,10 +150,9 @@ def _read_side(side: Path, problems: list) -> str | None:
     if not side.is_file():
         return None
     try:
-        with open(side, "rb") as file:
-            raw = file.read(MAX_CAPTION + 1)
+        raw = read_bytes(side, MAX_CAPTION + 1, cut=True)
         text, encoding = decode_text(raw[:MAX_CAPTION], cut=len(raw) > MAX_CAPTION)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         problems.append((str(side), f"{error}; not read: save it as UTF-8"))
         return None
     if len(raw) > MAX_CAPTION:
@@ -186,11 +181,11 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
             for where, row in _rows(table, names, columns):
                 seen["rows"] += 1
                 columns.update(row)
-                name = _file_name(row, where, names)
-                image = name and _find(images, table.parent, name)
+                name = next((row[name] for name in names if name in row), None)
+                image = _find(images, table.parent, name) if isinstance(name, str) else None
                 if not image:
-                    reason = _why_not(found.root, table.parent, name) if name else "no file name"
-                    unmatched.append((f"{where}: {name}", reason))
+                    what = f"{where}: {shown(name)}"
+                    unmatched.append((what, "no image of the set has this name"))
                 elif image not in used:
                     seen["rows of another split or class"] += 1
                 else:
@@ -206,7 +201,7 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
     if columns or selection.captions or not found.tables:  # else no table could be read
         selection.check(columns, f"metadata.* of {found.root}")
     if seen:
-        log(f"metadata: {counted(seen.items())}; the columns are {listed(columns)}")
+        log(f"metadata: {counted(seen)}; the columns are {some(columns, 20)}")
     report("rows of metadata match no image", unmatched, seen["rows"])
     return {image: tuple(texts) for image, texts in captions.items()}
 
@@ -230,15 +225,6 @@ def _find(images: dict[str, Path], folder: Path, name: str) -> Path | None:
     return None
 
 
-def _why_not(root: Path, folder: Path, name: str) -> str:
-    """Say why a row matches no image."""
-    path = Path(_absolute(folder, name.replace("\\", "/")))
-    if not path.is_relative_to(_absolute(root)):
-        return "lies outside the data folder"
-    exists = "\0" not in name and path.is_file()
-    return "the file is left out, or no image" if exists else "no such file"
-
-
 def _rows(table: Path, names: tuple[str, ...], columns: dict) -> Iterator[tuple[str, dict]]:
     """Give (where, row) of a table of images; warn of one of something else, or without rows."""
     rows = read_rows(table)
@@ -253,11 +239,3 @@ def _rows(table: Path, names: tuple[str, ...], columns: dict) -> Iterator[tuple[
         f"warning: {table} has no column {' or '.join(names)} for the images' files and is not "
         f"used; its columns are {shown(list(there))}"
     )
-
-
-def _file_name(row: dict, where: str, names: tuple[str, ...]) -> str | None:
-    """Find the row's image; None where there is none. Raises UserError for what is no name."""
-    value = next((row[name] for name in names if name in row), None)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{where}: {shown(value)} is no name of a file ({' or '.join(names)})")
-    return value if value and value.strip() else None

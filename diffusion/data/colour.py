@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-from .depth import to_8_bit
+from .depth import BadImage, to_8_bit
 
 DARK = 32  # of 255: a profile with which a full colour is darker than that is broken
 SAME = 2  # of 255: what one maker's sRGB profile differs from another's
@@ -32,8 +32,8 @@ EMBEDDED = {
     "PNG": rb"\0\0\0\x04cICP(.)(.)(.)(.)",
     "AVIF": rb"colrnclx(..)(..)",
     "HEIF": rb"colrnclx(..)(..)",
-    "JPEG2000": rb"(....)colr\x02..",
-    "GIF": rb"!\xff\x0bICCRGBG1012",  # of these two the profile is not read
+    "JPEG2000": rb"....colr\x02..",  # of these the profile is not read
+    "GIF": rb"!\xff\x0bICCRGBG1012",
     "BMP": rb"^BM.{12}\x7c\0\0\0.{52}DEBM",
 }
 D50 = (0.9642, 1.0, 0.8249)  # XYZ of the profile connection space
@@ -83,7 +83,7 @@ BAD_PROFILE = (BadProfile, OSError, ImageCms.PyCMSError, ImportError, np.linalg.
 def prepare(image: Image.Image) -> None:
     """Note in image.info what the file says of its colours and Pillow passes over.
 
-    Raises ValueError for HDR, whose values mean nothing in sRGB.
+    Raises BadImage for HDR, whose values mean nothing in sRGB.
     """
     info = image.info
     if image.format in EMBEDDED:
@@ -97,7 +97,7 @@ def prepare(image: Image.Image) -> None:
             info["adobe_rgb"] = interop == "R03" and exif.get_ifd(0x8769).get(0xA001) != 1
     transfer = info.get("cicp", (1, 1))[1]
     if transfer in HDR:
-        raise ValueError(f"an HDR image ({HDR[transfer]}); convert it to sRGB")
+        raise BadImage(f"an HDR image ({HDR[transfer]}); convert it to sRGB")
 
 
 def _find_embedded(image: Image.Image) -> None:
@@ -107,12 +107,10 @@ def _find_embedded(image: Image.Image) -> None:
     if not found or (image.format != "PNG" and "icc_profile" in image.info):
         return
     numbers = [int.from_bytes(group, "big") for group in found.groups()]
-    if image.format == "JPEG2000":
-        image.info["icc_profile"] = head[found.end() : found.start() + numbers[0]]
-    elif not numbers:
-        image.info["icc_profile"] = b"none that could be opened"
+    if not numbers:
+        image.info["unread"] = f"Pillow reads none from a {image.format}"
     elif numbers[3:] not in ([], [1]):
-        raise ValueError("a PNG of narrow range (cICP); convert it to full range")
+        raise BadImage("a PNG of narrow range (cICP); convert it to full range")
     else:
         image.info["cicp"] = numbers
 
@@ -120,7 +118,7 @@ def _find_embedded(image: Image.Image) -> None:
 def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
     """Convert to 8 bits per channel in sRGB, of any mode that Pillow converts to RGB; alpha stays.
 
-    ignore: as if the file said nothing of its colours. Raises BadProfile, or ValueError as
+    ignore: as if the file said nothing of its colours. Raises BadProfile, or BadImage as
     `depth.to_8_bit` does.
     """
     profile = None if ignore else _profile(image)
@@ -148,6 +146,8 @@ def _is_grey(image: Image.Image) -> bool:
 def _profile(image: Image.Image) -> bytes | None:
     """Find the profile of the image's colours; None where it is sRGB or nothing is said."""
     info = image.info
+    if "unread" in info:
+        raise BadProfile(info["unread"])
     if "cicp" in info:
         primaries, transfer = info["cicp"][:2]
         if primaries in PRIMARIES and transfer in TRANSFERS:

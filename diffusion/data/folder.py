@@ -2,8 +2,9 @@
 
 A scan leaves out what this program has written, what file managers put beside pictures, and hidden
 entries. Links are followed, but for texts and tables that lead out of the folder, whose words end
-up in models and pictures: those only to where images of the set come from, too, or to the store of
-the hub's snapshot that the folder is. `choose_split` picks train/ where a folder holds splits:
+up in models and pictures: those only to texts and tables that are named after, and lie beside,
+images of the set, or to the store of the hub's snapshot that the folder is. `choose_split` picks
+train/ where a folder holds splits:
 
     train/cat/0.png  test/cat/1.png        or, the other way round,        cat/train/  cat/test/
 
@@ -11,15 +12,16 @@ Both say what they have left out.
 """
 
 import contextlib
+import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..files import owned
 from ..files.atomic import reason
 from ..runtime.distributed import log
@@ -54,27 +56,17 @@ SPLIT_NAME = re.compile(
 )
 
 
-def legible(text: str, limit: int = 1000) -> str:
-    """Give a name for a message: itself if it is short and on one line, else as `shown` does."""
-    return text if text.isprintable() and len(text) <= limit else shown(text, limit)
-
-
-def listed(parts: Iterable[str], max_parts: int = 20, between: str = ", ") -> str:
-    """Join texts, the first of many only."""
-    parts = list(map(legible, parts))
-    return between.join([*parts[:max_parts], *(["..."] if len(parts) > max_parts else [])])
-
-
-def counted(counts: Iterable[tuple[str, int]]) -> str:
-    """Write counts as "cat (3), dog (2), ..."."""
-    return listed(f"{name} ({n:,})" for name, n in counts)
+def counted(counts: Mapping[str, int]) -> str:
+    """Write counts as "cat (3), dog (2) ...", in the order of the names."""
+    return some((f"{name} ({counts[name]:,})" for name in sorted(counts, key=os.fsencode)), 20)
 
 
 def report(what: str, problems: list[tuple[str, str]], total: int) -> None:
     """Count and name in one warning what was wrong. Names may hold anything."""
     if problems:
-        lines = listed((f"{shown(name, 200)}: {why}" for name, why in problems), between="\n  ")
-        log(f"warning: {len(problems)} of {total} {what}:\n  {lines}")
+        lines = [f"\n  {shown(name, 200)}: {why:.1000}" for name, why in problems[:20]]
+        more = "\n  ..." if len(problems) > 20 else ""
+        log(f"warning: {len(problems)} of {total} {what}:{''.join(lines)}{more}")
 
 
 # --- the scan ------------------------------------------------------------------------------------
@@ -85,8 +77,8 @@ class Scan:
     """Lists what lies below root: images, sorted; texts and tables, which may describe them.
 
     left_out: {(what, why): images} by folder, or by picture. others: {suffix: files}.
-    outside: {what lies, by a link, outside of root: the folder where}. problems: folders that
-        cannot be read, and texts that are not followed, with the reason.
+    outside: {what lies, by a link, outside of root: where}. problems: folders that cannot be read
+        or were read, and texts that are not followed, with the reason.
     """
 
     root: Path
@@ -100,7 +92,8 @@ class Scan:
 
     def why_left_out(self) -> str:
         parts = (f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items())
-        return f"left out: {self.left_out.total():,} images: {listed(parts)}"
+        about = some(parts, 20) or "none"
+        return f"left out: {self.left_out.total():,} images: {about}"
 
     def report(self) -> "Scan":
         if self.left_out:
@@ -144,6 +137,7 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
     while pending:
         where, is_outside = pending.pop()
         if inode_of(where) in seen:
+            found.problems.append((str(where), "was read under another name, or leads to itself"))
             continue
         seen.add(inode_of(where))
         folders, files = _listing(where, found.problems)
@@ -159,7 +153,7 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
         for entry in files:
             path = where / entry.name
             if is_outside or (entry.is_symlink() and not is_inside(path, home)):
-                found.outside[path] = Path(os.path.realpath(path)).parent
+                found.outside[path] = Path(os.path.realpath(path))
             suffix = path.suffix.lower()
             if path.name.lower() in TABLES:
                 found.tables.append(path)
@@ -204,18 +198,25 @@ def _listing(folder: Path, problems: list) -> tuple[list[os.DirEntry], list[os.D
 
 def _withhold(found: Scan, home: Path) -> None:
     """Leave out texts and tables elsewhere that are not seen to belong to the images."""
-    pools = {folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"}
+    blobs = [folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"]
+    known = set()
     for path in found.outside.keys() & set(found.images):
-        real = Path(os.path.realpath(path))
+        real = found.outside[path]
         if real.suffix.lower() in SUFFIXES and real.is_file():
-            pools.add(real.parent)
-    allowed = {home, *pools}
+            known |= {(real.parent, name) for name in (real.stem, real.name, "metadata")}
+
+    def belongs(path: Path) -> bool:
+        real = found.outside.get(path)
+        if real is None or real.parent in blobs:
+            return True
+        is_named = real.suffix.lower() in TEXTS or real.name.lower() in TABLES
+        return is_named and (real.parent, real.stem) in known
+
     for paths in (found.texts, found.tables):
-        for path in paths:
-            if (folder := found.outside.get(path, home)) not in allowed:
-                why = f"a link to {folder}, where no image of the set lies: copy it here"
-                found.problems.append((str(path), why))
-        paths[:] = [path for path in paths if found.outside.get(path, home) in allowed]
+        for path in itertools.filterfalse(belongs, paths):
+            why = f"a link to {found.outside[path]}, named after no image of the set: copy it here"
+            found.problems.append((str(path), why))
+        paths[:] = filter(belongs, paths)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -314,7 +315,7 @@ def choose_split(root: Path, files: list[Path], split: str | None = None) -> Par
         taken.append(file)
     about = f"{split or 'train'} split {listed_folders(chosen)} ({len(taken):,} images)"
     if unused:
-        about += f"; not used: {counted(sorted(unused.items()))}"
+        about += f"; not used: {counted(unused)}"
     one = split != "all" and (depth == 0 or wrapped)
     return Part(root.joinpath(*chosen[0]) if one else root, taken, classes, about)
 
@@ -380,4 +381,4 @@ def kind_of(name: str) -> str | None:
 
 
 def listed_folders(folders: Iterable[tuple[str, ...]]) -> str:
-    return listed(sorted("/".join(folder) + "/" for folder in folders), 5)
+    return some(sorted("/".join(folder) + "/" for folder in folders), 5)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import UserError, shown
-from ..files.atomic import reason
+from .. import UserError, shown, some
+from ..files.atomic import blame
 from ..runtime.distributed import log
 from .captions import CAPTION_COLUMNS, EVERYTHING, Selection, texts_of
-from .folder import is_inside, listed
+from .folder import is_inside
 from .image_set import ImageSet, digest
 from .images import BadImage, read_image
 
@@ -58,7 +58,7 @@ class HubSet:
         if len(choices) != 1 or choices[0] not in images:
             raise UserError(
                 f"--image_column {asked or 'is needed'}: {self.name} holds images in "
-                f"{listed(images) or 'none'} of its columns {listed(features)}"
+                f"{some(images, 20) or 'none'} of its columns {some(features, 20)}"
             )
         self.image = choices[0]
         texts = [n for n in CAPTION_COLUMNS if n in features]
@@ -80,9 +80,7 @@ class HubSet:
         # what rows may name: files of the set's own folder, or that the library has fetched
         own = [path] if Path(path).is_dir() else [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
         self.folders = list(map(Path, own))
-        # before there was a choice, the first column of the train split was read
-        first = split == "train" and images[:1] == [self.image]
-        self.key = () if first else (split, self.image)
+        self.key = (split, self.image)
 
     def pixels(self, row: dict, size: int, note=None) -> np.ndarray:
         """Read a row's image: (size, size, 3) uint8. Raises BadImage for what is none, null too."""
@@ -154,19 +152,17 @@ def _unlabelled(value) -> bool:
 def _load(datasets, path: str, streaming: bool, split: str | None):
     """Load (rows, the split's name): the one asked for, else train, else the only one."""
     name = split or "train"
-    try:
-        with contextlib.redirect_stdout(None):
-            try:
-                return datasets.load_dataset(path, split=name, streaming=streaming), name
-            except ValueError:
-                names = [str(name) for name in datasets.get_dataset_split_names(path)]
-                if not names or name in names:
-                    raise
-    except Exception as error:  # anything from the network to the repository's files
-        raise UserError(
-            f"hf:{path} could not be loaded: {reason(error)}; check the name and the network "
-            "(or set HF_ENDPOINT to a mirror), or give --data a folder of images"
-        ) from None
+    advice = (
+        "; check the name and the network (or set HF_ENDPOINT to a mirror), or give --data a "
+        "folder of images"
+    )
+    with blame(f"hf:{path} could not be loaded", advice), contextlib.redirect_stdout(None):
+        try:
+            return datasets.load_dataset(path, split=name, streaming=streaming), name
+        except ValueError:
+            names = [str(name) for name in datasets.get_dataset_split_names(path)]
+            if not names or name in names:
+                raise
     if split is None and len(names) == 1:
         return _load(datasets, path, streaming, names[0])
     raise UserError(f"hf:{path} has no split {name}; --split takes one of {', '.join(names)}")

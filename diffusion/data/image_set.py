@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import UserError
-from .folder import listed
+from .. import UserError, some
 
 HELD_OUT_FROM = 100
 HELD_OUT_FRACTION = 0.02
@@ -66,7 +65,7 @@ class ImageSet:
         if data_class not in self.classes:
             raise UserError(
                 f"data_class {data_class!r} is no class of {self.name}; it has "
-                f"{listed(self.classes) or 'no classes'}"
+                f"{some(self.classes, 20) or 'no classes'}"
             )
         wanted = self.classes.index(data_class)
         chosen = self.subset([i for i, label in enumerate(self.labels) if label == wanted])

@@ -16,6 +16,7 @@ from .. import shown
 from ..files.atomic import open_regular, reason
 from ..runtime.distributed import log
 from . import colour, depth
+from .depth import BadImage
 
 # what `to_pixels` makes of a file, part of every cache's key; the number: raise it on any change
 TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"
@@ -24,7 +25,8 @@ MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, befo
 MAX_TILE = 1 << 24  # pixels of a TIFF's tile beyond those of the image
 TILE = (322, 323)  # TIFF tags: width and length
 PNG = b"\x89PNG\r\n\x1a\n"
-TEXTS = (b"tEXt", b"zTXt", b"iTXt")  # chunks of a PNG
+NO_TEXT = re.compile(rb"(?!tEXt|zTXt|iTXt)")  # chunks of a PNG
+NEEDED = re.compile(rb"[A-Z]|tRNS")
 HEIF = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 
 ORIENTATION = 0x0112  # EXIF's tag
@@ -34,7 +36,7 @@ ONE_COLOUR = 16  # levels of 255 within which an image is one colour; 12 bits in
 # What a folder scan takes for an image. Those that Pillow cannot decode are reported, not dropped.
 SUFFIXES = set(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .tga .jp2 .avif "
-    ".heic .heif .jxl".split()
+    ".heic .heics .heif .heifs .hif .jxl".split()
 )
 # Their formats in Pillow, which goes by content and knows others: EPS would start Ghostscript.
 FORMATS = set("JPEG MPO PNG BMP DIB GIF WEBP TIFF PPM TGA JPEG2000 AVIF HEIF JXL".split())
@@ -43,38 +45,31 @@ FORMATS = set("JPEG MPO PNG BMP DIB GIF WEBP TIFF PPM TGA JPEG2000 AVIF HEIF JXL
 Note = Callable[[str], None]
 
 
-class BadImage(Exception):
-    """Says why a file cannot be used."""
-
-
 class ImageLog:
     """Reads training images, and logs once what is odd about them or why they are skipped."""
 
-    MAX_ODD = 20  # lines about images that are used all the same
+    MAX_LINES = 100
 
     def __init__(self):
-        self.skipped = set()
-        self.odd = set()
+        self.said = set()
 
     def read(self, name: str, *args) -> np.ndarray | None:
         """Read an image as `read_noting` does; None for one that cannot be used."""
         try:
             pixels, found = read_noting(*args)
         except BadImage as error:
-            if name not in self.skipped:
-                self.skipped.add(name)
-                log(f"warning: {name} is skipped: {error} ({len(self.skipped)} so far)")
+            self.note(f"{name} is skipped: {error}")
             return None
         for text in found:
             self.note(f"{name}: {text}")
         return pixels
 
     def note(self, line: str) -> None:
-        if line not in self.odd and len(self.odd) < self.MAX_ODD:
-            self.odd.add(line)
+        if line not in self.said and len(self.said) < self.MAX_LINES:
+            self.said.add(line)
             log(f"warning: {line}")
-            if len(self.odd) == self.MAX_ODD:
-                log("warning: further images like these are not named")
+            if len(self.said) == self.MAX_LINES:
+                log("warning: further images that are odd or skipped are not named")
 
 
 image_log = ImageLog()
@@ -133,33 +128,44 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
     """Open an image; whatever goes wrong while it is open becomes a BadImage with a reason."""
     try:
         with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as source:
-            try:
-                image = _decoded(source)
-            except ValueError:  # Pillow refuses PNGs with much text, whatever their pixels are
-                source.seek(0)
-                if source.read(len(PNG)) != PNG:
-                    raise
-                image = _decoded(io.BytesIO(_without_text(source.read())))
-            with image:
+            with _decoded(source) as image:
                 yield image
     except BadImage:
         raise
     except FileNotFoundError:
         raise BadImage("no such file (a broken link?)") from None
+    except UnidentifiedImageError:
+        raise BadImage(
+            "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
+        ) from None
     except Exception as error:  # Pillow raises nearly everything on damaged files
         raise BadImage(reason(error)) from None
 
 
 def _decoded(source: BinaryIO) -> Image.Image:
+    """Decode an image; a PNG whatever its texts, and if need be all but its pixels, may hold."""
+    head = source.read(12)
+    source.seek(0)
     try:
-        image = Image.open(source, formats=formats())
-    except UnidentifiedImageError:
-        source.seek(0)
-        if HEIF.match(source.read(12)) and "HEIF" not in formats():
+        return _loaded(source)
+    except BadImage:
+        raise
+    except Exception:
+        if HEIF.match(head) and "HEIF" not in formats():
             raise BadImage("HEIC is read with pillow-heif: pip install pillow-heif") from None
-        raise BadImage(
-            "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"
-        ) from None
+        if not head.startswith(PNG):
+            raise
+    source.seek(0)
+    data = source.read()
+    with contextlib.suppress(Exception):
+        return _loaded(_with_chunks(data, NO_TEXT))
+    image = _loaded(_with_chunks(data, NEEDED))
+    image.info["unread"] = "the PNG has damaged chunks"
+    return image
+
+
+def _loaded(source: BinaryIO) -> Image.Image:
+    image = Image.open(source, formats=formats())
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise BadImage(f"{image.width}x{image.height} is above {MAX_PIXELS:,} pixels")
@@ -173,16 +179,16 @@ def _decoded(source: BinaryIO) -> Image.Image:
     return image
 
 
-def _without_text(data: bytes) -> bytes:
-    """Copy a PNG without its texts, from its chunks."""
+def _with_chunks(data: bytes, kinds: re.Pattern) -> BinaryIO:
+    """Copy a PNG with its chunks of some kinds."""
     kept = [PNG]
-    at = 0
+    at = len(PNG)
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
-        if kind not in TEXTS:
+        if kinds.match(kind):
             kept.append(data[at : at + length + 12])
         at += length + 12
-    return b"".join(kept)
+    return io.BytesIO(b"".join(kept))
 
 
 @lru_cache
@@ -215,9 +221,12 @@ def to_pixels(image: Image.Image, size: int | None, note: Note = image_log.note)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image by EXIF; it is itself where there is nothing to turn: a copy takes memory."""
+    """Turn an image by readable EXIF; it is itself where nothing is: a copy takes memory."""
     image.load()
-    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+    turned = False
+    with contextlib.suppress(Exception):  # Pillow raises nearly everything on damaged EXIF
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def to_rgb(image: Image.Image, note: Note = image_log.note) -> Image.Image:

@@ -79,17 +79,16 @@ class Pixels:
         folder = cache_dir / digest(every.stamp, TRANSFORM, str(self.size), *every.names)
         what = f"images of {every.name} at {self.size} px"
         self.cache = Cache(folder, n, shape, np.uint8, decode, CHUNK, what, notes, SHARD)
-        skipped = {i: notes[i] for i in sorted(notes) if isinstance(notes[i], str)}
-        odd = [(i, text) for i in sorted(notes.keys() - skipped) for text in notes[i]]
-        named = [(every.names[i], reason) for i, reason in skipped.items()]
-        report("images cannot be used and are skipped", named, n)
+        skipped = [(every.names[i], notes[i]) for i in sorted(notes) if isinstance(notes[i], str)]
+        report("images cannot be used and are skipped", skipped, n)
         if len(skipped) == n:
             raise UserError(f"none of the {n} images of {every.name} can be used")
-        self.usable = np.array([i for i in range(n) if i not in skipped])
+        self.usable = np.array([i for i in range(n) if not isinstance(notes.get(i), str)])
         self.images = every.subset(self.usable)
         if self.cache.built:
-            named = [(every.names[i], text) for i, text in odd]
-            report("images are used, but may not be what was meant", named, n)
+            lists = [(name, notes.get(i)) for i, name in enumerate(every.names)]
+            odd = [(name, text) for name, said in lists if isinstance(said, list) for text in said]
+            report("images are used, but may not be what was meant", odd, n)
             log(f"decoded {len(self)} images of {every.name} to {self.size} px")
 
     def _read(self, index: int) -> np.ndarray:

@@ -1,18 +1,19 @@
 """What --data means: a folder, a named set, a set of the hub or the toy, as one `ImageSet`."""
 
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from .. import UserError, shown
+from .. import UserError, shown, some
 from ..config import Config
 from ..runtime.distributed import log
 from . import toy
 from .archives import cifar_set, fetch, unpacked
-from .captions import EVERYTHING, Selection, read_captions, without_image
-from .folder import choose_split, counted, listed, walk
+from .captions import EVERYTHING, Selection, read_captions
+from .folder import choose_split, counted, walk
 from .hub import hub_set
 from .image_set import ImageSet, digest, file_stamp
 from .images import SUFFIXES, read_image
@@ -59,24 +60,20 @@ def folder_set(
     if not found.images:
         raise UserError(
             f"no images below {root}; looked for {' '.join(sorted(SUFFIXES))}; "
-            f"{found.why_left_out()}"
+            f"{found.why_left_out()}; other files: {counted(found.others) or 'none'}"
         )
     part = choose_split(root, found.images, selection.split)
     if not part.files:
         raise UserError(f"no images to train on below {root}: {part.about}")
     counts = Counter(c for c in part.classes if c is not None)
     classes = sorted(counts, key=os.fsencode)
-    shown = counted((c, counts[c]) for c in classes) or "none"
-    log(f"data: {root}: {part.about}; classes: {shown}")
-    alone = Counter(path.suffix for path in without_image(found))
-    if ignored := found.others + alone:
-        log(
-            f"data: {root}: files not looked at: {counted(sorted(ignored.items()))}; "
-            f"{alone.total():,} of them stand beside no image"
-        )
+    known = counted(counts) or "none"
+    log(f"data: {root}: {part.about}; classes: {known}")
+    if found.others:
+        log(f"data: {root}: files not looked at: {counted(found.others)}")
     chosen = [pair for pair in zip(part.files, part.classes) if data_class in ("all", pair[1])]
     if not chosen:
-        raise UserError(f"data_class {data_class!r} is no folder of {part.base}; classes: {shown}")
+        raise UserError(f"data_class {data_class!r} is no folder of {part.base}; classes: {known}")
     classes = classes if data_class == "all" else [data_class]
     concepts = {}
     if selection.captions:
@@ -108,9 +105,15 @@ def _concepts(root: Path, files: list[Path]) -> dict[Path, tuple[int, str]]:
     """
     found = {folder: KOHYA.fullmatch(folder.name) for folder in {file.parent for file in files}}
     if not all(found.values()):
+        ways = (folder.relative_to(root).parts for folder in found)
+        if alike := set(filter(KOHYA.fullmatch, itertools.chain(*ways))):
+            log(
+                f"data: {root}: {some(sorted(alike))} look like kohya's <repeats>_<name>, and are "
+                "not taken for that, since some images lie in other folders"
+            )
         return {}
     numbers = sorted(int(match[1]) for match in found.values())
-    names = listed(sorted(match[0] for match in found.values()))
+    names = some(sorted(match[0] for match in found.values()), 20)
     if len(numbers) > 1 and numbers == list(range(1, len(numbers) + 1)):
         log(f"data: {root}: {names} are numbered, and not taken for kohya's <repeats>_<name>")
         return {}
@@ -133,6 +136,10 @@ def open_data(
 
     A zip or tar of images is a folder, too: that to which it is unpacked, in cache_dir.
     """
+    if not data.removeprefix("hf:"):
+        raise UserError(
+            f"--data {data!r} names nothing; expected a folder, or one of its other values"
+        )
     if data == "toy":
         return toy_set().only(data_class)
     roots = (Path(data), Path(os.path.expanduser(data)), Path("data") / data)

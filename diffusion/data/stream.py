@@ -9,7 +9,7 @@ from .. import UserError
 from ..config import Config
 from ..runtime.seeding import generator, permutation
 from .batch import Batch, StepBatches
-from .captions import EVERYTHING, Selection
+from .captions import Selection
 from .hub import HubSet
 from .image_set import digest
 from .images import ImageLog
@@ -26,21 +26,12 @@ class StreamBatches(StepBatches):
     BLOCK = 1024
     HELD_OUT = 128
 
-    def __init__(
-        self,
-        path: str,
-        size: int,
-        batch_size: int,
-        seed: int,
-        flip: bool = True,
-        default_caption: str = "",
-        selection: Selection = EVERYTHING,
-    ):
+    def __init__(self, hub: HubSet, size: int, batch_size: int, seed: int, flip: bool = True):
         super().__init__(batch_size, seed, flip)
-        self.hub = HubSet(path, True, selection, default_caption)
-        self.classes = self.hub.classes
+        self.hub = hub
+        self.classes = hub.classes
         self.size = size
-        self.captioned = bool(self.hub.text or default_caption)
+        self.captioned = bool(hub.text or hub.default_caption)
         self.log = ImageLog()
         self.length = None
         self.block = (-1, [])  # the one that was read last: number, rows
@@ -128,10 +119,8 @@ def open_stream(config: Config) -> StreamBatches:
     c = config
     if c.data_class != "all":
         raise UserError("--data_class picks from a whole set: drop it, or --streaming")
-    selection = Selection.of(c)
-    found = StreamBatches(
-        c.data[3:], c.image_size, c.batch_size, c.seed, c.flip, c.default_caption, selection
-    )
+    hub = HubSet(c.data[3:], True, Selection.of(c), c.default_caption)
+    found = StreamBatches(hub, c.image_size, c.batch_size, c.seed, c.flip)
     if c.condition == "class" and not found.classes:
         raise UserError(
             f"--condition class: {c.data} has no column of class labels, which in a stream must be "

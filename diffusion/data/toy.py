@@ -7,7 +7,7 @@ colour or shape can be read off the pixels, so that conditional models can be sc
 import random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from .images import to_pixels
 
@@ -15,31 +15,36 @@ COUNT = 12_000
 VERSION = "bbfffb2cc2f86ab63f318821e12c236c"  # part of the cache's key; change it with any pixel
 CANVAS = 128  # drawn at this size, then resized
 
-HAIR = {
-    "black": (38, 32, 36),
-    "brown": (110, 66, 34),
-    "blond": (242, 205, 96),
-    "red": (205, 56, 38),
-    "blue": (62, 104, 222),
-    "pink": (245, 130, 186),
-    "green": (58, 164, 88),
-    "white": (238, 238, 244),
-}
-SKIN = {
-    "pale": (255, 225, 204),
-    "tan": (232, 184, 142),
-    "brown": (168, 112, 76),
-    "dark": (102, 66, 48),
-}
-BACKGROUND = {
-    "blue": (150, 198, 240),
-    "yellow": (252, 232, 130),
-    "green": (164, 222, 158),
-    "pink": (250, 190, 205),
-    "purple": (190, 168, 232),
-    "gray": (196, 200, 206),
-}
-IRIS = {"blue": (50, 110, 220), "green": (40, 150, 80), "brown": (105, 62, 30)}
+
+def palette(**codes: str) -> dict[str, tuple[int, int, int]]:
+    return {name: ImageColor.getrgb(code) for name, code in codes.items()}
+
+
+HAIR = palette(
+    black="#262024",
+    brown="#6e4222",
+    blond="#f2cd60",
+    red="#cd3826",
+    blue="#3e68de",
+    pink="#f582ba",
+    green="#3aa458",
+    white="#eeeef4",
+)
+SKIN = palette(
+    pale="#ffe1cc",
+    tan="#e8b88e",
+    brown="#a8704c",
+    dark="#664230",
+)
+BACKGROUND = palette(
+    blue="#96c6f0",
+    yellow="#fce882",
+    green="#a4de9e",
+    pink="#fabecd",
+    purple="#bea8e8",
+    gray="#c4c8ce",
+)
+IRIS = palette(blue="#326edc", green="#289650", brown="#693e1e")
 STYLE = ("short", "long", "bob", "spiky", "bald")
 MOUTH = ("smile", "grin", "frown", "flat mouth", "open mouth")
 GLASSES = ("no glasses", "round glasses", "sunglasses")
@@ -126,28 +131,28 @@ def draw(index: int, size: int) -> np.ndarray:
     # eyes and glasses
     for x in (-w * 0.45, w * 0.45):
         if a["glasses"] == "sunglasses":
-            pen.rounded_rectangle(at(x - 13, -8, x + 13, 11), 6, fill=(24, 24, 28))
+            pen.rounded_rectangle(at(x - 13, -8, x + 13, 11), 6, fill="#18181c")
             continue
-        ellipse(x, 1, 9, 8, fill=(255, 255, 255))
+        ellipse(x, 1, 9, 8, fill="#ffffff")
         ellipse(x, 1, 6, 6.5, fill=IRIS[a["eyes"]])
-        ellipse(x, 1, 2.5, 2.5, fill=(16, 16, 20))
+        ellipse(x, 1, 2.5, 2.5, fill="#101014")
         if a["glasses"] == "round glasses":
-            ellipse(x, 1, 13, 12, outline=(40, 40, 46), width=3)
+            ellipse(x, 1, 13, 12, outline="#28282e", width=3)
     if a["glasses"] != "no glasses":
-        pen.line(at(-6, -1, 6, -1), fill=(32, 32, 36), width=3)
+        pen.line(at(-6, -1, 6, -1), fill="#202024", width=3)
 
     # nose and mouth
     pen.line(at(0, 4, -3, 13, 2, 14), fill=shade, width=3)
-    lips = (120, 36, 40)
+    lips = "#782428"
     match a["mouth"]:
         case "smile":
             pen.arc(at(-14, 11, 14, 33), 20, 160, fill=lips, width=4)
         case "grin":
-            pen.chord(at(-15, 12, 15, 36), 0, 180, fill=(255, 255, 255), outline=lips, width=2)
+            pen.chord(at(-15, 12, 15, 36), 0, 180, fill="#ffffff", outline=lips, width=2)
         case "frown":
             pen.arc(at(-13, 23, 13, 43), 200, 340, fill=lips, width=4)
         case "flat mouth":
             pen.line(at(-12, 25, 12, 25), fill=lips, width=4)
         case "open mouth":
-            ellipse(0, 25, 8, 9, fill=(196, 60, 66), outline=lips, width=3)
+            ellipse(0, 25, 8, 9, fill="#c43c42", outline=lips, width=3)
     return to_pixels(image, size)

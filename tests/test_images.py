@@ -528,6 +528,24 @@ def test_a_giant_tile_is_refused_before_it_is_decoded(tmp_path):
         read_image(file, 8)
 
 
+def test_a_jpeg_of_very_many_scans_is_refused(tmp_path):
+    """A few kB that take minutes; other progressive ones are read, also with a film behind them."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    plain = saved(image, "JPEG", progressive=True, quality=80)
+    film = plain + b"\xff\xda".join([bytes(1 << 15)] * 200)
+    for data in (plain, film):
+        assert np.array_equal(read_image(data, None), np.asarray(Image.open(io.BytesIO(plain))))
+    end = plain.rindex(b"\xff\xd9")
+    scan = plain[plain.rindex(b"\xff\xda") : end]
+    head = plain[: end - len(scan)]
+    small = head + b"\xff\xda".join([b"", *[b"\0\x0c"] * 150]) + plain[end:]
+    with pytest.raises(BadImage, match="scans"):
+        read_image(small, None)
+    (tmp_path / "a.jpg").write_bytes(small)
+    with pytest.raises(BadImage, match="scans"):
+        read_image(tmp_path / "a.jpg", 8)
+
+
 def test_an_unknown_cicp_leaves_it_to_the_profile():
     rows, unknown = [bytes(GREEN * 4)], cicp(200, 200)
     near(read_image(png(rows, 8, 2, 4, unknown, iccp(P3)), 1), P3_GREEN)

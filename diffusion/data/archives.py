@@ -43,7 +43,6 @@ MAX_DIRECTORY = 32 << 20  # bytes of a zip's directory, which zipfile holds in m
 WANTED = SUFFIXES | {".txt", ".caption", ".jsonl", ".csv", ".parquet", ".bin"}
 CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
-Member = tuple[str, int, BinaryIO | None]  # path, bytes, what to read; None for what is no file
 
 
 def fetch(url: str, target: Path, sha256: str | None = None) -> None:
@@ -117,6 +116,8 @@ def _unpack(archive: Path, target: Path) -> None:
     total = 0
     with open_regular(archive) as file:
         size = os.fstat(file.fileno()).st_size
+        if not size:  # as of what the system makes up while it is read
+            raise OSError("it is empty")
         for number, (name, length, source) in enumerate(_members(file)):
             total += length
             if number >= MAX_MEMBERS or total > max(MAX_UNPACKED * size, 1 << 24):
@@ -155,8 +156,8 @@ def _parts(name: str) -> list[str] | None:
     return None if is_odd or ".." in parts else parts
 
 
-def _members(file: BinaryIO) -> Iterator[Member]:
-    """Read what an archive holds, one after the other; folders are left out."""
+def _members(file: BinaryIO) -> Iterator[tuple[str, int, BinaryIO | None]]:
+    """Read (path, bytes, what to read) of what an archive holds; None for what is no file."""
     magic = file.read(2)
     file.seek(0)
     if magic == b"PK":

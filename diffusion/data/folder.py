@@ -29,10 +29,15 @@ from .images import SUFFIXES
 
 # folders that file systems and file managers make, in small letters; hidden ones are never read
 FOREIGN = {
-    *("@eadir", "#recycle", "#snapshot"),  # Synology
-    *("@recycle", "@recently-snapshot"),  # QNAP
-    *("$recycle.bin", "system volume information"),  # Windows
-    *("__macosx", "lost+found"),
+    "@eadir",  # Synology
+    "#recycle",
+    "#snapshot",
+    "@recycle",  # QNAP
+    "@recently-snapshot",
+    "$recycle.bin",  # Windows
+    "system volume information",
+    "__macosx",
+    "lost+found",
 }
 MANAGED = "of a file manager or system"
 OURS = "written by this program"

@@ -23,6 +23,8 @@ TRANSFORM = "exif, sRGB over white, central square, lanczos; 2"
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; more is refused from the header, before decoding
 MAX_TILE = 1 << 24  # pixels of a TIFF's tile beyond those of the image
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about ten
+MAX_SCAN = 1 << 14  # bytes in which the mark of a scan may stand by chance, as in a film behind it
 TILE = (322, 323)  # TIFF tags: width and length
 PNG = b"\x89PNG\r\n\x1a\n"
 NO_TEXT = re.compile(rb"(?!tEXt|zTXt|iTXt)")  # chunks of a PNG
@@ -173,6 +175,11 @@ def _loaded(source: BinaryIO) -> Image.Image:
         width, length = (image.tag_v2.get(tag, 0) for tag in TILE)
         if width * length > pixels + MAX_TILE:
             raise BadImage(f"{image.width}x{image.height} in tiles of {width}x{length}")
+    if image.info.get("progressive"):  # each scan takes as long as decoding the whole
+        source.seek(0)
+        data = source.read()
+        if data.count(b"\xff\xda") > MAX_SCANS + len(data) // MAX_SCAN:
+            raise BadImage("a progressive JPEG of more scans than any encoder writes")
     colour.prepare(image)
     depth.prepare(image)
     image.load()

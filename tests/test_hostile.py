@@ -559,12 +559,10 @@ def test_halves_of_characters_in_captions(tmp_path):
     byte_level(77).encode(images.captions[0])
 
 
-@pytest.mark.parametrize("dtype, value, tags", [
-    (np.uint16, 257, {}), (np.int32, 257, {340: 0, 341: 65535}), (np.float32, 1 / 255, {}),
-], ids=str)  # fmt: skip
-def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, dtype, value, tags):
+@pytest.mark.parametrize("dtype, value", [(np.uint16, 257), (np.float32, 1 / 255)], ids=str)
+def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, dtype, value):
     image = Image.fromarray(np.full((5000, 5000), value, dtype))
-    image.save(tmp_path / "a.tiff", tiffinfo=tags)
+    image.save(tmp_path / "a.tiff")
     reader = Reader("", "", None, lambda f: read_image(f, 8))
     assert watched(reader, tmp_path / "a.tiff") is None
     assert (read_image(tmp_path / "a.tiff", 8) == 1).all()

@@ -603,3 +603,17 @@ def test_heif_by_all_its_suffixes(tmp_path):
     for suffix in ("heic", "HIF", "heif", "heics", "heifs"):
         (tmp_path / f"a.{suffix}").write_bytes(b"")
     assert len(folder_set(tmp_path)) == 5
+
+
+def test_folders_deeper_than_a_path_can_say(tmp_path, capsys, monkeypatch):
+    pictures(tmp_path, "0.png")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2200):
+        os.mkdir("n")
+        os.chdir("n")
+    assert folder_set(tmp_path).names == ["0.png"]
+    said = capsys.readouterr().out
+    assert "too long" in said and len(said) < 1000
+    for _ in range(2200):  # what is to be deleted has a path, too
+        os.chdir("..")
+        os.rmdir("n")

@@ -244,7 +244,9 @@ def why_not(folder: Path, excluded: set = frozenset()) -> str | None:
         return MANAGED
     if inode_of(folder) in excluded:
         return RUNS
-    return OURS if owned.is_ours(folder) else None
+    with contextlib.suppress(OSError):  # of a path that is too long, which the listing names
+        return OURS if owned.is_ours(folder) else None
+    return None
 
 
 def count_images(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 A row has the option's default, help, bounds and what it requires. `Config` is a frozen dataclass
 of such rows; presets are differences from its defaults. Fields marked `free` may differ between a
-run and the run that resumes it, all others may not. An option that would do nothing is an error.
+run and the run that resumes it, and so may PATHS; all others may not. An option that would do nothing is an error.
 """
 
 import argparse
@@ -130,13 +130,19 @@ VAE = Rule("--mode vae", lambda c: c.mode == "vae")
 SCRATCH = Rule("a network from scratch", lambda c: c.sd_path is None)
 OTHER_DATA = Rule("--data FOLDER or hf:owner/name, not toy", lambda c: c.data != "toy")
 CONDITION = Rule("--condition class or text", lambda c: c.condition != "none")
-TEXT = Rule("--condition text", lambda c: c.condition == "text")
+TEXT = Rule("--condition text, a model that reads prompts", lambda c: c.condition == "text")
 SD_PATH = Rule("--sd_path", lambda c: c.sd_path is not None)
 SD_FILE = Rule("--sd_path FILE", lambda c: c.sd_path and not Path(c.sd_path).is_dir())
 SD_START = Rule("a start from --sd_path itself", lambda c: c.load_path is None)
 LORA = Rule("--adapter lora", lambda c: c.adapter == "lora")
-INVERSION = Rule("--adapter textual_inversion", lambda c: c.adapter == "textual_inversion")
-ADAPTS = Rule("--adapter or --instance_prompt", lambda c: c.adapts)
+INVERSION = TEXT & Rule("--adapter textual_inversion", lambda c: c.adapter == "textual_inversion")
+DREAMBOOTH = TEXT & Rule("--instance_prompt", lambda c: c.instance_prompt is not None)
+TEXT_ENCODER = TEXT & Rule(
+    "--adapter lora, or --instance_prompt alone on a model from scratch",
+    lambda c: c.adapter == "lora" or c.adapter == "none" and c.adapts and c.sd_path is None,
+)
+FID = Rule("--fid", lambda c: c.fid)
+HUB = Rule("a hub set, --data hf:owner/name", lambda c: c.data.startswith("hf:"))
 CLASS_PROMPT = Rule("--class_prompt", lambda c: c.class_prompt is not None)
 
 
@@ -172,13 +178,13 @@ class Config:
 
     # fmt: off
     mode: str = opt("pixel", "what to train: a diffusion model of pixels, one of latents, or the VAE that makes latents", ("pixel", "latent", "vae"))
-    save_folder: str = opt("results", "folder of the run; a run found there is resumed", free=True)
+    save_folder: str = opt("results", "folder of the run; a run found there is resumed")
     overwrite: bool = opt(False, "start from scratch in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0", free=True)
-    sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT, free=True)
-    sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE, free=True)
+    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0")
+    sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT)
+    sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE)
     sd_weights: str = opt("raw", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*, which merged files carry stale", ("raw", "ema"), SD_FILE & SD_START, free=True)
-    vae: str | None = opt(None, "VAE of a latent model trained from scratch: the folder of a run of --mode vae, or a diffusers VAE folder", requires=LATENT, free=True)
+    vae: str | None = opt(None, "VAE of a latent model trained from scratch: the folder of a run of --mode vae, or a diffusers VAE folder", requires=LATENT)
     seed: int = opt(0, "seed of all random numbers", SEED)
     device: str = opt("auto", "device to compute on", DEVICES, free=True)
     amp: str = opt("auto", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs, else no", AMP)
@@ -187,7 +193,7 @@ class Config:
     rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
     wandb: bool = opt(False, "log to Weights & Biases, too (pip install wandb)", free=True)
 
-    data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name", free=True)
+    data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name")
     data_class: str = opt("all", "the one class folder to use, such as cat, or all")
     split: str | None = opt(None, "part of the data to use: a folder such as valid, a hub set's split, or all (default: train where there are splits)", requires=OTHER_DATA)
     image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
@@ -196,14 +202,14 @@ class Config:
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
     cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
-    cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents", free=True)
-    streaming: bool = opt(False, "read a hub set as a stream instead of downloading it")
+    cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents")
+    streaming: bool = opt(False, "read a hub set as a stream instead of downloading it", requires=HUB)
 
     unet_dim: int = opt(64, "number of channels of the network's first level", WIDTH & Rule("even", lambda v: v % 2 == 0), SCRATCH)
     dim_mults: tuple[int, ...] = opt((1, 2, 4, 8), "number of channels of each level, in units of unet_dim", COUNTS, SCRATCH)
     heads: int = opt(4, "number of attention heads", POSITIVE, PIXEL)
     dropout: float = opt(0.0, "dropout rate inside ResBlocks", BELOW_ONE, PIXEL)
-    condition: str = opt("none", "conditioning of the network: none, the class folder's label, or the caption (latent mode)", ("none", "class", "text"))
+    condition: str = opt("none", "conditioning of the network: none, the class folder's label, or the caption (latent mode)", ("none", "class", "text"), DIFFUSION)
     text_encoder: str = opt("clip", "text encoder: clip, that of a Stable Diffusion model, frozen, or scratch, a small one that is trained too", ("clip", "scratch"), TEXT & SCRATCH)
     text_dim: int = opt(128, "width of a text encoder from scratch", WIDTH, TEXT & SCRATCH)
     text_layers: int = opt(4, "number of layers of a text encoder from scratch", between(1, 1000), TEXT & SCRATCH)
@@ -229,14 +235,14 @@ class Config:
     alpha: float | None = opt(None, "alpha of the LoRA, its scale times its rank (default: the rank)", POSITIVE, LORA)
     targets: str = opt("attention", "layers that get a LoRA: attention,mlp,conv or all, or a regular expression over module names", requires=LORA)
     lora_dropout: float = opt(0.0, "dropout rate on the LoRA's inputs", BELOW_ONE, LORA)
-    train_text_encoder: bool = opt(False, "train the text encoder as well, by LoRA if the U-Net is", requires=ADAPTS)
+    train_text_encoder: bool = opt(False, "train the text encoder as well, by LoRA if the U-Net is", requires=TEXT_ENCODER)
     token: str | None = opt(None, "new word that textual inversion learns, such as <my-style>", UTF8, INVERSION)
     init_word: str | None = opt(None, "word whose vectors textual inversion starts from", UTF8, INVERSION)
     vectors: int = opt(1, "number of vectors of textual inversion's word", POSITIVE, INVERSION)
-    instance_prompt: str | None = opt(None, "DreamBooth: the caption of all images, such as 'a photo of sks dog'", UTF8)
-    class_prompt: str | None = opt(None, "DreamBooth's prior preservation: caption of the class images, such as 'a photo of a dog'", UTF8, ADAPTS)
+    instance_prompt: str | None = opt(None, "DreamBooth: the caption of all images, such as 'a photo of sks dog'", UTF8, TEXT)
+    class_prompt: str | None = opt(None, "DreamBooth's prior preservation: caption of the class images, such as 'a photo of a dog'", UTF8, DREAMBOOTH)
     class_images: int = opt(100, "number of class images; the model samples those that are missing", POSITIVE, CLASS_PROMPT)
-    class_data: str | None = opt(None, "folder of the class images (default: one in cache_dir)", requires=CLASS_PROMPT, free=True)
+    class_data: str | None = opt(None, "folder of the class images (default: one in cache_dir)", requires=CLASS_PROMPT)
     prior_weight: float = opt(1.0, "weight of the class images' loss", NOT_NEGATIVE, CLASS_PROMPT)
 
     batch_size: int = opt(32, "number of samples per step, over all ranks and micro-batches", POSITIVE)
@@ -256,11 +262,11 @@ class Config:
     num_samples: int = opt(64, "number of images in a sample grid; 0: no sample grids", NOT_NEGATIVE, free=True)
     sampler: str = opt("ddim", "sampler of the sample grids", SAMPLERS, DIFFUSION, free=True)
     sample_steps: int = opt(50, "number of network evaluations per sample of a grid, at most time_steps", POSITIVE, DIFFUSION, free=True)
-    fid: bool = opt(False, "measure FID during training", free=True)
+    fid: bool = opt(False, "measure FID during training", requires=DIFFUSION, free=True)
     fid_every: int = opt(5000, "number of steps between FID measurements", POSITIVE, free=True)
     fid_num_images: int = opt(10_000, "number of samples of an FID measurement", at_least(2), free=True)
-    fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file", free=True)
-    validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT, free=True)
+    fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file", requires=FID)
+    validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT)
     guidance_scale: float = opt(1.0, "classifier-free guidance scale of the sample grids; 1: no guidance", GUIDANCE, DIFFUSION, free=True)
     # fmt: on
 
@@ -275,8 +281,6 @@ class Config:
             raise UserError("--condition text requires --mode latent: pixel networks read no text")
         if self.sd_path is not None and self.vae is not None and self.mode == "latent":
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
-        if self.mode == "vae" and (self.fid or self.condition != "none"):
-            raise UserError("--mode vae trains no sampler: leave out --fid and --condition")
         if self.sd_path is not None and self.condition != "text" and not self.adapts:
             raise UserError("--sd_path is fine-tuned on captions: give --condition text")
         if self.zero_snr and self.objective == "eps":
@@ -284,10 +288,6 @@ class Config:
                 "--zero_snr requires --objective v or x0: where there is only noise, eps says "
                 "nothing about x0"
             )
-        if self.fid_features is not None and not self.fid:
-            raise UserError("--fid_features requires --fid")
-        if self.streaming and not self.data.startswith("hf:"):
-            raise UserError("--streaming requires a hub set: give --data hf:owner/name")
 
     @property
     def adapts(self) -> bool:
@@ -317,7 +317,7 @@ class Config:
 
     def differences(self, other: "Config") -> dict[str, tuple]:
         """Return {field: (mine, the other's)} of fields that a resumed run may not change."""
-        names = [f.name for f in fields(self) if not f.metadata["free"]]
+        names = [f.name for f in fields(self) if not f.metadata["free"] and f.name not in PATHS]
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -47,6 +47,7 @@ from diffusion.evaluation.image_batches import collect, folder_batches
 from diffusion.files.checkpoint import save_weights
 from diffusion.runtime.seeding import permutation
 from diffusion.sampling.load import build_network
+from diffusion.training.finetune_config import resolve_config
 from diffusion.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -537,7 +538,7 @@ def test_a_missing_network_is_told_before_anything_is_written(tiny, tmp_path, mo
         train(Config(**tiny | dict(fid=True)))
     assert not (tmp_path / "run" / "config.json").exists()
     with pytest.raises(UserError, match="--fid_features.*--fid"):
-        Config(fid_features="a.pt")
+        resolve_config(Config(fid_features="a.pt"))
     with pytest.raises(UserError, match="not --streaming"):
         Fid(Config(data="hf:a/b", streaming=True, fid=True), None, CPU)
 

@@ -332,7 +332,7 @@ def test_micro_batches_cover_the_batch(monkeypatch):
 def test_draws_depend_on_seed_and_step_only():
     config = Config(batch_size=16)
     rest = (make_schedule("cosine", 50), (3, 8, 8))
-    draws = [draw(config, *rest, step, CPU) for step in (7, 7, *range(200))]
+    draws = [draw(config, *rest, step, CPU, 0) for step in (7, 7, *range(200))]
     a, b, c = draws[:3]
     assert all(
         torch.equal(getattr(a, name), getattr(b, name)) for name in ("levels", "eps", "drop")
@@ -352,9 +352,9 @@ def test_draws_depend_on_seed_and_step_only():
 def test_latent_runs_sample_their_latents_too():
     config = Config(batch_size=4, mode="latent", vae="x")
     rest = (make_schedule("cosine", 50), (4, 8, 8))
-    a, b, c = (draw(config, *rest, step, CPU).vae_eps for step in (1, 1, 2))
+    a, b, c = (draw(config, *rest, step, CPU, 0).vae_eps for step in (1, 1, 2))
     assert a.shape == (4, 4, 8, 8) and torch.equal(a, b) and not torch.equal(a, c)
-    assert not torch.equal(a, draw(config, *rest, 1, CPU).eps)
+    assert not torch.equal(a, draw(config, *rest, 1, CPU, 0).eps)
 
 
 # --- the parts of a step -------------------------------------------------------------------------------

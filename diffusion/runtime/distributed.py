@@ -191,15 +191,6 @@ def any_rank(flag: bool) -> bool:
     return bool(count)
 
 
-def all_equal(value: int) -> bool:
-    """Check whether all ranks have the same value."""
-    if not dist.is_initialized():
-        return True
-    ends = torch.tensor([value, -value])
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    return int(ends[0]) == -int(ends[1])
-
-
 def should_poll_stop(step: int) -> bool:
     """Check whether ranks ask each other after this step if one is to stop.
 
@@ -213,14 +204,6 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
-
-
-def gather(x: torch.Tensor) -> list[torch.Tensor] | None:
-    """Gather each rank's tensor on rank 0's CPU, in rank order; None elsewhere.
-
-    Their shapes may differ.
-    """
-    return gather_object(x.cpu())
 
 
 def gather_object(value) -> list | None:

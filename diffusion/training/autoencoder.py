@@ -41,6 +41,11 @@ class KLAutoencoder(nn.Module):
         return self.vae.decode(sample(mean.float(), logvar.float(), eps)), mean, logvar
 
 
+def build_autoencoder(c: Config) -> KLAutoencoder:
+    """Build the network that is trained, with new weights."""
+    return KLAutoencoder(vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size))
+
+
 class AutoencoderRecipe:
     """Train, by a recipe as in recipe.py, the network that others have for a codec."""
 
@@ -61,9 +66,7 @@ class AutoencoderRecipe:
     # --- the network
 
     def build(self) -> nn.Module:
-        c = self.config
-        sizes = vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size)
-        return KLAutoencoder(sizes).to(memory_format=torch.channels_last)
+        return build_autoencoder(self.config).to(memory_format=torch.channels_last)
 
     def start(self, model: nn.Module, base: Base | None, fresh: bool) -> None:
         if base is not None and fresh:

@@ -12,13 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import UserError
 from ..config import Config
 from ..data.batches import open_batches
-from ..models.build import vae_config
 from ..models.cond import Cond
 from ..sampling.load import FrozenStack, build_network, open_stack
-from .autoencoder import KLAutoencoder
+from .autoencoder import build_autoencoder
 from .finetune import open_trainable
 from .finetune_config import open_base, resolve_config
-from .steps import split_batch, total_steps
+from .steps import count_parameters, split_batch, total_steps
 
 
 def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple, FrozenStack | None]:
@@ -29,13 +28,10 @@ def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple, FrozenS
     """
     side = config.image_size
     if config.mode == "vae":
-        c = config
         with torch.device("meta"):
-            model = KLAutoencoder(
-                vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size)
-            )
+            model = build_autoencoder(config)
             small = side // model.vae.factor
-            latent = torch.zeros(1, c.latent_channels, small, small)
+            latent = torch.zeros(1, config.latent_channels, small, small)
             return model, (torch.zeros(1, 3, side, side), latent), None
     if config.mode == "pixel":
         inputs = (torch.zeros(1, 3, side, side), torch.zeros(1))
@@ -119,9 +115,7 @@ def forward_cost(config: Config, num_classes: int) -> tuple[int, int, int, int]:
     if config.adapts:
         with torch.device("meta"):
             open_trainable(config, stack).freeze(model)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return parameters, trained, counter.flops, sum(s.nbytes() for s in kept.values())
+    return *count_parameters(model), counter.flops, sum(s.nbytes() for s in kept.values())
 
 
 def describe(config: Config, given: set[str] | None = None) -> str:

@@ -177,17 +177,20 @@ class Adapter:
 
     def result(self, folder: Path) -> str:
         c = self.config
-        name, path = ("sd_path", c.sd_path) if c.load_path is None else ("load_path", c.load_path)
-        base = f"--{name} {quote(path)}"
+        base = {"load_path": c.load_path}
         if c.load_path is None:
             stated = OBJECTIVES.get(find_prediction(c.sd_path, c.sd_config).type)
-            base += f" --config {quote(c.sd_config)}" if c.sd_config is not None else ""
-            base += " --weights ema" if c.sd_weights == "ema" else ""
-            base += f" --clip_skip {c.clip_skip}" if c.clip_skip > 1 else ""
-            base += "" if stated == c.objective else f" --objective {c.objective}"
-        option = "--lora" if c.adapter == "lora" else "--embedding"
+            base = {
+                "sd_path": c.sd_path,
+                "config": c.sd_config,
+                "weights": "ema" if c.sd_weights == "ema" else None,
+                "clip_skip": c.clip_skip if c.clip_skip > 1 else None,
+                "objective": c.objective if stated != c.objective else None,
+            }
         file = str(folder / "adapter.safetensors")
-        return f"{file}; python sample.py {base} {option} {quote(file)}"
+        options = base | {"lora" if c.adapter == "lora" else "embedding": file}
+        given = [f"--{name} {quote(str(v))}" for name, v in options.items() if v is not None]
+        return f"{file}; python sample.py {' '.join(given)}"
 
 
 def open_trainable(config: Config, stack: FrozenStack | None = None) -> Everything | Adapter:
@@ -250,17 +253,13 @@ def open_token(config: Config, stack: FrozenStack) -> tuple[Callable, Callable]:
     word = tokenizer.encode(config.init_word)
     if not word:
         raise UserError(f"--init_word {config.init_word!r} is blank; give a word, such as face")
-    try:
+    with blame("--token", kinds=ValueError):
         tokenizer.add_tokens([config.token], config.vectors)
-    except ValueError as error:
-        raise UserError(f"--token: {error}") from None
 
     def attach(networks: dict[str, nn.Module]) -> None:
         text = networks["text_encoder"]
-        try:
+        with blame("--token", kinds=ValueError):
             extend(text, initial_rows(text, word, config.vectors), first)
-        except ValueError as error:
-            raise UserError(f"--token: {error}") from None
 
     def save(own: Path, other: Path, networks: dict[str, nn.Module], about: dict) -> None:
         rows = new_rows(networks["text_encoder"])
@@ -369,7 +368,7 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
         sampled = {file for file, prompt in zip(present, made_for) if prompt is not None}
         # nothing of somebody's is written over; after a kill the batches are those of before it,
         # since in another one an image would be another by rounding
-        names = {i: image_of(folder, i) for i in range(2 * c.class_images)}
+        names = {i: folder / f"{i:05d}.png" for i in range(2 * c.class_images)}
         ours = [i for i, file in names.items() if file in sampled or not file.exists()]
         elsewhere = len(set(present) - {names[i] for i in ours})
         ours = ours[: max(0, c.class_images - elsewhere)]
@@ -403,7 +402,3 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
         if dist.any_rank(bad is not None):
             raise bad or NonFinite("class images of another rank")
     return folder
-
-
-def image_of(folder: Path, i: int) -> Path:
-    return folder / f"{i:05d}.png"

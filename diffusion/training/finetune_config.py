@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import UserError
-from ..config import Config
+from ..config import DEFAULTS, Config
 from ..files.checkpoint import load_weights
 from ..files.sd_files import check_averaged, read_image_size, stated_objective
 from ..files.validate import digest_tensors
@@ -41,7 +41,6 @@ USUAL = (
     "sample_steps",
     "guidance_scale",
 )
-DEFAULTS = {f.name: f.default for f in dataclasses.fields(Config)}
 
 
 class Base(NamedTuple):
@@ -130,31 +129,10 @@ def own_settings(config: Config, given: set[str]) -> dict:
 def check(config: Config) -> None:
     """Raise UserError for options that do not go together."""
     inverts = config.adapter == "textual_inversion"
-    reads = config.condition == "text"
-    wants_text = {
-        "--adapter textual_inversion": inverts,
-        "--instance_prompt": config.instance_prompt is not None,
-        "--train_text_encoder": config.train_text_encoder,
-    }
-    for option in (o for o, on in wants_text.items() if on and not reads):
-        raise UserError(
-            f"{option} needs a model that reads prompts; this one is of --mode "
-            f"{config.mode} --condition {config.condition}"
-        )
     if inverts and not (config.token and config.init_word):
         raise UserError(
             "--adapter textual_inversion needs --token, the new word, and --init_word, "
             "the one it starts from"
-        )
-    if (config.token or config.init_word) and not inverts:
-        raise UserError("--token and --init_word are options of --adapter textual_inversion")
-    if config.class_prompt is not None and config.instance_prompt is None:
-        raise UserError(
-            "--class_prompt preserves what --instance_prompt would overwrite: give both"
-        )
-    if inverts and config.train_text_encoder:
-        raise UserError(
-            "--adapter textual_inversion trains its vectors only: drop --train_text_encoder"
         )
     if config.class_data:
         folder = Path(config.class_data).resolve()
@@ -169,10 +147,6 @@ def check(config: Config) -> None:
     if inverts and prompt is not None and config.token.lower() not in prompt.lower():
         raise UserError(
             f"--instance_prompt {prompt!r} has no {config.token!r}, the --token that is trained"
-        )
-    if config.train_text_encoder and config.adapter == "none" and config.sd_path is not None:
-        raise UserError(
-            "--train_text_encoder trains Stable Diffusion's by LoRA only: give --adapter lora"
         )
     if config.streaming and (inverts or prompt is not None or config.condition == "class"):
         raise UserError("captions and classes are replaced before training: drop --streaming")

@@ -9,8 +9,8 @@ from torch import nn
 from ..config import Config
 from ..evaluation.fid import Fid
 from ..runtime import distributed as dist
-from .run_folder import RunLog
-from .steps import BatchSplit
+from .run_folder import RunLog, logged
+from .steps import BatchSplit, count_parameters
 from .train_state import TrainState
 
 
@@ -62,8 +62,7 @@ def announce(
     total: int,
 ) -> None:
     """Print what is about to be trained."""
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trained = count_parameters(model)
     precision = str(dtype).removeprefix("torch.") if dtype else "float32"
     dist.log(f"{config.data}: {batches.describe()}")
     part = "" if trained == parameters else f" ({trained:,} trained)"
@@ -77,7 +76,7 @@ def announce(
 def measure_fid(fid: Fid, state: TrainState, total: int, logs: RunLog, stop: StopSignal) -> bool:
     """Measure and log the FID where it is due, unless that has been done; tell whether it was."""
     step = state.step
-    if not fid.due(step, total) or dist.any_rank(logs.has(step, fid.name)):
+    if not fid.due(step, total) or dist.any_rank(logged(logs.path, step, fid.name)):
         return False
     pipeline = state.recipe.pipeline(state.ema.model)
     values = fid.measure(pipeline, state.split.micro, lambda: stop.requested)

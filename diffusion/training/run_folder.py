@@ -19,8 +19,8 @@ from pathlib import Path
 from shlex import quote
 from typing import NoReturn
 
-from .. import UserError, shown
-from ..config import PATHS, Config, shared_path
+from .. import UserError, shown, some
+from ..config import Config, shared_path
 from ..data.sources import NAMED, configured, open_data
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
@@ -34,7 +34,7 @@ from ..files.atomic import (
     write_text,
 )
 from ..files.text_files import read_bytes, read_json
-from ..runtime.distributed import all_equal, barrier, from_main, is_main, is_restart, log
+from ..runtime.distributed import any_rank, barrier, from_main, is_main, is_restart, log
 from ..runtime.seeding import seed_of
 from .finetune_config import open_base
 
@@ -127,13 +127,8 @@ def check_folder(folder: Path, is_run: bool) -> None:
         refuse(blocked[0], "is a folder; a run writes a file of this name")
     found = [path for path in found if path.suffix != ".tmp"]  # of a run killed at its start
     if found and not is_run:
-        names = [path.relative_to(folder).as_posix() for path in found]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(
-            f"--save_folder {folder} holds {', '.join(names[:3])}{more}, which a run "
-            "would replace, but no config.json of a run of this program: choose another "
-            "--save_folder"
-        )
+        names = some(path.relative_to(folder).as_posix() for path in found)
+        refuse(folder, f"holds {names}, which a run would replace, but no config.json of a run")
 
 
 def clear(folder: Path) -> None:
@@ -196,21 +191,21 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
         config = dataclasses.replace(config, load_path=saved.load_path)
     check_data(config, saved, state["data"]["order"])
     changed = config.differences(saved)
-    for name, same in (("load_path", same_start(config, saved, state)), ("class_data", None)):
-        pair = getattr(config, name), getattr(saved, name)
-        if not (same_place(*pair) if same is None else same):
-            changed[name] = pair
+    if not same_start(config, saved, state):
+        changed["load_path"] = (config.load_path, saved.load_path)
+    if not same_place(config.class_data, saved.class_data):
+        changed["class_data"] = (config.class_data, saved.class_data)
     if changed:
-        lines = [
-            f"  {name}: {shown(old)} (saved) != {shown(new)} (given)"
+        rows = [
+            f"  {name}: {shown(old)} (saved) != {shown(new)} (given)\n"
             for name, (new, old) in changed.items()
         ]
-        lines.insert(0, f"{folder} holds a run with a different configuration:")
-        lines.append(f"give the saved values to continue it; {elsewhere(config)}")
         free = [f.name for f in dataclasses.fields(Config) if f.metadata["free"]]
-        free = [name for name in free if name not in PATHS]
-        lines.append(f"a run may be continued with other {', '.join(free)}")
-        raise UserError("\n".join(lines))
+        raise UserError(
+            f"{folder} holds a run with a different configuration:\n{''.join(rows)}"
+            f"give the saved values to continue it; {elsewhere(config)}\n"
+            f"a run may be continued with other {', '.join(free)}"
+        )
     return config, state
 
 
@@ -243,23 +238,24 @@ def elsewhere(config: Config) -> str:
 
 def same_place(given: str | None, before: str | None) -> bool:
     """Tell whether two paths, one as given and one as saved, lead to the same place."""
-    if given is None or before is None or shared_path(given) == before:
+    if shared_path(given) == before or None in (given, before):
         return shared_path(given) == before
     return Path(given).resolve() == Path(before).resolve()
 
 
-def same_start(config: Config, saved: Config, state: dict) -> bool | None:
-    """Tell whether --load_path has the weights that a run began with; None: its place decides.
+def same_start(config: Config, saved: Config, state: dict) -> bool:
+    """Tell whether --load_path has the weights that a run began with, or lies where they lay.
 
     An adapter's base is compared in any case, when the adapter is put into it.
     """
     given, before = config.load_path, saved.load_path
-    if given is None or before is None:
-        return None
-    if given == before or config.adapter != "none":
+    if given == before or None in (given, before):
+        return given == before
+    if config.adapter != "none":
         return True
-    known = state.get("origin") is not None and Path(given).exists()
-    return open_base(config).digest() == state["origin"] if known else None
+    if state.get("origin") is not None and Path(given).exists():
+        return open_base(config).digest() == state["origin"]
+    return same_place(given, before)
 
 
 class RunLog:
@@ -271,6 +267,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: Config, step: int):
         self.folder = folder
+        self.path = folder / "metrics.jsonl"
         self.wandb = None
         if not is_main():
             return
@@ -299,7 +296,6 @@ class RunLog:
         write_text(folder / "config.json", json.dumps(private, indent=2))
         if config.overwrite:
             write_text(folder / OVERWRITTEN, launcher())
-        self.path = folder / "metrics.jsonl"
         lines = [line for line in read_lines(self.path) if line["step"] <= step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         events = folder / "tensorboard"
@@ -333,10 +329,6 @@ class RunLog:
         self.event(step=step, summary={"value": scalars})
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-
-    def has(self, step: int, name: str) -> bool:
-        """Check whether a value of this step has been logged; False off rank 0."""
-        return is_main() and logged(self.path, step, name)
 
     def picture(self, step: int, grid) -> None:
         """Write a sample grid (PIL image)."""
@@ -373,17 +365,16 @@ def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
 
 def logged(path: Path, step: int, name: str, value: float | None = None) -> bool:
     """Check whether metrics.jsonl has a value of this name for this step, or just this one."""
-    lines = (line for line in read_lines(path) if line["step"] == step)
-    return any(name in line and value in (None, line[name]) for line in lines)
+    lines = [line for line in read_lines(path) if line["step"] == step and name in line]
+    return any(value in (None, line[name]) for line in lines)
 
 
 def is_published(folder: Path, step: int) -> bool:
     """Check whether what `TrainState.publish` writes of a step, or of a later one, is complete."""
     try:
-        found = read_json(folder / "metadata.json").get("step")
-    except UserError:
+        return read_json(folder / "metadata.json")["step"] >= step
+    except (UserError, KeyError, TypeError):
         return False
-    return isinstance(found, int) and found >= step
 
 
 def made_here(folder: Path) -> Config | None:
@@ -419,11 +410,12 @@ def fid_is_missing(config: Config, step: int) -> bool:
 
 def check_resume(saved: dict | None, recipe, folder: Path) -> None:
     """Raise UserError if a run cannot be resumed with the data and networks that are there now."""
-    if saved is not None and saved["data"]["order"] != recipe.batches.order_key():
-        raise UserError(other_data(recipe.config))
-    if not all_equal(-1 if saved is None else saved["step"]):
+    step = None if saved is None else saved["step"]
+    if any_rank(step != from_main(step)):
         raise UserError(
             f"not all ranks find the same run in {folder}: it must lie where all machines see it"
         )
     if saved is not None:
+        if saved["data"]["order"] != recipe.batches.order_key():
+            raise UserError(other_data(recipe.config))
         recipe.check_checkpoint(saved)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
@@ -47,6 +47,12 @@ def split_batch(config: Config) -> BatchSplit:
     return BatchSplit(ranks, config.grad_accum, B // parts)
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count a model's parameters, and those of them that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
 # --- randomness ----------------------------------------------------------------------------------
 
 
@@ -74,15 +80,14 @@ def draw(
     shape: tuple[int, ...],
     step: int,
     device: torch.device,
-    seed: int | None = None,
+    seed: int,
 ) -> Draw:
     """Sample the random numbers of a step's global batch; each depends on (seed, step, j) only.
 
-    shape: (C, h, w) of x0. seed: config.seed unless given.
+    shape: (C, h, w) of x0.
     """
     c = config
     B = c.batch_size
-    seed = c.seed if seed is None else seed
     t = schedule.sample_t(B, generator(seed, "t", step))
     levels = training_coefficients(schedule, c.objective, t, c.min_snr_gamma)
     drop = torch.rand(B, generator=generator(seed, "hide", step)) < c.condition_dropout

@@ -465,9 +465,9 @@ def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monke
     )  # noqa: E731
     plain = make()
     assert not torch.allclose(make(clip_skip=2), plain, atol=1e-5)
-    assert_close(make(tiling=True), plain)  # smaller than one tile
+    assert_close(make(vae_tiling=True), plain)  # smaller than one tile
     monkeypatch.setattr("diffusion.sampling.load.TILE", 8)
-    tiles = make(tiling=True)
+    tiles = make(vae_tiling=True)
     assert 0 < (tiles - plain).abs().mean() < 0.5 * plain.std()
 
 

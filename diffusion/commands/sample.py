@@ -172,7 +172,7 @@ def open_model(args, device):
         clip_skip=args.clip_skip,
         height=args.height,
         width=args.width,
-        tiling=args.vae_tiling,
+        vae_tiling=args.vae_tiling,
         loras=[*args.lora, *args.lora_interpolate],
         embeddings=args.embedding,
         merged=not args.lora_interpolate,

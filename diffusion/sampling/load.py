@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import UserError, shown
 from ..config import Config
 from ..data.latents import settings_digest
-from ..files.atomic import reason
+from ..files.atomic import blame
 from ..files.checkpoint import is_own, load_weights
 from ..files.sd_files import (
     OBJECTIVES,
@@ -99,10 +99,15 @@ class FrozenStack:
         return {"scheduler configuration": settings_digest(self.scheduler)}
 
 
-def open_stack(config: Config, device: torch.device, tile: int | None = None) -> FrozenStack:
-    """Open what the configuration of a latent model names. Raises UserError for what is missing."""
+def open_stack(
+    config: Config, device: torch.device, tile: int | None = None, **of_sd
+) -> FrozenStack:
+    """Open what the configuration of a latent model names. of_sd: see `open_sd_stack`.
+
+    Raises UserError for what is missing.
+    """
     if config.sd_path is not None:
-        return open_sd_stack(config, device, tile)
+        return open_sd_stack(config, device, tile, **of_sd)
     if config.vae is None:
         raise UserError(
             "--mode latent needs latents: give --sd_path, or the --vae of a model from "
@@ -132,7 +137,7 @@ def open_stack(config: Config, device: torch.device, tile: int | None = None) ->
 def open_sd_stack(
     config: Config,
     device: torch.device,
-    tile: int | None = None,
+    tile: int | None,
     vae: str | None = None,
     unet: bool = True,
     override: bool = False,
@@ -300,77 +305,73 @@ def load(
     return open_pipeline(*where, weights, torch.device(device), **options)
 
 
+@dataclass(frozen=True)
+class Options:
+    """Hold the options of sample.py that say how a model is opened; None: the model's own."""
+
+    amp: str = "auto"
+    config: str | None = None
+    vae: str | None = None
+    clip_skip: int | None = None
+    height: int | None = None
+    width: int | None = None
+    vae_tiling: bool = False
+    objective: str | None = None
+
+    @property
+    def tile(self) -> int | None:
+        return TILE if self.vae_tiling else None
+
+
 def open_pipeline(
     load_path: str | None,
     sd_path: str | None,
     weights: str | None,
     device: torch.device,
     *,
-    amp: str = "auto",
-    config: str | None = None,
-    vae: str | None = None,
-    clip_skip: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    tiling: bool = False,
-    objective: str | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
     merged: bool = True,
+    **options,
 ) -> Pipeline:
     """Open a trained model, pixel or latent, or Stable Diffusion itself, with adapters put in.
 
-    weights: see `load`. loras, embeddings, merged: see `adapt`. The other options are those of
-    sample.py. Raises UserError for options that the model has no use for.
+    weights: see `load`. loras, embeddings, merged: see `adapt`. options: see `Options`.
+    Raises UserError for options that the model has no use for.
     """
-    size = {"height": height or 0, "width": width or 0}
-    tile = TILE if tiling else None
+    wanted = Options(**options)
     if load_path is None and sd_path is not None:
-        pipeline = load_stable_diffusion(
-            sd_path, weights or "raw", device, amp, config, vae, clip_skip, objective, tile, size
-        )
-        return adapt(pipeline, loras, embeddings, merged)
-    path = Path("results/model.pt" if load_path is None else load_path)
-    tensors, trained, metadata = load_weights(path, weights or "ema")
-    if objective is not None:
+        pipeline = load_stable_diffusion(sd_path, weights or "raw", device, wanted)
+    else:
+        path = Path("results/model.pt" if load_path is None else load_path)
+        pipeline = load_own(path, sd_path, weights or "ema", device, wanted)
+    return adapt(pipeline, loras, embeddings, merged)
+
+
+def load_own(
+    path: Path, sd_path: str | None, weights: str, device: torch.device, wanted: Options
+) -> Pipeline:
+    """Make the pipeline of a model that was trained here. sd_path: where its model is now."""
+    tensors, config, metadata = load_weights(path, weights)
+    if wanted.objective is not None:
         raise UserError(
-            f"--objective {objective}: {path} predicts what it was trained on, "
-            f"{trained.objective}: leave that out"
+            f"--objective {wanted.objective}: {path} predicts what it was trained on, "
+            f"{config.objective}: leave that out"
         )
-    if trained.mode == "vae":
+    if config.mode == "vae":
         raise UserError(
             f"{path} is a VAE, which samples nothing by itself: train a model on its "
             f"latents, python train.py --mode latent --vae {quote(str(path.parent))}"
         )
-    if trained.mode == "latent":
-        given = {"sd_path": sd_path, "sd_config": config, "vae": vae, "clip_skip": clip_skip}
-        pipeline = load_latent(path, tensors, trained, metadata, device, given, tile, size)
-        return adapt(pipeline, loras, embeddings, merged)
-    named = {
-        "sd_path": sd_path,
-        "vae": vae,
-        "clip_skip": clip_skip,
-        "height": height,
-        "width": width,
-        "vae_tiling": tiling or None,
-        "config": config,
-    }
-    if given := [f"--{name}" for name, value in named.items() if value is not None]:
+    if config.mode == "latent":
+        return load_latent(path, tensors, config, metadata, device, sd_path, wanted)
+    named = {"sd_path": sd_path} | vars(wanted) | {"amp": None}
+    if given := [f"--{name}" for name, value in named.items() if value not in (None, False)]:
         raise UserError(f"{', '.join(given)}: {path} is a pixel model, which has no use for that")
-    pipeline = load_pixel(path, tensors, trained, metadata, device)
-    return adapt(pipeline, loras, embeddings, merged)
-
-
-def load_pixel(
-    path: Path, tensors: dict[str, Tensor], config: Config, metadata: dict, device: torch.device
-) -> Pipeline:
-    """Make the pipeline of a model of --mode pixel from what its file holds."""
     classes = metadata["classes"]
-    try:
-        with blank():  # what a file claims costs nothing until it fits
-            model = build_network(config, len(classes))
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise UserError(f"{path} has a configuration of no network: {reason(error)}") from None
+    # what a file claims costs nothing until it fits
+    with blame(f"{path} has a configuration of no network"), blank():
+        model = build_network(config, len(classes))
     own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}  # of no file
     model = load_strict(model, own, str(path)).to(memory_format=torch.channels_last)
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
@@ -384,29 +385,25 @@ def load_latent(
     config: Config,
     metadata: dict,
     device: torch.device,
-    given: dict,
-    tile: int | None,
-    size: dict,
+    sd_path: str | None,
+    wanted: Options,
 ) -> Pipeline:
     """Make the pipeline of a model of --mode latent from what its file holds.
 
-    given: sd_path, sd_config, vae: where what the model needs is now; clip_skip; None: as saved.
+    sd_path, and vae of wanted: where what the model needs is now.
     """
-    foreign = config.sd_path is not None
+    given = {"sd_path": sd_path, "sd_config": wanted.config, "clip_skip": wanted.clip_skip}
     given = {name: value for name, value in given.items() if value is not None}
-    other_vae = given.get("vae")
-    if foreign:
-        given.pop("vae", None)
-    elif useless := [f"--{n.replace('sd_config', 'config')}" for n in given if n != "vae"]:
-        raise UserError(f"{', '.join(useless)}: {path} was trained from scratch and needs none")
+    needed = "--vae" if config.sd_path is None else "--sd_path"
+    if config.sd_path is None:
+        if given:
+            useless = ", ".join(f"--{name.replace('sd_config', 'config')}" for name in given)
+            raise UserError(f"{useless}: {path} was trained from scratch and needs none")
+        given = {"vae": wanted.vae or config.vae}
     config = dataclasses.replace(config, **given)
     try:
-        if foreign:
-            stack = open_sd_stack(config, device, tile, other_vae, unet=False)
-        else:
-            stack = open_stack(config, device, tile)
+        stack = open_stack(config, device, wanted.tile, vae=wanted.vae, unet=False)
     except UserError as error:
-        needed = "--sd_path" if foreign else "--vae"
         raise UserError(
             f"{error}; {path} was trained with it: say with {needed} where it is now"
         ) from None
@@ -423,42 +420,32 @@ def load_latent(
     conditioning = conditioning_of(config, metadata["classes"], device, prompts)
     found = stack.codec.digests | conditioning.digests | stack.digests
     changed = check_digests(found, metadata.get("frozen"))
-    if names := [n for n in changed if other_vae is None or not n.startswith("VAE")]:
+    if names := [n for n in changed if wanted.vae is None or not n.startswith("VAE")]:
         log(
             f"warning: {path} was trained with another {' and '.join(names)} than is there "
             "now, its pictures will be wrong: give --vae or --sd_path"
         )
-    return Pipeline(
-        config, model, stack.schedule, stack.codec, conditioning, device, stack.scheduler, **size
-    )
+    return of_stack(config, model, stack, conditioning, device, wanted)
 
 
 def load_stable_diffusion(
-    path: str,
-    weights: str,
-    device: torch.device,
-    amp: str,
-    sd_config: str | None,
-    vae: str | None,
-    clip_skip: int | None,
-    objective: str | None,
-    tile: int | None,
-    size: dict,
+    path: str, weights: str, device: torch.device, wanted: Options
 ) -> Pipeline:
     """Make the pipeline of Stable Diffusion as it is, its weights in the precision of --amp."""
-    if sd_config is not None and Path(path).is_dir():
+    if wanted.config is not None and Path(path).is_dir():
         raise UserError(f"--config describes a single file; the folder {path} has its own")
-    dtype = amp_dtype(amp, device)
+    dtype = amp_dtype(wanted.amp, device)
     config = Config(
         mode="latent",
         condition="text",
         sd_path=path,
-        sd_config=sd_config,
+        sd_config=wanted.config,
         sd_weights=weights,
-        objective=stated_objective(path, sd_config) if objective is None else objective,
-        clip_skip=1 if clip_skip is None else clip_skip,
+        objective=wanted.objective or stated_objective(path, wanted.config),
+        clip_skip=1 if wanted.clip_skip is None else wanted.clip_skip,
     )
-    stack = open_sd_stack(config, device, tile, vae, override=objective is not None, inpaints=True)
+    override = wanted.objective is not None
+    stack = open_sd_stack(config, device, wanted.tile, wanted.vae, override=override, inpaints=True)
     side = stack.unet.config.side * stack.codec.factor
     config = dataclasses.replace(config, image_size=side)
     stack.unet.to(dtype or torch.float32)
@@ -466,13 +453,25 @@ def load_stable_diffusion(
         stack.prompts.encoder.to(dtype)
     if dtype == torch.bfloat16:  # float16 is too narrow for the VAE's activations
         stack.codec.vae.to(dtype)
+    return of_stack(config, stack.unet, stack, stack.prompts, device, wanted)
+
+
+def of_stack(
+    config: Config,
+    model: nn.Module,
+    stack: FrozenStack,
+    conditioning: Unconditional | ClassLabels | Prompts,
+    device: torch.device,
+    wanted: Options,
+) -> Pipeline:
     return Pipeline(
         config,
-        stack.unet,
+        model,
         stack.schedule,
         stack.codec,
-        stack.prompts,
+        conditioning,
         device,
         stack.scheduler,
-        **size,
+        wanted.height,
+        wanted.width,
     )

@@ -37,7 +37,7 @@ class Pipeline:
 
     model: what was trained: a U-Net, or one with its text encoder.
     scheduler: what a scheduler_config.json says of timesteps; {} without one.
-    height, width: of the images, in pixels; 0: the size that the model was trained on.
+    height, width: of the images, in pixels; None: the size that the model was trained on.
     compiled: whether to torch.compile the network.
     Raises UserError for sizes that the codec cannot make.
     """
@@ -49,8 +49,8 @@ class Pipeline:
     conditioning: Unconditional | ClassLabels | Prompts = Unconditional()
     device: torch.device = torch.device("cpu")
     scheduler: dict = field(default_factory=dict)
-    height: int = 0
-    width: int = 0
+    height: int | None = None
+    width: int | None = None
     compiled: bool = False
     graphs: Graphs = field(default_factory=Graphs, repr=False)
     ready: dict[torch.dtype | None, nn.Module] = field(default_factory=dict, repr=False)

@@ -15,6 +15,7 @@ from diffusion import UserError, config
 from diffusion.commands import sample, train, visualize
 from diffusion.config import PRESET_OF_DATA, PRESETS, Config, Parser, config_from_args
 from diffusion.process import objective, samplers, schedule
+from diffusion.training.finetune_config import resolve_config
 
 
 def parse(text: str) -> Config:
@@ -72,7 +73,6 @@ def test_presets_are_valid_and_differ_from_the_defaults(preset):
     ("--ema_decay 1", "ema_decay is 1.0"),
     ("--epochs 3 --train_steps 4", "--epochs"),
     ("--zero_snr --objective eps", "--objective v or x0"),
-    ("--streaming", "hf:owner/name"),
     ("--time_steps 1", "time_steps is 1"),
     ("--rank_timeout 0", "rank_timeout is 0.0"),
     ("--learning_rate -1", "learning_rate is -1.0"),
@@ -81,6 +81,11 @@ def test_mistakes_name_the_option_and_the_value(text, named, capsys):
     with pytest.raises((UserError, SystemExit)) as caught:
         parse(text)
     assert named in str(caught.value) + capsys.readouterr().err
+
+
+def test_streams_are_of_hub_sets():
+    with pytest.raises(UserError, match="--streaming.*hf:owner/name"):
+        resolve_config(parse("--streaming"))
 
 
 def parser_of(command, monkeypatch) -> Parser:

@@ -482,7 +482,7 @@ def test_heldout_loss_is_fixed(tiny, tmp_path):
     recipe = open_recipe(Config(**tiny), CPU)
     model = recipe.build().eval()
     torch.nn.init.normal_(model.out.weight, std=0.1)  # a new network's output is zero
-    values = [heldout_loss(recipe, model, micro, CPU) for micro in (1, 2, 8)]
+    values = [heldout_loss(recipe, model, micro) for micro in (1, 2, 8)]
     assert_close(values, [values[0]] * 3, rtol=1e-5, atol=0)
 
 

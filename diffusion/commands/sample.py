@@ -6,6 +6,7 @@ python sample.py --sd_path stable-diffusion-v1-5 --prompt "a red fox" --sampler 
 torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 50000
 """
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def open_model(args, device):
     """Open the pipeline that the arguments name. Raises UserError for what it has no use for."""
     from ..files.sd_files import check_averaged
     from ..runtime import compiler
-    from ..sampling.load import open_pipeline
+    from ..sampling.load import Options, open_pipeline
 
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
@@ -166,21 +167,12 @@ def open_model(args, device):
         args.sd_path,
         args.weights,
         device,
-        amp=args.amp,
-        config=args.config,
-        vae=args.vae,
-        clip_skip=args.clip_skip,
-        height=args.height,
-        width=args.width,
-        vae_tiling=args.vae_tiling,
+        **{f.name: getattr(args, f.name) for f in dataclasses.fields(Options)},
         loras=[*args.lora, *args.lora_interpolate],
         embeddings=args.embedding,
         merged=not args.lora_interpolate,
-        objective=args.objective,
     )
     pipeline.compiled = args.compile
-    if args.class_label is not None and pipeline.reads_prompts:
-        raise UserError("--class_label: this model reads prompts, not classes: give --prompt")
     if pipeline.reads_prompts and not args.prompt and args.guidance_scale != 1:
         raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")
     return pipeline

@@ -12,18 +12,12 @@ def parse(args: list[str] | None = None):
     """Read the command line: (Config, the options given, dry_run)."""
     parser = Parser(description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument(
-        "--preset",
-        default=None,
-        metavar="NAME",
-        help=f"recipe to start from: none, {', '.join(PRESETS)} (default: that of --data NAME "
-        "or --sd_path, if there is one)",
+    presets = ", ".join(("none", *PRESETS))
+    parser.option(
+        "--preset NAME",
+        f"recipe to start from: {presets} (default: that of --data NAME or --sd_path, if any)",
     )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print the configuration, the data set and the model's size, and stop",
-    )
+    parser.option("--dry_run", "print the configuration, the data and the model's size, and stop")
     values = vars(parser.parse_args(args))
     preset = values.pop("preset")
     dry_run = values.pop("dry_run")

@@ -73,12 +73,6 @@ def open_model(args, device):
         config = Config(data="toy")
         schedule = make_schedule(config.schedule, config.time_steps)
         pipeline = Pipeline(config, torch.nn.Identity(), schedule, device=device)
-    if args.prompt and not pipeline.reads_prompts:
-        raise UserError(f"--prompt: {args.load_path} reads no text")
-    if args.class_label is not None and pipeline.reads_prompts:
-        raise UserError(
-            f"--class_label: {args.load_path} reads prompts, not classes: give --prompt"
-        )
     return pipeline
 
 
@@ -107,16 +101,16 @@ def sampling_options(args, pipeline, captions: list[str]):
     """Return the function (indices) -> options of `Pipeline.frames`."""
     same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
     prompted = None
-    if pipeline.reads_prompts:
+    if args.prompt or pipeline.reads_prompts:
         plain = args.plain_prompts or not args.prompt or None  # captions always are
         prompted = pipeline.prompted(args.prompt or captions, plain_prompts=plain)
 
     def options(indices) -> dict:
-        if prompted is not None:
-            return same | prompted(indices)
         if args.class_label is None:
-            return same | {"labels": pipeline.labels_in_turn(indices)}
-        return same | {"labels": pipeline.labels(args.class_label, indices)}
+            own = {"labels": pipeline.labels_in_turn(indices)}
+        else:
+            own = {"labels": pipeline.labels(args.class_label, indices)}
+        return same | own | (prompted(indices) if prompted is not None else {})
 
     return options
 

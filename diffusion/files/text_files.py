@@ -97,12 +97,15 @@ def read_text_file(path: Path) -> tuple[str, str]:
 def read_prompt_lines(path: Path) -> list[str]:
     """Read a prompt a line, without blank lines, and say so where the file was not UTF-8.
 
-    Raises UserError as `read_text_file` does.
+    Raises UserError as `read_text_file` does, and for a file without any.
     """
     text, encoding = read_text_file(path)
     if encoding != "UTF-8":
         log(f"{path}: not UTF-8; read as {encoding}")
-    return [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path} holds no prompt: write one a line")
+    return lines
 
 
 def prompts_of(options: Sequence[str]) -> list[str]:
@@ -116,14 +119,11 @@ def prompts_of(options: Sequence[str]) -> list[str]:
             found.append(text.removeprefix("@"))
             continue
         try:
-            lines = read_prompt_lines(Path(os.path.expanduser(text[1:])))
+            found += read_prompt_lines(Path(os.path.expanduser(text[1:])))
         except UserError as error:
             raise UserError(
                 f"--prompt {text}: {error}; a prompt that itself begins with @ is written @{text}"
             ) from None
-        if not lines:
-            raise UserError(f"--prompt {text}: the file holds no prompt")
-        found += lines
     return found
 
 

@@ -39,10 +39,10 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     timeout: seconds that a collective, and a barrier at a milestone, wait for the other ranks.
     Raises UserError for a device that is not there, and if not all ranks come.
     """
+    mps = torch.backends.mps.is_available()
     if device == "auto":
-        mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device == "mps" and not torch.backends.mps.is_available():
+    if device == "mps" and not mps:
         raise UserError("--device mps: there is no Apple GPU here; use auto or cpu")
     if device == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0))

@@ -7,6 +7,7 @@ import torch
 
 from .. import UserError, shown
 from ..files.adapter_files import read_lora, read_tokens
+from ..files.atomic import blame
 from ..files.embedding_files import Embedding, read_embeddings
 from ..models import lora
 from ..models.clip import CLIPTextModel
@@ -30,18 +31,23 @@ def adapt(
     Raises UserError for files that do not fit the model.
     """
     parts = pipeline.networks
+    text = parts.get("text_encoder")
     inside = []  # tokens in the LoRAs' files
     for i, (path, weight) in enumerate(loras):
         for part, branches in read_lora(path, parts).items():
             lora.load(parts[part], branches, str(i), weight)
-        if "text_encoder" in parts:
-            tokens = read_tokens(path, parts["text_encoder"].config.hidden_size)
+        if text is not None:
+            tokens = read_tokens(path, text.config.hidden_size)
             inside += [Embedding(Path(path), (name,), value) for name, value in tokens.items()]
-    if embeddings and "text_encoder" not in parts:
-        raise UserError(f"{embeddings[0]}: this model reads no prompts, so it takes no embedding")
-    if embeddings or inside:
-        tokenizer = pipeline.conditioning.tokenizer
-        add_embeddings(tokenizer, parts["text_encoder"], embeddings, inside)
+    if embeddings:
+        if text is None:
+            raise UserError(
+                f"{embeddings[0]}: this model reads no prompts, so it takes no embedding"
+            )
+        warn = lambda m: log(f"warning: {m}")  # noqa: E731
+        inside = [*read_embeddings(embeddings, text.config.hidden_size, warn), *inside]
+    for found in inside:
+        add_embedding(pipeline.conditioning.tokenizer, text, found)
     if merged:
         for network in parts.values():
             if next(network.parameters()).dtype == torch.float32:
@@ -56,34 +62,24 @@ def set_weights(pipeline: Pipeline, weights: Mapping[str, float]) -> None:
     pipeline.forget()
 
 
-def add_embeddings(
-    tokenizer: Tokenizer,
-    text: CLIPTextModel,
-    paths: Sequence[str | Path],
-    others: Sequence[Embedding] = (),
-) -> None:
-    """Put textual inversions into a vocabulary and its text encoder, and print their names.
+def add_embedding(tokenizer: Tokenizer, text: CLIPTextModel, found: Embedding) -> None:
+    """Put a textual inversion into a vocabulary and its text encoder, and print its names.
 
-    others: that have been read.
-    Raises UserError for files that do not fit, and for names that no prompt can hold.
+    Raises UserError for one that does not fit, and for names that no prompt can hold.
     """
-    read = read_embeddings(paths, text.config.hidden_size, lambda m: log(f"warning: {m}"))
-    for found in (*read, *others):
-        names = [name for name in found.names if tokenizer.can_hold(name)]
-        if odd := [name for name in found.names if name not in names]:
-            message = f"{found.path}: {shown(odd[0])} cannot be typed in a prompt"
-            if not names:
-                raise UserError(f"{message}: rename the file")
-            log(f"warning: {message}; use {shown(names[0])}")
-        first = len(tokenizer)
-        count = len(found.vectors)
-        try:
-            tokenizer.add_embedding(names, count)
-            extend(text, found.vectors, first)
-        except ValueError as error:
-            raise UserError(f"{found.path}: {error}") from None
-        known = " or ".join(map(shown, names))
-        log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
+    names = [name for name in found.names if tokenizer.can_hold(name)]
+    if odd := [name for name in found.names if name not in names]:
+        message = f"{found.path}: {shown(odd[0])} cannot be typed in a prompt"
+        if not names:
+            raise UserError(f"{message}: rename the file")
+        log(f"warning: {message}; use {shown(names[0])}")
+    first = len(tokenizer)
+    count = len(found.vectors)
+    with blame(found.path, kinds=ValueError):
+        tokenizer.add_embedding(names, count)
+        extend(text, found.vectors, first)
+    known = " or ".join(map(shown, names))
+    log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
 
 
 def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ class PixelCodec:
     channels = 3
     factor = 1  # pixels of a side of x0's
     clip = True  # x0 is known to lie in [-1, 1]
+    digests = {}  # of frozen networks that x0 depends on
 
     def x0(self, batch: Batch, noise: Tensor | None = None) -> Tensor:
         """Encode a batch of training images."""
@@ -33,11 +34,6 @@ class PixelCodec:
     def decode(self, x: Tensor) -> Tensor:
         """Turn x0 into images (B, 3, H, W) float32."""
         return x
-
-    @property
-    def digests(self) -> dict:
-        """Describe the frozen networks that x0 depends on."""
-        return {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,8 +47,17 @@ def check_no_text(request: Request) -> None:
         raise UserError("this model reads no text: it takes no prompts")
 
 
+class WithoutNetwork:
+    """Need no network of its own: all that the condition depends on is in the configuration."""
+
+    digests = {}
+
+    def of_networks(self, networks: dict[str, nn.Module]):
+        return self
+
+
 @dataclass(frozen=True, eq=False)
-class Unconditional:
+class Unconditional(WithoutNetwork):
     """Condition on nothing. classes: those of the data, all the same."""
 
     classes: Sequence[str] = ()
@@ -66,16 +75,9 @@ class Unconditional:
             )
         return Cond(), Cond()
 
-    def of_networks(self, networks: dict[str, nn.Module]) -> "Unconditional":
-        return self
-
-    @property
-    def digests(self) -> dict:
-        return {}
-
 
 @dataclass(frozen=True, eq=False)
-class ClassLabels:
+class ClassLabels(WithoutNetwork):
     """Condition on one of `classes`, by its index; the index behind the last means none."""
 
     classes: Sequence[str]
@@ -93,13 +95,6 @@ class ClassLabels:
         null = torch.full((request.n,), len(self.classes), device=self.device)
         labels = null if request.labels is None else request.labels.to(self.device)
         return Cond(labels=labels), Cond(labels=null)
-
-    def of_networks(self, networks: dict[str, nn.Module]) -> "ClassLabels":
-        return self
-
-    @property
-    def digests(self) -> dict:
-        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,11 +224,6 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 20
 
 
-def labels_in_turn(classes: Sequence[str], indices) -> Tensor:
-    """Give the class labels of images `indices`, (B,), of which each class has as many."""
-    return torch.tensor([i % len(classes) for i in indices])
-
-
 def labels_of(classes: Sequence[str], choice: str | None, indices) -> Tensor | None:
     """Find the class labels of images `indices`, (B,), by a class's name or number.
 
@@ -246,7 +236,7 @@ def labels_of(classes: Sequence[str], choice: str | None, indices) -> Tensor | N
     if choice in names:
         return torch.full((len(indices),), names.index(choice))
     if choice == "all" and names:
-        return labels_in_turn(names, indices)
+        return torch.tensor([i % len(names) for i in indices])
     numbered = not any(map(is_number, names))
     if numbered and is_number(choice) and int(choice) < len(names):
         return torch.full((len(indices),), int(choice))

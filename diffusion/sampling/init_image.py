@@ -35,7 +35,8 @@ def read_init_image(
     image = _read(init_image, lambda path: read_image(path, None))
     if pipeline.codec.factor > 1:
         pipeline.set_size(*size_like(image, pipeline, height, width))
-    H, W = pipeline.image_hw
+    H = pipeline.height
+    W = pipeline.width
     scale = max(W / image.width, H / image.height)
     columns = round(image.width - W / scale)
     rows = round(image.height - H / scale)

@@ -425,7 +425,8 @@ def load_latent(
             f"warning: {path} was trained with another {' and '.join(names)} than is there "
             "now, its pictures will be wrong: give --vae or --sd_path"
         )
-    return of_stack(config, model, stack, conditioning, device, wanted)
+    parts = (stack.schedule, stack.codec, conditioning, device, stack.scheduler)
+    return Pipeline(config, model, *parts, wanted.height, wanted.width)
 
 
 def load_stable_diffusion(
@@ -453,25 +454,5 @@ def load_stable_diffusion(
         stack.prompts.encoder.to(dtype)
     if dtype == torch.bfloat16:  # float16 is too narrow for the VAE's activations
         stack.codec.vae.to(dtype)
-    return of_stack(config, stack.unet, stack, stack.prompts, device, wanted)
-
-
-def of_stack(
-    config: Config,
-    model: nn.Module,
-    stack: FrozenStack,
-    conditioning: Unconditional | ClassLabels | Prompts,
-    device: torch.device,
-    wanted: Options,
-) -> Pipeline:
-    return Pipeline(
-        config,
-        model,
-        stack.schedule,
-        stack.codec,
-        conditioning,
-        device,
-        stack.scheduler,
-        wanted.height,
-        wanted.width,
-    )
+    parts = (stack.schedule, stack.codec, stack.prompts, device, stack.scheduler)
+    return Pipeline(config, stack.unet, *parts, wanted.height, wanted.width)

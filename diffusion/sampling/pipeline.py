@@ -26,7 +26,7 @@ from ..runtime.cuda_graph import Graphs
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
 from .codec import LatentCodec, PixelCodec
-from .conditioning import ClassLabels, Prompts, Request, Unconditional, labels_in_turn, labels_of
+from .conditioning import ClassLabels, Prompts, Request, Unconditional, labels_of
 
 INPAINTS = "this model repaints a part of an image (inpainting): give --init_image and --mask"
 
@@ -106,11 +106,6 @@ class Pipeline:
     def classes(self) -> Sequence[str]:
         """List the names of the classes, in label order."""
         return self.conditioning.classes
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Give height and width of the images."""
-        return (self.height, self.width)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -248,11 +243,15 @@ class Pipeline:
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
         """Find class labels by name or number, see `conditioning.labels_of`."""
+        if choice is not None and self.reads_prompts:
+            raise UserError("class_label: this model reads prompts, not classes: give --prompt")
         return labels_of(self.classes, choice, indices)
 
     def labels_in_turn(self, indices) -> Tensor | None:
         """Give the class labels of images `indices`, (B,), the classes in turn; None without."""
-        return labels_in_turn(self.classes, indices) if self.conditional else None
+        if not self.conditional:
+            return None
+        return torch.tensor([i % len(self.classes) for i in indices])
 
     def prompted(
         self, prompts: Sequence[str], negative: str = "", plain_prompts: bool | None = None

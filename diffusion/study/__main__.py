@@ -161,7 +161,7 @@ def open_base(s: Settings, device):
         pipeline.frames([0], prompts=[""], **sampling)
     except ValueError as error:
         raise UserError(f"the base model cannot be sampled: {error}") from None
-    return pipeline, Base(pipeline.image_hw[0], guidance, config.objective if foreign else None)
+    return pipeline, Base(pipeline.height, guidance, config.objective if foreign else None)
 
 
 def main() -> None:

@@ -136,8 +136,6 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
                 f"{file} is a link out of {folder}, and the report shows its text: copy it there"
             )
         prompts = [with_name(" ".join(line.split()), name) for line in read_prompt_lines(file)]
-        if not prompts:
-            raise UserError(f"{file} holds no prompt; write one a line, or delete it")
     return Style(name, slug, prompts, train, held_out)
 
 

@@ -118,12 +118,12 @@ def own_settings(config: Config, given: set[str]) -> dict:
         return {}
     if config.sd_weights == "ema" and config.load_path is None:
         check_averaged(config.sd_path, "--sd_weights")
-    own: dict = {}
+    own = {}
     if "objective" not in given:
         own["objective"] = stated_objective(config.sd_path, config.sd_config)
-    if config.image_size == DEFAULTS["image_size"]:
+    if "image_size" not in given and config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
-    return {n: v for n, v in own.items() if n not in given}
+    return own
 
 
 def check(config: Config) -> None:

@@ -104,11 +104,7 @@ def grid_prompts(
 ) -> list[str]:
     """Choose the prompts of the sample grids: --validation_prompts, or captions of the data."""
     if config.validation_prompts is not None:
-        path = Path(config.validation_prompts)
-        lines = read_prompt_lines(path)
-        if not lines:
-            raise UserError(f"--validation_prompts {path} holds no prompt")
-        return lines
+        return read_prompt_lines(Path(config.validation_prompts))
     if config.condition != "text":
         return []
     if config.streaming:

@@ -6,7 +6,6 @@ import time
 import torch
 from torch import nn
 
-from ..config import Config
 from ..evaluation.fid import Fid
 from ..runtime import distributed as dist
 from .run_folder import RunLog, logged
@@ -53,22 +52,16 @@ class StopSignal:
 
 
 def announce(
-    config: Config,
-    model: nn.Module,
-    batches,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    split: BatchSplit,
-    total: int,
+    recipe, model: nn.Module, dtype: torch.dtype | None, split: BatchSplit, total: int
 ) -> None:
     """Print what is about to be trained."""
     parameters, trained = count_parameters(model)
     precision = str(dtype).removeprefix("torch.") if dtype else "float32"
-    dist.log(f"{config.data}: {batches.describe()}")
+    dist.log(f"{recipe.config.data}: {recipe.batches.describe()}")
     part = "" if trained == parameters else f" ({trained:,} trained)"
     dist.log(
-        f"{parameters / 1e6:.1f} M parameters{part} on {device}, {precision}; batch "
-        f"{config.batch_size} = {split.ranks} ranks x {split.accum} x {split.micro}; "
+        f"{parameters / 1e6:.1f} M parameters{part} on {recipe.device}, {precision}; batch "
+        f"{recipe.config.batch_size} = {split.ranks} ranks x {split.accum} x {split.micro}; "
         f"{total} steps"
     )
 

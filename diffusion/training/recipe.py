@@ -269,9 +269,10 @@ def heldout_noise(seed: int, low: int, high: int, shape: tuple[int, ...]) -> Ten
 
 
 @torch.no_grad()
-def heldout_loss(recipe, model: nn.Module, micro: int, device: torch.device) -> float:
+def heldout_loss(recipe, model: nn.Module, micro: int) -> float:
     """Give the mean loss of the held-out images, which the ranks share."""
     n = len(recipe.batches.held_out)
+    device = recipe.device
     dtype = amp_dtype(recipe.config.amp, device)
     total = torch.zeros((), device=device)
     for low in range(0, n, micro)[dist.rank() :: dist.world_size()]:

@@ -130,7 +130,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         loss = state.best_loss
         best = loss is not None and logged(logs.path, state.step, "heldout_loss", loss)
         state.publish(folder, recipe.metadata(ema.model), best)
-    announce(config, model, batches, device, dtype, split, total)
+    announce(recipe, model, dtype, split, total)
 
     with (
         friendly_errors(config, split.micro, lambda: state.step),
@@ -191,7 +191,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
                     )
                 values["img_per_s"] = clock.rate(step) * config.batch_size
                 if milestone and len(batches.held_out):
-                    loss = heldout_loss(recipe, ema.model, split.micro, device)
+                    loss = heldout_loss(recipe, ema.model, split.micro)
                     values["heldout_loss"] = loss
                 logs.metrics(step, values)
                 line = f"loss {values['loss']:.4f}, {values['img_per_s']:.0f} img/s"

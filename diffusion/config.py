@@ -180,7 +180,7 @@ class Config:
     mode: str = opt("pixel", "what to train: a diffusion model of pixels, one of latents, or the VAE that makes latents", ("pixel", "latent", "vae"))
     save_folder: str = opt("results", "folder of the run; a run found there is resumed")
     overwrite: bool = opt(False, "start from scratch in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0")
+    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0, or the folder of a run")
     sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT)
     sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE)
     sd_weights: str = opt("raw", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*, which merged files carry stale", ("raw", "ema"), SD_FILE & SD_START, free=True)
@@ -373,11 +373,12 @@ def _choose(value, choices) -> str:
 
 # our options, and what diffusers, kohya, CompVis, lucidrains and EDM call them
 OTHER_NAMES = """
-adapter: network_module use_lora lora_type
+adapter: network_module use_lora lora_type lora
 alpha: network_alpha lora_alpha
 amp: mixed_precision fp16 bf16 half precision use_fp16 use_amp dtype
 batch_size: train_batch_size eval_batch_size batch bs total_batch_size max_batch_size
 checkpointing: gradient_checkpointing use_checkpoint
+cache, which latents always have: cache_latents cache_latents_to_disk
 class_data: class_data_dir reg_data_dir
 class_images: num_class_images
 class_label: class class_idx classes label
@@ -385,12 +386,14 @@ class_prompt: class_token
 config: base original_config
 data: train_data_dir instance_data_dir dataset dataset_name dataset_dir data_dir data_root image_dir
 default_caption: default_prompt
+device: cuda gpu gpus
 dim_mults: channel_mult channel_mults block_out_channels ch_mult
 ema_decay: ema_rate ema ema_beta ema_halflife
 embedding: embeddings embedding_path textual_inversion
 epochs: num_train_epochs max_train_epochs num_epochs max_epochs n_epochs
 eta: ddim_eta
 flip: random_flip flip_aug augment_horizontal_flip mirror xflip
+grad_accum, the number of micro-batches: microbatch
 grad_accum: gradient_accumulation_steps gradient_accumulate_every accumulate_grad_batches
 grad_clip: max_grad_norm gradient_clip_val
 guidance_scale: cfg_scale scale cfg guidance cond_scale unconditional_guidance_scale
@@ -417,6 +420,7 @@ objective: prediction_type pred_type parameterization v_parameterization
 perceptual_weight: lpips_weight
 prior_weight: prior_loss_weight with_prior_preservation
 prompt: prompts text caption
+prompt @FILE: from_file
 rank: network_dim lora_rank lora_r
 sampler: scheduler sample_sampler solver plms
 save_and_sample_every: checkpointing_steps save_every_n_steps validation_steps save_interval save_every
@@ -425,13 +429,13 @@ save_folder, where a run is resumed by its own command: resume resume_from_check
 schedule: noise_schedule beta_schedule
 sd_path: pretrained_model_name_or_path base_model
 sd_path or --load_path: ckpt checkpoint checkpoint_path ckpt_path model model_id
-steps: num_inference_steps ddim_steps sampling_timesteps sampling_steps num_steps sample_steps
+steps: num_inference_steps ddim_steps sampling_timesteps sampling_steps num_steps sample_steps timestep_respacing
 sample_steps: num_inference_steps ddim_steps sampling_timesteps sampling_steps
 strength: denoising_strength
 targets: target_modules lora_target_modules
 time_steps: timesteps num_timesteps num_train_timesteps diffusion_steps T
 token: placeholder_token
-train_steps: max_train_steps max_steps train_num_steps num_steps iterations num_iterations total_steps steps
+train_steps: num_train_steps max_train_steps max_steps train_num_steps num_steps iterations num_iterations total_steps steps
 unet_dim: dim num_channels model_channels base_channels ch channels cbase
 vae: vae_path pretrained_vae_model_name_or_path vae_model
 validation_prompts: validation_prompt sample_prompts
@@ -446,7 +450,17 @@ width: W
 
 # what is typed for an option, by the word that --help shows; a text is taken as it is
 PATH = os.path.expanduser  # shells leave the ~ of --name=~/folder as it is
-KINDS = {"N": int, "X": float, "FILE": PATH, "FOLDER": PATH, "PATH": PATH, "STYLES": PATH}
+
+
+def model_path(path: str | Path) -> str:
+    """Name the file of a model: of the folder of a run its model.pt."""
+    path = PATH(path)
+    file = os.path.join(path, "model.pt")
+    return file if os.path.isfile(file) else str(path)
+
+
+KINDS = {"N": int, "X": float, "MODEL": model_path}
+KINDS |= dict.fromkeys(("FILE", "FOLDER", "PATH", "STYLES"), PATH)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -510,7 +524,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             if not unknown[0].startswith("-"):
                 self.error(
-                    f"{unknown[0]!r} stands alone: options are --name value (--help lists all)"
+                    f"{unknown[0]!r} stands alone: options are --name value, or --name where "
+                    "--help, which lists all, shows no value"
                 )
             self.error(f"unknown option {unknown[0]}{self.guess(unknown[0])}")
         return values
@@ -526,11 +541,12 @@ class Parser(argparse.ArgumentParser):
                 known |= dict.fromkeys(others.split(), f"--{ours}")
         known |= own
         name = name if name in known else name.lower()
-        close = [name] if name in known else difflib.get_close_matches(name, known, 1)
-        if not close:
-            return " (--help lists all)"
-        meant = known[close[0]]
-        return f": here it is {meant}" if name in known.keys() - own else f"; did you mean {meant}?"
+        if name in known:
+            return f": here it is {known[name]}"
+        if name in DEFAULTS:
+            return ": it is an option of train.py"
+        close = difflib.get_close_matches(name, own, 1, cutoff=0.75)
+        return f"; did you mean {own[close[0]]}?" if close else " (--help lists all)"
 
     @property
     def defaults(self) -> dict:
@@ -575,6 +591,7 @@ def add_config_arguments(parser: Parser) -> None:
         kind = int_list if f.name == "dim_mults" else _types(f)[0]
         metavar = "|".join(row["choices"]) or {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
         kind = PATH if f.name in PATHS else kind
+        kind = model_path if f.name == "load_path" else kind
         names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])
         section.add_argument(*names, type=kind, metavar=metavar, help=text, **options)
 

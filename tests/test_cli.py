@@ -247,6 +247,10 @@ def test_the_mathematics_page_names_what_exists():
     (train, "--resume", "--save_folder"),
     (train, "--learning-rate 1", "--learning_rate"),
     (train, "--max_train_step 10", "--train_steps"),
+    (train, "--num_train_steps 5", "--train_steps"),
+    (train, "--lora", "--adapter"),
+    (sample, "--from-file a.txt", "--prompt @FILE"),
+    (sample, "--gpu 0", "--device"),
     (sample, "--num_inference_steps 8", "--steps"),
     (sample, "--ckpt sd.ckpt", "--sd_path or --load_path"),
     (sample, "--outdir out", "--save_folder"),
@@ -262,6 +266,20 @@ def test_the_names_of_other_programs_are_known(command, typed, named, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and typed.split()[0] in said
     assert re.search(rf"(here it is|did you mean) {named}[?,\n]", said), said
+
+
+@pytest.mark.parametrize("command, typed", [
+    (train, "--num_res_blocks"), (train, "--use_ema"), (train, "--adam_beta1"), (train, "--color_aug"),
+    (sample, "--network_dim"), (sample, "--lr"), (train, "--model_type"), (train, "--from_file"),
+])  # fmt: skip
+def test_no_guess_is_better_than_a_wrong_one(command, typed, capsys):
+    with pytest.raises(SystemExit):
+        command.parse([typed, "1"])
+    said = capsys.readouterr().err
+    assert typed in said and "did you mean" not in said and "here it is" not in said
+    with pytest.raises(SystemExit):
+        sample.parse(["--lr_warmup_steps", "1"])
+    assert "train.py" in capsys.readouterr().err
 
 
 def test_every_name_leads_to_an_option(monkeypatch):

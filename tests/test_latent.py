@@ -15,14 +15,18 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
+from diffusion.commands import sample, visualize
+from diffusion.commands import train as train_script
 from diffusion.config import Config
 from diffusion.data import toy
 from diffusion.data.cache import Cache
 from diffusion.data.latents import weights_digest
 from diffusion.files import checkpoint
+from diffusion.files.tensors import write_tensors
 from diffusion.models.vae import sample as draw_latent
 from diffusion.sampling.load import load, load_vae, open_pipeline
 from diffusion.training.autoencoder import AutoencoderRecipe
+from diffusion.training.finetune_config import resolve_config
 from diffusion.training.recipe import open_recipe
 from diffusion.training.trainer import train
 
@@ -469,6 +473,24 @@ def test_clip_skip_and_tiling_change_the_picture_as_they_should(sd_folder, monke
     monkeypatch.setattr("diffusion.sampling.load.TILE", 8)
     tiles = make(vae_tiling=True)
     assert 0 < (tiles - plain).abs().mean() < 0.5 * plain.std()
+
+
+def test_models_given_by_the_wrong_option(model, sd_folder, tmp_path):
+    """Each says which is the right one; the folder of a run stands for its model."""
+    write_tensors(tmp_path / "adapter.safetensors", {"a": torch.zeros(1)}, {"format": "pt"})
+    for where, named in (
+        ((None, str(model)), "--load_path"),
+        ((None, str(model.parent)), "--load_path"),
+        ((sd_folder, None), "--sd_path"),
+        ((str(tmp_path / "adapter.safetensors"), None), "--lora"),
+    ):
+        with pytest.raises(UserError, match=named):
+            open_pipeline(*where, None, CPU)
+    with pytest.raises(UserError, match="--load_path"):
+        resolve_config(Config(mode="latent", condition="text", sd_path=str(model.parent)))
+    for command in (sample, visualize):
+        assert command.parse(["--load_path", str(model.parent)]).load_path == str(model)
+    assert train_script.parse(["--load_path", str(model.parent)])[0].load_path == str(model)
 
 
 def test_a_pixel_model_has_no_use_for_prompts(model, sd_folder):

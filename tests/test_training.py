@@ -204,8 +204,10 @@ def test_load_path(tiny, tmp_path):
     for a, b in zip(state["model"].values(), checkpoint.read(own)["ema"].values()):
         assert_close(a, b, rtol=0, atol=1e-6)
     train(dataclasses.replace(new, train_steps=2))  # the same command resumes
-    with pytest.raises(UserError, match="--load_path .*unet_dim 8"):
-        train(dataclasses.replace(new, unet_dim=16, save_folder=str(tmp_path / "wide")))
+    with pytest.raises(UserError, match="--load_path .*--unet_dim 8 --dim_mults 1,2[ ;]") as caught:
+        other = dict(unet_dim=16, dim_mults=(1, 2, 2), save_folder=str(tmp_path / "wide"))
+        train(dataclasses.replace(new, **other))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
     with pytest.raises(UserError, match="nowhere.pt"):
         train(dataclasses.replace(new, load_path="nowhere.pt", save_folder=str(tmp_path / "x")))
 

@@ -50,7 +50,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     option = parser.option
     # fmt: off
-    option("--load_path FILE", "model.pt or ema.safetensors file of the model (default: results/model.pt)")
+    option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}", default="ddim")

@@ -29,7 +29,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     option = parser.option
     # fmt: off
-    option("--load_path FILE", "model.pt or .safetensors file of the model (default: results/model.pt if there is one)")
+    option("--load_path MODEL", "model.pt or .safetensors file of the model, or the folder of its run (default: results/model.pt if there is one)")
     option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from", requires=MODEL)
     option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
     option("--data TEXT", type=PATH, help="images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")

@@ -110,9 +110,9 @@ def check_format(path: Path, about: dict) -> None:
     """Refuse a file of other programs, or of another version."""
     if about.get("format") != FORMAT:
         raise UserError(
-            f"{path} was not written by this version of train.py: its format is "
+            f"{path} is no model of this version of train.py: its format is "
             f"{shown(about.get('format'))}, expected {FORMAT!r}; a Stable Diffusion model is given "
-            "with --sd_path"
+            "with --sd_path, an adapter with --lora or --embedding beside its model"
         )
 
 
@@ -197,6 +197,11 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
     which: "ema" or "raw"; a .safetensors file holds EMA weights only. metadata: step and classes.
     Raises UserError for foreign, damaged or unsuitable files.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder without a model.pt; a Stable Diffusion model is given with "
+            "--sd_path"
+        )
     if not path.is_file() or kind_of(path) != "safetensors":
         state = read(path)
         weights = state["ema" if which == "ema" else "model"]

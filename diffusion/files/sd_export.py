@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..config import PATH, Parser, run_script
+from ..config import PATH, Parser, model_path, run_script
 from .atomic import create_whole
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
@@ -27,7 +27,12 @@ def parse(args: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a model.pt or ema.safetensors of --mode latent --sd_path")
+    add(
+        "model",
+        type=model_path,
+        metavar="MODEL",
+        help="a run, model.pt or ema.safetensors of --mode latent --sd_path",
+    )
     add("target", metavar="TARGET", help="a new folder, or a .safetensors file")
     add(
         "--weights",

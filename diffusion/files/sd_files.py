@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .. import UserError, shown, some
-from ..config import Rule
+from ..config import Rule, model_path
 from ..models.build import NETWORKS
 from ..models.clip import CLIPTextModel
 from ..models.configs import MAX_SIDE
@@ -418,6 +418,9 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     epsilon states nothing: it may be any folder of Stable Diffusion 1.5.
     """
     path = Path(path)
+    own = Path(model_path(path))
+    if own.is_file() and is_own(own):
+        raise UserError(f"--sd_path {path} is a model of train.py: give it with --load_path")
     stated: list[tuple[str, str]] = []
     zero_snr = False
     if path.is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown
-from ..config import Config
+from ..config import Config, model_path
 from ..data.latents import settings_digest
 from ..files.atomic import blame
 from ..files.checkpoint import is_own, load_weights
@@ -297,9 +297,7 @@ def load(
     of Stable Diffusion. options: loras, embeddings, vae, height, ..., see `open_pipeline`.
     Raises UserError for files that are none, and for options that the model has no use for.
     """
-    path = Path(path)
-    if (path / "model.pt").is_file():
-        path = path / "model.pt"
+    path = Path(model_path(path))
     foreign = path.is_dir() or (path.is_file() and not is_own(path))
     where = (None, str(path)) if foreign else (str(path), None)
     return open_pipeline(*where, weights, torch.device(device), **options)

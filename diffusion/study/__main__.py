@@ -50,7 +50,7 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     option = parser.option
     experiments = ", ".join(f"{n} {text}" for n, text in EXPERIMENTS.items())
     # fmt: off
-    option("--load_path FILE", "base model: a model.pt or .safetensors of train.py that reads captions")
+    option("--load_path MODEL", "base model: a model.pt or .safetensors of train.py, or the folder of its run, that reads captions")
     option("--sd_path PATH", "base model: Stable Diffusion 1.x, a folder or a single file; with --load_path: where it is now that the base model was trained from")
     option("--vae PATH", "where the VAE is now that the base model was trained with", requires=MODEL)
     option("--sd_config FOLDER", "configs and tokenizer of a single file of other sizes than 1.5's", requires=SD_PATH)

@@ -70,7 +70,7 @@ class AutoencoderRecipe:
 
     def start(self, model: nn.Module, base: Base | None, fresh: bool) -> None:
         if base is not None and fresh:
-            start_from(model, base)
+            start_from(model, base, self.config)
 
     def check(self, model: nn.Module) -> None:
         """Do nothing: a VAE has no sampler that could be set wrongly."""

@@ -40,7 +40,7 @@ from ..runtime import distributed as dist
 from ..runtime.machine import is_of_gpu
 from ..runtime.seeding import seed_of
 from ..sampling.load import FrozenStack, build_network
-from .finetune_config import Base
+from .finetune_config import NETWORK, Base
 from .latent_batches import encode_images
 
 # captions of textual inversion where the data has none, after the paper's
@@ -63,21 +63,28 @@ CLASS_PROMPT = "class_prompt"  # the text of a PNG that says what a class image 
 # --- the finished model that training begins with
 
 
-def start_from(model: nn.Module, base: Base) -> None:
-    """Take the weights of another run. Raises UserError if they are of another architecture."""
+def start_from(model: nn.Module, base: Base, config: Config) -> None:
+    """Take the weights of another run. Raises UserError if they are of another architecture.
+
+    config: of the model, which may differ.
+    """
     complete = any(name.startswith("unet.") for name in base.weights)
     if isinstance(model, TextUNet) and not complete:
         model = model.unet  # fine-tuned Stable Diffusion, whose text encoder was not
-    theirs = base.config
     try:
         model.load_state_dict(base.weights)
     except RuntimeError as error:
         if is_of_gpu(error):
             raise
+        theirs = {n: getattr(base.config, n) for n in NETWORK}
+        other = [
+            f"--{n} {','.join(map(str, v)) if n == 'dim_mults' else v}"
+            for n, v in theirs.items()
+            if v != getattr(config, n)
+        ]
         raise UserError(
-            f"--load_path does not fit this network (it was trained with unet_dim "
-            f"{theirs.unet_dim}, dim_mults {theirs.dim_mults}, heads {theirs.heads}, "
-            f"condition {theirs.condition}): {error}"
+            f"--load_path {config.load_path} does not fit this network: it was trained with "
+            f"{' '.join(other) or 'other classes'}; give the same"
         ) from None
 
 

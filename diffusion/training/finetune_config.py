@@ -12,19 +12,23 @@ from ..files.checkpoint import load_weights
 from ..files.sd_files import check_averaged, read_image_size, stated_objective
 from ..files.validate import digest_tensors
 
-# what a base model's own configuration decides; the second row unless it is given
-DECIDED = (
+# what a base model's own configuration decides: its network, and more; USUAL unless it is given
+NETWORK = (
     "mode",
     "condition",
     "text_encoder",
     "text_dim",
     "text_layers",
     "text_length",
-    "clip_skip",
     "layers_per_block",
     "unet_dim",
     "dim_mults",
     "heads",
+    "latent_channels",
+)
+DECIDED = (
+    *NETWORK,
+    "clip_skip",
     "time_steps",
     "schedule",
     "zero_snr",

@@ -78,7 +78,7 @@ class Recipe:
         base: the finished model that it begins with. fresh: no checkpoint follows.
         """
         if base is not None and (fresh or self.config.adapts):
-            start_from(model, base)
+            start_from(model, base, self.config)
         if self.config.class_prompt is not None:
             self.prior = finetune.prior_batches(self, model)
         self.trainable.prepare(model)

@@ -554,7 +554,8 @@ class Parser(argparse.ArgumentParser):
         return {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n")
+        line = message.replace("\n", "\\n")  # what was typed may be a name of somebody's file
+        self.exit(2, f"error: {printable(line)}\n")
 
 
 def int_list(text: str) -> tuple[int, ...]:

@@ -83,6 +83,14 @@ def test_mistakes_name_the_option_and_the_value(text, named, capsys):
     assert named in str(caught.value) + capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [train, sample, visualize])
+def test_names_on_the_command_line_are_shown_on_one_line(command, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--\x1b[31mfoo\nerror: forged"])
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == 1 and "foo" in said
+
+
 def test_streams_are_of_hub_sets():
     with pytest.raises(UserError, match="--streaming.*hf:owner/name"):
         resolve_config(parse("--streaming"))

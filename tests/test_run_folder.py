@@ -1,13 +1,17 @@
 """A run's folder: nothing in it is deleted or replaced without proof that a run of ours wrote it."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import warm
 from PIL import Image
 
-from diffusion.files import owned
+from diffusion import UserError
+from diffusion.files import output, owned
 from diffusion.files.atomic import locked
+from diffusion.pictures.grid import save_png
 
 QUICK = ["--preset", "none", "--image_size", 16, "--unet_dim", 8, "--dim_mults", "1,2", "--heads", 2, "--batch_size", 4,
          "--time_steps", 10, "--save_and_sample_every", 2, "--log_every", 2, "--num_samples", 1, "--sample_steps", 2,
@@ -251,6 +255,19 @@ def test_a_folder_of_another_run_is_not_written_to(run, tmp_path):
     assert contents(tmp_path / "other") == before
 
 
+def test_overwrite_deletes_nothing_behind_links_of_somebody_elses_run(run, tmp_path):
+    assert run().returncode == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "got")
+    precious = tmp_path / "pictures" / "step_00000002.png"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    shutil.rmtree(tmp_path / "got" / "samples")
+    (tmp_path / "got" / "samples").symlink_to(precious.parent)
+    done = run("--overwrite", folder="got")
+    assert done.returncode == 1 and "got/samples" in done.stderr, done.stderr
+    assert contents(precious.parent) == {"step_00000002.png": b"precious"}
+
+
 @pytest.mark.parametrize("name", ["ema.safetensors", "best.safetensors", "adapter.safetensors"])
 def test_shared_weights_alone_are_not_replaced(run, tmp_path, name):
     """Somebody's download, with the config.json that belongs to it."""
@@ -262,6 +279,22 @@ def test_shared_weights_alone_are_not_replaced(run, tmp_path, name):
     done = run()
     assert done.returncode == 1 and name in done.stderr and "--save_folder" in done.stderr
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["images", "viz"])
+def test_overwrite_replaces_no_pictures_behind_a_link(tmp_path, name):
+    folder = tmp_path / "out" / name
+    with output.output_folder(tmp_path / "mine", overwrite=False) as mine:
+        save_png(np.zeros((8, 8, 3), np.uint8), mine / "000000.png")
+    before = contents(tmp_path / "mine")
+    folder.parent.mkdir()
+    folder.symlink_to(tmp_path / "mine")
+    open_ = output.output_folder if name == "viz" else lambda *a: output.reserve(a[0], 1, a[1])
+    with pytest.raises(UserError, match=f"out/{name}"), open_(folder, True):
+        pass
+    with open_(folder, False):
+        pass
+    assert contents(tmp_path / "mine") == before
 
 
 SAMPLE = ["--num_images", 2, "--steps", 2, "--device", "cpu", "--overwrite"]

@@ -200,14 +200,14 @@ def read_lines(path: Path) -> list[dict]:
     if path.exists():
         with blame(path), open_regular(path, MAX_LOG) as file:
             while text := file.readline(1 << 20):
+                line = None
                 with contextlib.suppress(ValueError, RecursionError):
-                    found.append(json.loads(text))
-    lines = [
-        {k: v for k, v in line.items() if v is None or is_number(v)}
-        for line in found
-        if isinstance(line, dict)
-    ]
-    return [line for line in lines if type(line.get("step")) is int and line["step"] >= 0]
+                    line = json.loads(text)
+                if isinstance(line, dict):
+                    line = {k: v for k, v in line.items() if v is None or is_number(v)}
+                    if type(line.get("step")) is int and line["step"] >= 0:
+                        found.append(line)
+    return found
 
 
 def is_number(value) -> bool:

@@ -45,11 +45,17 @@ def is_ours(file: Path) -> bool:
         return False
 
 
-def create(folder: Path) -> None:
+def create(folder: Path, overwrite: bool = False) -> None:
     """Create a folder for pictures, marked as ours unless somebody's files are in it.
 
-    Raises UserError if it, or a folder above it, is a link that leads nowhere.
+    overwrite: files in it may go. Raises UserError if it, or a folder above it, is a link that
+    leads nowhere, and with overwrite for any link: somebody else may have laid it.
     """
+    if overwrite and folder.is_symlink():
+        raise UserError(
+            f"--overwrite: {folder} is a link to {os.readlink(folder)}; delete the pictures there, "
+            "or the link, or give another --save_folder"
+        )
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             raise UserError(
@@ -159,7 +165,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     Raises UserError if another process writes, with overwrite, and OSError if it cannot be written.
     """
     with contextlib.ExitStack() as claimed:
-        create(folder)
+        create(folder, overwrite)
         with locked(folder):
             existing = numbered(folder)
             busy = _busy_ranges(folder)
@@ -213,7 +219,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     for folder in names(path):
         with contextlib.ExitStack() as held:
             try:
-                create(folder)
+                create(folder, overwrite)
             except FileExistsError:
                 continue  # a file
             free = held.enter_context(locked(folder, wait=False))

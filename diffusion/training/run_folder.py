@@ -178,6 +178,11 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
             raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere")
         if owned.is_run(folder):
             check_folder(folder, is_run=True)
+            links = [folder / name for name in FOLDERS if (folder / name).is_symlink()]
+            if links and made_here(folder) is None:
+                refuse(
+                    links[0], "is a link, and the run was not made here: --overwrite would follow it"
+                )
         else:
             find_run(folder)
         return config, None  # the old run is deleted when the new one is about to write

@@ -181,7 +181,8 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
             links = [folder / name for name in FOLDERS if (folder / name).is_symlink()]
             if links and made_here(folder) is None:
                 refuse(
-                    links[0], "is a link, and the run was not made here: --overwrite would follow it"
+                    links[0],
+                    "is a link, which --overwrite follows in a run that was made here only",
                 )
         else:
             find_run(folder)

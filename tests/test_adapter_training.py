@@ -363,10 +363,10 @@ def test_kill_and_resume_is_exact(scratch, options, tmp_path):
     same(a["ema"], b["ema"])
 
 
-def test_another_base_is_noticed(scratch, options, tmp_path):
+def test_another_base_is_noticed(scratch, vae, options, tmp_path):
     copy = tmp_path / "base.pt"
     copy.write_bytes(scratch.read_bytes())
-    options |= dict(mode="latent", load_path=str(copy)) | LORA
+    options |= dict(mode="latent", load_path=str(copy), vae=str(vae)) | LORA
     train(Config(**options))
     state = checkpoint.read(scratch)
     state["ema"]["unet.conv_in.bias"] += 1

@@ -66,6 +66,13 @@ def test_what_is_not_read_is_named(prompt, named):
         parse(prompt)
 
 
+def test_the_refusal_names_the_way_out_and_escapes_are_none():
+    with pytest.raises(UserError, match=r"'\[name\|nick\]' .*--plain_prompts"):
+        parse("[name|nick]")
+    for prompt in (r"[a\|b]", r"[a:b\:0.5]"):
+        assert [weight for _, weight in parse(prompt)] == [pytest.approx(1 / 1.1)]
+
+
 @pytest.mark.parametrize(
     "text", [":1", "BREAK ", "<lora:", "[a", "\\", " ", ": ", "[a|", "(a)", "[:1", "é"]
 )
@@ -319,6 +326,7 @@ def test_loras_by_name(tiny, call, loras):
     (["--prompt", "a", "--lora_dir", "{}", "--plain_prompts"], "lora_dir.*plain_prompts"),
     (["--plain_prompts"], "plain_prompts.*--prompt"), (["--lora_dir", "{}"], "lora_dir.*--prompt"),
     (["--prompt", "(x:99999)"], "'x'.*99999"),
+    (["--prompt", "a", "--lora_dir", "{}/nowhere"], "--lora_dir .*nowhere"),
 ])  # fmt: skip
 def test_mistakes_in_tags(tiny, call, loras, tmp_path, args, named):
     with pytest.raises(UserError, match=named):

@@ -126,6 +126,8 @@ def take_loras(args) -> None:
     """
     from ..models.prompt_syntax import LORA
 
+    if not Path(args.lora_dir).is_dir():
+        raise UserError(f"--lora_dir {args.lora_dir} is no folder")
     tags = [
         sorted((name, float(weight or 1)) for name, weight in LORA.findall(prompt))
         for prompt in args.prompt

@@ -244,7 +244,7 @@ def locate(config: Config, file: Path) -> Config:
         if path := getattr(config, name):
             own = str(private.get(name, path))
             places = [own] if os.path.isabs(own) else []
-            places += [*(str(f / path) for f in (folder, *folder.parents)), path]
+            places += [*(str(f / path) for f in (folder, *folder.parents[:-1])), path]
             there = [p for p in places if os.path.exists(p) and Path(p).resolve() != folder]
             found[name] = [*there, own][0]
     data = str(private.get("data"))

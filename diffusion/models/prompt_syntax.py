@@ -22,7 +22,9 @@ CLOSE = {")": ("(", 1.1), "]": ("[", 1 / 1.1)}
 BREAK = re.compile(r"\b(BREAK)\b")
 LORA = re.compile(rf"(?i)<(?:lora|lyco):([^<>:]+)(?::{NUMBER})?>")
 TAG = r"(?i:<(?:lora|lyco|hypernet):[^<>]*>)"
-EDITING = r"(?<!\\)\[[^\[\]]*(?:\|[^\[\]]*|:\s*[\d.]+\s*)\]"
+INSIDE = r"(?:\\.|[^\[\]\\])*"  # of brackets
+ALTERNATION = rf"(?={INSIDE}\])(?:\\.|[^\[\]\\|])*\|{INSIDE}\]"
+EDITING = rf"(?<!\\)\[(?:{ALTERNATION}|{INSIDE}:\s*[\d.]+\s*\])"
 UNREAD = re.compile(f"{TAG}|{EDITING}")
 
 
@@ -33,9 +35,9 @@ def parse(prompt: str) -> list[tuple[str | None, float]]:
     """
     if match := UNREAD.search(prompt):
         raise UserError(
-            f"{shown(match[0])} in a prompt is not supported: <lora:NAME:WEIGHT> is read from "
-            "--prompt of sample.py with --lora_dir FOLDER; prompt editing, alternation and "
-            r"hypernetworks are not read; \[ is a bracket of the text"
+            f"{shown(match[0])} in a prompt is not supported, as prompt editing, alternation and "
+            r"hypernetworks are not: --plain_prompts takes it as it stands, \[ is a bracket of the "
+            "text; <lora:NAME:WEIGHT> is read from --prompt of sample.py with --lora_dir FOLDER"
         )
     pieces: list[list] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}

@@ -1,5 +1,6 @@
 """The user's own cache folder: networks, what torch has compiled."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -27,10 +28,7 @@ def private_folder(name: str) -> Path:
             about = folder.stat()
             if hasattr(os, "getuid"):  # Windows has access lists instead
                 if {about.st_uid, folder.lstat().st_uid} != {os.getuid()}:
-                    raise UserError(
-                        f"{folder} belongs to another user: name a folder of your own in "
-                        "XDG_CACHE_HOME"
-                    )
+                    raise PermissionError(errno.EPERM, "it belongs to another user")
                 if about.st_mode & closed:
                     folder.chmod(about.st_mode & 0o777 & ~closed)
         except OSError as error:

@@ -38,10 +38,8 @@ def read_init_image(
     H = pipeline.height
     W = pipeline.width
     scale = max(W / image.width, H / image.height)
-    columns = round(image.width - W / scale)
-    rows = round(image.height - H / scale)
-    cut = f", without {columns} columns and {rows} rows at its edges" if columns or rows else ""
-    log(f"{init_image}: {image.width}x{image.height} becomes {W}x{H}{cut}")
+    kept = f"{round(W / scale)}x{round(H / scale)}"
+    log(f"{init_image}: {image.width}x{image.height}, cut to {kept}, becomes {W}x{H}")
     x = torch.from_numpy(_crop(image, W, H)).permute(2, 0, 1)[None].float() / 127.5 - 1
     start = {"init": pipeline.encode(x)}
     if mask is None:

@@ -233,7 +233,7 @@ class Pipeline:
 
     def encode(self, images: Tensor) -> Tensor:
         """Turn images (B, 3, H, W) in [-1, 1] into x0."""
-        return self.codec.encode(images.to(self.device))
+        return self.codec.encode(images)
 
     def decode(self, x: Tensor) -> Tensor:
         """Turn x0 into images (B, 3, H, W) float32."""

@@ -86,15 +86,12 @@ class AutoencoderRecipe:
     @torch.inference_mode()
     def scale(self, model: nn.Module) -> float:
         z = []
-        n = min(SCALE_IMAGES, self.num_shown())
+        n = min(SCALE_IMAGES, len(self.batches.held_out) or SCALE_IMAGES)
         for low in range(0, n, 32):
             mean, logvar = model.vae.encode(self.shown(low, min(low + 32, n)))
             eps = torch.randn(mean.shape, generator=generator(self.config.seed, "scale", low))
             z.append(sample(mean.float().cpu(), logvar.float().cpu(), eps))
         return 1 / float(torch.cat(z).std())
-
-    def num_shown(self) -> int:
-        return len(self.batches.held_out) or SCALE_IMAGES
 
     def shown(self, low: int, high: int) -> Tensor:
         """Give images to look at, (b, 3, H, W): held-out ones, else training images."""
@@ -145,7 +142,7 @@ class AutoencoderRecipe:
         if not dist.is_main():
             return None
         dtype = amp_dtype(self.config.amp, self.device)
-        n = min(self.config.num_samples, self.num_shown())
+        n = min(self.config.num_samples, len(self.batches.held_out) or SCALE_IMAGES)
         columns = min(8, n)
         rows = []
         for low in range(0, n, columns):

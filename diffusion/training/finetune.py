@@ -242,13 +242,12 @@ def open_lora(config: Config, stack: FrozenStack | None) -> tuple[Callable, Call
 
     with torch.device("meta"):  # mistakes show before images are encoded
         found = targets(networks_of(build_network(config, 0, stack)))
-    every = [(part, name) for part, names in found.items() for name in names]
-    lost = [name for part, name in every if not adapter_files.in_kohya(part, name)]
+    known = adapter_files.in_kohya
+    lost = [name for part, names in found.items() for name in names if not known(part, name)]
     if lost and config.mode == "latent":
-        left = len(every) - len(lost)
         dist.log(
-            f"kohya has no names for {some(lost)}: adapter_kohya.safetensors "
-            + (f"holds {left} of {len(every)} layers" if left else "is not written")
+            f"adapter_kohya.safetensors is without {len(lost)} layers that kohya has no names "
+            f"for: {some(lost)}"
         )
     return attach, save
 

@@ -355,20 +355,6 @@ class RunLog:
                 os.fsync(file.fileno())
 
 
-def write_metadata(folder: Path, config: Config, data, step: int, best) -> None:
-    """Write metadata.json: how far the run is."""
-    samples = step * config.batch_size
-    values = {
-        "step": step,
-        "samples_seen": samples,
-        "epoch": samples / data.length if data.length else None,
-        "best_loss": best,
-        "num_train_images": data.length,
-        "num_held_out": len(data.held_out),
-    }
-    write_text(folder / "metadata.json", json.dumps(values, indent=2))
-
-
 def logged(path: Path, step: int, name: str, value: float | None = None) -> bool:
     """Check whether metrics.jsonl has a value of this name for this step, or just this one."""
     lines = [line for line in read_lines(path) if line["step"] == step and name in line]

@@ -1,5 +1,6 @@
 """Everything that changes while a run trains, and how a checkpoint keeps it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +9,13 @@ from torch import nn
 
 from .. import UserError, shown
 from ..files import checkpoint
+from ..files.atomic import write_text
 from ..runtime import distributed as dist
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA
 from .optimizer import AdamW
 from .recipe import Recipe
-from .run_folder import RunLog, write_metadata
+from .run_folder import RunLog
 from .steps import BatchSplit, StepStats
 
 DIVERGED_HINT = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
@@ -36,6 +38,10 @@ class TrainState:
     step: int = 0
     best_loss: float | None = None
     origin: str | None = None
+
+    @property
+    def samples_seen(self) -> int:
+        return self.step * self.recipe.config.batch_size
 
     def restore(self, saved: dict) -> None:
         """Continue from a checkpoint."""
@@ -72,7 +78,7 @@ class TrainState:
         logs.sync()
         saved = {
             "step": self.step,
-            "samples_seen": self.step * config.batch_size,
+            "samples_seen": self.samples_seen,
             "best_loss": self.best_loss,
             "ranks": self.split.ranks,
             "config": config.shared(),
@@ -90,6 +96,14 @@ class TrainState:
 
     def publish(self, folder: Path, metadata: dict, improved: bool) -> None:
         """Write what is to be shared, and then metadata.json, whose step says that all is there."""
-        recipe = self.recipe
-        recipe.trainable.write(folder, self.ema.model, self.step, metadata, improved)
-        write_metadata(folder, recipe.config, recipe.batches, self.step, self.best_loss)
+        self.recipe.trainable.write(folder, self.ema.model, self.step, metadata, improved)
+        data = self.recipe.batches
+        values = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "epoch": self.samples_seen / data.length if data.length else None,
+            "best_loss": self.best_loss,
+            "num_train_images": data.length,
+            "num_held_out": len(data.held_out),
+        }
+        write_text(folder / "metadata.json", json.dumps(values, indent=2))

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from .. import UserError, shown, some
+from .. import UserError, shown
 from ..data.batch import Batch
 from ..data.batches import move
 from ..data.latents import settings_digest, weights_digest
@@ -214,34 +214,3 @@ class Prompts:
             own["text encoder"] = weights_digest(self.encoder)
             own["text encoder configuration"] = settings_digest(self.encoder.config.to_dict())
         return own
-
-
-# --- classes by name ---
-
-
-def is_number(text: str) -> bool:
-    """Tell whether a text is a whole number in plain digits."""
-    return text.isascii() and text.isdigit() and len(text) < 20
-
-
-def labels_of(classes: Sequence[str], choice: str | None, indices) -> Tensor | None:
-    """Find the class labels of images `indices`, (B,), by a class's name or number.
-
-    Names come first. Where a class has a number for a name, "9" is that name and no position.
-    "all", unless it is a name: the classes in turn. Raises UserError for an unknown class.
-    """
-    if choice is None:
-        return None
-    names = list(classes)
-    if choice in names:
-        return torch.full((len(indices),), names.index(choice))
-    if choice == "all" and names:
-        return torch.tensor([i % len(names) for i in indices])
-    numbered = not any(map(is_number, names))
-    if numbered and is_number(choice) and int(choice) < len(names):
-        return torch.full((len(indices),), int(choice))
-    known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
-    raise UserError(
-        f"class_label {shown(choice)} is unknown; the model's classes are "
-        f"{some(known, 100) or 'none: it is unconditional'}"
-    )

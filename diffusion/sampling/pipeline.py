@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .. import UserError
+from .. import UserError, shown, some
 from ..config import Config
 from ..files.sd_files import spacing_of
 from ..models.build import for_inference
@@ -26,7 +26,7 @@ from ..runtime.cuda_graph import Graphs
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
 from .codec import LatentCodec, PixelCodec
-from .conditioning import ClassLabels, Prompts, Request, Unconditional, labels_of
+from .conditioning import ClassLabels, Prompts, Request, Unconditional
 
 INPAINTS = "this model repaints a part of an image (inpainting): give --init_image and --mask"
 
@@ -242,10 +242,28 @@ class Pipeline:
     # --- classes and prompts by name
 
     def labels(self, choice: str | None, indices) -> Tensor | None:
-        """Find class labels by name or number, see `conditioning.labels_of`."""
-        if choice is not None and self.reads_prompts:
+        """Find the class labels of images `indices`, (B,), by a class's name or number.
+
+        Names come first. Where a class has a number for a name, "9" is that name and no position.
+        "all", unless it is a name: the classes in turn. Raises UserError for an unknown class.
+        """
+        if choice is None:
+            return None
+        if self.reads_prompts:
             raise UserError("class_label: this model reads prompts, not classes: give --prompt")
-        return labels_of(self.classes, choice, indices)
+        names = list(self.classes)
+        if choice in names:
+            return torch.full((len(indices),), names.index(choice))
+        if choice == "all" and names:
+            return torch.tensor([i % len(names) for i in indices])
+        numbered = not any(map(is_number, names))
+        if numbered and is_number(choice) and int(choice) < len(names):
+            return torch.full((len(indices),), int(choice))
+        known = [f"{i} {name}" for i, name in enumerate(names)] if numbered else names
+        raise UserError(
+            f"class_label {shown(choice)} is unknown; the model's classes are "
+            f"{some(known, 100) or 'none: it is unconditional'}"
+        )
 
     def labels_in_turn(self, indices) -> Tensor | None:
         """Give the class labels of images `indices`, (B,), the classes in turn; None without."""
@@ -299,3 +317,8 @@ class Pipeline:
                 return network(x.to(own), t, cond.refilled(cast))
 
         return call
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a text is a whole number in plain digits."""
+    return text.isascii() and text.isdigit() and len(text) < 20

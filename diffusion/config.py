@@ -227,7 +227,7 @@ class Config:
     min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DIFFUSION)
 
     adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", *ADAPTERS))
-    rank: int = opt(4, "rank of the LoRA", POSITIVE, LORA)
+    rank: int = opt(4, "rank of the LoRA", between(1, 4096), LORA)
     alpha: float | None = opt(None, "alpha of the LoRA, its scale times its rank (default: the rank)", POSITIVE, LORA)
     targets: str = opt("attention", "layers that get a LoRA: attention,mlp,conv or all, or a regular expression over module names", requires=LORA)
     lora_dropout: float = opt(0.0, "dropout rate on the LoRA's inputs", BELOW_ONE, LORA)
@@ -277,8 +277,6 @@ class Config:
             raise UserError("--condition text requires --mode latent: pixel networks read no text")
         if self.sd_path is not None and self.vae is not None and self.mode == "latent":
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
-        if self.sd_path is not None and self.condition != "text" and not self.adapts:
-            raise UserError("--sd_path is fine-tuned on captions: give --condition text")
         if self.zero_snr and self.objective == "eps":
             raise UserError(
                 "--zero_snr requires --objective v or x0: where there is only noise, eps says "
@@ -445,7 +443,13 @@ width: W
 
 
 # what is typed for an option, by the word that --help shows; a text is taken as it is
-PATH = os.path.expanduser  # shells leave the ~ of --name=~/folder as it is
+
+
+def PATH(text: str | Path) -> str:
+    """Take a path; shells leave the ~ of --name=~/folder as it is, and unset variables empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; expected a file or folder")
+    return os.path.expanduser(text)
 
 
 def model_path(path: str | Path) -> str:

@@ -91,6 +91,29 @@ def test_names_on_the_command_line_are_shown_on_one_line(command, capsys):
     assert "\x1b" not in said and said.count("\n") == 1 and "foo" in said
 
 
+@pytest.mark.parametrize("preset", ["none", None])
+def test_a_mistyped_model_is_said_before_what_it_needs(preset):
+    parsed = train.parse(
+        ["--mode", "latent", "--sd_path", "owner/name"] + ["--preset", "none"][: 2 * bool(preset)]
+    )
+    with pytest.raises(UserError, match="--sd_path owner/name does not exist.*hf download"):
+        resolve_config(*parsed[:2])
+
+
+def test_a_rank_beyond_every_layer_is_refused():
+    with pytest.raises(UserError, match="rank is 100000"):
+        parse("--adapter lora --rank 100000 --load_path x")
+
+
+@pytest.mark.parametrize("command, option", [
+    (train, "--save_folder"), (train, "--data"), (train, "--load_path"), (sample, "--sd_path"), (visualize, "--vae"),
+])  # fmt: skip
+def test_an_unset_variable_is_no_path(command, option, capsys):
+    with pytest.raises(SystemExit):
+        command.parse([option, ""])
+    assert re.search(rf"{option}\S*: is empty", capsys.readouterr().err)
+
+
 def test_streams_are_of_hub_sets():
     with pytest.raises(UserError, match="--streaming.*hf:owner/name"):
         resolve_config(parse("--streaming"))

@@ -24,7 +24,7 @@ from diffusion.data.latents import weights_digest
 from diffusion.files import checkpoint
 from diffusion.files.tensors import write_tensors
 from diffusion.models.vae import sample as draw_latent
-from diffusion.sampling.load import load, load_vae, open_pipeline
+from diffusion.sampling.load import load, load_vae, open_pipeline, open_stack
 from diffusion.training.autoencoder import AutoencoderRecipe
 from diffusion.training.finetune_config import resolve_config
 from diffusion.training.recipe import open_recipe
@@ -45,7 +45,7 @@ def test_a_vae_learns_and_knows_its_scale(vae, faces):
     x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
     mean, logvar = network.encode(x)
     z = network.scale(draw_latent(mean, logvar, torch.randn(mean.shape)))
-    assert z.std().item() == pytest.approx(1, abs=0.15)
+    assert z.std().item() == pytest.approx(1, abs=0.2)
     for path in (vae / "model.pt", vae / "ema.safetensors"):
         same(load_vae(str(path)).state_dict(), network.state_dict())
 
@@ -362,7 +362,7 @@ def test_perceptual_loss_says_where_its_weights_are_missing(tiny, monkeypatch, t
         )
 
 
-def test_mistakes(latent, tiny, tmp_path, vae):
+def test_mistakes(latent, tiny, tmp_path, sd_folder):
     for change, named in (
         (dict(vae=None), "--sd_path.*--vae"),
         (dict(vae=str(tmp_path / "none")), str(tmp_path / "none")),
@@ -375,10 +375,10 @@ def test_mistakes(latent, tiny, tmp_path, vae):
         (dict(mode="pixel", condition="text"), "--mode latent"),
         (dict(mode="vae", condition="class"), "--condition"),
         (dict(mode="latent", sd_path="a", vae="b", condition="text"), "--sd_path.*--vae"),
-        (dict(mode="latent", sd_path="a", condition="none"), "--condition text"),
+        (dict(mode="latent", sd_path=sd_folder, condition="none"), "--condition text"),
     ):
         with pytest.raises(UserError, match=named):
-            Config(**tiny | change)
+            resolve_config(Config(**tiny | change), set(change))
     plain = tmp_path / "plain"
     plain.mkdir()
     for i in range(4):
@@ -488,6 +488,8 @@ def test_models_given_by_the_wrong_option(model, sd_folder, tmp_path):
             open_pipeline(*where, None, CPU)
     with pytest.raises(UserError, match="--load_path"):
         resolve_config(Config(mode="latent", condition="text", sd_path=str(model.parent)))
+    with pytest.raises(UserError, match="--vae"):
+        open_stack(Config(mode="latent", vae=str(tmp_path)), CPU)
     for command in (sample, visualize):
         assert command.parse(["--load_path", str(model.parent)]).load_path == str(model)
     assert train_script.parse(["--load_path", str(model.parent)])[0].load_path == str(model)

@@ -164,7 +164,7 @@ def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
     refused("evil2.pt")
     assert not (tmp_path / "pwned").exists()
     torch.save({"state_dict": {}}, "other.pt")
-    refused("other.pt", "None")
+    refused("other.pt", "no weights")
     torch.save([1], "list.pt")
     refused("list.pt", "'list'")
     data = model.read_bytes()

@@ -199,7 +199,7 @@ def sampling_options(args, pipeline, device):
     if args.prompt:
         plain = args.plain_prompts or None
         prompted = pipeline.prompted(args.prompt, args.negative_prompt, plain)
-    warn_unused(pipeline, [*prompts, args.negative_prompt])
+    warn_unused(pipeline, [*prompts, args.negative_prompt], args.plain_prompts)
     start = read_init_image(pipeline, args.init_image, args.mask, args.height, args.width)
     same = {
         "seed": args.seed,

@@ -232,11 +232,6 @@ def load_sd(
     """
     path = Path(path)
     folder = _config_folder(path, config)
-    if not path.exists():
-        raise UserError(
-            f"--sd_path {path} does not exist; give a diffusers folder, or a "
-            ".safetensors or .ckpt file"
-        )
     tensors = {} if path.is_dir() else read_tensors(path)
     if kind := sd_names.family(tensors):
         raise UserError(f"{path} is {kind}, not a Stable Diffusion 1.x model")
@@ -418,6 +413,11 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     epsilon states nothing: it may be any folder of Stable Diffusion 1.5.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"--sd_path {path} does not exist; give a diffusers folder, or a .safetensors or .ckpt "
+            "file; `hf download OWNER/NAME` fetches a model of huggingface.co"
+        )
     own = Path(model_path(path))
     if own.is_file() and is_own(own):
         raise UserError(f"--sd_path {path} is a model of train.py: give it with --load_path")

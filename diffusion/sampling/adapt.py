@@ -11,6 +11,7 @@ from ..files.atomic import blame
 from ..files.embedding_files import Embedding, read_embeddings
 from ..models import lora
 from ..models.clip import CLIPTextModel
+from ..models.prompt_syntax import parse
 from ..models.textual_inversion import extend
 from ..models.tokenizer import Tokenizer
 from ..runtime.distributed import log
@@ -82,12 +83,16 @@ def add_embedding(tokenizer: Tokenizer, text: CLIPTextModel, found: Embedding) -
     log(f"{found.path.name}: {known}, {count} vector{'s' * (count > 1)}")
 
 
-def warn_unused(pipeline: Pipeline, prompts: Sequence[str]) -> None:
-    """Print a warning for each embedding that none of these prompts names."""
+def warn_unused(pipeline: Pipeline, prompts: Sequence[str], plain: bool) -> None:
+    """Print a warning for each embedding that none of these prompts names.
+
+    plain: whether prompts are taken as they stand.
+    """
     if not pipeline.reads_prompts:
         return
     tokenizer = pipeline.conditioning.tokenizer
-    used = {i for prompt in prompts for i in tokenizer.encode(prompt)}
+    texts = prompts if plain else [text or "" for p in prompts for text, _ in parse(p)]
+    used = {i for text in texts for i in tokenizer.encode(text)}
     names: dict[int, list[str]] = {}  # the first id of each embedding -> its names
     for name, ids in tokenizer.embeddings.items():
         names.setdefault(ids[0], []).append(name)

@@ -116,9 +116,9 @@ def open_stack(
     try:
         vae = load_vae(config.vae).float().to(device).to(memory_format=torch.channels_last)
     except UserError as error:
-        if not config.adapts:
-            raise
-        raise UserError(f"{error}; say with --vae where the one of --load_path is now") from None
+        raise UserError(
+            f"{error}; --vae takes the folder of a run of --mode vae, or of a diffusers VAE"
+        ) from None
     prompts = None
     sizes = None
     if config.condition == "text":

@@ -76,8 +76,12 @@ def resolve_config(
     """
     if given is None:
         given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
+    own = own_settings(config, given)
+    asked = "condition" in given or not config.adapts
+    if config.sd_path is not None and asked and config.condition != "text":
+        raise UserError("--sd_path is trained on captions: give --condition text")
     if not config.adapts:
-        config = dataclasses.replace(config, **own_settings(config, given))
+        config = dataclasses.replace(config, **own)
         config.check_use(given)
         return config
     values: dict = {"condition_dropout": 0.0}
@@ -100,15 +104,13 @@ def resolve_config(
         decided = {n: getattr(theirs, n) for n in DECIDED}
     elif config.sd_path is not None:
         values |= {"condition": "text", "loss": "l2", "guidance_scale": 7.5}
-        values |= own_settings(config, given)
+        values |= own
         decided = {"mode": "latent"}
     else:
         raise UserError(
             "an adapter or --instance_prompt needs a model to start from: give "
             "--load_path FILE, or --sd_path PATH"
         )
-    if config.sd_path is not None and "condition" in given and config.condition != "text":
-        raise UserError("--sd_path is trained on captions: give --condition text")
     values = {n: v for n, v in values.items() if n not in given}
     config = dataclasses.replace(config, **values | decided)
     check(config)
@@ -123,8 +125,9 @@ def own_settings(config: Config, given: set[str]) -> dict:
     if config.sd_weights == "ema" and config.load_path is None:
         check_averaged(config.sd_path, "--sd_weights")
     own = {}
+    stated = stated_objective(config.sd_path, config.sd_config)
     if "objective" not in given:
-        own["objective"] = stated_objective(config.sd_path, config.sd_config)
+        own["objective"] = stated
     if "image_size" not in given and config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
     return own

@@ -104,7 +104,7 @@ def grid_prompts(
 ) -> list[str]:
     """Choose the prompts of the sample grids: --validation_prompts, or captions of the data."""
     if config.validation_prompts is not None:
-        return read_prompt_lines(Path(config.validation_prompts))
+        return read_prompt_lines(Path(config.validation_prompts.removeprefix("@")))
     if config.condition != "text":
         return []
     if config.streaming:

@@ -166,7 +166,7 @@ def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
     torch.save({"state_dict": {}}, "other.pt")
     refused("other.pt", "no weights")
     torch.save([1], "list.pt")
-    refused("list.pt", "'list'")
+    refused("list.pt", "a list")
     data = model.read_bytes()
     for percent in (1, 10, 50, 90, 99):
         (tmp_path / "cut.pt").write_bytes(data[: len(data) * percent // 100])

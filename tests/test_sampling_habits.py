@@ -300,7 +300,7 @@ def test_a_mask_goes_with_its_image(model, tmp_path, call, capsys):
     Image.fromarray(strokes).save(tmp_path / "layer.png")
     call("sample", *plain(model, tmp_path / "s"), "--num_images", 1, "--init_image", image,
          "--mask", tmp_path / "layer.png", "--strength", 1)  # fmt: skip
-    assert "16 columns" in capsys.readouterr().out  # the square in the middle
+    assert "cut to 32x32" in capsys.readouterr().out  # the square in the middle
     middle = Image.open(image).crop((8, 0, 40, 32)).resize((16, 16), Image.LANCZOS)
     difference = abs(pixels(tmp_path / "s" / "images" / "000000.png") - np.asarray(middle).astype(int))  # fmt: skip
     assert difference[:, 3:7].max() <= 2 and difference[:, 9:].mean() > 10

@@ -355,6 +355,11 @@ class RunLog:
                 os.fsync(file.fileno())
 
 
+def write_metadata(folder: Path, values: dict) -> None:
+    """Write metadata.json: how far the run is."""
+    write_text(folder / "metadata.json", json.dumps(values, indent=2))
+
+
 def logged(path: Path, step: int, name: str, value: float | None = None) -> bool:
     """Check whether metrics.jsonl has a value of this name for this step, or just this one."""
     lines = [line for line in read_lines(path) if line["step"] == step and name in line]

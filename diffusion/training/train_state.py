@@ -1,6 +1,5 @@
 """Everything that changes while a run trains, and how a checkpoint keeps it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +8,12 @@ from torch import nn
 
 from .. import UserError, shown
 from ..files import checkpoint
-from ..files.atomic import write_text
 from ..runtime import distributed as dist
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA
 from .optimizer import AdamW
 from .recipe import Recipe
-from .run_folder import RunLog
+from .run_folder import RunLog, write_metadata
 from .steps import BatchSplit, StepStats
 
 DIVERGED_HINT = "Try a lower --learning_rate, --amp no, or --grad_clip 1"
@@ -106,4 +104,4 @@ class TrainState:
             "num_train_images": data.length,
             "num_held_out": len(data.held_out),
         }
-        write_text(folder / "metadata.json", json.dumps(values, indent=2))
+        write_metadata(folder, values)

@@ -621,6 +621,11 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     return Config(**values)
 
 
+def fail(text: str) -> typing.NoReturn:
+    """End a script with a message; a name with a line end in it begins no line that looks ours."""
+    sys.exit("error: " + printable(text).replace("\n", "\n  "))
+
+
 def run_script(main) -> None:
     """Call a script's main; a user's mistake becomes one line on stderr and exit status 1."""
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the locale cannot write
@@ -629,17 +634,17 @@ def run_script(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {printable(str(error))}")
+        fail(str(error))
     except OSError as error:  # a disk that is full or may not be written, mostly
         if error.errno is None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        sys.exit(f"error: {printable(f'{where}{error.strerror}')}")
+        fail(f"{where}{error.strerror}")
     except (RuntimeError, MemoryError) as error:
         from .runtime.machine import explain  # takes torch's seconds
 
         if (text := explain(error)) is None:
             raise
-        sys.exit(f"error: {printable(text)}")
+        fail(text)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -114,6 +114,17 @@ def test_an_unset_variable_is_no_path(command, option, capsys):
     assert re.search(rf"{option}\S*: is empty", capsys.readouterr().err)
 
 
+def test_a_path_with_a_line_end_begins_no_second_error():
+    def main():
+        raise UserError("x\nerror: forged\x1b is missing")
+
+    with pytest.raises(SystemExit) as caught:
+        config.run_script(main)
+    lines = caught.value.code.split("\n")
+    assert [line.startswith("error: ") for line in lines] == [True, False]
+    assert "\x1b" not in lines[1]
+
+
 def test_streams_are_of_hub_sets():
     with pytest.raises(UserError, match="--streaming.*hf:owner/name"):
         resolve_config(parse("--streaming"))

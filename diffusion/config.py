@@ -85,7 +85,10 @@ SEED = Rule("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, typed=True)
 SEEDS = Rule("whole numbers from 0 to 2**63 - 1", lambda v: v and all(map(SEED.holds, v)), True)
 COUNTS = Rule("whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0)
 # the shell may pass on other bytes, as half a surrogate each
-UTF8 = Rule("text in UTF-8", lambda v: not any("\ud800" <= c <= "\udfff" for c in "".join(v)))
+UTF8 = Rule(
+    "text in UTF-8; if it is, set a UTF-8 locale: LC_ALL=C.UTF-8",
+    lambda v: not any("\ud800" <= c <= "\udfff" for c in "".join(v)),
+)
 
 
 def check_bounds(
@@ -322,8 +325,9 @@ class Config:
 
 def shared_path(path: str | None) -> str | None:
     """Name a path without this machine: by its way from the working directory, or its last name."""
-    if path is not None and path.startswith("hf:"):
-        return f"hf:{shared_path(path[3:])}"
+    for mark in ("hf:", "@"):
+        if path is not None and path.startswith(mark):
+            return mark + shared_path(path.removeprefix(mark))
     if path is None or not os.path.isabs(path):
         return path
     way = os.path.relpath(path)
@@ -449,7 +453,8 @@ def PATH(text: str | Path) -> str:
     """Take a path; shells leave the ~ of --name=~/folder as it is, and unset variables empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; expected a file or folder")
-    return os.path.expanduser(text)
+    mark = "@" if str(text).startswith("@~") else ""
+    return mark + os.path.expanduser(str(text).removeprefix(mark))
 
 
 def model_path(path: str | Path) -> str:

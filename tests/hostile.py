@@ -332,7 +332,6 @@ EDITS: dict[str, dict[str, Callable[[Path], None]]] = {
         "long pickle": lambda f: f.write_bytes(long_pickle()),
     },
     "network": {"NaN weights": with_nan},
-    "archive": {"compressed": packed, "zip bomb": zip_bomb},
 }  # fmt: skip
 
 

@@ -537,5 +537,5 @@ def test_latent_models_without_prompts(latent, options, tmp_path, condition):
     plain, adapted = (open_pipeline(str(base), None, "ema", CPU, **given).sample([0], steps=3, eps=eps, amp="no")
                       for given in ({}, {"loras": [(lora_file, 1.0)]}))  # fmt: skip
     assert (adapted - plain).abs().max() > 1e-4
-    with pytest.raises(UserError, match="--instance_prompt "):
+    with pytest.raises(UserError, match="--instance_prompt"):
         train(Config(**options | dict(instance_prompt="x")))

@@ -1,5 +1,6 @@
 """Hostile and broken files, reader by reader: no code runs, memory is bounded, one clear line."""
 
+import bz2
 import gzip
 import io
 import json
@@ -10,6 +11,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import time
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -144,8 +146,8 @@ def read_notes(file: Path) -> None:
 
 
 def make_statistics(folder: Path) -> Path:
-    fid.write_moments(folder / "a.npz", torch.zeros(3), torch.eye(3))
-    return folder / "a.npz"
+    fid.write_moments(folder / "a.safetensors", torch.zeros(3), torch.eye(3))
+    return folder / "a.safetensors"
 
 
 def lines(file: Path) -> None:
@@ -274,7 +276,7 @@ def load_tokenizer(file: Path) -> None:
 
 
 def bpe(folder: Path) -> Path:
-    path = folder / f"{vocabulary.VOCABULARY}.gz"
+    path = folder / vocabulary.VOCABULARY
     path.write_bytes(gzip.compress("\n".join(["#version", *MERGES, ""]).encode()))
     return path
 
@@ -312,7 +314,7 @@ READERS = [
     Reader("image of a folder", "image", lambda f: pictures(f, "0.png"), all_pictures, heals=True),
     Reader("caption", "text", lambda f: pictures(f, "0.txt"), all_pictures, heals=True),
     Reader("metadata.jsonl", "json", lambda f: pictures(f, "metadata.jsonl"), all_pictures),
-    Reader("FID statistics", "archive", make_statistics, fid.read_moments, heals=True),
+    Reader("FID statistics", "safetensors", make_statistics, fid.read_moments, heals=True),
     Reader("cache", "text", make_cache, read_cache, heals=True),
     Reader("cache's notes", "json", make_notes, read_notes, heals=True),
     Reader("metrics.jsonl", "json", written("metrics.jsonl", '{"step": 1, "loss": 2}\n' * 9), lines, heals=True),
@@ -420,7 +422,7 @@ def test_nothing_is_written_beside_an_archive(tmp_path):
         t.addfile(link)
     archives.fetch((tmp_path / "a.tar.gz").as_uri(), tmp_path / "deep" / "from_tar")
     found = (p for p in (tmp_path / "deep" / "from_tar").rglob("*") if not p.is_dir())
-    assert sorted(p.name for p in found) == ["1.png", "empty.png"]
+    assert sorted(p.name for p in found) == ["1.png"]  # nothing is written of empty ones
     outside = {p.name for p in tmp_path.iterdir()} | {p.name for p in (tmp_path / "deep").iterdir()}
     assert not any("escaped" in name for name in outside) and not Path("/escaped.png").exists()
     assert (tmp_path / "deep" / "from_zip" / "ok" / "1.png").read_bytes() == b"x"
@@ -440,6 +442,23 @@ def test_an_archive_that_would_fill_the_disk(tmp_path, kind):
     with pytest.raises(UserError, match="268,435,456"):
         archives.fetch((tmp_path / f"a.{kind}").as_uri(), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out.fetch"))
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, gzip.compress], ids=["bz2", "gz"])
+@pytest.mark.parametrize("good", [False, True], ids=["zeros", "behind a good one"])
+def test_zeros_without_end_in_an_archive(tmp_path, pack, good):
+    """Of which a few kB are hours of work, whatever lengths the members claim."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as t:
+        info = tarfile.TarInfo("1.png")
+        info.size = 1 if good else 0
+        t.addfile(info, io.BytesIO(b"x"[: info.size]))
+    zeros = pack(bytes(1 << 24))
+    (tmp_path / "a").write_bytes(pack(raw.getvalue()) + 40 * zeros)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="/a "):
+        archives.fetch((tmp_path / "a").as_uri(), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and time.perf_counter() - start < 30
 
 
 def test_links_are_followed_and_loops_are_cut(tmp_path):
@@ -573,7 +592,7 @@ def test_large_json_and_vocabularies(tmp_path):
     told = watched(Reader("", "", None, text_files.read_json), tmp_path / "a.json")
     assert "at most 8 MB" in told
     for content in (b"\n" * (64 << 20), b"a b\n" * (16 << 20)):
-        path = tmp_path / f"{vocabulary.VOCABULARY}.gz"
+        path = tmp_path / vocabulary.VOCABULARY
         path.write_bytes(gzip.compress(content, 1))
         assert "more than 8 MB" in watched(Reader("", "", None, load_tokenizer), path)
 
@@ -657,7 +676,9 @@ def test_hostile_pickles_and_headers(tmp_path, monkeypatch):
         "call of a result": (zipped(b"\x80\x02cx\ny\n)R)R."), "no weights"),
         "set on a name": (zipped(b"\x80\x02cx\ny\nK\x01K\x02s."), "no dictionary"),
         "state on a function": (zipped(b"\x80\x02ctorch._utils\n_rebuild_parameter\n}U\1aU\1bsb."), "no weights|holds a"),
-        "long number": (zipped(b"\x80\x02\x8b" + struct.pack("<i", 1 << 20) + b"x" * (1 << 20) + b"."), "no weights"),
+        "long number": (zipped(b"\x80\x02\x8b" + struct.pack("<i", 1 << 20) + b"x" * (1 << 20) + b"."), "holds a bytes"),
+        "copies": (zipped(b"\x80\x02cx\nA\nq\0}q\1(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(60_000))
+                          + b"u0h\1\x85q\2](" + b"h\0h\2R" * 2000 + b"e."), "list"),
         "program": (zipped(b"\x80\x02cposix\nsystem\nU\1x\x85R."), "posix.system"),
         "escapes": (zipped(b"\x80\x02csubprocess\na\x1b[31m\r\n"), "x1b"),
         "header": (safetensors(b"{" + b" " * (9 << 20) + b"}"), "header"),

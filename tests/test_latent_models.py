@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,14 +294,18 @@ def test_models_that_have_moved_are_measured_and_shown(latent, vae, faces, tmp_p
     (dict(sd_path="x", layers_per_block=1), "--layers_per_block:"),
     (dict(sd_path="x", adapter="lora", vectors=2), "--vectors:.*--adapter textual_inversion"),
 ])  # fmt: skip
-def test_options_that_would_do_nothing(change, told):
+def test_options_that_would_do_nothing(change, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
     made = dict(mode="latent", condition="text", objective="eps") if "sd_path" in change else {}
     with pytest.raises(UserError, match=told):
         resolve_config(Config(**made | change))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_give_no_option_that_does_nothing(preset):
+def test_presets_give_no_option_that_does_nothing(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
     given = {
         "anime_sd15": {"sd_path": "x", "data": "y"},
         "fine_tune": {"sd_path": "x"},
@@ -334,7 +339,8 @@ def test_a_stable_diffusion_model_brings_its_settings(sd_folder, tmp_path):
     assert found == ("latent", "text", "eps", "l2", 1e-5, 32)
     assert made(sd_path=sd_folder, learning_rate=1e-4, image_size=64).image_size == 64
     assert made(sd_path=sd_folder, learning_rate=1e-4).learning_rate == 1e-4
-    assert made(sd_path="some.safetensors").image_size == 512
+    (tmp_path / "nothing").mkdir()
+    assert made(sd_path=str(tmp_path / "nothing")).image_size == 512
     folder = tmp_path / "v"
     shutil.copytree(sd_folder, folder)
     file = folder / "scheduler" / "scheduler_config.json"

@@ -20,6 +20,7 @@ from feature_networks import Inception, Pooled, pictures
 from helpers import flags, run_lines
 from PIL import Image
 from resnet56 import write as write_resnet56
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -197,6 +198,17 @@ def test_a_network_is_never_called_fid(tmp_path, pooled):
     assert name_of(None) == "fid" and name_of("a/clip.pt") == "clip"
 
 
+class Raises(nn.Module):
+    """Ends every call with a long text, as a file of somebody's may."""
+
+    def __init__(self):
+        super().__init__()
+        self.text: str = "\x1b[31m" + "error: " * 900
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError(self.text)
+
+
 def test_missing_and_broken_networks(tmp_path, monkeypatch, real):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr("cleanfid.downloads_helper.inception_url", "http://127.0.0.1:9/none.pt")
@@ -220,6 +232,12 @@ def test_missing_and_broken_networks(tmp_path, monkeypatch, real):
     torch.jit.script(nn.Linear(3, 4)).save(str(tmp_path / "linear.pt"))
     with pytest.raises(UserError, match="cannot use images of"):
         folder_features(real, open_features(str(tmp_path / "linear.pt"), CPU))
+    torch.jit.script(Raises()).save(str(tmp_path / "raises.pt"))
+    with pytest.raises(UserError, match="cannot use images of") as told:
+        folder_features(real, open_features(str(tmp_path / "raises.pt"), CPU))
+    assert (
+        len(str(told.value)) < 700 and "\n" not in str(told.value) and "\x1b" not in str(told.value)
+    )
 
 
 def test_a_broken_connection_leaves_nothing(tmp_path, monkeypatch):
@@ -260,7 +278,7 @@ def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_a_flipped_bit_in_cached_statistics_is_noticed(tmp_path):
-    file = tmp_path / "a.npz"
+    file = tmp_path / "a.safetensors"
     mean, cov = torch.randn(3).double(), torch.randn(3, 3).double()
     write_moments(file, mean, cov)
     good = file.read_bytes()
@@ -461,12 +479,12 @@ def test_fid_during_training(fid, tmp_path, capsys):
     assert "reference features" in capsys.readouterr().out
     assert values_of(tmp_path / "second") == first
     # a damaged reference is made anew
-    [file] = (tmp_path / "cache").glob("*.npz")
+    [file] = (tmp_path / "cache").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     train(Config(**fid | dict(save_folder=str(tmp_path / "third"))))
     assert "reference features" not in capsys.readouterr().out
     assert values_of(tmp_path / "third") == first
-    np.savez(file, mean=np.full(len(a[0]), np.nan), cov=np.zeros((len(a[0]), len(a[0]))))
+    save_file({"mean": torch.zeros(3), "sigma": torch.eye(3)}, file)
     train(Config(**fid | dict(save_folder=str(tmp_path / "fourth"))))
     assert values_of(tmp_path / "fourth") == first
 
@@ -485,14 +503,14 @@ def test_the_reference_is_of_its_data_size_and_network(fid, tmp_path, pooled):
     other.write_bytes(pooled.read_bytes())
     for i, change in enumerate([dict(image_size=12), dict(fid_features=str(other)), dict(seed=1)]):
         train(Config(**fid | dict(train_steps=6, save_folder=str(tmp_path / str(i))) | change))
-    assert len(list((tmp_path / "cache").glob("*.npz"))) == 3  # another seed needs no other
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3  # another seed needs no other
     # other data: another folder, and the same one with a file changed in place
     folder = pictures(tmp_path / "folder", range(20))
     for name in "ab":
         options = dict(data=str(folder), condition="none", train_steps=6, save_folder=str(tmp_path / name))  # fmt: skip
         train(Config(**fid | options))
         Image.fromarray(toy.draw(99, 17)).save(folder / "003.png")
-    assert len(list((tmp_path / "cache").glob("*.npz"))) == 5
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
 
 
 @pytest.mark.slow

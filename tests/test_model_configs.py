@@ -160,6 +160,9 @@ def test_clip_folders_of_wrong_types(clip, tmp_path):
         text = told(lambda: open_clip(tmp_path / "clip", CPU))
         assert text is None or key in text or "does not fit" in text, (key, text)
         assert text is not None or config["text_config"] in ([], {}) or key == "layer_norm_eps"
+    for value in WRONG:  # shown where there is no vision tower
+        file.write_text(json.dumps({"model_type": value}))
+        assert "vision tower" in told(lambda: open_clip(tmp_path / "clip", CPU))
     file.write_text(json.dumps(good))
     for key in ("image_mean", "image_std"):
         for value in (0, [0, 0], ["a"] * 3, {}, [1e30] * 3, FORGED, None):
@@ -223,7 +226,7 @@ def test_models_of_no_network(model, tmp_path, values):
 
 def test_sizes_in_a_latent_models_file(scratch, tmp_path):
     state = checkpoint.read(scratch)
-    state["config"] = state["config"] | {"vae": str(state["config"]["vae"])}
+    state["config"] = state["config"] | {"vae": checkpoint.load_weights(scratch)[1].vae}
     good = state["networks"]
     assert load(scratch).reads_prompts
     cases = [None, [], {"unet": 3, "text": {}}, {"unet": {}}, good | {"text": 5}]
@@ -301,11 +304,19 @@ def test_what_is_not_taken_is_named_once(sd, change, capsys):
         ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 2}, ["bh2"]),
         ({"_class_name": "DPMSolverMultistepScheduler", "solver_type": "midpoint"}, []),
         ({"use_karras_sigmas": True, "clip_sample_range": 1.0}, []),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, ["timestep_spacing"]),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True, "rescale_betas_zero_snr": True,
+          "prediction_type": "v_prediction"}, ["rescale_betas_zero_snr"]),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False}, ["lower_order_final"]),
+        ({"skip_prk_steps": False}, ["skip_prk_steps"]),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, ["predict_x0"]),
     ]:  # fmt: skip
         change(name, values)
         open_pipeline(None, str(sd), None, CPU)
         lines = [x for x in capsys.readouterr().out.splitlines() if "not taken" in x]
         assert len(lines) == bool(words) and all(word in lines[0] for word in words)
+    change(name, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    assert "rescale_betas_zero_snr" in told(lambda: draw(sd))
     for values, word in [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
         ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),

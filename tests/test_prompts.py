@@ -223,6 +223,22 @@ def test_embeddings_in_brackets(tiny, tmp_path):
     ]
 
 
+def test_an_embedding_moves_to_the_next_chunk_as_one(tiny, tmp_path):
+    """As in the web UI; one that is longer than a chunk is cut."""
+    torch.save({"<my-cat>": torch.randn(6, 16)}, tmp_path / "cat.bin")
+    torch.save({"<my-dog>": torch.randn(80, 16)}, tmp_path / "dog.bin")
+    tokenizer = load(
+        tiny, embeddings=[tmp_path / "cat.bin", tmp_path / "dog.bin"]
+    ).conditioning.tokenizer
+    before = len(tokenizer.encode("x"))
+    prompt = "x " * (72 // before) + "(<my-cat>:1.5)"
+    first, second = tokenizer.weighted_chunks(prompt)
+    ids = tokenizer.embeddings["<my-cat>"]
+    assert len(first) == 72 // before * before and second == [(i, 1.5) for i in ids]
+    first, second = tokenizer.weighted_chunks("(<my-dog>:1.5)")
+    assert (len(first), len(second)) == (75, 5)
+
+
 def test_models_with_a_text_encoder_of_their_own(scratch):
     """Chunks of its own length; a prompt without syntax is cut off, as in its training."""
     pipeline = load(scratch)

@@ -9,9 +9,11 @@ import warm
 from PIL import Image
 
 from diffusion import UserError
+from diffusion.config import Config
 from diffusion.files import output, owned
 from diffusion.files.atomic import locked
 from diffusion.pictures.grid import save_png
+from diffusion.training.trainer import train
 
 QUICK = ["--preset", "none", "--image_size", 16, "--unet_dim", 8, "--dim_mults", "1,2", "--heads", 2, "--batch_size", 4,
          "--time_steps", 10, "--save_and_sample_every", 2, "--log_every", 2, "--num_samples", 1, "--sample_steps", 2,
@@ -345,3 +347,32 @@ def test_overwrite_is_done_by_the_restarted_command(run, tmp_path, launch):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
     done = run(*new, steps=4, env=launch)
     assert done.returncode == 0 and "from step 2" in done.stdout
+
+
+@pytest.mark.parametrize("harm", [None, "config.json"])
+def test_overwrite_deletes_no_checkpoints_behind_a_link(run, tmp_path, harm):
+    """Of a run that came from elsewhere, with its config.json or without one."""
+    assert run().returncode == 0
+    theirs = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "theirs")
+    before = contents(theirs)
+    got = shutil.copytree(tmp_path / "run", tmp_path / "got")
+    shutil.rmtree(got / "checkpoints")
+    (got / "checkpoints").symlink_to(theirs)
+    if harm:
+        (got / harm).unlink()
+    done = run("--overwrite", folder="got")
+    assert done.returncode == 1 and "got/checkpoints" in done.stderr, done.stderr
+    assert contents(theirs) == before
+
+
+def test_overwrite_keeps_what_the_new_run_begins_with(run, tmp_path):
+    assert run().returncode == 0
+    before = contents(tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    for option in (newest, tmp_path / "run" / "model.pt"):
+        done = run("--overwrite", "--load_path", option)
+        assert done.returncode == 1 and "--load_path" in done.stderr, done.stderr
+    config = dict(mode="latent", vae=str(tmp_path / "run"), data=str(tmp_path), condition="none")
+    with pytest.raises(UserError, match="--vae"):
+        train(Config(**config, save_folder=str(tmp_path / "run"), overwrite=True))
+    assert contents(tmp_path / "run") == before

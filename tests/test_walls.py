@@ -153,7 +153,6 @@ OWN_WRITES = {
 # what others of them should use
 OTHER_WRITES = {
     ("cache.py", "_write"): "a writer: a shard of numbers",
-    ("fid.py", "write_moments"): "a writer: moments of features",
     ("classifier.py", "open_classifier"): "a writer: the study's classifier",
     ("archives.py", "download"): "a writer: an archive, or the Inception network",
     ("archives.py", "write"): "in the fresh folder of files.atomic.create_whole",

@@ -139,7 +139,8 @@ def take_loras(args) -> None:
         )
     files = sorted(Path(args.lora_dir).rglob("*"))
     for name, weight in tags[0]:
-        found = [f for f in files if f.stem == name and f.suffix.lower() in LORA_SUFFIXES]
+        named = [f for f in files if f.stem == name and f.suffix.lower() in LORA_SUFFIXES]
+        found = [f for f in named if f.is_file()]
         if len(found) != 1:
             raise UserError(
                 f"--prompt names the LoRA {shown(name)}; expected one file of this name in "

@@ -88,7 +88,7 @@ def choose_images(args, pipeline):
     config = pipeline.config
     if args.data is None and config.data != "toy":
         config = made_here(Path(args.load_path).parent)
-        if config is None or not (Path(config.data).is_dir() or Path("data", config.data).is_dir()):
+        if config is None or not (Path(config.data).exists() or Path("data", config.data).exists()):
             log(
                 f"the forward process is shown of the model's own samples; the model names "
                 f"{shown(pipeline.config.data)} as its data: --data shows images of it"

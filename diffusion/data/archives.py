@@ -118,9 +118,10 @@ def _unpack(archive: Path, target: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         if not size:  # as of what the system makes up while it is read
             raise OSError("it is empty")
-        for number, (name, length, source) in enumerate(_members(file)):
+        most = max(MAX_UNPACKED * size, 1 << 24)
+        for number, (name, length, source) in enumerate(_members(file, most + (1 << 20))):
             total += length
-            if number >= MAX_MEMBERS or total > max(MAX_UNPACKED * size, 1 << 24):
+            if number >= MAX_MEMBERS or total > most:
                 raise OSError(
                     f"its {size:,} bytes would become {total:,}, in {number + 1:,} files: not an "
                     "archive of images"
@@ -133,7 +134,7 @@ def _unpack(archive: Path, target: Path) -> None:
                 continue
             path = target.joinpath(*parts)
             suffix = path.suffix.lower()
-            if suffix not in WANTED:
+            if suffix not in WANTED or not length:
                 left_out[suffix or path.name] += 1
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +157,11 @@ def _parts(name: str) -> list[str] | None:
     return None if is_odd or ".." in parts else parts
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, int, BinaryIO | None]]:
-    """Read (path, bytes, what to read) of what an archive holds; None for what is no file."""
+def _members(file: BinaryIO, most: int) -> Iterator[tuple[str, int, BinaryIO | None]]:
+    """Read (path, bytes, what to read) of what an archive holds; None for what is no file.
+
+    most: the bytes that may come out of its compression.
+    """
     magic = file.read(2)
     file.seek(0)
     if magic == b"PK":
@@ -168,7 +172,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, BinaryIO | None]]:
                         yield entry.filename, entry.file_size, source
         return
     unpacker = UNPACKERS.get(magic)
-    with unpacker(file) if unpacker else contextlib.nullcontext(file) as tar:
+    with unpacker(file) if unpacker else contextlib.nullcontext(file) as stream:
+        tar = _Limited(stream, most)
         # as a stream: nothing that lies about lengths leads back in it
         with tarfile.open(fileobj=tar, mode="r|", tarinfo=TarMember) as members:
             while member := members.next():
@@ -182,6 +187,21 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, BinaryIO | None]]:
                 raise OSError("it ends too early")
         while tar.read(1 << 20):  # gzip's check of all that was read stands at the end
             pass
+
+
+class _Limited:
+    """Reads a stream, of which so many bytes may come out: zeros shrink to a millionth."""
+
+    def __init__(self, stream: BinaryIO, left: int):
+        self.stream = stream
+        self.left = left
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError("more comes out of it than an archive of images holds")
+        return data
 
 
 class _Bounded(io.BufferedReader):

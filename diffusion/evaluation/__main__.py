@@ -32,9 +32,9 @@ from ..config import (
 )
 from ..data.captions import read_captions
 from ..data.folder import scan_split, walk
-from ..files.atomic import write_text
 from ..files.output import create, write_free
 from ..files.owned import SOFTWARE
+from ..files.sd_files import write_json
 from ..pictures.grid import count_calls, write_png
 from ..pictures.plot import Line, distance_title, line_plot
 from ..pictures.samples import sample_batches
@@ -102,8 +102,10 @@ def read_real(args, files: list[Path], size: int | None, metrics: Metrics, m: in
     """Compute the features of the real images, to be compared with m generated ones."""
     batches = folder_batches(Path(args.real), files, size)
     rows = collect(batches, Metrics(metrics.features).rows, args.real)
-    n = 0 if rows is None else len(rows["features"])
-    if rows is not None and n < 2:
+    if rows is None:
+        return None
+    n = len(rows["features"])
+    if n < 2:
         raise UserError(f"{args.real} holds {n} usable image; a distance needs at least 2")
     if min(n, m) < MIN_IMAGES:
         dist.log(
@@ -172,19 +174,15 @@ def measure_model(args, real: list[Path], file: Path, device: torch.device) -> d
     reference = read_real(args, real, size, metrics, args.num_images)
     name = metrics.features.name
     rows = []
-    same = {"amp": args.amp, "guidance_scale": args.guidance_scale}
     for sampler, steps in samplers:
         found = []
         start = time.perf_counter()
         for seed in args.seeds:
-            sampling = same | {"seed": seed, "sampler": sampler, "steps": steps}
-            batches = sample_batches(
-                pipeline,
-                lambda indices: conditioning(indices) | sampling,
-                args.num_images,
-                args.batch_size,
-                f"{sampler} {steps}",
-            )
+            sampling = dict(sampler=sampler, steps=steps, guidance_scale=args.guidance_scale)
+            sampling |= dict(seed=seed, amp=args.amp)
+            options = lambda indices: conditioning(indices) | sampling
+            title = f"{sampler} {steps}"
+            batches = sample_batches(pipeline, options, args.num_images, args.batch_size, title)
             generated = collect(batches, metrics.rows, "the model")
             if generated is not None:
                 found.append(metrics.compare(reference, generated))
@@ -195,9 +193,9 @@ def measure_model(args, real: list[Path], file: Path, device: torch.device) -> d
             dist.log(f"{sampler:>12} {steps:>5} steps  {shown}  {seconds:.0f} s")
             # guidance evaluates the network with and without the class
             evaluations = steps if args.guidance_scale == 1 else 2 * steps
-            row = {"sampler": sampler, "steps": steps, "evaluations": evaluations}
-            of_seeds = {f"{name}_of_seeds": [one[name]["value"] for one in found]}
-            rows.append(row | {"seconds": round(seconds, 1)} | values | of_seeds)
+            row = dict(sampler=sampler, steps=steps, evaluations=evaluations)
+            row |= {"seconds": round(seconds, 1)} | values
+            rows.append(row | {f"{name}_of_seeds": [one[name]["value"] for one in found]})
     if reference is None:
         return None
     result = {
@@ -224,8 +222,7 @@ def check_settings(args, pipeline: Pipeline, samplers: list[tuple[str, int]]) ->
     size = pipeline.config.image_size
     if args.size not in (None, size):
         raise UserError(f"--size {args.size}: the model's images have {size} pixels")
-    labels = torch.zeros(1, dtype=torch.long) if pipeline.conditional else None
-    given = {"labels": labels, "guidance_scale": args.guidance_scale}
+    given = {"labels": pipeline.labels_in_turn([0]), "guidance_scale": args.guidance_scale}
     for sampler, steps in samplers:
         try:
             pipeline.frames([0], sampler=sampler, steps=steps, **given)
@@ -252,8 +249,7 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool) -> None
     ones are ours.
     """
     create(folder)
-    text = json.dumps(result, indent=2)
-    file = write_free(folder / "quality.json", lambda path: write_text(path, text), overwrite)
+    file = write_free(folder / "quality.json", lambda path: write_json(path, result), overwrite)
     curves = {}
     for row in result["rows"]:
         curves.setdefault(row["sampler"], []).append((row["evaluations"], row[name]))

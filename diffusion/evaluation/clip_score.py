@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import UserError, shown
 from ..data.captions import read_captions
 from ..data.folder import Scan
+from ..files.atomic import is_number
 from ..files.strict import build, load_strict
 from ..files.tensors import find_weights, read_tensors
 from ..files.text_files import read_json, read_optional
@@ -85,8 +86,8 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
     config = read_json(folder / "config.json")
     if "vision_config" not in config and "vision_config_dict" not in config:
         raise UserError(
-            f"--clip {folder} holds a {config.get('model_type', 'model')} without vision tower; "
-            "a CLIP with both towers is needed"
+            f"--clip {folder} holds {shown(config.get('model_type'))} without vision tower; a CLIP "
+            "with both towers is needed"
         )
     model = build("clip", config, f"--clip {folder}")
     file = find_weights(folder)
@@ -98,8 +99,8 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
     mean = pixels.get("image_mean", IMAGE_MEAN)
     std = pixels.get("image_std", IMAGE_STD)
     for name, values, low in (("image_mean", mean, 0), ("image_std", std, 1e-3)):
-        numbers = isinstance(values, Sequence) and all(type(v) in (int, float) for v in values)
-        if not numbers or len(values) != 3 or not all(low <= v <= 1 for v in values):
+        given = values if isinstance(values, Sequence) else ()
+        if [is_number(v) and low <= v <= 1 for v in given] != [True] * 3:
             raise UserError(f"{file}: {name} is {shown(values)}; expected 3 numbers up to 1")
     return ClipScore(model, tokenizer, folder.resolve().name, device, mean, std)
 
@@ -112,8 +113,9 @@ def read_prompts(found: Scan) -> list[str]:
     texts = read_captions(found, found.images) or [("",)] * len(found.images)
     prompts = [own[0] or read_parameters(file) for file, own in zip(found.images, texts)]
     if None in prompts:
+        name = shown(str(found.images[prompts.index(None)]), 1000)
         raise UserError(
-            f"--clip needs each image's prompt, and {found.images[prompts.index(None)]} has none: "
-            "neither name.txt beside it nor `parameters` in a PNG"
+            f"--clip needs each image's prompt, and {name} has none: neither name.txt beside it "
+            "nor `parameters` in a PNG"
         )
     return prompts

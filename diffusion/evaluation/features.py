@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import UserError
+from .. import UserError, shown
 from ..data.archives import download
-from ..files.atomic import atomic, open_regular
+from ..data.image_set import file_stamp
+from ..files.atomic import atomic, open_regular, reason
 from ..runtime.distributed import any_rank, is_main
 from ..runtime.machine import is_of_gpu
 from ..runtime.user_cache import cache_folder
@@ -61,12 +62,12 @@ class Features:
         x = x.permute(0, 3, 1, 2).contiguous().to(self.device)
         try:
             out = self.network(x)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             if is_of_gpu(error):
                 raise
             raise UserError(
                 f"the feature network {self.about} cannot use images of "
-                f"{tuple(x.shape[1:])} {x.dtype}: {str(error).strip().splitlines()[-1]}"
+                f"{tuple(x.shape[1:])} {x.dtype}: {shown(str(error).strip().splitlines()[-1], 200)}"
             ) from None
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -120,9 +121,8 @@ def open_features(path: str | None, device: torch.device) -> Features:
     except (RuntimeError, ValueError, OSError) as error:
         if is_of_gpu(error):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{file} cannot be read as TorchScript ({reason}); give a file that "
+            f"{file} cannot be read as TorchScript ({reason(error)}); give a file that "
             "torch.jit.script(network).save(FILE) has written"
         ) from None
     if path is None:
@@ -130,8 +130,7 @@ def open_features(path: str | None, device: torch.device) -> Features:
         layers = lambda x: network.layers((x - 128) / 128).flatten(1)
         about = "clean-fid's Inception (mode clean)"
         return Features("fid", about, INCEPTION, layers, device, classifier)
-    stat = file.stat()
-    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = f"{file.resolve()} {file_stamp(file)}"
     return Features(name_of(path), file.name, key, network, device)
 
 

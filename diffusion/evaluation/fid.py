@@ -18,8 +18,8 @@ from .. import UserError
 from ..config import Config
 from ..data.image_set import digest
 from ..data.images import TRANSFORM
-from ..files.atomic import atomic, open_regular
-from ..files.torch_files import open_zip
+from ..files.tensors import read_safetensors, write_tensors
+from ..files.validate import is_finite
 from ..pictures.grid import NonFinite
 from ..pictures.samples import sample_batches
 from ..runtime import distributed as dist
@@ -87,28 +87,21 @@ class Fid:
         batches = sample_batches(pipeline, options, count, micro, self.name)
         found = Moments(len(self.reference[0]))
         value = math.nan  # null in the run's metrics
-        finite = True
         for _ in range(0, count, micro * dist.world_size()):  # as many turns on each rank
             try:
                 for _, _, images in islice(batches, 1):
                     found.add(self.features(images))
-            except NonFinite:
-                finite = False
+            except NonFinite:  # black pictures would count as pictures
+                found.n += math.nan
             if dist.any_rank(stopped()):
                 return None
-            if dist.any_rank(not finite):  # black pictures would count as pictures
-                dist.log(f"warning: {self.name} is not measured: pictures are not finite")
-                break
-        else:
-            statistics = found.reduce()
-            if dist.is_main() and is_finite(statistics):
-                value = frechet_distance(*self.reference, *statistics)
+        statistics = found.reduce()
+        if not all(map(is_finite, statistics)):
+            dist.log(f"warning: {self.name} is not measured: pictures or features are not finite")
+        elif dist.is_main():
+            value = frechet_distance(*self.reference, *statistics)
         seconds = time.perf_counter() - start
         return {self.name: value, "fid_num_images": count, "fid_seconds": seconds}
-
-
-def is_finite(statistics: tuple[Tensor, Tensor]) -> bool:
-    return all(bool(part.isfinite().all()) for part in statistics)
 
 
 # --- the reference -------------------------------------------------------------------------------
@@ -121,7 +114,7 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
     """
     images = data.pixels.images
     key = digest(images.stamp, data.order_key(), TRANSFORM, str(config.image_size), features.key)
-    file = Path(config.cache_dir) / f"{key}.npz"
+    file = Path(config.cache_dir) / f"{key}.safetensors"
     reference = read_moments(file)
     if not dist.any_rank(reference is None):
         dist.log(f"reference features of {config.data}: from {file}")
@@ -131,14 +124,14 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
     for low in dist.progress(range(0, len(own), 64), desc="reference features", leave=False):
         found.add(features(data.pixels[own[low : low + 64]]))
     reference = found.reduce()
-    if not is_finite(reference):
+    if not all(map(is_finite, reference)):
         raise UserError(
             f"the feature network {features.about} makes non-finite features of the training images"
         )
     if dist.is_main():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic(file, lambda path: write_moments(path, *reference))
+            write_moments(file, *reference)
         except OSError as error:
             dist.log(f"warning: reference features are not cached: {error}")
     return reference
@@ -147,16 +140,11 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
 def read_moments(file: Path) -> tuple[Tensor, Tensor] | None:
     """Read mean and covariance; None if there is no such file or it is damaged."""
     try:
-        with open_regular(file) as opened:
-            open_zip(file, opened, file.stat().st_size)
-        with np.load(file, allow_pickle=False) as found:
-            mean, cov = (torch.from_numpy(found[name]) for name in ("mean", "cov"))
-    except Exception:  # a zip file can be damaged in many ways
+        found = read_safetensors(file)[0]
+        return found["mean"], found["cov"]
+    except (UserError, KeyError):
         return None
-    intact = mean.dim() == 1 and cov.shape == 2 * mean.shape and is_finite((mean, cov))
-    return (mean, cov) if intact else None
 
 
 def write_moments(path: Path, mean: Tensor, cov: Tensor) -> None:
-    with open(path, "wb") as out:
-        np.savez(out, mean=mean.numpy(), cov=cov.numpy())
+    write_tensors(path, {"mean": mean, "cov": cov}, {})

@@ -55,10 +55,13 @@ NAMES = {"unet": "U-Net", "text_encoder": "text encoder"}
 # what stands before a layer's name, with `_` for `.`. Nothing does in files that hold one network
 # only; clip_l is what OneTrainer and ComfyUI call the text encoder.
 PREFIX = {
-    "unet": re.compile("(lora_|lycoris_|base_model_model_|model_)?(unet_|diffusion_model_)?"),
+    "unet": re.compile(
+        "(lora_|lycoris_|model_)?(unet_|diffusion_model_)?(base_model_model_)?(unet_)?"
+    ),
     "text_encoder": re.compile(
         "(lora_|lycoris_|base_model_model_)?(prior_)?"
-        "((text_encoders_)?clip_l_|text_encoder_(1_)?|te1?_|cond_stage_model_)?(transformer_)?"
+        "((text_encoders_)?clip_l_|text_encoder_(1_)?|te1?_|cond_stage_model_)?"
+        "(base_model_model_)?(transformer_)?"
     ),
 }
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
@@ -200,13 +203,12 @@ def _find_file(path: Path) -> Path:
 
 def _open(path: Path) -> Tensors:
     """Read all tensors but the vectors of tokens."""
-    content = read_content(path)[0]
+    content, marks = read_content(path)
     if isinstance(content, list):  # cloneofsimo's
         tensors = {f":{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(content)}
     else:
         tensors = read_tensors(path)
     check_tensors(tensors, str(path))
-    marks = read_metadata(path)
     return {name: value for name, value in tensors.items() if marks.get(name) != EMBEDDING}
 
 
@@ -314,10 +316,17 @@ def _branch(path: Path, name: str, own: Tensors, layer: nn.Module, settings: dic
             left["dora_scale"] = left.pop("lora_magnitude_vector").flatten()
         if "dora_scale" in left:
             change = _decompose(weight, change, left.pop("dora_scale"))
+        elif settings.get("use_dora"):
+            raise ValueError("lora_magnitude_vector, which its settings with use_dora ask for")
         for kind in {"diff_b", "b_norm"} & left.keys() if layer.bias is not None else ():
             bias = left.pop(kind).reshape(layer.bias.shape)
-        if left or not change.abs().max() < MAX_CHANGE:
-            raise ValueError(", ".join(left) or f"it changes by {change.abs().max():g}")
+        if left:
+            raise ValueError(", ".join(left))
+        if not change.abs().max() < MAX_CHANGE:
+            raise UserError(
+                f"{path} changes {name} by {change.abs().max():g}, which no network survives: the "
+                "training that made it diverged"
+            )
         if own.keys() - {"alpha"} == {"down", "up"}:
             down = own["down"].float().reshape(rank, *weight.shape[1:])
             up = own["up"].float().reshape(len(weight), rank, *[1] * (weight.ndim - 2))
@@ -474,7 +483,7 @@ def write_diffusers(path: Path, parts: Parts, **about: str) -> None:
             own["target_modules"] = sorted({name.split(".")[-1] for name in branches})
         tensors |= named
         settings |= {f"{part}.{key}": value for key, value in own.items()}
-    save(path, tensors, about | {METADATA: json.dumps(settings)})
+    write_tensors(path, tensors, about | {METADATA: json.dumps(settings)})
 
 
 def write_peft(folder: Path, branches: Mapping[str, LowRank]) -> None:
@@ -482,7 +491,7 @@ def write_peft(folder: Path, branches: Mapping[str, LowRank]) -> None:
     tensors, settings = _as_peft(branches, "base_model.model")
     settings |= {"peft_type": "LORA", "inference_mode": True}
     write_text(folder / "adapter_config.json", json.dumps(settings, indent=2))
-    save(folder / "adapter_model.safetensors", tensors, {})
+    write_tensors(folder / "adapter_model.safetensors", tensors, {})
 
 
 def _as_peft(branches: Mapping[str, LowRank], prefix: str) -> tuple[Tensors, dict]:
@@ -528,10 +537,4 @@ def write_kohya(path: Path, parts: Parts, **about: str) -> None:
         "ss_network_dim": str(len(first.down)),
         "ss_network_alpha": str(first.alpha),
     }
-    save(path, tensors, about)
-
-
-def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors in float32 and texts beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, {k: v.float() for k, v in tensors.items()}, about)
+    write_tensors(path, tensors, about)

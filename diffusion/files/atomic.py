@@ -24,7 +24,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from .. import UserError, printable
-from ..runtime.machine import is_of_gpu
+from ..runtime.machine import is_of_gpu, is_out_of_memory
 
 MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
@@ -66,6 +66,12 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
         raise UserError(f"{path} has {about.st_size:,} bytes; at most {limit:,} are read")
     kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
     raise UserError(f"{path} is {kind}; expected a file")
+
+
+def name_of(file: BinaryIO, path: Path) -> str:
+    """Name an open file for a library that takes a name, in UTF-8; on Linux it gets this one."""
+    name = f"/proc/self/fd/{file.fileno()}"
+    return name if os.path.exists(name) else str(path)
 
 
 @contextlib.contextmanager
@@ -116,7 +122,9 @@ def atomic(
             if shutil.disk_usage(path.parent).free < 1 << 20:  # torch does not say why it failed
                 number = errno.ENOSPC
             temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError | SafetensorError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError | SafetensorError) and not (
+            is_of_gpu(error) or is_out_of_memory(error)
+        ):
             text = reason(error) if number == errno.EIO else os.strerror(number)
             raise OSError(number, text, str(path)) from None
         raise

@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import UserError, shown, some
+from .. import UserError, shown
 from ..config import Config
 from .atomic import atomic
 from .tensors import (
     Unreadable,
     kind_of,
+    read_content,
     read_levels,
-    read_object,
     read_safetensors,
     write_tensors,
 )
@@ -40,6 +40,7 @@ from .validate import Tensors, check_tensors, digest_tensors
 
 FORMAT = "diffusion-checkpoint-1"
 NETWORKS = ("vae", "sd_path", "sd_config")  # paths of what a model needs beside its own file
+MODEL = ("model.pt", "ema.safetensors", "config.json", "unet", "vae")  # what a folder of it holds
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
 RESUMED = {  # what only a run that goes on reads
     "best_loss": float | None,
@@ -73,9 +74,9 @@ def complete(folder: Path, step: int, keep_last: int) -> None:
     """Do what `save` does after it has written the checkpoint of this step, unless that is done."""
     path = step_file(folder, step)
     model = folder / "model.pt"
-    # of hard links the times are the same: nothing is read
     if not path.is_file():
         return
+    # of hard links the times are the same: nothing is read
     if not (model.is_file() and filecmp.cmp(path, model)):
         with contextlib.suppress(UserError):
             if read(model)["step"] >= step:  # a copy, and the step's own file may be damaged
@@ -127,9 +128,8 @@ def read(path: Path) -> dict:
             f"{path} does not exist; train first (python train.py), or give a model.pt or an "
             "ema.safetensors"
         )
-    state = read_object(path, check_crc=True)
-    plain = isinstance(state, dict)
-    check_format(path, state if plain else {"format": type(state).__name__})
+    state, _ = read_content(path, check_crc=True)
+    check_format(path, state if isinstance(state, dict) else {})
     check_parts(path, state, KINDS)
     return state
 
@@ -213,10 +213,9 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
         weights, config, metadata = _read_shared(path)
     check_tensors(weights, str(path))
     metadata = {"networks": {}, "frozen": {}} | metadata
-    kinds = {"classes": list, "networks": dict, "frozen": dict}
-    odd = [name for name, kind in kinds.items() if not isinstance(metadata.get(name), kind)]
-    if odd or not all(isinstance(name, str) for name in metadata["classes"]):
-        raise UserError(f"{path} is damaged: it has no usable {some(odd or ['classes'])}")
+    check_parts(path, metadata, {"classes": list, "networks": dict, "frozen": dict})
+    if not all(isinstance(name, str) for name in metadata["classes"]):
+        raise UserError(f"{path} is damaged: it has no usable classes")
     try:
         config = Config.from_dict(config)
     except UserError as error:
@@ -232,8 +231,8 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
 def locate(config: Config, file: Path) -> Config:
     """Find the networks and the data that the configuration in a model's file names.
 
-    Networks are looked for where the run's own config.json says, beside the file and in each
-    folder around it, and from the working directory; one found nowhere is named by where it was.
+    Networks are looked for where the run's own config.json says, beside the file and in the three
+    folders around it, and from the working directory; one found nowhere is named by where it was.
     """
     folder = file.resolve().parent
     private = {}
@@ -242,15 +241,21 @@ def locate(config: Config, file: Path) -> Config:
     found = {}
     for name in NETWORKS:
         if path := getattr(config, name):
-            own = str(private.get(name, path))
+            own = str(private.get(name))
+            own = own if Path(own).name == Path(path).name else path
             places = [own] if os.path.isabs(own) else []
-            places += [*(str(f / path) for f in (folder, *folder.parents[:-1])), path]
-            there = [p for p in places if os.path.exists(p) and Path(p).resolve() != folder]
+            around = [f for f in (folder, *folder.parents[:3]) if f != f.parent]
+            places += [*(str(f / path) for f in around), path]
+            there = [p for p in places if _is_model(Path(p)) and Path(p).resolve() != folder]
             found[name] = [*there, own][0]
     data = str(private.get("data"))
     if os.path.isabs(data) and Path(data).name == config.data:
         found["data"] = data
     return dataclasses.replace(config, **found)
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_file() or any((path / name).exists() for name in MODEL)
 
 
 def _read_shared(path: Path) -> tuple[Tensors, dict, dict]:

@@ -19,8 +19,7 @@ from torch import Tensor
 from .. import UserError, shown, some
 from ..models.tokenizer import plain
 from . import sd_names
-from .adapter_files import save
-from .tensors import read_content
+from .tensors import read_content, write_tensors
 from .torch_files import Stub
 from .validate import Tensors, check_tensors
 
@@ -136,9 +135,9 @@ def _tokens(content, name: str) -> dict:
 
 def write_diffusers(path: Path, token: str, vectors: Tensor, **about: str) -> None:
     """Write a file for diffusers' load_textual_inversion."""
-    save(path, {token: vectors}, about)
+    write_tensors(path, {token: vectors}, about)
 
 
 def write_a1111(path: Path, token: str, vectors: Tensor, **about: str) -> None:
     """Write a file for A1111, ComfyUI and kohya, which take the file's name for the token."""
-    save(path, {"emb_params": vectors}, about | {"name": token})
+    write_tensors(path, {"emb_params": vectors}, about | {"name": token})

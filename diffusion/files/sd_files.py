@@ -65,32 +65,23 @@ USUAL = {
 }
 EVEN = USUAL | {"timestep_spacing": "linspace"}
 CLASSES = {
-    "PNDMScheduler": USUAL | {"set_alpha_to_one": False},
+    "PNDMScheduler": USUAL | {"set_alpha_to_one": False, "skip_prk_steps": False},
     **dict.fromkeys(("DDIMScheduler", "DDPMScheduler"), USUAL),
     **dict.fromkeys(
-        (
-            "DPMSolverMultistepScheduler",
-            "DPMSolverSinglestepScheduler",
-            "DEISMultistepScheduler",
-            "UniPCMultistepScheduler",
-            "SASolverScheduler",
-            "EulerDiscreteScheduler",
-            "EulerAncestralDiscreteScheduler",
-            "LMSDiscreteScheduler",
-        ),
+        """DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DEISMultistepScheduler
+        UniPCMultistepScheduler SASolverScheduler EulerDiscreteScheduler
+        EulerAncestralDiscreteScheduler LMSDiscreteScheduler""".split(),
         EVEN,
     ),
     **dict.fromkeys(
-        (
-            "HeunDiscreteScheduler",
-            "KDPM2DiscreteScheduler",
-            "KDPM2AncestralDiscreteScheduler",
-            "DPMSolverSDEScheduler",
-        ),
+        """HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler
+        DPMSolverSDEScheduler""".split(),
         EVEN | {"beta_start": 0.00085, "beta_end": 0.012},
     ),
 }
 OTHER_PATHS = re.compile("Flow|EDM|KarrasVe|ScoreSde|Consistency|VQ")
+# whose Karras and exponential sigmas lie between the ends of the spaced timesteps
+ENDS_OF_SPACED = re.compile("Euler|LMS|Heun|KDPM2|DPMSolverSDE")
 # settings that choose real-valued timesteps, and the names of these here
 SIGMAS = {
     "use_karras_sigmas": "karras",
@@ -128,7 +119,7 @@ SETTINGS = {  # what is taken from a scheduler_config.json
         Rule("true or false", lambda v: isinstance(v, bool)),
     ),
 }
-# values of the other settings that change nothing here
+# values of the other settings, beside null, that change nothing here
 HARMLESS = {
     "skip_prk_steps": True,
     "lower_order_final": True,
@@ -392,11 +383,17 @@ def complete_scheduler(found: dict, where: Path | str) -> dict:
 
 def not_taken(scheduler: dict) -> list[str]:
     """List the settings of a scheduler_config.json that change pictures, and are not taken."""
-    odd = [] if scheduler["_class_name"] in CLASSES else ["_class_name"]
+    name = scheduler["_class_name"]
+    odd = [] if name in CLASSES else ["_class_name"]
     for key, value in scheduler.items():
-        harmless = not value or key in SETTINGS or key.startswith("_")
-        if not harmless and HARMLESS.get(key) != value:
+        harmless = value in (None, HARMLESS[key]) if key in HARMLESS else not value
+        if not harmless and key not in SETTINGS and not key.startswith("_"):
             odd.append(key)
+    if any(map(scheduler.get, SIGMAS)):  # between the ends of all timesteps here
+        if ENDS_OF_SPACED.match(name) and scheduler["timestep_spacing"] != "linspace":
+            odd.append("timestep_spacing")
+        if scheduler.get("rescale_betas_zero_snr"):
+            odd.append("rescale_betas_zero_snr")
     return [f"{shown(key)} ({shown(scheduler[key])})" for key in odd]
 
 
@@ -561,5 +558,4 @@ def save_sd_file(sd: StableDiffusion, path: Path) -> None:
         spec = "v"
     if sd.scheduler.get("rescale_betas_zero_snr", False):
         tensors[ZERO_SNR_MARK] = torch.tensor([])
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {MODEL_SPEC: spec})

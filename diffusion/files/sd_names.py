@@ -114,10 +114,10 @@ def tables(part: str, config: Mapping) -> tuple[Table, Table]:
 
 def translate(name: str, table: Mapping[str, str]) -> str:
     """Replace the longest known prefix of a name; one without such a prefix stays as it is."""
-    if name in table:
-        return table[name]
-    start, dot, end = name.rpartition(".")
-    return f"{translate(start, table)}.{end}" if dot else name
+    start = name
+    while start not in table and start:
+        start = start.rpartition(".")[0]
+    return table[start] + name.removeprefix(start) if start else name
 
 
 # what a file is, by marks in the names of its tensors; the first that is found wins

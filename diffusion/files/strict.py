@@ -24,8 +24,6 @@ def build(part: str, config: dict, where: str) -> nn.Module:
     """Build a network without memory (meta device). Raises UserError for another family's."""
     make_config, _ = NETWORKS[part]
     with blame(f"{where}: its config.json is not supported"), blank():
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds {shown(config)}; expected the sizes of a network")
         return build_network(part, make_config.from_dict(config))
 
 
@@ -78,6 +76,8 @@ def load_part(part: str, config: dict, tensors: Tensors, where: str) -> tuple[nn
     expected = model.state_dict()
     # `model.` of Lightning, `unet.` and the like, which all names begin with
     while not named.keys() & expected and len({name.split(".")[0] for name in tensors}) == 1:
+        if not all("." in name for name in tensors):
+            break
         tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
         named = {sd_names.translate(name, known): value for name, value in tensors.items()}
     used = "its own names" if named.keys() == tensors.keys() else "original names"

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import UserError, shown, some
-from .atomic import atomic, open_regular, reason
+from .atomic import atomic, blame, name_of, open_regular, reason
 from .text_files import parse_json, read_json, stand_in
 from .torch_files import LEGACY, Stub, read_legacy, read_zip
 from .validate import Tensors, digest_tensors
@@ -81,8 +82,6 @@ def kind_of(path: Path) -> str:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file, and turn what the libraries raise for it into a UserError that names it."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file in it")
     if not path.exists():
         raise UserError(f"{path} does not exist")
     try:
@@ -108,19 +107,18 @@ def read_safetensors(path: Path, check: bool = True) -> tuple[Tensors, dict[str,
         header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
             raise UserError(f"{path} is not to be trusted: its header has {header:,} bytes")
-        with safe_open(path, "pt") as opened:
+        with safe_open(name_of(file, path), "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             about = opened.metadata() or {}
     if DIGEST in about and check:
         written = parse_json(about.pop(DIGEST), f"{path}: its {DIGEST}")
         found = _digests(tensors, about)
         changed = [name for name in {"": None} | written if written.get(name) != found.get(name)]
-        if "" in changed:
-            raise UserError(f"{path} is damaged: its tensors do not have their SHA-256")
         if changed:
             raise UserError(
-                f"{path} is damaged, or was edited: its metadata {some(changed)} is not what was "
-                f"written; if another program did that on purpose, let it remove {DIGEST} as well"
+                f"{path} is damaged, or was edited: {some(n or 'tensors' for n in changed)} in it "
+                "do not have their SHA-256; if another program did that on purpose, let it remove "
+                f"{DIGEST} as well"
             )
     return tensors, about
 
@@ -143,9 +141,16 @@ def read_tensors(path: Path) -> Tensors:
     """
     innermost = read_levels(path)[0][-1]
     named = {k: v for k, v in innermost.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    for name in [k for k in innermost if str(k).endswith(".alpha") and k not in named]:
+        with blame(f"{path}: {shown(name)} is no number, but {shown(innermost[name])}"):
+            named[name] = torch.tensor(float(innermost[name]))
     if not named:
         raise UserError(f"{path} holds no weights, but {some(innermost) or 'nothing'}")
-    return {_unwrapped(name): value for name, value in named.items()}
+    unwrapped = {_unwrapped(name): value for name, value in named.items()}
+    if len(unwrapped) < len(named):
+        wrapped = some(sorted(named.keys() - unwrapped))
+        raise UserError(f"{path} holds tensors twice, as {wrapped} and without what wraps them")
+    return unwrapped
 
 
 def inspect(path: Path) -> tuple[set[str], dict[str, str]]:
@@ -161,25 +166,40 @@ def _unwrapped(name: str) -> str:
 def read_levels(path: Path, check: bool = True) -> tuple[list[dict], dict[str, str]]:
     """Read (a file's dictionary, what that has under state_dict, and so on; its metadata).
 
+    Where that is the only dictionary, and there is no tensor beside it, it may have any name.
     check: as of `read_safetensors`.
     """
     state, metadata = read_content(path, check)
     if not isinstance(state, dict) or (isinstance(state, Stub) and not state):
-        kind = getattr(state, "name", type(state).__name__)
+        kind = state.name if isinstance(state, Stub) else type(state).__name__
         raise UserError(f"{path} holds a {shown(kind)[1:-1]}; expected weights by name")
     levels = []
     while isinstance(state, dict) and len(levels) < 8:  # a dictionary may hold itself
         levels.append(state)
-        state = state.get("state_dict")
+        inner = [value for value in state.values() if isinstance(value, dict | Tensor)]
+        state = state.get("state_dict", inner[0] if len(inner) == 1 else None)
     return levels, metadata
 
 
-def read_content(path: Path, check: bool = True) -> tuple[object, dict[str, str]]:
-    """Read (what a file of any kind holds, its metadata). check: as of `read_safetensors`."""
+def read_content(
+    path: Path, check: bool = True, check_crc: bool = False
+) -> tuple[object, dict[str, str]]:
+    """Read (what a file of any kind holds, its metadata).
+
+    check: as of `read_safetensors`. check_crc: compare every record of a zip file with the CRC that
+    was written with it.
+    Raises Unreadable where the disk or the memory is at fault, else UserError.
+    """
     kind = kind_of(path)
     if kind == "safetensors":
         return read_safetensors(path, check)
-    return (_read_shards(path) if kind == "index" else read_object(path)), {}
+    if kind == "index":
+        return _read_shards(path), {}
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if kind == "legacy":
+            return read_legacy(path, file, size), {}
+        return read_zip(path, file, size, check_crc), {}
 
 
 def _read_shards(index: Path) -> Tensors:
@@ -195,32 +215,12 @@ def _read_shards(index: Path) -> Tensors:
                 f"{index} is not to be trusted: it names {shown(name)}; expected files beside it"
             )
         tensors |= read_tensors(shard)
-    if missing := set(map(_unwrapped, shards)) - tensors.keys():
-        raise UserError(
-            f"{index} lists {len(missing)} tensors that its shards do not hold, "
-            f"such as {shown(min(missing))}"
-        )
     return tensors
-
-
-def read_object(path: Path, check_crc: bool = False):
-    """Read what torch.save was given: tensors in plain containers.
-
-    check_crc: also compare every record with the CRC that was written with it.
-    Raises Unreadable where the disk or the memory is at fault, else UserError.
-    """
-    kind = kind_of(path)
-    if kind not in ("zip", "legacy"):
-        raise UserError(f"{path} is no file that torch.save has written, but {kind}")
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if kind == "legacy":
-            return read_legacy(path, file, size)
-        return read_zip(path, file, size, check_crc)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, with these texts, and digests, as its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     about = {"format": "pt", **about}
     if "sha256" not in about:  # of our checkpoints

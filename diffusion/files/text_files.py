@@ -23,11 +23,8 @@ MARKS = {
     codecs.BOM_UTF16_BE: ("utf-16", "UTF-16"),
 }
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
-WESTERN = "cp1252 (Windows, Western Europe)"
-ACCENTED = re.compile(r"[^\W\d_a-zA-Z]+")
-PLAIN = re.compile("[a-zA-Z]+")
-# a word of accented letters only: none in Western Europe, each one in Cyrillic, Greek, GBK ...
-FOREIGN_WORD = re.compile(r"(?<![^\W\d_])[^\W\d_a-zA-Z]{3,}(?![^\W\d_])")
+# Cyrillic, Greek, GBK ... are texts in it as well, of accented letters and signs
+WESTERN = "cp1252 (Windows, Western Europe; if it is of another code page, save the file as UTF-8)"
 PADDING = b"\0 \t\r\n"  # what may follow a text, zero bytes of C's strings too
 
 
@@ -55,12 +52,17 @@ def stand_in(head: bytes) -> str | None:
     return None
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises UserError if the file is missing or holds none."""
+def read_whole(path: Path) -> bytes:
+    """Read a JSON or vocabulary file. Raises UserError if the file is missing or not all there."""
     raw = read_bytes(path, MAX_JSON)
     if what := stand_in(raw):
         raise UserError(f"{path} {what}")
-    return parse_json(raw, str(path))
+    return raw
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object. Raises UserError if the file is missing or holds none."""
+    return parse_json(read_whole(path), str(path))
 
 
 def read_optional(path: Path) -> dict:
@@ -192,11 +194,7 @@ def _encoding(raw: bytes, cut: bool) -> tuple[str, str]:
     if CONTROL.search(body):
         raise ValueError(f"not a text: {wrong}")
     try:
-        text = body.decode("cp1252")
+        body.decode("cp1252")
     except UnicodeDecodeError:
-        raise ValueError(f"neither UTF-8, UTF-16 or UTF-32 nor {WESTERN}") from None
-    accented, plain = (sum(map(len, kind.findall(text))) for kind in (ACCENTED, PLAIN))
-    if accented <= plain and not FOREIGN_WORD.search(text):
-        return "cp1252", WESTERN
-    doubt = "this looks like another code page: check it, or save the file as UTF-8"
-    return "cp1252", f"{WESTERN}; {doubt}"
+        raise ValueError("neither UTF-8, UTF-16 or UTF-32 nor cp1252") from None
+    return "cp1252", WESTERN

@@ -10,9 +10,9 @@ from ..models.configs import CLIPTextConfig
 from ..models.tokenizer import EOS, Tokenizer
 from ..runtime.user_cache import cache_folder
 from .atomic import blame, write_text
-from .text_files import MAX_JSON, read_bytes, read_json, read_optional
+from .text_files import MAX_JSON, read_json, read_optional, read_whole
 
-VOCABULARY = "bpe_simple_vocab_16e6.txt"
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -33,23 +33,22 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     options = {"pad": pad, "context_length": int(length) if known else 77}
     with blame(folder):
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            merges = read_bytes(folder / "merges.txt", MAX_JSON).decode("utf-8-sig")
+            merges = read_whole(folder / "merges.txt").decode("utf-8-sig")
             vocab, added = (_read_ids(folder / f"{n}.json") for n in ("vocab", "added_tokens"))
             if pad not in vocab:
                 raise UserError(f"{file}: pad_token is {shown(pad)}, which the vocabulary lacks")
             return Tokenizer(vocab, merges, **options, added=added)
         if (folder / "tokenizer.json").exists():
             return tokenizers.from_tokenizer_json(read_json(folder / "tokenizer.json"), **options)
-        for name, opener in ((VOCABULARY, open), (f"{VOCABULARY}.gz", gzip.open)):
-            if (folder / name).is_file():
-                with opener(folder / name, "rb") as file:
-                    raw = file.read(MAX_JSON + 1)
-                if len(raw) > MAX_JSON:
-                    raise ValueError(f"{name} holds more than {MAX_JSON >> 20} MB: no vocabulary")
-                return tokenizers.from_bpe_simple_vocab(raw.decode("utf-8-sig"), **options)
+        if (folder / VOCABULARY).is_file():
+            with gzip.open(folder / VOCABULARY) as file:
+                raw = file.read(MAX_JSON + 1)
+            if len(raw) > MAX_JSON:
+                raise ValueError(f"{VOCABULARY} holds more than {MAX_JSON >> 20} MB")
+            return tokenizers.from_bpe_simple_vocab(raw.decode("utf-8-sig"), **options)
     raise UserError(
         f"{folder} holds no vocabulary; expected vocab.json and merges.txt, "
-        f"tokenizer.json, or {VOCABULARY}.gz"
+        f"tokenizer.json, or {VOCABULARY}"
     )
 
 
@@ -86,7 +85,7 @@ def find_vocabulary(path: Path) -> Tokenizer:
             continue
     raise UserError(
         f"{path} holds no vocabulary, as single files do; give --config FOLDER with a "
-        f"tokenizer/, or put {VOCABULARY}.gz into {cache}"
+        f"tokenizer/, or put {VOCABULARY} into {cache}"
     )
 
 

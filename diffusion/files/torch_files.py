@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from .. import UserError, shown
+from .atomic import name_of
 
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the first of the five: a magic number
 MAX_PICKLE = 3 << 20  # names, shapes, settings; in memory 80 times more. SDXL's training has 2 MB
@@ -33,14 +34,16 @@ DTYPES = {f"torch.{k}": v for k, v in vars(torch).items() if isinstance(v, torch
 STORAGES = dict(
     pair.split("=")
     for pair in (
-        "BFloat16=bfloat16 Bool=bool Byte=uint8 Char=int8 Double=float64 Float=float32 "
-        "Half=float16 Int=int32 Long=int64 Short=int16 Untyped=uint8"
+        "BFloat16=bfloat16 Bool=bool Byte=uint8 Char=int8 ComplexDouble=complex128 "
+        "ComplexFloat=complex64 Double=float64 Float=float32 Half=float16 Int=int32 Long=int64 "
+        "Short=int16 Untyped=uint8"
     ).split()
 )
 # what settings are made of: names of Python's own, and modules of its library. A file that names
 # others holds a program, which would not run here; but its owner wants to know
 PLAIN = (
-    "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple"
+    "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
+    "long unicode xrange"  # Python 2's names, which are written to this day
 ).split()
 SETTINGS = (
     "_codecs argparse collections copyreg datetime decimal enum fractions functools logging "
@@ -68,9 +71,14 @@ class Stub(dict):
 
     state = None
 
-    def __init__(self, name: str, items: dict):
-        super().__init__(items)
+    def __init__(self, name: str):
+        super().__init__()
         self.name = name
+
+    def append(self, value) -> None:
+        """Drop what a list, a set or the like holds."""
+
+    extend = append
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Name:
     text: str
 
     def __call__(self, *args) -> Stub:
-        return Stub(self.text, args[-1] if args and isinstance(args[-1], dict) else {})
+        return Stub(self.text)
 
 
 class Machine(pickle._Unpickler):
@@ -146,6 +154,10 @@ class Machine(pickle._Unpickler):
         if isinstance(self.stack[-1], Stub):
             self.stack[-1].state = state
 
+    def new_object(self) -> None:
+        self.stack.pop()  # arguments by name
+        self.load_reduce()
+
     def set_item(self) -> None:
         self.set_items([self.stack.pop(-2), self.stack.pop()])
 
@@ -161,6 +173,13 @@ class Machine(pickle._Unpickler):
     codes = [getattr(pickle, name)[0] for name in INSTRUCTIONS]
     dispatch = {code: pickle._Unpickler.dispatch[code] for code in codes} | {
         pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
+        pickle.NEWOBJ_EX[0]: new_object,
+        # sets are lists, and long numbers bytes: to hash or to show them could take for ever
+        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
+        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
+        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
+        pickle.LONG4[0]: pickle._Unpickler.load_binbytes,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
         pickle.BUILD[0]: build,
         pickle.SETITEM[0]: set_item,
         pickle.SETITEMS[0]: set_items,
@@ -183,8 +202,8 @@ def open_zip(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
     # torch and NumPy never compress
     if total > size or any(r.compress_type != zipfile.ZIP_STORED for r in z.infolist()):
         raise UserError(
-            f"{path} is not to be trusted: {size:,} bytes would become {total:,}; expected "
-            "entries that are not compressed"
+            f"{path} is a compressed zip file, or not to be trusted: {size:,} bytes would become "
+            f"{total:,}; unpack it, or give the file as it was saved"
         )
     return z
 
@@ -209,7 +228,7 @@ def read_zip(path: Path, file: BinaryIO, size: int, check_crc: bool):
             f"{path} is not to be trusted: it holds more than {MAX_PICKLE >> 20} MB beside its "
             "tensors"
         )
-    whole = UntypedStorage.from_file(str(path), False, size)
+    whole = UntypedStorage.from_file(name_of(file, path), False, size)
 
     def storage(key: str, count: int) -> UntypedStorage:
         record = records[f"{roots[0]}data/{key}"]

@@ -33,9 +33,9 @@ NETWORKS = {
 }
 
 
-def build(name: str, config, **options) -> nn.Module:
+def build(name: str, config) -> nn.Module:
     """Build a network of NETWORKS, with the faster forwards for CPUs."""
-    return cpu.install(NETWORKS[name][1](config, **options))
+    return cpu.install(NETWORKS[name][1](config))
 
 
 def build_pixel_unet(dim: int, dim_mults: tuple[int, ...], **options) -> UNet:

@@ -94,11 +94,7 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        L = ids.shape[1]
-        max_length = len(self.position_embedding.weight)
-        if L > max_length:
-            raise ValueError(f"a row has {L} ids; give at most {max_length}, or several chunks")
-        return self.token_embedding(ids) + self.position_embedding.weight[:L]
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class TextTransformer(nn.Module):
@@ -169,7 +165,7 @@ class CLIPTextModel(nn.Module):
 
     skip: A1111's and kohya's clip skip: 1 is the last layer's output, 2 the one before's; the norm
         is applied to either. (diffusers' clip_skip is one less.)
-    Raises ValueError for too many ids and for layers that are not there.
+    Raises ValueError for layers that are not there.
     """
 
     def __init__(self, config: CLIPTextConfig):

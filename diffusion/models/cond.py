@@ -9,12 +9,11 @@ class Cond(NamedTuple):
     """Hold the conditioning of a batch; None means that there is none of that kind.
 
     context: (B, L, D) embeddings of a text, or (B, L) its ids for a network that embeds them.
-    vector: (B, V) one embedding for the whole image. labels: (B,) int64 classes.
+    labels: (B,) int64 classes.
     image: (B, C, H, W) channels that the network reads behind those of x.
     """
 
     context: Tensor | None = None
-    vector: Tensor | None = None
     labels: Tensor | None = None
     image: Tensor | None = None
 

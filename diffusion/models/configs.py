@@ -7,7 +7,7 @@ diffusers or transformers read.
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
-from typing import get_args, get_origin
+from typing import NoReturn, get_args, get_origin
 
 from .. import shown
 
@@ -19,7 +19,15 @@ FROM_ZERO = ("num_classes", "eos_token_id")  # the other whole numbers begin at 
 
 
 class Sizes:
-    """Check that each field of a dataclass has its type, within the bounds above."""
+    """Read, check and write the fields of a dataclass: each of its type, within the bounds above.
+
+    FIXED: keys that are supported with one value only. MISSING: the values of fields that a file
+    leaves out. IGNORED: keys that do not change the network; "*" is any.
+    """
+
+    FIXED = {}
+    MISSING = {}
+    IGNORED = ()
 
     def __post_init__(self):
         for f in fields(self):
@@ -27,7 +35,46 @@ class Sizes:
             whole = range(0 if f.name in FROM_ZERO else 1, high + 1)
             kind = f.type.__name__ if f.type in (int, float, str, bool) else str(f.type)
             limits = f" of {whole.start} to {high:,}" if "int" in kind else ""
-            require(self, f.name, fits(getattr(self, f.name), f.type, whole), kind + limits)
+            self.require(f.name, fits(getattr(self, f.name), f.type, whole), kind + limits)
+
+    @classmethod
+    def from_dict(cls, config: dict):
+        """Read the contents of a config.json.
+
+        Raises ValueError for values that are not supported, and for a key that is not known unless
+        its value is null, zero, empty or false.
+        """
+        cls.check_fixed(config, cls.FIXED)
+        names = [f.name for f in fields(cls)]
+        for key, value in config.items():
+            harmless = not value or str(key).startswith("_")
+            harmless = harmless or key in cls.IGNORED or "*" in cls.IGNORED
+            if key not in cls.FIXED and key not in names and not harmless:
+                name = shown(key).strip("'")
+                raise ValueError(f"{cls.__name__}: unknown key {name}, which is {shown(value)}")
+        values = {k: v for k, v in {**cls.MISSING, **config}.items() if k in names}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict:
+        """Return what `from_dict` reads, in JSON's own types."""
+        values = self.FIXED | asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def check_fixed(cls, config: dict, fixed: dict) -> None:
+        for key, value in fixed.items():
+            if key in config and config[key] != value:
+                cls.refuse(key, config[key], repr(value))
+
+    @classmethod
+    def refuse(cls, name: str, value, supported: str) -> NoReturn:
+        """Raise ValueError for a value that is not supported."""
+        raise ValueError(f"{cls.__name__}: {name} is {shown(value)}; supported: {supported}")
+
+    def require(self, name: str, good: bool, supported: str) -> None:
+        """Raise ValueError for a field whose value is not supported."""
+        if not good:
+            self.refuse(name, getattr(self, name), supported)
 
 
 def fits(value, kind, whole: range) -> bool:
@@ -46,66 +93,11 @@ def fits(value, kind, whole: range) -> bool:
     return isinstance(value, kind)
 
 
-def check_fixed(cls, config: dict, fixed: dict) -> None:
-    """Raise ValueError for a key that is supported with one value only, and has another."""
-    for key, value in fixed.items():
-        if key in config and config[key] != value:
-            raise ValueError(f"{cls.__name__}: {key} is {shown(config[key])}; supported: {value!r}")
-
-
-def read_config(cls, config: dict, fixed: dict, missing: dict, ignored: tuple[str, ...] = ()):
-    """Make a dataclass from the contents of a config.json.
-
-    fixed: keys that are supported with one value only. missing: the values of fields that the file
-    leaves out. ignored: keys that do not change the network; "*" is any.
-    Raises ValueError for another key, unless its value is null, zero, empty or false.
-    """
-    check_fixed(cls, config, fixed)
-    names = [f.name for f in fields(cls)]
-    for key, value in config.items():
-        harmless = not value or str(key).startswith("_") or key in ignored or "*" in ignored
-        if key not in fixed and key not in names and not harmless:
-            name = shown(key).strip("'")
-            raise ValueError(f"{cls.__name__}: unknown key {name}, which is {shown(value)}")
-    values = {k: v for k, v in {**missing, **config}.items() if k in names}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def write_config(config, fixed: dict, **more) -> dict:
-    """Return what `read_config` reads, in JSON's own types."""
-    values = {**fixed, **asdict(config), **more}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def require(config, name: str, good: bool, supported: str) -> None:
-    """Raise ValueError for a field whose value is not supported."""
-    if not good:
-        found = f"{name} is {shown(getattr(config, name))}; supported: {supported}"
-        raise ValueError(f"{type(config).__name__}: {found}")
-
-
 # --- the U-Net -----------------------------------------------------------------------------------
 
 DOWN = ("CrossAttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
 MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 UP = ("CrossAttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "attention_type": "default",
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "mid_block_scale_factor": 1,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1,
-}
-# SDPA's softmax is in float32 whatever upcast_attention says; the others are of addition_embed_type
-UNET_IGNORED = ("upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim")
-UNET_MISSING = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' defaults
 
 
 @dataclass(frozen=True)
@@ -121,6 +113,24 @@ class UNetConfig(Sizes):
         In the file, num_class_embeds is one more.
     sample_size: latent H and W that it was trained for; the network takes any.
     """
+
+    FIXED = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_type": "default",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional",
+        "transformer_layers_per_block": 1,
+    }
+    MISSING = {"cross_attention_dim": 1280, "sample_size": None}  # diffusers' defaults
+    # SDPA's softmax is in float32 whatever upcast_attention says; the others are of
+    # addition_embed_type
+    IGNORED = ("upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim")
 
     in_channels: int = 4
     out_channels: int = 4
@@ -145,12 +155,12 @@ class UNetConfig(Sizes):
         for name, known in (("down_block_types", DOWN), ("up_block_types", UP)):
             kinds = getattr(self, name)
             good = len(kinds) == len(dims) and set(kinds) <= set(known)
-            require(self, name, good, f"{len(dims)} of {', '.join(known)}")
-        require(self, "mid_block_type", self.mid_block_type in MID, " or ".join(MID))
+            self.require(name, good, f"{len(dims)} of {', '.join(known)}")
+        self.require("mid_block_type", self.mid_block_type in MID, " or ".join(MID))
         good = len(self.heads) == len(dims) and not any(d % n for d, n in zip(dims, self.heads))
-        require(self, "attention_head_dim", good, f"a divisor of {dims}, or one for each")
+        self.require("attention_head_dim", good, f"a divisor of {dims}, or one for each")
         good = 0 <= self.freq_shift < dims[0] // 2
-        require(self, "freq_shift", good, f"from 0 to below {dims[0] // 2}")
+        self.require("freq_shift", good, f"from 0 to below {dims[0] // 2}")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -166,24 +176,19 @@ class UNetConfig(Sizes):
 
     @classmethod
     def from_dict(cls, config: dict) -> "UNetConfig":
-        config = dict(config)
-        classes = config.pop("num_class_embeds", None)
+        classes = config.get("num_class_embeds")
         if classes is not None and not fits(classes, int, range(1, MAX_SIZE)):
-            found = shown(classes)
-            raise ValueError(f"UNetConfig: num_class_embeds is {found}; supported: 1 or more")
-        config["num_classes"] = 0 if classes is None else classes - 1
-        return read_config(cls, config, UNET, UNET_MISSING, UNET_IGNORED)
+            cls.refuse("num_class_embeds", classes, "1 or more")
+        own = {"num_class_embeds": None, "num_classes": classes - 1 if classes else 0}
+        return super().from_dict(config | own)
 
     def to_dict(self) -> dict:
-        values = write_config(self, UNET)
+        values = super().to_dict()
         classes = values.pop("num_classes")
         return {**values, "num_class_embeds": classes + 1 if classes else None}
 
 
 # --- the VAE -------------------------------------------------------------------------------------
-
-VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True}
-VAE_MISSING = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}  # diffusers'
 
 
 def vae_blocks(dims) -> dict[str, list[str]]:
@@ -203,6 +208,10 @@ class VAEConfig(Sizes):
     sample_size: image H and W that it was trained for; the network takes any.
     """
 
+    FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True}
+    MISSING = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32}  # diffusers'
+    IGNORED = ("force_upcast", "down_block_types", "up_block_types")
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -217,13 +226,12 @@ class VAEConfig(Sizes):
 
     @classmethod
     def from_dict(cls, config: dict) -> "VAEConfig":
-        ignored = ("force_upcast", *vae_blocks(()))
-        made = read_config(cls, config, VAE, VAE_MISSING, ignored)
-        check_fixed(cls, config, vae_blocks(made.block_out_channels))
+        made = super().from_dict(config)
+        cls.check_fixed(config, vae_blocks(made.block_out_channels))
         return made
 
     def to_dict(self) -> dict:
-        return write_config(self, VAE, **vae_blocks(self.block_out_channels))
+        return super().to_dict() | vae_blocks(self.block_out_channels)
 
 
 # --- CLIP ----------------------------------------------------------------------------------------
@@ -231,21 +239,12 @@ class VAEConfig(Sizes):
 EOS = 49407  # the id that ends a prompt
 LEGACY_EOS = 2  # what files from before 2023 say instead
 
-TEXT = {"model_type": "clip_text_model", "attention_dropout": 0.0}
-TEXT_MISSING = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
-VISION = {"model_type": "clip_vision_model", "attention_dropout": 0.0}
-VISION_MISSING = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "patch_size": 32,
-}  # both: transformers' defaults
-
 
 @dataclass(frozen=True)
 class TowerConfig(Sizes):
-    """Hold the sizes that CLIP's two towers have in common."""
+    """Hold the sizes that CLIP's two towers have in common. MISSING: transformers' defaults."""
+
+    IGNORED = ("*",)
 
     hidden_size: int
     intermediate_size: int
@@ -257,14 +256,17 @@ class TowerConfig(Sizes):
     def __post_init__(self):
         super().__post_init__()
         known = ("quick_gelu", "gelu")
-        require(self, "hidden_act", self.hidden_act in known, " or ".join(known))
+        self.require("hidden_act", self.hidden_act in known, " or ".join(known))
         good = self.hidden_size % self.num_attention_heads == 0
-        require(self, "num_attention_heads", good, f"a divisor of {self.hidden_size}")
+        self.require("num_attention_heads", good, f"a divisor of {self.hidden_size}")
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig(TowerConfig):
     """text_encoder/config.json, transformers' CLIPTextModel; Stable Diffusion 2's is read too."""
+
+    FIXED = {"model_type": "clip_text_model", "attention_dropout": 0.0}
+    MISSING = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -278,20 +280,27 @@ class CLIPTextConfig(TowerConfig):
     def from_dict(cls, config: dict) -> "CLIPTextConfig":
         kinds = config.get("architectures")
         if isinstance(kinds, list) and "CLIPTextModelWithProjection" in kinds:
-            raise ValueError(
-                f"CLIPTextConfig: architectures is {shown(kinds)}; supported: CLIPTextModel"
-            )
-        made = read_config(cls, config, TEXT, TEXT_MISSING, ("*",))
+            cls.refuse("architectures", kinds, "CLIPTextModel")
+        made = super().from_dict(config)
         legacy = made.eos_token_id in (LEGACY_EOS, None)
         return replace(made, eos_token_id=min(EOS, made.vocab_size - 1)) if legacy else made
 
     def to_dict(self) -> dict:
-        return write_config(self, TEXT, architectures=["CLIPTextModel"])
+        return super().to_dict() | {"architectures": ["CLIPTextModel"]}
 
 
 @dataclass(frozen=True)
 class CLIPVisionConfig(TowerConfig):
     """Hold the sizes of the vision tower of ViT-L/14. image_size, patch_size: sides in pixels."""
+
+    FIXED = {"model_type": "clip_vision_model", "attention_dropout": 0.0}
+    MISSING = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 32,
+    }
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -300,13 +309,6 @@ class CLIPVisionConfig(TowerConfig):
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 14
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "CLIPVisionConfig":
-        return read_config(cls, config, VISION, VISION_MISSING, ("*",))
-
-    def to_dict(self) -> dict:
-        return write_config(self, VISION)
 
 
 @dataclass(frozen=True)
@@ -319,9 +321,7 @@ class CLIPConfig(Sizes):
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPConfig":
-        kind = config.get("model_type", "clip")
-        if kind != "clip":
-            raise ValueError(f"CLIPConfig: model_type is {shown(kind)}; supported: 'clip'")
+        cls.check_fixed(config, {"model_type": "clip"})
         # old files hold each tower twice, and there *_config_dict counts
         text, vision = (
             config.get(f"{name}_config_dict") or config.get(f"{name}_config") or {}
@@ -329,7 +329,7 @@ class CLIPConfig(Sizes):
         )
         for name, values in (("text_config", text), ("vision_config", vision)):
             if not isinstance(values, dict):
-                raise ValueError(f"CLIPConfig: {name} is {shown(values)}; supported: an object")
+                cls.refuse(name, values, "an object")
         towers = CLIPTextConfig.from_dict(text), CLIPVisionConfig.from_dict(vision)
         return cls(*towers, config.get("projection_dim", 512))
 

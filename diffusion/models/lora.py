@@ -111,6 +111,7 @@ class DeltaBranch(nn.Module):
         own = {k: None if v is None else nn.Parameter(v.to(layer.weight)) for k, v in given}
         self.twin = copy.copy(layer)
         self.twin.__dict__.update(_parameters=own, _modules={})
+        self.twin.__dict__.pop("forward", None)  # cpu.py's, which is of the layer itself
         self.weight = 1.0
         self.merged = False
 
@@ -182,10 +183,8 @@ def inject(
 ) -> None:
     """Put a new branch beside each layer of `names`. alpha: None means the rank, a scale of 1.
 
-    Raises ValueError for a rank below 1, and an adapter that is there already.
+    Raises ValueError for an adapter that is there already.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; it must be 1 or more")
     known = layers(model)
     alpha = rank if alpha is None else alpha
     for name in names:

@@ -113,10 +113,9 @@ class SDUNet(Checkpointed):
     Raises ValueError for a missing context.
     """
 
-    def __init__(self, config: UNetConfig, checkpointing: bool = False):
+    def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = c = config
-        self.checkpointing = checkpointing
         self.null_label = c.num_classes
         kinds = (*c.down_block_types, c.mid_block_type, *c.up_block_types)
         self.takes_context = any("CrossAttn" in kind for kind in kinds)
@@ -179,10 +178,6 @@ class SDUNet(Checkpointed):
                 zero_init(module.proj_out)
             elif isinstance(module, AttnBlock):
                 zero_init(module.to_out[0])
-
-    def use_checkpointing(self, on: bool) -> None:
-        """Recompute activations in backward: a third slower, in less memory."""
-        self.checkpointing = on
 
     def forward(self, x: Tensor, t: Tensor, cond: Cond = NOTHING) -> Tensor:
         context = cond.context if self.takes_context else None

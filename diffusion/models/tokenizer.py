@@ -122,7 +122,7 @@ class Tokenizer:
     added: the contents of added_tokens.json, token -> id.
     pad: the token that fills rows: EOS in Stable Diffusion 1, "!" in 2. It becomes a special token,
         as in transformers: with "!", each "!" of a prompt is the padding's id.
-    `add_tokens` and `add_embedding` are all that change a tokenizer. Raises ValueError unless the
+    `add_embedding` is all that changes a tokenizer. Raises ValueError unless the
     vocabulary has every byte with and without </w>, BOS, EOS, pad, what merges need, and ids 0 ...
     len(self) - 1.
     """
@@ -136,8 +136,6 @@ class Tokenizer:
         pad: str = EOS,
         context_length: int = 77,
     ):
-        if context_length < 3:
-            raise ValueError(f"context_length is {context_length}; BOS, a token and EOS need 3")
         self.merges, added = check(vocab, merges, {} if added is None else added, pad)
         self.vocab = dict(vocab)
         self.pad = pad
@@ -161,36 +159,34 @@ class Tokenizer:
 
         chunks: n for (B, n, L), up to n (L - 2) ids in n such rows, the last ones empty where a
             prompt is shorter (see `count_chunks`). What is longer is cut off.
-        Raises ValueError as `encode` does, and for chunks below 1.
+        Raises ValueError as `encode` does.
         """
-        n = 1 if chunks is None else chunks
-        L = self.context_length
-        if n < 1:
-            raise ValueError(f"chunks is {n}; use 1 or more, or None for rows without chunks")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = []
-        for ids in map(self.encode, texts):
-            for i in range(0, n * (L - 2), L - 2):
-                row = [self.bos_id, *ids[i : i + L - 2], self.eos_id]
-                rows.append(row + [self.pad_id] * (L - len(row)))
-        out = torch.tensor(rows, dtype=torch.long).view(len(texts), n, L)
-        return out[:, 0] if chunks is None else out
-
-    def count_chunks(self, texts: str | Iterable[str]) -> int:
-        """Count the chunks that hold the longest of these prompts in full; 1 or more."""
         texts = [texts] if isinstance(texts, str) else texts
-        longest = max((len(self.encode(text)) for text in texts), default=0)
-        return max(1, -(-longest // (self.context_length - 2)))
+        ids, _ = self.rows([self.plain_chunks(text) for text in texts], chunks or 1)
+        return ids[:, 0] if chunks is None else ids
+
+    def count_chunks(self, texts: Iterable[str]) -> int:
+        """Count the chunks that hold the longest of these prompts in full; 1 or more."""
+        return max((len(self.plain_chunks(text)) for text in texts), default=1)
+
+    def plain_chunks(self, text: str) -> list[list[tuple[int, float]]]:
+        """Cut a prompt into chunks of up to L - 2 ids, all of weight 1."""
+        room = self.context_length - 2
+        ids = [(i, 1) for i in self.encode(text)]
+        return [ids[i : i + room] for i in range(0, max(1, len(ids)), room)]
 
     def weighted_chunks(self, prompt: str) -> list[list[tuple[int, float]]]:
         """Cut a prompt in A1111's syntax into chunks of up to L - 2 ids with their weights."""
         room = self.context_length - 2
         comma = self.vocab["," + END_OF_WORD]
+        lengths = {ids[0]: len(ids) for ids in self.embeddings.values()}
         chunks: list[list[tuple]] = [[]]
         for text, weight in parse(prompt):
             for i in self.encode(text or ""):
                 chunk = chunks[-1]
-                if len(chunk) == room:  # what follows a comma moves on
+                if chunk and len(chunk) + lengths.get(i, 0) > room:  # an embedding moves as one
+                    chunks.append([])
+                elif len(chunk) == room:  # what follows a comma moves on
                     ids = [pair[0] for pair in reversed(chunk[-BACKTRACK:])]
                     cut = room - (ids.index(comma) if comma in ids and i != comma else 0)
                     chunks[-1:] = chunk[:cut], chunk[cut:]
@@ -199,14 +195,14 @@ class Tokenizer:
                 chunks.append([])
         return chunks if chunks[-1] else chunks[:-1] or chunks
 
-    def weighted(self, prompts: Sequence[str], n: int) -> tuple[Tensor, Tensor]:
-        """Turn prompts in A1111's syntax into ids and weights (B, n, L), of n chunks each."""
+    def rows(self, prompts: Sequence[list], n: int) -> tuple[Tensor, Tensor]:
+        """Turn prompts cut into chunks into ids and weights (B, n, L), of n chunks each."""
         L = self.context_length
         bos, eos, pad = ([(i, 1)] for i in (self.bos_id, self.eos_id, self.pad_id))
         rows = [
             (bos + chunk + eos + pad * L)[:L]
-            for prompt in prompts
-            for chunk in (self.weighted_chunks(prompt) + [[]] * n)[:n]
+            for chunks in prompts
+            for chunk in (chunks + [[]] * n)[:n]
         ]
         ids, weights = torch.tensor(rows).view(len(prompts), n, L, 2).unbind(-1)
         return ids.long(), weights
@@ -269,43 +265,15 @@ class Tokenizer:
                 offer(i)
         return [symbol for symbol in symbols if symbol]
 
-    def add_tokens(self, names: Iterable[str], vectors: int = 1) -> list[int]:
-        """Add tokens to this tokenizer, as for textual inversion; returns their ids, in order.
-
-        A name is found anywhere in the normalised text, inside words too; the longest wins. With n
-        vectors, <tok> adds <tok>, <tok>_1 ... <tok>_(n-1) and stands for all their ids, as in
-        diffusers. Raises ValueError, and adds nothing, if a name exists, is blank, or would be a
-        vector of another.
-        """
-        names = [names] if isinstance(names, str) else list(names)
-        if self.embeddings:
-            raise ValueError("this tokenizer has embeddings: add tokens before them")
-        if vectors < 1 or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names are {names}, vectors is {vectors}; give str and 1 or more")
-        every = [f"{name}_{k}" if k else name for name in names for k in range(vectors)]
-        if known := [n for n in every if every.count(n) > 1 or n in self.vocab or n in self.added]:
-            raise ValueError(f"token {known[0]!r} exists already; choose another name")
-        new = {name: len(self) + k for k, name in enumerate(every)}
-        meant = {n: [new[n] + k for k in range(vectors if n in names else 1)] for n in every}
-        if families(self.added | new) != families(self.added) | meant:
-            raise ValueError(
-                f"of {[*self.added, *every]} one would become <tok>_1, <tok>_2 ... of "
-                "another token; choose other names"
-            )
-        self.set_added(self.added | new)
-        return list(new.values())
-
     def add_embedding(self, names: Iterable[str], vectors: int) -> list[int]:
         """Let each of `names` stand for the same new ids, one for each vector; returns the ids.
 
         A name is found as a whole word of the normalised text, and comes before a word of the
         vocabulary and an added token of that name. `files` leaves embeddings out. Raises
-        ValueError, and adds nothing, if there are no vectors, or a name exists already or is none
-        that a prompt can hold, such as a blank one.
+        ValueError, and adds nothing, if a name exists already or is none that a prompt can hold,
+        such as a blank one.
         """
         names = list(names)
-        if vectors < 1 or not names:
-            raise ValueError(f"names are {names}, vectors is {vectors}; give 1 or more of each")
         known = set(map(plain, self.embeddings))
         for name in names:
             if not self.can_hold(name):
@@ -377,10 +345,10 @@ def check(vocab: dict, merges: str | list, added: dict, pad: str) -> tuple[list,
     added = {k: i for k, i in added.items() if k not in (BOS, EOS, pad) or vocab[k] != i}
     ids = [*vocab.values(), *added.values()]
     free = {*range(len(ids))} - {i for i in ids if type(i) is int}
-    if free or (twice := vocab.keys() & added):
+    if free:
         raise ValueError(
-            f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each; "
-            + (f"none has {sorted(free)[:3]}" if free else f"added again are {[*twice]}")
+            f"{len(ids)} tokens need ids 0 ... {len(ids) - 1}, one each; none has "
+            f"{sorted(free)[:3]}"
         )
     return pairs, added
 

@@ -140,7 +140,6 @@ class UNet(Checkpointed):
         heads: int = 4,
         min_dim_head: int = 16,
         dropout: float = 0.0,
-        checkpointing: bool = False,
     ):
         super().__init__()
         dims = [dim * m for m in dim_mults]
@@ -148,7 +147,6 @@ class UNet(Checkpointed):
         E = 4 * dim
         self.factor = 2**last
         self.null_label = num_classes
-        self.checkpointing = checkpointing
 
         def attention(level: int) -> nn.Module:
             kind = Attention if level == last else LinearAttention

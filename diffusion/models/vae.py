@@ -147,10 +147,8 @@ def tiled(
     """Compute run(x) on overlapping tiles, blended linearly where they overlap.
 
     tile: a tile's side in units, of which neighbours share a quarter or more. A unit is unit_in
-    pixels of x and unit_out pixels of run(x). Raises ValueError for less than 4 units.
+    pixels of x and unit_out pixels of run(x).
     """
-    if tile < 4:
-        raise ValueError(f"tile is {tile} latent pixels; use at least 4, or 64 as in training")
     B, _, H, W = x.shape
     rows, columns = (cuts(side // unit_in, tile, unit_out, x.device) for side in (H, W))
     out = None

@@ -18,9 +18,7 @@ MAX_BYTES = 9_500_000
 LOSSLESS = (64, {"lossless": True})  # small pictures are worth it, and noise suffers from the rest
 QUALITIES = (
     (256, {"quality": 85}),
-    (192, {"quality": 75}),
     (128, {"quality": 75}),
-    (96, {"quality": 60}),
     (64, {"quality": 50}),
     (32, {"quality": 40}),
 )

@@ -114,8 +114,8 @@ class Samples:
         for w in dist.progress(fractions, unit="column"):
             weights = {str(first): (1 - w) * weight_a, str(first + 1): w * weight_b}
             set_weights(self.pipeline, weights)
-            states = [self.pipeline.sample(i, **self.options(i)) for i in batches]
-            columns.append(np.concatenate(list(map(to_uint8, states, batches))))
+            column = [to_uint8(self.pipeline.sample(i, **self.options(i)), i) for i in batches]
+            columns.append(np.concatenate(column))
         picture = strip(np.stack(columns, 1), [f"{w:.2g}" for w in fractions])
         text = {"parameters": self.describe(self.options(range(1)), 0, 0, columns[-1][0])}
         path = self.write("interpolation.png", picture, text)

@@ -47,6 +47,7 @@ MAX_FRAMES = 51  # of a trajectory, besides those at PERCENT
 WEIGHTS = torch.linspace(0, 1, 8).tolist()  # of an interpolation
 MAX_PLOTS = 8  # of a log's curves, beneath each other
 DISTANCE = re.compile(r"\w{1,80}")  # a name of one, as `name_of` makes it
+OTHERS = ("step", "fid_seconds", "fid_num_images")  # numbers beside it
 LOSSES = {"loss": "training loss", "heldout_loss": "held-out loss"}
 # what the page compares with the chosen sampler, from the same noise
 PAGE_RUNS = (("ddpm", 50), ("ddim", 50), ("ddim", 10), ("dpmpp_2m", 20), ("dpmpp_2m", 10))
@@ -57,19 +58,8 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
 
     Raises UserError if the set cannot be opened or has no usable image.
     """
-    if data is None and config.streaming:
-        raise UserError(
-            f"the model was trained on a stream, {config.data}: say with --data which "
-            "images to show"
-        )
     other = (data, "all", "", Selection(captions=config.condition == "text"))
-    try:
-        source = open_data(*(configured(config) if data is None else other))
-    except UserError as error:
-        if data is not None:
-            raise
-        hint = "the model was trained on it, give another with --data"
-        raise UserError(f"{error}; {hint}") from None
+    source = open_data(*(configured(config) if data is None else other))
     found = []
     for i in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
@@ -207,9 +197,8 @@ class Gallery:
         for file, pictures in strips.items():
             labels = [process.caption(i) for i in at]
             self.png(file, strip(pictures[at].swapaxes(0, 1), labels, process.name))
-        rows = process.x if process.x0 is None else np.concatenate([process.x, process.x0], 1)
         frames = []
-        for i, pictures in enumerate(rows):
+        for i, pictures in enumerate(np.concatenate(list(strips.values()), 1)):
             picture = grid(enlarge(pictures), columns=process.x.shape[1], gap=4)
             frames.append(with_heading(picture, f"{process.name}   {process.caption(i)}"))
         self.write(f"{name}.webp", lambda path: save_animation(frames, path))
@@ -239,12 +228,12 @@ class Gallery:
         All of a row get the same noise, so mixing x_t mixes x0 (DDPM section 4.3 and appendix D).
         """
 
-        def unconditional(indices) -> dict:  # the images have classes and captions of their own
+        def options(indices) -> dict:
             given = self.options(indices)
-            nothing = {name: None for name in ("labels", "prompts") if name in given}
-            return given | nothing | {"guidance_scale": 1.0}
+            if not self.conditioned:  # the images have classes and captions of their own
+                given |= {"labels": None, "prompts": None, "guidance_scale": 1.0}
+            return given
 
-        options = self.options if self.conditioned else unconditional
         strength = max(0.5, 1 / self.table.steps)
         half = len(self.data.images) // 2
         rows = []
@@ -309,12 +298,13 @@ def curves(metrics: Path) -> Image.Image | None:
         # distances of other numbers of samples are another curve
         samples = f"{entry['fid_num_images']} samples" if "fid_num_images" in entry else ""
         for name, value in entry.items():
-            curve = None
             if name in LOSSES:
                 curve = ("Loss", LOSSES[name])
-            elif "fid_seconds" in entry and name not in ("step", "fid_seconds", "fid_num_images"):
-                curve = (distance_title(name), samples) if DISTANCE.fullmatch(name) else None
-            if curve is not None and value is not None:
+            elif "fid_seconds" in entry and name not in OTHERS and DISTANCE.fullmatch(name):
+                curve = (distance_title(name), samples)
+            else:
+                continue
+            if value is not None:
                 found.setdefault(curve, []).append((entry["step"], value))
     plots = []
     for title in list(dict.fromkeys(title for title, _ in found))[:MAX_PLOTS]:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .. import UserError
 from .schedule import REAL, NoisePath, timesteps
 
 
@@ -240,9 +241,10 @@ def sample_loop(
     """
     known = denoise.coefficients(table.t, *table.levels[:-1].T)
     if not known.isfinite().all():
-        raise ValueError(
-            "a zero-terminal-SNR schedule needs objective v or x0: eps says nothing about x0 "
-            "where alpha is 0"
+        raise UserError(
+            "a zero-terminal-SNR schedule (rescale_betas_zero_snr, or betas near 1) needs "
+            "objective v or x0: eps says nothing about x0 where alpha is 0, which --spacing "
+            "leading leaves out"
         )
     random = (table.rows[:, 3] != 0).tolist()  # read on the CPU, before the loop
     if any(random) and noise is None:

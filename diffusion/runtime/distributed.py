@@ -156,6 +156,7 @@ def progress(iterable=None, **options):
     seen = sys.stderr.isatty()
     interval = 0.2 if seen else 10
     defaults = dict(disable=not is_main(), mininterval=interval, dynamic_ncols=seen)
+    options |= {"desc": printable(options.get("desc") or "")}
     return tqdm(iterable, **defaults | options)
 
 

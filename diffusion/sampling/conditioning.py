@@ -170,7 +170,8 @@ class Prompts:
             ids = self.tokenizer(prompts, chunks=chunks)
             weights = None
         else:
-            ids, weights = self.tokenizer.weighted(prompts, chunks)
+            cut = list(map(self.tokenizer.weighted_chunks, prompts))
+            ids, weights = self.tokenizer.rows(cut, chunks)
         with torch.autocast(self.device.type, amp, enabled=self.joint and amp is not None):
             return encode_chunks(self.encoder, ids.to(self.device), self.skip, weights)
 

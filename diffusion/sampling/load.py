@@ -203,11 +203,9 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
             heads=config.heads,
             dropout=config.dropout,
             num_classes=classes,
-            checkpointing=config.checkpointing,
         )
     elif stack.unet is not None:
         unet = stack.unet.float().requires_grad_(True).train()
-        unet.use_checkpointing(config.checkpointing)
     else:
         codec = stack.codec
         sizes = networks.unet_config(
@@ -220,8 +218,9 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
             text=config.condition == "text",
             text_dim=config.text_dim,
         )
-        unet = networks.build("unet", sizes, checkpointing=config.checkpointing)
+        unet = networks.build("unet", sizes)
     unet = unet.to(memory_format=torch.channels_last)
+    unet.checkpointing = config.checkpointing
     if prompts is None or not prompts.joint:
         return unet
     text = prompts.encoder

@@ -128,10 +128,12 @@ def choose_styles(s: Settings) -> Settings:
 
 
 def open_base(s: Settings, device):
-    """Open (pipeline, Base). Raises UserError for a base model that prompts cannot sample."""
+    """Open the base model's pipeline, and take from it what the settings leave open.
+
+    Raises UserError for a base model that prompts cannot sample.
+    """
     from ..files.sd_files import check_averaged
     from ..sampling.load import open_pipeline
-    from .runner import Base
 
     foreign = s.load_path is None
     if s.sd_weights == "ema":
@@ -147,21 +149,21 @@ def open_base(s: Settings, device):
         height=s.image_size,
         width=s.image_size,
     )
-    config = pipeline.config
     if not pipeline.reads_prompts:
         raise UserError(
             f"the base model {s.load_path or s.sd_path} reads no prompts: a style study needs one "
             "of --mode latent --condition text"
         )
-    guidance = s.guidance_scale
-    if guidance is None:
-        guidance = 7.5 if foreign else 3.0 if config.guidance_scale == 1 else config.guidance_scale
-    sampling = dict(sampler=s.sampler, steps=s.sample_steps, guidance_scale=guidance, amp=s.amp)
+    s.image_size = pipeline.height
+    if s.guidance_scale is None:
+        own = pipeline.config.guidance_scale
+        s.guidance_scale = 7.5 if foreign else 3.0 if own == 1 else own
+    given = {"sampler": s.sampler, "steps": s.sample_steps, "amp": s.amp}
     try:
-        pipeline.frames([0], prompts=[""], **sampling)
+        pipeline.frames([0], prompts=[""], guidance_scale=s.guidance_scale, **given)
     except ValueError as error:
         raise UserError(f"the base model cannot be sampled: {error}") from None
-    return pipeline, Base(pipeline.height, guidance, config.objective if foreign else None)
+    return pipeline
 
 
 def main() -> None:
@@ -190,14 +192,14 @@ def main() -> None:
     device = dist.setup(s.device)
     features = open_features(s.features, device) if s.features is not None else None
     clip = open_clip(s.clip, device) if s.clip is not None else None
-    pipeline, base = open_base(s, device)
+    pipeline = open_base(s, device)
     folders = style_folders(s.data)
     slugs = slugs_of([f.name for f in folders])
-    styles = {f.name: read_style(f, slugs[f.name], base.image_size) for f in folders}
+    styles = {f.name: read_style(f, slugs[f.name], s.image_size) for f in folders}
 
     if folder is None:
         folder = create(root, name or Path(s.data).resolve().name, description)
-        dist.log(f"new study: {folder}")
+        dist.log(f"new study: {folder}, in which logs.txt shows how far a cell is")
     else:
         dist.log(f"resuming {folder}, a study of the same settings")
     metrics = read_metrics(folder)
@@ -209,7 +211,7 @@ def main() -> None:
     del pipeline  # the children need the memory
     gc.collect()
     judge = Judge(styles, classifier, features, clip)
-    dist.log(f"report: {run_study(Study(s, base, folder, judge, metrics))}")
+    dist.log(f"report: {run_study(Study(s, folder, judge, metrics))}")
 
 
 if __name__ == "__main__":

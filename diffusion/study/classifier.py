@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import UserError
 from ..data.batches import to_unit
 from ..files.strict import load_strict
-from ..files.tensors import Unreadable, read_safetensors, write_tensors
+from ..files.tensors import read_safetensors, write_tensors
 from ..runtime.distributed import log, progress
 from ..runtime.seeding import generator
 from .styles import Style
@@ -150,8 +150,6 @@ def open_classifier(path: Path, styles: list[Style], seed: int, steps: int = STE
         try:
             net = load_strict(net, read_safetensors(path)[0], str(path))
             return Classifier(net, styles)
-        except Unreadable:
-            raise
         except UserError as error:
             log(f"warning: {error}; the classifier is trained again")
     train(net, styles, seed, steps)

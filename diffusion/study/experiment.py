@@ -10,12 +10,10 @@ results/<timestamp>_<name>/
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +24,7 @@ from .. import UserError, printable
 from ..data.images import BadImage, read_image
 from ..files.atomic import append_text, read_lines, write_text
 from ..files.output import is_ours, numbered
+from ..files.sd_files import write_json
 from ..files.text_files import read_json
 from ..pictures.grid import grid, save_png, strip
 from ..runtime.distributed import log, progress
@@ -33,7 +32,8 @@ from ..training.run_folder import claim
 from .judge import Judge
 from .plan import Cell, Plan, Settings
 from .report import write_report
-from .runner import Base, run_child, sample_arguments, token_of, train_arguments
+from .runner import run_child, sample_arguments, token_of, train_arguments
+from .study_folder import seal
 from .styles import Style, replace_name, training_folder
 
 SHOWN = 8  # images of a thumbnail
@@ -45,29 +45,26 @@ THUMBNAIL_HEIGHT = 160
 
 @dataclasses.dataclass(eq=False)
 class Study:
-    """Run a study in its folder. run_child: see runner.py; tests replace it. tick: shows work."""
+    """Run a study in its folder. run_child: see runner.py; tests replace it."""
 
     settings: Settings
-    base: Base
     folder: Path
     judge: Judge
     metrics: dict
     run_child: Callable = run_child
-    tick: Callable[[], None] = lambda: None
 
     def __post_init__(self):
         self.plan = Plan(self.settings, {s.name: s.slug for s in self.styles.values()})
         self.cells = self.plan.cells()
-        for cell in self.cells:
-            if cell.name in self.metrics["cells"]:  # what a cell is, is the plan's to say
-                self.entry(cell).update(dataclasses.asdict(cell))
 
     @property
     def styles(self) -> dict[str, Style]:
         return self.judge.styles
 
     def save(self) -> None:
-        write_text(self.folder / "metrics.json", json.dumps(self.metrics, indent=2))
+        for entry in self.metrics["cells"].values():
+            entry["sha256"] = seal(entry)
+        write_json(self.folder / "metrics.json", self.metrics)
 
     def note(self, message: str) -> None:
         log(message)
@@ -75,8 +72,10 @@ class Study:
         append_text(self.folder / "logs.txt", printable(stamped))
 
     def entry(self, cell: Cell) -> dict:
-        """Return a cell's part of metrics.json."""
-        return self.metrics["cells"].setdefault(cell.name, dataclasses.asdict(cell))
+        """Return a cell's part of metrics.json; what a cell is, is the plan's to say."""
+        found = self.metrics["cells"].setdefault(cell.name, {})
+        found |= dataclasses.asdict(cell)
+        return found
 
     def done(self, cell: Cell) -> bool:
         return "measures" in self.metrics["cells"].get(cell.name, {})
@@ -93,9 +92,6 @@ class Study:
         """Name the file that a cell's training is for, in the folder of its run."""
         name = "ema.safetensors" if cell.kind == "dreambooth" else "adapter.safetensors"
         return self.folder / "checkpoints" / cell.name / name
-
-    def call(self, script: str, args: list[str]) -> dict:
-        return self.run_child(script, args, self.folder / "logs.txt", self.tick)
 
     def thumbnail(self, name: str) -> Path:
         return self.folder / "thumbnails" / f"{name}.png"
@@ -117,17 +113,18 @@ class Study:
     def train(self, cell: Cell) -> None:
         """Run train.py for a cell, and keep what it cost in the cell's entry."""
         style = self.styles[cell.style]
-        inverts = cell.kind == "textual_inversion"
-        data = self.folder / "data" / (f"{style.slug}_token" if inverts else style.slug)
-        training_folder(style, data, "{}" if inverts else None)
+        word = "{}" if cell.kind == "textual_inversion" else None
+        data = training_folder(style, self.folder / "data" / style.slug, word)
         entry = self.entry(cell)
         entry["attempts"] = entry.get("attempts", 0) + 1
         self.save()
         file = self.result_file(cell)
         target = file.parent
+        if not (target / "checkpoints").exists():  # nothing to resume: its entry was damaged
+            shutil.rmtree(target, ignore_errors=True)
         cache = self.folder / "cache"
-        args = train_arguments(self.settings, self.base, cell, style.slug, data, target, cache)
-        cost = self.call("train.py", args)
+        args = train_arguments(self.settings, cell, style.slug, data, target, cache)
+        cost = self.run_child("train.py", args, self.folder / "logs.txt")
         step = read_json(target / "metadata.json")["step"]
         if step != cell.steps or not file.is_file():
             raise UserError(
@@ -151,14 +148,11 @@ class Study:
         """Run sample.py for a cell: (N, H, W, 3) uint8."""
         target = self.folder / "inference" / cell.name
         target.mkdir(parents=True, exist_ok=True)
-        left = [*numbered(target / "images").values(), *target.glob("grid*.png")]
-        for file in filter(is_ours, left):  # of a call that was stopped, and nobody else's
-            file.unlink()
         prompts = target / "prompts.txt"
         write_text(prompts, "\n".join(self.prompts(cell)) + "\n")
         trained = [self.result_file(c) for c in self.plan.trained(cell)]
-        args = sample_arguments(self.settings, self.base, cell, trained, prompts, target)
-        self.call("sample.py", args)
+        args = sample_arguments(self.settings, cell, trained, prompts, target)
+        self.run_child("sample.py", args, self.folder / "logs.txt")
         images = read_images(target / "images")
         save_png(thumbnail(images), self.thumbnail(cell.name))
         return images
@@ -204,49 +198,27 @@ def thumbnail(images: np.ndarray) -> Image.Image:
 # --- all cells -----------------------------------------------------------------------------------
 
 
-def open_bar(study: Study):
-    """Open a progress bar over the cells' work, the finished ones' with the time that they took."""
-    bar = progress(
-        total=sum(map(study.work, study.cells)),
-        bar_format="{desc} |{bar:20}| {elapsed}<{remaining}{postfix}",
-        smoothing=0,
-        miniters=0,
-    )
-    bar.start_t -= sum(study.entry(c)["seconds"] for c in study.cells if study.done(c))
-    return bar
-
-
-def show_progress(bar, study: Study, cell: Cell) -> None:
-    """Show how many cells are done, the running one, and how far its training is."""
-    done = [c for c in study.cells if study.done(c)]
-    work = sum(map(study.work, done))
-    step = ""
-    if cell.trains and cell not in done:
-        lines = read_lines(study.result_file(cell).with_name("metrics.jsonl"))
-        fraction = lines[-1]["step"] / cell.steps if lines else 0.0
-        work += fraction * study.work(cell)
-        step = f" {fraction:.0%}"
-    bar.set_description_str(f"study {len(done)}/{len(study.cells)}", refresh=False)
-    bar.set_postfix_str(f"{cell.name}{step}", refresh=False)
-    bar.update(work - bar.n)
-
-
 def run_study(study: Study) -> Path:
     """Run all cells that are missing; the report is written after each, and at the end."""
-    with claim(study.folder), open_bar(study) as bar:
-        study.metrics.setdefault("experiments", list(study.settings.experiments))
+    bar = progress(
+        total=sum(map(study.work, study.cells)),
+        initial=sum(map(study.work, filter(study.done, study.cells))),
+        bar_format="{desc} |{bar:20}| {elapsed}<{remaining}",
+        smoothing=0,
+    )
+    with claim(study.folder), bar:
         count = study.settings.num_images
         study.metrics["real"] = {name: study.judge.real(name, count) for name in study.styles}
         for style in study.styles.values() if study.settings.keep_images else ():
             save_png(thumbnail(style.held_out.pixels), study.thumbnail(f"real_{style.slug}"))
         study.save()
         try:
-            for cell in study.cells:
-                study.tick = partial(show_progress, bar, study, cell)
+            for i, cell in enumerate(study.cells):
+                bar.set_description_str(f"study {i}/{len(study.cells)} {cell.name}")
                 if not study.done(cell):
                     study.run(cell)
                     write_report(study)
-                study.tick()
+                    bar.update(study.work(cell))
         except KeyboardInterrupt:
             study.note(f"Stopped. Run the same command to resume in {study.folder}.")
             raise
@@ -255,9 +227,9 @@ def run_study(study: Study) -> Path:
                 shutil.rmtree(study.folder / "data", ignore_errors=True)
         mixtures = [cell for cell in study.cells if cell.kind == "mix"]
         if mixtures:  # a row for each of a few noises
-            folders = [study.folder / "inference" / cell.name / "images" for cell in mixtures]
-            columns = np.stack([read_images(folder)[:4] for folder in folders], 1)
-            picture = strip(columns, [f"{cell.share:.2f}" for cell in mixtures])
+            folder = study.folder / "inference"
+            columns = [read_images(folder / cell.name / "images")[:4] for cell in mixtures]
+            picture = strip(np.stack(columns, 1), [f"{cell.share:.2f}" for cell in mixtures])
             save_png(picture, study.thumbnail("interpolation"))
         study.metrics["finished"] = True
         study.save()

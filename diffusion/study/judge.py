@@ -11,7 +11,6 @@ from ..evaluation.clip_score import CLIP_SCORE, ClipScore, measure
 from ..evaluation.distances import frechet_distance, moments
 from ..evaluation.features import Features
 from ..pictures.grid import to_uint8
-from ..runtime.distributed import log
 from ..runtime.seeding import permutation
 from ..sampling.pipeline import Pipeline
 from .classifier import Classifier, to_pixels
@@ -100,10 +99,6 @@ def check_classifier(classifier: Classifier, pipeline: Pipeline) -> dict[str, di
         decoded = [to_uint8(pipeline.decode(pipeline.encode(x))) for x in batches]
         right.append(classifier.fraction(np.concatenate(decoded), style.name))
     after = float(np.mean(right))
-    log(
-        f"classifier of {len(counts)} styles: {classifier.accuracy:.1%} of {sum(counts)} held-out "
-        f"images right, and {after:.1%} of those that the base model's VAE has encoded and decoded"
-    )
     about = "accuracy on held-out images"
     vae = f"{about} that the base model's VAE has encoded and decoded, mean over styles"
     count = sum(min(MAX_DECODED, count) for count in counts)

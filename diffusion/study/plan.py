@@ -120,7 +120,7 @@ class Plan:
             share = i / (self.settings.points - 1)
             name = f"mix_{self.slugs[a]}_{self.slugs[b]}_{share:.2f}"
             rows[f"w = {share:.2f}"] = Cell("mix", name, a, other=b, share=share)
-        return {f"{a} to {b}": rows}
+        return {"share": rows}
 
     def tables(self) -> dict[int, Tables]:
         """List the experiments in the order in which they run."""

@@ -4,6 +4,7 @@ The page is report.html beside this file, with the tables and figures put in. Ev
 from captions, prompts and file names is escaped.
 """
 
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from string import Template
@@ -92,35 +93,30 @@ def samples(study, entries: dict[str, dict]) -> str:
     )
 
 
-def plots(entries: list[dict], field: str, name: str) -> str:
+def plots(entries: Iterable[dict], field: str, name: str) -> str:
     """Plot each measure over a field of entries, if they are two or more."""
     found = ""
-    for measure in entries[0]["measures"] if len(entries) > 1 else ():
-        points = [
-            (entry[field], entry["measures"][measure]["value"])
-            for entry in entries
-            if measure in entry["measures"]
-        ]
-        heading = COLUMNS[measure][0]
-        title = heading.replace("é", "e")  # Pillow's font knows ASCII only
-        picture = line_plot([Line(*zip(*points))], title, name, log_x=field != "share")
-        found += figure(picture, f"{heading} over {name}")
+    for measure, (heading, _, _) in COLUMNS.items():
+        measured = [entry for entry in entries if measure in entry["measures"]]
+        if len(measured) > 1:
+            x = [entry[field] for entry in measured]
+            y = [entry["measures"][measure]["value"] for entry in measured]
+            picture = line_plot([Line(x, y)], measure, name, log_x=field != "share")
+            found += figure(picture, f"{heading} over {name}")
     return f'<div class="plots">{found}</div>'
 
 
 def untouched_base(study) -> str:
     """Show the base model's samples of every style, and the accuracy of the classifier."""
-    parts = []
+    text = ""
     for m in study.metrics.get("classifier", {}).values():
         about = f"{m['value']:.1%}, {escape(m['definition'])} ({m['num_images']} images)"
-        parts.append(f'<p class="soft">Classifier: {about}.</p>')
-    entries = done(study, {name: study.plan.base(name) for name in study.styles})
-    parts.append(cell_table(entries))
+        text += f'<p class="soft">Classifier: {about}.</p>'
     for name, style in study.styles.items():
-        parts.append(figure(study.thumbnail(f"real_{style.slug}"), f"{name}: held-out images"))
-        if name in entries:
-            parts.append(samples(study, {f"base, prompts of {name}": entries[name]}))
-    return "".join(parts)
+        text += figure(study.thumbnail(f"real_{style.slug}"), f"{name}: held-out images")
+    cells = {f"base, prompts of {name}": study.plan.base(name) for name in study.styles}
+    entries = done(study, cells)
+    return text + cell_table(entries) + samples(study, entries)
 
 
 def experiment(study, number: int, tables: Tables) -> str:
@@ -144,30 +140,27 @@ def experiment(study, number: int, tables: Tables) -> str:
             f"LoRA of {first} with weight 1 - w, of {second} with w; the prompts name neither.",
         ),
     }[number]
-    parts = [f'<h2>{number}. {escape(heading)}</h2><p class="soft">{escape(about)}</p>']
+    text = f'<h2>{number}. {escape(heading)}</h2><p class="soft">{escape(about)}</p>'
     for title, cells in tables.items():
         name = title.replace("_", " ")
-        parts.append(f"<h3>{escape(name)}</h3>")
         entries = done(study, cells)
-        if number == 4:
-            rows = "the same noise and prompt in each row"
-            parts += [cell_table(entries), plots(list(entries.values()), "share", "w")]
-            parts.append(figure(study.thumbnail("interpolation"), f"{name}; {rows}"))
-            continue
         style = next(iter(cells.values())).style
         base = done(study, {"base, untouched": study.plan.base(style)})
         real = {"real images": {"measures": study.metrics["real"][style]}}
-        parts.append(cell_table(base | entries | real))
-        if number == 2:
-            parts.append(plots(list(entries.values()), title, name))
-        parts.append(samples(study, entries))
-    return "".join(parts)
+        text += f"<h3>{escape(name)}</h3>{cell_table(base | entries | real)}"
+        if number in (2, 4):
+            text += plots(entries.values(), title, name)
+        if number == 4:
+            rows = "the same noise and prompt in each row"
+            text += figure(study.thumbnail("interpolation"), f"{heading}; {rows}")
+        text += samples(study, entries)
+    return text
 
 
-def definitions(study) -> str:
+def definitions(entries: Iterable[dict]) -> str:
     """List what is measured, how and by which model, of how many images."""
     found = {}
-    for entry in study.metrics["cells"].values():
+    for entry in entries:
         for name, m in entry.get("measures", {}).items():
             kind = (COLUMNS[name][0], f"{m['definition']}. Model: {m['model']}")
             found.setdefault(kind, set()).add(m["num_images"])
@@ -182,14 +175,12 @@ def write_report(study) -> Path:
     s = study.settings
     tables = study.plan.tables()
     finished = sum(map(study.done, study.cells))
-    progress = (
-        "" if study.metrics["finished"] else f" Unfinished: {finished} of {len(study.cells)}."
-    )
     base = Path(s.load_path or s.sd_path).resolve().name
     summary = (
-        f"Base model {base}, {study.base.image_size} px; budget {s.budget}: "
+        f"Base model {base}, {s.image_size} px; budget {s.budget}: "
         f"{s.steps} steps of {s.batch_size}, {s.num_images} images a cell, {s.sampler} with "
-        f"{s.sample_steps} steps, guidance {study.base.guidance_scale:g}, seed {s.seed}.{progress}"
+        f"{s.sample_steps} steps, guidance {s.guidance_scale:g}, seed {s.seed}. "
+        f"{finished} of {len(study.cells)} cells are finished."
     )
     styles = {
         name: {
@@ -208,7 +199,7 @@ def write_report(study) -> Path:
         styles=table(styles),
         base=untouched_base(study),
         experiments="".join(experiment(study, n, tables[n]) for n in sorted(tables)),
-        definitions=definitions(study),
+        definitions=definitions(study.metrics["cells"].values()),
     )
     write_text(path, text.encode("utf-8", "replace").decode())  # paths may be no text
     return path

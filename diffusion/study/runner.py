@@ -1,19 +1,16 @@
 """Run train.py and sample.py as child processes: their arguments, what they cost, how they stop."""
 
 import contextlib
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from .. import UserError
-from ..files.atomic import open_append, open_regular
+from ..files.atomic import open_append
 from ..files.text_files import read_optional
 from .plan import Cell, Settings
 
@@ -22,29 +19,17 @@ STOP_SECONDS = 300  # for a stopped child to save its state
 SHOWN_LINES = 12  # of a failed child's output
 
 
-@dataclass(frozen=True)
-class Base:
-    """Properties of the base model that arguments depend on. objective: of Stable Diffusion."""
-
-    image_size: int
-    guidance_scale: float
-    objective: str | None = None
-
-
 def base_arguments(s: Settings, prefix: str = "", model: Path | None = None) -> list[str]:
     """Name the base model, or one that was trained from it, and where what it needs is.
 
     prefix: of --config and --weights, which train.py calls --sd_...
     """
-    options = {
-        "load_path": model or s.load_path,
-        "sd_path": s.sd_path,
-        "vae": s.vae,
-        f"{prefix}config": s.sd_config,
-    }
+    options = {"load_path": model or s.load_path, "sd_path": s.sd_path, "vae": s.vae}
+    options[f"{prefix}config"] = s.sd_config
     if model is None:
-        weights = None if s.sd_weights == "raw" else s.sd_weights
-        options |= {f"{prefix}weights": weights, "objective": s.objective}
+        if s.sd_weights == "ema":
+            options[f"{prefix}weights"] = "ema"
+        options["objective"] = s.objective
     return [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
@@ -53,15 +38,15 @@ def token_of(slug: str) -> str:
 
 
 def train_arguments(
-    s: Settings, base: Base, cell: Cell, slug: str, data: Path, folder: Path, cache: Path
+    s: Settings, cell: Cell, slug: str, data: Path, folder: Path, cache: Path
 ) -> list[str]:
     """Write the arguments of train.py as --name=value, since values may begin with a dash.
 
     data: folder of the training images.
     """
     args = base_arguments(s, "sd_") + [
-        "--mode=latent",
         "--preset=none",
+        f"--image_size={s.image_size}",
         f"--data={data}",
         f"--save_folder={folder}",
         f"--cache_dir={cache}",
@@ -78,13 +63,6 @@ def train_arguments(
         f"--device={s.device}",
         f"--amp={s.amp}",
     ]
-    foreign = s.load_path is None
-    if foreign:
-        args.append("--condition=text")
-        if s.objective is None:
-            args.append(f"--objective={base.objective}")
-    if foreign or s.image_size is not None:
-        args.append(f"--image_size={base.image_size}")
     prior = [] if s.class_prompt is None else [f"--class_prompt={s.class_prompt}"]
     kinds = {
         "lora": ["--adapter=lora", f"--rank={cell.rank}", f"--targets={s.targets}"],
@@ -100,7 +78,7 @@ def train_arguments(
 
 
 def sample_arguments(
-    s: Settings, base: Base, cell: Cell, trained: list[Path], prompts: Path, folder: Path
+    s: Settings, cell: Cell, trained: list[Path], prompts: Path, folder: Path
 ) -> list[str]:
     """Write the arguments of sample.py. trained: what the trainings for the cell have written."""
     args = base_arguments(s, model=trained[0] if cell.kind == "dreambooth" else None)
@@ -116,22 +94,23 @@ def sample_arguments(
         "--plain_prompts",
         f"--sampler={s.sampler}",
         f"--steps={s.sample_steps}",
-        f"--guidance_scale={base.guidance_scale:g}",
+        f"--guidance_scale={s.guidance_scale:g}",
         f"--seed={s.seed}",
         f"--device={s.device}",
         f"--amp={s.amp}",
-        f"--height={base.image_size}",
-        f"--width={base.image_size}",
+        f"--height={s.image_size}",
+        f"--width={s.image_size}",
         f"--save_folder={folder}",
+        "--overwrite",
     ]
 
 
-def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]) -> dict:
+def run_child(script: str, args: list[str], logs: Path) -> dict:
     """Run a script of the project to its end, and return what it cost.
 
     {"seconds", "cpu_seconds", "peak_memory", "peak_device_memory"}: seconds and bytes. Its output
-    is appended to `logs`; tick() is called every second. Ctrl-C is passed on to it, and it may save
-    its state; a second one ends it at once. Raises UserError if it fails.
+    is appended to `logs`. Ctrl-C is passed on to it, and it may save its state; a second one ends
+    it at once. Raises UserError if it fails.
     """
     child = Path(__file__).with_name("child.py")
     shown = shlex.join([Path(sys.executable).name, script, *args])
@@ -140,43 +119,27 @@ def run_child(script: str, args: list[str], logs: Path, tick: Callable[[], None]
         result = Path(private, "cost.json")
         out.write(f"\n$ {shown}\n".encode(errors="surrogateescape"))
         out.flush()
-        start = out.tell()
         process = subprocess.Popen(
-            [sys.executable, child, result, ROOT / script, *args],
+            [sys.executable, "-u", child, result, ROOT / script, *args],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
-                tick()
-        except BaseException:
-            stop(process)
-            raise
+            process.wait()
+        finally:  # it may save its state; a second Ctrl-C ends it at once
+            with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGINT)
+                process.wait(STOP_SECONDS)
+            process.kill()
+            process.wait()
         cost = read_optional(result)
     if process.returncode:
-        with open_regular(logs) as file:
-            file.seek(start)
-            said = file.read().decode(errors="replace")
-        last = "\n".join(f"  {line}" for line in said.strip().splitlines()[-SHOWN_LINES:])
+        said = logs.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2]
+        last = "\n".join(f"  {line}" for line in said.splitlines()[1:][-SHOWN_LINES:])
         raise UserError(
             f"{script} ended with status {process.returncode}:\n{last}\n  in: {shown}\n"
             "When this is mended, run the same command to resume the study."
         )
     return {"seconds": time.perf_counter() - began, **cost}
-
-
-def stop(process: subprocess.Popen) -> None:
-    """Interrupt a child and let it save its state; kill it if it does not end."""
-    try:
-        process.send_signal(signal.SIGINT)
-        process.wait(STOP_SECONDS)
-    except (KeyboardInterrupt, subprocess.TimeoutExpired):
-        pass
-    finally:
-        process.kill()
-        process.wait()

@@ -9,14 +9,15 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from .. import UserError
-from ..files.atomic import is_number, write_text
+from .. import UserError, shown
+from ..data.image_set import digest
+from ..files.atomic import is_number
 from ..files.output import names
-from ..files.sd_files import has_averaged
+from ..files.sd_files import has_averaged, write_json
 from ..files.text_files import read_json
 from ..runtime.distributed import log
 from .plan import Settings
-from .report import COLUMNS
+from .report import definitions, texts_of
 from .styles import slugs_of, stamp, style_folders
 
 PATHS = {"data", "load_path", "sd_path", "sd_config", "vae", "features", "clip"}
@@ -64,7 +65,7 @@ def create(root: Path, name: str, description: dict) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()  # another study may have begun in the same second
             break
-    write_text(folder / "config.json", json.dumps(description, indent=2))
+    write_json(folder / "config.json", description)
     return folder
 
 
@@ -72,8 +73,8 @@ def check_links(folder: Path) -> None:
     """Raise UserError for a link in a study's folder: it would write and delete elsewhere."""
     if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
         raise UserError(
-            f"{link} is a link, and a study writes and deletes there: put what it leads to in its "
-            "place, or give --new"
+            f"{shown(str(link), 200)} is a link, and a study writes and deletes there: put what it "
+            "leads to in its place, or give --new"
         )
 
 
@@ -86,23 +87,25 @@ def read_metrics(folder: Path) -> dict:
     usable = {name: entry for name, entry in cells.items() if is_usable(entry)}
     if len(usable) < len(cells):
         log(f"warning: {file}: {len(cells) - len(usable)} entries are damaged; they are done again")
-    return {"finished": found.get("finished") is True, "cells": usable}
+    finished = found.get("finished") is True and len(usable) == len(cells)
+    return {"finished": finished, "cells": usable}
+
+
+def seal(entry: dict) -> str:
+    """Digest a cell's entry, which holds it as its sha256; those of older studies hold none."""
+    return digest(json.dumps(entry | {"sha256": ""}, sort_keys=True))
 
 
 def is_usable(entry) -> bool:
-    """Check the types of all that a study and its report take from a cell's entry."""
+    """Check that a study can go on from a cell's entry, and that its report can show it."""
     try:
-        costs = entry.get("cost", {}).items()
-        numbers = [v for k, v in costs if k != "file" and v is not None]
-        numbers.append(entry.get("attempts", 1))
-        texts = []
+        if entry.get("sha256", own := seal(entry)) != own:
+            return False
+        measures = entry.get("measures", {})
+        texts_of(entry | {"measures": measures})
+        definitions([entry])
         if "measures" in entry:
-            for m in entry["measures"].values():
-                numbers += [m["value"], m["num_images"]]
-                texts += [m["definition"], m["model"]]
-            numbers.append(entry["seconds"])
-            texts += entry["prompts"]
-        known = entry.get("measures", {}).keys() <= COLUMNS.keys()
-    except (LookupError, TypeError, AttributeError):
+            "".join(entry["prompts"])
+        return all(is_number(m[key]) for m in measures.values() for key in ("value", "num_images"))
+    except Exception:  # anything may stand there
         return False
-    return known and all(map(is_number, numbers)) and all(isinstance(t, str) for t in texts)

@@ -4,27 +4,24 @@ A style's name is its trigger word: a caption or prompt without it gets it in fr
 are never trained on, neither by the adapters nor by the classifier; distances are measured to them.
 """
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .. import UserError, shown
 from ..data.captions import read_captions
-from ..data.folder import scan_split, walk, why_not
+from ..data.folder import is_inside, scan_split, walk, why_not
 from ..data.image_set import digest, file_stamp
 from ..evaluation.image_batches import folder_batches
-from ..files.atomic import append_text, atomic
+from ..files.atomic import append_text
 from ..files.text_files import read_prompt_lines
 
 HELD_OUT_FRACTION = 0.2
 MAX_HELD_OUT = 500
 MIN_IMAGES = 4
-NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 PROMPTS = Path("prompts") / "validation_prompt.txt"
 
 
@@ -56,12 +53,11 @@ class Style:
 
 def style_folders(root: str) -> list[Path]:
     """List the folders with images, one for each style. Raises UserError if there is none."""
-    folders = sorted(Path(root).iterdir()) if Path(root).is_dir() else []
-    folders = [f for f in folders if f.is_dir() and not f.name.startswith(".") and not why_not(f)]
+    folders = [f for f in sorted(Path(root).glob("[!.]*")) if f.is_dir() and not why_not(f)]
     found = [f for f in folders if walk(f).images]
     if not found:
         raise UserError(f"--data {root} holds no styles: give a folder with one folder per style")
-    if odd := [f.name for f in found if NO_TEXT.search(f.name)]:
+    if odd := [f.name for f in found if not f.name.isprintable()]:
         raise UserError(f"--data {root}: {shown(odd[0])} is no word of a prompt: rename it")
     return found
 
@@ -131,7 +127,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     # sample.py reads a prompt a line
     prompts = list(dict.fromkeys(" ".join(text.split()) for text in held_out.captions))
     if (file := folder / PROMPTS).exists():
-        if not file.resolve().is_relative_to(folder.resolve()):
+        if not is_inside(file, folder):
             raise UserError(
                 f"{file} is a link out of {folder}, and the report shows its text: copy it there"
             )
@@ -148,10 +144,7 @@ def training_folder(style: Style, folder: Path, word: str | None = None) -> Path
     folder.mkdir(parents=True)
     for n, (file, caption) in enumerate(zip(style.train.files, style.train.captions)):
         target = folder / f"{n:05d}{file.suffix.lower()}"
-        try:
-            os.link(file.resolve(), target)
-        except OSError:
-            atomic(target, partial(shutil.copy2, file), sync=False)  # another file system
+        shutil.copy2(file, target)  # with its time: what is cached of it stays valid
         text = replace_name(caption, style.name, word) if word else caption
         append_text(target.with_suffix(".txt"), text)
     return folder

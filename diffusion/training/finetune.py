@@ -21,7 +21,7 @@ from shlex import quote
 import torch
 from torch import Tensor, nn
 
-from .. import UserError
+from .. import UserError, shown
 from ..config import Config
 from ..data.batches import Batches, open_batches
 from ..data.folder import scan
@@ -129,8 +129,8 @@ class Everything:
     def result(self, folder: Path) -> str:
         """Say where the result is, and how to use it."""
         if self.config.mode == "vae":
-            command = f"train.py --mode latent --vae {quote(str(folder))} --data ..."
-            return f"{folder / 'model.pt'}; python {command}"
+            command = f"train.py --mode latent --vae {quote(str(folder))} --save_folder ANOTHER"
+            return f"{folder / 'model.pt'}; python {command} --data ..."
         prompt = ' --prompt "..."' if self.config.condition == "text" else ""
         file = str(folder / "model.pt")
         return f"{file}; python sample.py --load_path {quote(file)}{prompt}"
@@ -259,8 +259,10 @@ def open_token(config: Config, stack: FrozenStack) -> tuple[Callable, Callable]:
     word = tokenizer.encode(config.init_word)
     if not word:
         raise UserError(f"--init_word {config.init_word!r} is blank; give a word, such as face")
+    if len(tokenizer.encode(config.token)) == 1:
+        raise UserError(f"--token: {shown(config.token)} exists already; choose another name")
     with blame("--token", kinds=ValueError):
-        tokenizer.add_tokens([config.token], config.vectors)
+        tokenizer.add_embedding([config.token], config.vectors)
 
     def attach(networks: dict[str, nn.Module]) -> None:
         text = networks["text_encoder"]

@@ -125,9 +125,8 @@ def own_settings(config: Config, given: set[str]) -> dict:
     if config.sd_weights == "ema" and config.load_path is None:
         check_averaged(config.sd_path, "--sd_weights")
     own = {}
-    stated = stated_objective(config.sd_path, config.sd_config)
     if "objective" not in given:
-        own["objective"] = stated
+        own["objective"] = stated_objective(config.sd_path, config.sd_config)
     if "image_size" not in given and config.image_size == DEFAULTS["image_size"]:
         own["image_size"] = read_image_size(config.sd_path, config.sd_config)
     return own

@@ -20,7 +20,7 @@ from shlex import quote
 from typing import NoReturn
 
 from .. import UserError, shown, some
-from ..config import Config, shared_path
+from ..config import Config, model_path, shared_path
 from ..data.sources import NAMED, configured, open_data
 from ..evaluation.features import name_of
 from ..files import checkpoint, owned
@@ -46,10 +46,10 @@ NAMES = (
 )
 # paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
 RUN_FILE = re.compile(
-    r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt(\.[0-9a-f]{16})?\.tmp)"
+    r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt(\.[0-9a-f]+)?\.tmp)"
     r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.[0-9a-f]+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
-    rf"|({NAMES})|\.({NAMES})(\.[0-9a-f]{{16}})?\.tmp"
+    rf"|({NAMES})|\.({NAMES})(\.[0-9a-f]+)?\.tmp"
 )
 
 
@@ -84,15 +84,19 @@ def is_overwritten(folder: Path) -> bool:
     if is_main() and file.is_file():
         done = file.read_text(errors="replace") == launcher()
     restarted = is_restart()
-    if is_main() and not restarted:
+    if is_main() and not restarted and owned.is_run(folder):
         file.unlink(missing_ok=True)
     return from_main(restarted and done)
 
 
 def launcher() -> str:
-    """Name the Slurm job or the torchrun that has launched this command; it restarts the same."""
+    """Name the Slurm job or the torchrun that has launched this command; it restarts the same.
+
+    By a number: torchrun's name is a folder of this machine.
+    """
     errors = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # ID_RANDOM/attempt_0/0/error.json
-    return os.environ.get("SLURM_JOB_ID") or "/".join(errors.split("/")[:-3])
+    name = os.environ.get("SLURM_JOB_ID") or "/".join(errors.split("/")[:-3])
+    return f"{seed_of(name):x}" if name else ""
 
 
 def run_files(folder: Path) -> list[Path]:
@@ -174,18 +178,11 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     source = Path(config.load_path).resolve() if config.load_path is not None else None
     from_itself = source == (folder / "model.pt").resolve()
     if config.overwrite:
-        if source is not None and folder.resolve() in source.parents:
-            raise UserError("--overwrite would delete the file of --load_path; copy it elsewhere")
         if owned.is_run(folder):
             check_folder(folder, is_run=True)
-            links = [folder / name for name in FOLDERS if (folder / name).is_symlink()]
-            if links and made_here(folder) is None:
-                refuse(
-                    links[0],
-                    "is a link, which --overwrite follows in a run that was made here only",
-                )
         else:
             find_run(folder)
+        check_overwrite(config, folder)
         return config, None  # the old run is deleted when the new one is about to write
     state = find_run(folder)
     if state is None:
@@ -195,7 +192,7 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     saved = Config.from_dict(state["config"])
     if from_itself:
         config = dataclasses.replace(config, load_path=saved.load_path)
-    check_data(config, saved, state["data"]["order"])
+    check_data(config, saved, state["data"].get("order"))
     changed = config.differences(saved)
     if not same_start(config, saved, state):
         changed["load_path"] = (config.load_path, saved.load_path)
@@ -215,11 +212,24 @@ def resume(config: Config, folder: Path) -> tuple[Config, dict | None]:
     return config, state
 
 
-def check_data(config: Config, saved: Config, order: str) -> None:
+def check_overwrite(config: Config, folder: Path) -> None:
+    """Raise UserError if --overwrite would delete what is not the run's, or what it needs."""
+    links = [folder / name for name in FOLDERS if (folder / name).is_symlink()]
+    if links and run_files(folder) and made_here(folder) is None:
+        refuse(links[0], "is a link, which --overwrite follows in a run that was made here only")
+    deleted = [path.resolve() for path in run_files(folder)]
+    for name in ("load_path", *checkpoint.NETWORKS):
+        path = getattr(config, name)
+        if path is not None and Path(model_path(path)).resolve() in deleted:
+            raise UserError(f"--overwrite would delete the file of --{name}; copy it elsewhere")
+
+
+def check_data(config: Config, saved: Config, order: str | None) -> None:
     """Raise UserError if --data, named otherwise than a run's, is mistyped or has other images."""
     if saved.data in (config.data, shared_path(config.data)):
         return  # looked at later, with the rest
-    download = config.data.startswith("hf:") or config.data in NAMED
+    here = os.path.exists(config.data) or (Path("data") / config.data).exists()
+    download = config.data.startswith("hf:") or (config.data in NAMED and not here)
     if download or open_data(*configured(config)).order_key() != order:
         raise UserError(other_data(config))
     log(f"--data {config.data} has images of the same names as --data {saved.data} had")

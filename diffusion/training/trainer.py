@@ -44,6 +44,8 @@ from .run_folder import (
 from .steps import BatchSplit, StepStats, clip_factor, learning_rate, split_batch, total_steps
 from .train_state import DIVERGED_HINT, TrainState
 
+# what a checkpoint of other contents than ours raises
+DAMAGES = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
 
 
@@ -82,7 +84,9 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     else:
         recipe = open_recipe(config, device, base)
     batches = recipe.batches
-    with blame(f"{folder} cannot be resumed from its newest checkpoint"):
+    with blame(
+        f"{folder} cannot be resumed from its newest checkpoint", kinds=(LookupError, TypeError)
+    ):
         check_resume(saved, recipe, folder)
     total = total_steps(config, batches.length)
     published = saved is None or is_published(folder, saved["step"])
@@ -110,7 +114,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     stats = StepStats(device)
     state = TrainState(recipe, split, model, ema, optimizer, scaler, stats, origin=origin)
     if saved is not None:
-        with blame(f"{folder} cannot be resumed from its newest checkpoint"):
+        with blame(f"{folder} cannot be resumed from its newest checkpoint", kinds=DAMAGES):
             state.restore(saved)
         ranks = saved["ranks"]
         other = f"; {ranks} ranks saved it, {split.ranks} resume" if ranks != split.ranks else ""

@@ -293,8 +293,10 @@ def short_name(path: str | Path) -> str:
     path = Path(path)
     name = path.name if path.is_dir() else path.stem
     parent = path.resolve().parent
-    told = name in COMMON_NAMES and parent.name and parent != Path.home()  # whose name is a user's
-    return f"{parent.name}/{name}" if told else name
+    shared = (
+        name in COMMON_NAMES and parent.name and parent != Path.home()
+    )  # whose name is a user's
+    return f"{parent.name}/{name}" if shared else name
 
 
 def lora_name(lora: tuple[str, float]) -> str:

@@ -42,7 +42,7 @@ FORMAT = "diffusion-checkpoint-1"
 NETWORKS = ("vae", "sd_path", "sd_config")  # paths of what a model needs beside its own file
 MODEL = ("model.pt", "ema.safetensors", "config.json", "unet", "vae")  # what a folder of it holds
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
-RESUMED = {  # what only a run that goes on reads
+RESUMED = {  # what only resuming reads
     "best_loss": float | None,
     "data": dict,
     "optimizer": dict,

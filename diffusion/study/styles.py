@@ -136,7 +136,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
 
 
 def training_folder(style: Style, folder: Path, word: str | None = None) -> Path:
-    """Make a folder of a style's training images with their captions, anew.
+    """Make a folder of a style's training images with their captions, from scratch.
 
     word: replaces the style's name in the captions; {} is where train.py puts a new token.
     """

@@ -171,7 +171,7 @@ class Adapter:
                 f"the model that the run in {self.config.save_folder} began with has "
                 "changed since; bring it back (--sd_weights ema, if it is a file with "
                 "model_ema.* and the run is of an earlier version, which took these), "
-                "or train anew in another --save_folder (--overwrite deletes this run)"
+                "or train in another --save_folder (--overwrite deletes this run)"
             )
         assert state.keys() == set(self.trained)
         model.load_state_dict(state, strict=False)

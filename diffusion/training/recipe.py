@@ -117,7 +117,7 @@ class Recipe:
         if names:
             raise UserError(
                 f"the run in {self.config.save_folder} was trained with another "
-                f"{' and '.join(names)} than there is now; bring that back, or train anew in "
+                f"{' and '.join(names)} than there is now; bring that back, or train in "
                 "another --save_folder (--overwrite deletes this run)"
             )
 

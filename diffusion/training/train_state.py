@@ -58,7 +58,7 @@ class TrainState:
         self.recipe.batches.length = length
 
     def save(self, folder: Path, logs: RunLog, improved: bool) -> None:
-        """Write the checkpoint, then what is made of it: a run killed between them goes on there.
+        """Write the checkpoint, then what is made of it: a run killed between them resumes there.
 
         Raises UserError, and writes nothing, for weights that are not finite.
         """

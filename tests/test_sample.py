@@ -301,6 +301,12 @@ def test_graphs_need_cuda(model, call, tmp_path):
         call(*arguments(model, tmp_path / "s"), "--cuda_graph", "on")
 
 
+def test_a_model_is_checked_before_it_moves_to_its_device(model):
+    """The numbers are looked at on the CPU: another device's are refused, as a file's."""
+    found = load(model, device="meta")
+    assert {p.device.type for p in found.model.parameters()} == {"meta"}
+
+
 @pytest.mark.gpu
 def test_gpu_graphs_draw_the_same_pictures(model):
     pipeline = load(model, device="cuda")

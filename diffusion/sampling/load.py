@@ -369,8 +369,8 @@ def load_own(
     # what a file claims costs nothing until it fits
     with blame(f"{path} has a configuration of no network"), blank():
         model = build_network(config, len(classes))
-    own = {k: v.to(device, torch.float32, copy=True) for k, v in tensors.items()}  # of no file
-    model = load_strict(model, own, str(path)).to(memory_format=torch.channels_last)
+    own = {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}  # of no file
+    model = load_strict(model, own, str(path)).to(device).to(memory_format=torch.channels_last)
     schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
     conditioning = conditioning_of(config, classes, device)
     return Pipeline(config, model, schedule, conditioning=conditioning, device=device)

@@ -508,9 +508,10 @@ def test_streaming_run_resumes_exactly(tiny, tmp_path, monkeypatch):
 
     from diffusion.data.stream import StreamBatches
 
-    files = sorted(str(f) for f in Path(tiny["data"]).rglob("*.png"))
+    files = sorted(Path(tiny["data"]).rglob("*.png"))
     features = library.Features({"image": library.Image()})
-    made = library.Dataset.from_dict({"image": files}, features=features)
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    made = library.Dataset.from_dict({"image": images}, features=features)
     (tmp_path / "hub").mkdir()
     made.to_parquet(tmp_path / "hub" / "train.parquet")
     monkeypatch.setattr(StreamBatches, "BLOCK", 16)

@@ -223,7 +223,7 @@ def test_a_flipped_bit_between_the_records_is_noticed_or_changes_nothing(tmp_pat
         else:
             assert found["config"] == state["config"]
             assert all(torch.equal(found[k], state[k]) for k in ("weight", "rng"))
-    assert noticed > 400
+    assert noticed > 500
 
 
 def test_checkpoints_with_the_seal_of_before_are_read(three):
@@ -243,7 +243,7 @@ def test_a_flipped_bit_in_shared_weights_is_noticed(model, tmp_path):
         bad = bytearray(data)
         bad[where] ^= 1 << rng.randrange(8)
         file.write_bytes(bad)
-        with pytest.raises(UserError, match="damaged|NaN|not written by this"):
+        with pytest.raises(UserError, match="damaged|NaN|of this version"):
             checkpoint.load_weights(file)
 
 

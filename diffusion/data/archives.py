@@ -26,7 +26,6 @@ from PIL import Image
 
 from .. import UserError, shown
 from ..files.atomic import blame, create_whole, locked, open_regular
-from ..files.validate import TarMember
 from ..runtime.distributed import log, progress
 from .cache import check_space
 from .captions import EVERYTHING, Selection
@@ -175,7 +174,7 @@ def _members(file: BinaryIO, most: int) -> Iterator[tuple[str, int, BinaryIO | N
     with unpacker(file) if unpacker else contextlib.nullcontext(file) as stream:
         tar = _Limited(stream, most)
         # as a stream: nothing that lies about lengths leads back in it
-        with tarfile.open(fileobj=tar, mode="r|", tarinfo=TarMember) as members:
+        with tarfile.open(fileobj=tar, mode="r|", tarinfo=_TarMember) as members:
             while member := members.next():
                 members.members.clear()
                 if member.size < 0:
@@ -187,6 +186,18 @@ def _members(file: BinaryIO, most: int) -> Iterator[tuple[str, int, BinaryIO | N
                 raise OSError("it ends too early")
         while tar.read(1 << 20):  # gzip's check of all that was read stands at the end
             pass
+
+
+class _TarMember(tarfile.TarInfo):
+    """Refuse headers that hold more than a name: tarfile reads them before anyone can check."""
+
+    @classmethod
+    def frombuf(cls, *args, **kwargs):
+        found = super().frombuf(*args, **kwargs)
+        plain = found.isreg() or found.isdir() or found.issym() or found.islnk()
+        if not plain and found.size > 1 << 16:
+            raise tarfile.ReadError(f"a header of {found.size:,} bytes")
+        return found
 
 
 class _Limited:

@@ -199,8 +199,12 @@ def open_zip(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
     """Open a zip file that holds what it claims. Raises UserError, or BadZipFile."""
     z = zipfile.ZipFile(Bounded(file.raw))
     total = sum(record.file_size for record in z.infolist())
-    # torch and NumPy never compress
-    if total > size or any(r.compress_type != zipfile.ZIP_STORED for r in z.infolist()):
+    # torch never compresses
+    compressed = any(
+        record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size
+        for record in z.infolist()
+    )
+    if total > size or compressed:
         raise UserError(
             f"{path} is a compressed zip file, or not to be trusted: {size:,} bytes would become "
             f"{total:,}; unpack it, or give the file as it was saved"

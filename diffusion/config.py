@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from . import UserError, printable, shown, some
 from .presets import PRESET_OF_DATA, PRESETS
+from .process.names import ALIASES
+from .process.names import SAMPLERS as SAMPLER_TABLE
 
 
 def names_in(module: str, table: str) -> tuple[str, ...]:
@@ -38,8 +40,9 @@ def names_in(module: str, table: str) -> tuple[str, ...]:
 
 
 # what these options may be is a row where it is made
-SAMPLERS = names_in("process.samplers", "SAMPLERS")
-SPACINGS = names_in("process.schedule", "SPACINGS")
+SAMPLERS = (*SAMPLER_TABLE, *ALIASES)
+PATHS_OF_NOISE = ("vp", "edm", "flow")
+NOISE_DISTS = ("uniform", "lognormal", "logit_normal")
 SCHEDULES = names_in("process.schedule", "SCHEDULES")
 OBJECTIVES = names_in("process.objective", "OBJECTIVES")
 LOSSES = names_in("process.objective", "LOSSES")
@@ -127,6 +130,11 @@ PIXEL = Rule("--mode pixel", lambda c: c.mode == "pixel")
 LATENT = Rule("--mode latent", lambda c: c.mode == "latent")
 VAE = Rule("--mode vae", lambda c: c.mode == "vae")
 SCRATCH = Rule("a network from scratch", lambda c: c.sd_path is None)
+VP = Rule("--path vp", lambda c: c.path == "vp")
+EDM = Rule("--path edm", lambda c: c.path == "edm")
+PRECONDITIONED = Rule("--path edm or --objective edm", lambda c: "edm" in (c.path, c.objective))
+NORMAL = Rule("--noise_dist lognormal or logit_normal", lambda c: c.noise_dist != "uniform")
+LOSS_SPACE = Rule("--loss_space", lambda c: c.loss_space is not None)
 OTHER_DATA = Rule("--data FOLDER or hf:owner/name, not toy", lambda c: c.data != "toy")
 CONDITION = Rule("--condition class or text", lambda c: c.condition != "none")
 TEXT = Rule("--condition text, a model that reads prompts", lambda c: c.condition == "text")
@@ -150,7 +158,7 @@ SECTIONS = {
     "mode": "run",
     "data": "data",
     "unet_dim": "model",
-    "time_steps": "diffusion",
+    "path": "diffusion",
     "adapter": "adapter",
     "batch_size": "optimisation",
     "save_and_sample_every": "output",
@@ -219,10 +227,20 @@ class Config:
     condition_dropout: float = opt(0.1, "probability of dropping the condition of a sample, for classifier-free guidance", FRACTION, DIFFUSION & CONDITION)
     checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time", requires=DIFFUSION)
 
+    path: str = opt("vp", "noise path x = alpha x0 + sigma eps: vp, variance-preserving, by a schedule; edm, alpha = 1; flow, alpha = 1 - sigma", PATHS_OF_NOISE, DIFFUSION)
     time_steps: int = opt(1000, "T, the length of the forward process", between(2, 1_000_000), DIFFUSION & SCRATCH)
-    schedule: str = opt("cosine", "noise schedule", SCHEDULES, DIFFUSION & SCRATCH)
-    zero_snr: bool = opt(False, "rescale the schedule so that x_T is pure noise (objective v or x0 only)", requires=DIFFUSION & SCRATCH)
+    schedule: str = opt("cosine", "noise schedule", SCHEDULES, DIFFUSION & SCRATCH & VP)
+    zero_snr: bool = opt(False, "rescale the schedule so that x_T is pure noise (objective v, x0 or flow)", requires=DIFFUSION & SCRATCH & VP)
+    sigma_min: float = opt(0.002, "lowest sigma of path edm", POSITIVE, DIFFUSION & SCRATCH & EDM)
+    sigma_max: float = opt(80.0, "highest sigma of path edm", POSITIVE, DIFFUSION & SCRATCH & EDM)
+    sigma_data: float = opt(0.5, "standard deviation of the data, for path or objective edm (about 0.5 for pixels, 1 for latents)", POSITIVE, DIFFUSION & SCRATCH & PRECONDITIONED)
+    noise_dist: str = opt("uniform", "how training draws noise levels: uniform in t, or ln(sigma / alpha) normal, which is logit_normal in a flow's time", NOISE_DISTS, DIFFUSION)
+    noise_mean: float = opt(0.0, "mean of ln(sigma / alpha) in training", requires=DIFFUSION & NORMAL)
+    noise_std: float = opt(1.0, "standard deviation of ln(sigma / alpha) in training", POSITIVE, DIFFUSION & NORMAL)
+    noise_shift: float = opt(1.0, "factor on sigma / alpha in training, for large images; a flow's u becomes s u / (1 + (s - 1) u), also in sampling with spacing flow", POSITIVE, DIFFUSION)
     objective: str = opt("v", "what the network predicts", OBJECTIVES, DIFFUSION)
+    loss_space: str | None = opt(None, "what the loss compares, whatever the network predicts (default: its objective)", OBJECTIVES, DIFFUSION)
+    t_eps: float = opt(0.05, "least sigma, or alpha, that the error of an x0, or eps, prediction is divided by in another loss_space", POSITIVE, DIFFUSION & LOSS_SPACE)
     loss: str = opt("l1", "distance between prediction and target", LOSSES, DIFFUSION)
     noise_offset: float = opt(0.0, "standard deviation of noise added to whole channels, for very dark and bright images", NOT_NEGATIVE, DIFFUSION)
     kl_weight: float = opt(1e-6, "weight of the KL term in a VAE's loss", NOT_NEGATIVE, VAE)
@@ -280,10 +298,24 @@ class Config:
             raise UserError("--condition text requires --mode latent: pixel networks read no text")
         if self.sd_path is not None and self.vae is not None and self.mode == "latent":
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
-        if self.zero_snr and self.objective == "eps":
+        if self.zero_snr and self.objective in ("eps", "edm"):
             raise UserError(
-                "--zero_snr requires --objective v or x0: where there is only noise, eps says "
-                "nothing about x0"
+                f"--zero_snr requires --objective v, x0 or flow: where there is only noise, "
+                f"{self.objective} says nothing about x0"
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise UserError(
+                f"sigma_min is {self.sigma_min}; it must be below sigma_max, {self.sigma_max}"
+            )
+        if self.sd_path is not None and self.objective in ("flow", "edm"):
+            raise UserError(
+                f"--objective {self.objective}: Stable Diffusion predicts eps, v or x0; --path "
+                "flow reads that as a flow's velocity"
+            )
+        if self.loss_space is not None and (self.min_snr_gamma or self.loss == "huber"):
+            raise UserError(
+                "--loss_space takes --loss l1 or l2 and no --min_snr_gamma: it is a weight of the "
+                "loss, as that is"
             )
 
     @property
@@ -359,7 +391,7 @@ def _check_field(f: dataclasses.Field, value) -> None:
         )
     if f.name == "dim_mults" and not all(type(v) is int for v in value):
         raise UserError(f"{f.name} is {shown(value)}; expected whole numbers")
-    if f.metadata["choices"] and value not in f.metadata["choices"]:
+    if f.metadata["choices"] and value not in (*f.metadata["choices"], f.default):
         raise UserError(f"{f.name} is {shown(value)}; {_choose(value, f.metadata['choices'])}")
 
 

@@ -20,7 +20,6 @@ from ..config import (
     SAMPLERS,
     SEED,
     SIDE,
-    SPACINGS,
     STEPS,
     UTF8,
     Parser,
@@ -28,6 +27,7 @@ from ..config import (
     add_runtime_arguments,
     at_least,
 )
+from ..process.names import SPACINGS
 
 MAX_LORA_WEIGHT = 1000  # far beyond it pictures saturate, then numbers overflow
 LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
@@ -238,7 +238,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     options: those of `Pipeline.sample` that it was sampled with, in which it is row `row`.
     """
     from ..pictures.grid import parameters_text
-    from ..process.samplers import SAMPLERS
+    from ..process.names import SAMPLERS
 
     table = options["table"]
     labels = options["labels"]

@@ -61,9 +61,8 @@ def open_model(args, device):
     """Open the model's pipeline; without a model, one of the toy that has a schedule only."""
     import torch
 
-    from ..process.schedule import make_schedule
     from ..runtime.distributed import log
-    from ..sampling.load import open_pipeline
+    from ..sampling.load import open_pipeline, path_of
     from ..sampling.pipeline import Pipeline
 
     if args.load_path is not None:
@@ -71,8 +70,7 @@ def open_model(args, device):
     else:
         log("no results/model.pt: only the forward process and the schedules are shown")
         config = Config(data="toy")
-        schedule = make_schedule(config.schedule, config.time_steps)
-        pipeline = Pipeline(config, torch.nn.Identity(), schedule, device=device)
+        pipeline = Pipeline(config, torch.nn.Identity(), path_of(config), device=device)
     return pipeline
 
 

@@ -22,8 +22,9 @@ from ..data.images import BadImage
 from ..data.sources import configured, open_data
 from ..files.atomic import read_lines
 from ..files.output import is_ours, write_new
+from ..process.names import SAMPLERS
 from ..process.objective import q_sample
-from ..process.samplers import SAMPLERS, Table
+from ..process.samplers import Table
 from ..process.schedule import NoisePath
 from ..runtime.distributed import log, progress
 from ..runtime.seeding import ImageNoise
@@ -283,8 +284,9 @@ def schedule_plot(schedule: NoisePath, table: Table) -> Image.Image:
 
 def table_plot(table: Table) -> Image.Image:
     """Plot a sampler's coefficients, row by row (process/samplers.py)."""
-    names = ("k_x", "k_x0", "k_prev", "k_eps")
-    lines = [Line(range(len(table)), k, name) for name, k in zip(names, table.rows.T)]
+    names = ("x", "y", "d0", "d1", "d2", "d3", "noise")
+    used = zip(names, table.to_y.T)
+    lines = [Line(range(len(table)), k, name) for name, k in used if (k != 0).any()]
     return line_plot(lines, f"Coefficients of {table.sampler}, {len(table)} steps", "row")
 
 

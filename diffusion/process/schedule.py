@@ -4,12 +4,12 @@
 
 lam_t = log(alpha_t / sigma_t) is half the log-SNR and falls with t. A path is a row of data: its
 levels, what the network is given, and how training draws t. The variance-preserving ones here
-have alpha_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t.
+have alpha_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t; EDM's and the flow's have a formula.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -23,9 +23,9 @@ def vp_levels(lam: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
 
 
-def plain_inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Give (c_in, c_noise) of a network that sees x_t and t as they are."""
-    return torch.ones_like(alpha), t
+def same_levels(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Give (alpha, sigma) of a network that was trained on the path itself."""
+    return alpha, sigma
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,19 +33,26 @@ class NoisePath:
     """Describe a noise path x_t = alpha_t x0 + sigma_t eps.
 
     alpha, sigma, lam: (T,) float64 at the integer t; lam may be -inf at the last one.
-    between: lam -> (alpha, sigma), for a real-valued t between two integers.
-    inputs: (t, alpha, sigma) -> (c_in, c_noise); the network is called with c_in x_t and c_noise.
+    formula: t -> (alpha, sigma) at real-valued t; None: variance-preserving, lam linear between.
+    inverse: lam -> t, where there is a formula.
+    inputs: (t, alpha, sigma) -> (c_in, c_noise); the network is called with c_in x_t and c_noise;
+        None: with x_t and t themselves.
+    seen: (alpha, sigma) -> the levels of c_in x_t, at which the network's target is read.
     quantile: u in [0, 1) -> t, how training spreads t; None: all integers alike.
-    prior_std: the standard deviation of the noise that sampling starts from.
+    prior_std: (alpha, sigma) of the level that sampling starts from -> the deviation of its noise.
+    sigma_data: the deviation of the data that EDM's preconditioning takes for granted.
     """
 
     alpha: Tensor
     sigma: Tensor
     lam: Tensor
-    between: Callable[[Tensor], tuple[Tensor, Tensor]] = vp_levels
-    inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = plain_inputs
+    formula: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    inverse: Callable[[Tensor], Tensor] | None = None
+    inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = same_levels
     quantile: Callable[[Tensor], Tensor] | None = None
-    prior_std: float = 1.0
+    prior_std: Callable[[float, float], float] = lambda alpha, sigma: 1.0
+    sigma_data: float = 0.5
 
     def __len__(self) -> int:
         return len(self.alpha)
@@ -59,11 +66,13 @@ class NoisePath:
         return (self.alpha / self.sigma) ** 2
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (alpha, sigma) at real-valued t (N,); lam is linear between the integers."""
+        """Give (alpha, sigma) at real-valued t (N,)."""
+        if self.formula is not None:
+            return self.formula(t.double())
         low = t.floor().long().clamp(0, len(self) - 1)
         high = (low + 1).clamp(max=len(self) - 1)
         frac = t - low
-        alpha, sigma = self.between(self.lam[low] + frac * (self.lam[high] - self.lam[low]))
+        alpha, sigma = vp_levels(self.lam[low] + frac * (self.lam[high] - self.lam[low]))
         exact = frac == 0  # also where lam is infinite
         return torch.where(exact, self.alpha[low], alpha), torch.where(
             exact, self.sigma[low], sigma
@@ -71,9 +80,24 @@ class NoisePath:
 
     def t_of(self, lam: Tensor) -> Tensor:
         """Give the real-valued t at which half the log-SNR is lam; the inverse of `at`."""
+        if self.inverse is not None:
+            return self.inverse(lam)
         high = torch.searchsorted(-self.lam, -lam).clamp(1, len(self) - 1)
         low = high - 1
         return low + (self.lam[low] - lam) / (self.lam[low] - self.lam[high])
+
+    def nearest_t(self, lam: Tensor) -> Tensor:
+        """Give `t_of` the path's level that is nearest to lam, which may lie beyond its ends."""
+        if self.inverse is not None:
+            return self.inverse(lam).clamp(0, len(self) - 1)
+        finite = self.lam[self.lam.isfinite()]
+        return self.t_of(lam.clamp(finite[-1], finite[0]))
+
+    def network_inputs(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Give (c_in, c_noise) at levels of t, each (N,) float64."""
+        if self.inputs is None:
+            return torch.ones_like(alpha), t
+        return self.inputs(t, alpha, sigma)
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw t (n,) for training."""
@@ -158,23 +182,176 @@ def make_schedule(name: str, T: int, zero_snr: bool = False) -> NoisePath:
     return zero_terminal_snr(schedule) if zero_snr else schedule
 
 
+# --- paths by a formula ----------------------------------------------------------------------
+
+
+def flow(T: int, low: float | None = None, high: float = 1.0) -> NoisePath:
+    """Make the straight path, alpha = 1 - u and sigma = u (arXiv:2210.02747, arXiv:2209.03003).
+
+    u: uniform in t from low (None: 1 / T) to high. The network is given 1000 u for its time.
+    """
+    low = 1 / T if low is None else low
+
+    def formula(t: Tensor) -> tuple[Tensor, Tensor]:
+        u = high - (high - low) * (T - 1 - t) / (T - 1)
+        return 1 - u, u
+
+    return NoisePath(
+        *_levels(formula, T),
+        formula=formula,
+        inverse=lambda lam: T - 1 - (high - torch.sigmoid(-lam)) * (T - 1) / (high - low),
+        inputs=lambda t, alpha, sigma: (torch.ones_like(alpha), 1000 * sigma),
+        quantile=lambda u: u * (T - 1),
+        prior_std=lambda alpha, sigma: sigma,
+    )
+
+
+def edm(T: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoisePath:
+    """Make EDM's path, alpha = 1 and ln sigma uniform in t (arXiv:2206.00364, table 1)."""
+    first = math.log(sigma_min)
+    step = (math.log(sigma_max) - first) / (T - 1)
+
+    def formula(t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), torch.exp(first + step * t)
+
+    path = NoisePath(
+        *_levels(formula, T),
+        formula=formula,
+        inverse=lambda lam: (-lam - first) / step,
+        quantile=lambda u: u * (T - 1),
+        prior_std=lambda alpha, sigma: sigma,
+    )
+    return edm_inputs(path, path.sigma_data)
+
+
+def _levels(formula: Callable, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give alpha, sigma and lam (T,) of a path by its formula."""
+    alpha, sigma = formula(torch.arange(T, dtype=torch.float64))
+    return alpha, sigma, alpha.log() - sigma.log()
+
+
+def edm_inputs(path: NoisePath, sigma_data: float) -> NoisePath:
+    """Give the network c_in x of unit variance and c_noise = ln(sigma / alpha) / 4 (EDM eq. 7)."""
+
+    def inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        c_in = (sigma**2 + (alpha * sigma_data) ** 2).rsqrt()
+        return c_in, (sigma / alpha).log() / 4
+
+    return replace(path, inputs=inputs, sigma_data=sigma_data)
+
+
+def reinterpret(base: NoisePath, name: str) -> NoisePath:
+    """Read a variance-preserving network on another path, flow or edm (arXiv:2506.02221).
+
+    Both paths are one process up to a factor: at equal lam the network is given c_in x_t, of the
+    levels (c_in alpha, c_in sigma) that it knows, and the base's t. The path has the levels that
+    the base has, and starts from the noise that the base starts from, divided by c_in.
+    """
+    finite = base.lam[base.lam.isfinite()]
+    low, high = torch.exp(-finite[[0, -1]]).tolist()  # of sigma / alpha
+    T = len(base)
+    path = edm(T, low, high) if name == "edm" else flow(T, low / (1 + low), high / (1 + high))
+
+    def c_in(alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (alpha**2 + sigma**2).rsqrt()
+
+    return replace(
+        path,
+        inputs=lambda t, alpha, sigma: (c_in(alpha, sigma), base.nearest_t((alpha / sigma).log())),
+        seen=lambda alpha, sigma: (c_in(alpha, sigma) * alpha, c_in(alpha, sigma) * sigma),
+        prior_std=math.hypot,
+    )
+
+
+def make_path(
+    name: str,
+    T: int,
+    objective: str,
+    *,
+    schedule: str = "cosine",
+    zero_snr: bool = False,
+    sigma_data: float = 0.5,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+) -> NoisePath:
+    """Make a path by its name: vp, of a schedule; edm, from sigma_min to sigma_max; or flow.
+
+    objective: what is predicted; EDM's own is given EDM's inputs on every path, and where alpha is
+    0, eps and edm say nothing about x0: a flow then ends at its last level above.
+    Raises ValueError for unknown names or T < 2.
+    """
+    if name not in PATHS:
+        raise ValueError(f"path {name!r} is unknown; choose one of {', '.join(PATHS)}")
+    if T < 2:
+        raise ValueError(f"time_steps is {T}; a path needs at least 2")
+    if name == "vp":
+        path = make_schedule(schedule, T, zero_snr)
+    elif name == "edm":
+        path = edm(T, sigma_min, sigma_max)
+    else:
+        path = flow(T, high=1 - 1 / T if objective in ("eps", "edm") else 1.0)
+    if name == "edm" or objective == "edm":
+        path = edm_inputs(path, sigma_data)
+    return replace(path, sigma_data=sigma_data)
+
+
+PATHS = ("vp", "edm", "flow")
+
+
+# --- how training spreads its levels ----------------------------------------------------------
+
+
+def spread(
+    path: NoisePath, dist: str, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
+) -> NoisePath:
+    """Choose how training draws t: uniformly, or with a normal ln(sigma / alpha).
+
+    lognormal, logit_normal: of this mean and std (EDM: -1.2, 1.2). They are one distribution:
+        ln(sigma / alpha) is the logit of a flow's time u (arXiv:2403.03206, eq. 19).
+    shift: what sigma / alpha is then multiplied by; a flow's u becomes s u / (1 + (s - 1) u).
+    Levels beyond the path's ends become the ends. Raises ValueError for an unknown name.
+    """
+    if dist not in NOISE_DISTS:
+        raise ValueError(f"noise_dist {dist!r} is unknown; choose one of {', '.join(NOISE_DISTS)}")
+    if dist == "uniform" and shift == 1:
+        return path
+    T = len(path)
+
+    def quantile(u: Tensor) -> Tensor:
+        if dist == "uniform":
+            t = u * (T - 1) if path.quantile is None else path.quantile(u)
+        else:
+            t = path.nearest_t(-mean - std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)))
+        if shift != 1:
+            alpha, sigma = path.at(t)
+            t = path.nearest_t(alpha.log() - sigma.log() - math.log(shift))
+        return t
+
+    return replace(path, quantile=quantile)
+
+
+NOISE_DISTS = ("uniform", "lognormal", "logit_normal")
+
+
 # --- spacing: which timesteps a sampler visits -----------------------------------------------
 
 
-def _leading(schedule: NoisePath, points: int, offset: int) -> Tensor:
+def _leading(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
     return torch.arange(points, dtype=torch.float64) * (len(schedule) // points) + offset
 
 
-def _trailing(schedule: NoisePath, points: int, offset: int) -> Tensor:
+def _trailing(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
     T = len(schedule)
     return (T - torch.arange(points, dtype=torch.float64) * T / points).round().flip(0) - 1
 
 
-def _linspace(schedule: NoisePath, points: int, offset: int) -> Tensor:
+def _linspace(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
     return torch.linspace(0, len(schedule) - 1, points, dtype=torch.float64).round()
 
 
-def _logsnr(schedule: NoisePath, points: int, offset: int, power: int | None = None) -> Tensor:
+def _logsnr(
+    schedule: NoisePath, points: int, offset: int, shift: float, power: int | None = None
+) -> Tensor:
     """Space real-valued t uniformly in log-SNR, or in the noise level sigma / alpha to 1 / power.
 
     An infinite end is visited, but not spread over.
@@ -192,28 +369,46 @@ def _logsnr(schedule: NoisePath, points: int, offset: int, power: int | None = N
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
+def _flow(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
+    """Space the flow's u = sigma / (alpha + sigma) uniformly from its last value to 0, shifted."""
+    last = torch.sigmoid(-schedule.lam[-1])
+    u = last * torch.arange(1, points + 1, dtype=torch.float64) / points
+    u = shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206, eq. 23
+    t = schedule.nearest_t(-torch.logit(u))
+    t[-1] = len(schedule) - 1.0
+    return t
+
+
 SPACINGS = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,
     "logsnr": _logsnr,
     "karras": partial(_logsnr, power=7),  # arXiv:2206.00364, eq. 5
+    "flow": _flow,
 }
-REAL = ("logsnr", "karras")  # whose t are no whole numbers
+REAL = ("logsnr", "karras", "flow")  # whose t are no whole numbers
 
 
 def timesteps(
-    schedule: NoisePath, steps: int, spacing: str, offset: int = 0, extra: int = 0
+    schedule: NoisePath,
+    steps: int,
+    spacing: str,
+    offset: int = 0,
+    extra: int = 0,
+    shift: float = 1.0,
 ) -> Tensor:
     """Choose the timesteps to visit: (steps,) float64, falling.
 
     spacing: leading (t = 0 is visited, the last T/steps are not), trailing (T-1 is visited),
         linspace (both are), logsnr and karras (both are; real-valued t, uniform in log-SNR, or in
-        the seventh root of the noise level).
+        the seventh root of the noise level), flow (uniform in a flow's time, which ends at 0).
+        More points than T are spread evenly over all of t.
     offset: added to every t of `leading` (Stable Diffusion's steps_offset is 1).
     extra: the spacing is computed for steps + extra points and its lowest points dropped;
         DPM-Solver in diffusers has 1 for leading and linspace.
-    Raises ValueError if the schedule has too few steps or the spacing is unknown.
+    shift: of `flow`, see `spread`.
+    Raises ValueError if the spacing is unknown, or leaves the path.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
@@ -222,11 +417,10 @@ def timesteps(
     if steps < 1:
         raise ValueError(f"steps is {steps}; a sampler needs at least 1")
     if points > T and spacing not in REAL:
-        raise ValueError(
-            f"{steps} steps are more than the schedule's {T} can be split into by {spacing} "
-            f"spacing; use at most {T - extra}, or spacing logsnr"
-        )
-    t = SPACINGS[spacing](schedule, points, offset).flip(0)[:steps]
+        t = torch.linspace(0, T - 1, points, dtype=torch.float64)
+    else:
+        t = SPACINGS[spacing](schedule, points, offset, shift)
+    t = t.flip(0)[:steps]
     if t[0] > T - 1:
         raise ValueError(
             f"{spacing} spacing of {steps} steps with offset {offset} reaches t = {t[0]:.0f}, "

@@ -43,8 +43,10 @@ from ..process.schedule import (
     cosine,
     from_betas,
     linear,
-    make_schedule,
+    make_path,
+    reinterpret,
     scaled_linear,
+    spread,
     zero_terminal_snr,
 )
 from ..runtime.distributed import log
@@ -74,6 +76,28 @@ def schedule_of(scheduler: dict) -> NoisePath:
         schedule = cosine(T)
     rescale = scheduler.get("rescale_betas_zero_snr", False)
     return zero_terminal_snr(schedule) if rescale else schedule
+
+
+def path_of(config: Config, base: NoisePath | None = None) -> NoisePath:
+    """Make the noise path that a configuration names.
+
+    base: that of a Stable Diffusion model, whose network is read on it.
+    """
+    c = config
+    if base is None:
+        path = make_path(
+            c.path,
+            c.time_steps,
+            c.objective,
+            schedule=c.schedule,
+            zero_snr=c.zero_snr,
+            sigma_data=c.sigma_data,
+            sigma_min=c.sigma_min,
+            sigma_max=c.sigma_max,
+        )
+    else:
+        path = base if c.path == "vp" else reinterpret(base, c.path)
+    return spread(path, c.noise_dist, c.noise_mean, c.noise_std, c.noise_shift)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +153,7 @@ def open_stack(
             )
         prompts = Prompts(byte_level(config.text_length), None, joint=True, device=device)
         sizes = networks.text_config(config.text_dim, config.text_layers, prompts.tokenizer)
-    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+    schedule = path_of(config)
     codec = LatentCodec(vae, device, tile=tile)
     return FrozenStack(codec, schedule, prompts=prompts, text_config=sizes)
 
@@ -173,8 +197,8 @@ def open_sd_stack(
     layout = torch.channels_last
     return FrozenStack(
         LatentCodec(sd.vae.float().to(device).to(memory_format=layout), device, tile=tile),
-        schedule_of(scheduler),
-        scheduler,
+        path_of(config, schedule_of(scheduler)),
+        scheduler if config.path == "vp" else {},  # whose timesteps are of its own path
         Prompts(sd.tokenizer, encoder, config.clip_skip, joint, device=device),
         unet=sd.unet.to(device).to(memory_format=layout) if unet else None,
     )
@@ -371,7 +395,7 @@ def load_own(
         model = build_network(config, len(classes))
     own = {k: v.to(torch.float32, copy=True) for k, v in tensors.items()}  # of no file
     model = load_strict(model, own, str(path)).to(device).to(memory_format=torch.channels_last)
-    schedule = make_schedule(config.schedule, config.time_steps, config.zero_snr)
+    schedule = path_of(config)
     conditioning = conditioning_of(config, classes, device)
     return Pipeline(config, model, schedule, conditioning=conditioning, device=device)
 

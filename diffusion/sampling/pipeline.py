@@ -6,7 +6,6 @@ images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,9 @@ from ..models.build import for_inference
 from ..models.cond import Cond
 from ..models.configs import MAX_SIDE
 from ..models.text_unet import networks_of
+from ..process.loop import Inpaint, guided, sample_loop
 from ..process.objective import Denoiser
-from ..process.samplers import Inpaint, Table, guided, make_table, sample_loop
+from ..process.samplers import Table, make_table
 from ..process.schedule import NoisePath
 from ..runtime import compiler
 from ..runtime.cuda_graph import Graphs
@@ -137,6 +137,8 @@ class Pipeline:
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
+        churn: float = 0.0,
+        shift: float | None = None,
         strength: float = 1.0,
         table: Table | None = None,
         labels: Tensor | None = None,
@@ -146,6 +148,8 @@ class Pipeline:
         plain_prompts: bool | None = None,
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: "Pipeline | None" = None,
         batched: bool = True,
         eps: Tensor | None = None,
         init: Tensor | None = None,
@@ -158,8 +162,11 @@ class Pipeline:
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
         50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
-        eta and strength.
+        eta, churn, shift and strength.
         labels, prompts, negative_prompts, chunks, plain_prompts: see `conditioning.Request`.
+        guidance_interval: the lowest and the highest sigma / alpha that are guided.
+        guide: what guidance leads away from, in place of the model without its condition: a worse
+        model of the same kind (arXiv:2406.02507), see `check_guide`.
         batched: guidance evaluates both in one call; else in two, in half the memory.
         eps: the noise to start from instead, (B, C, h, w).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
@@ -172,7 +179,8 @@ class Pipeline:
         Raises ValueError for settings that do not go together.
         """
         if table is None:
-            table = self.table(sampler, steps, spacing, eta, strength)
+            table = self.table(sampler, steps, spacing, eta, strength, churn, shift)
+        table = table.guided(guidance_scale, guidance_interval)
         noise = ImageNoise(seed, indices, self.shape)
 
         def draw() -> Tensor:
@@ -180,32 +188,43 @@ class Pipeline:
 
         start = draw()  # also where another noise is given: the rows' noise is then the same
         eps = start if eps is None else eps.to(self.device)
-        x = self.schedule.prior_std * eps
+        alpha, sigma = table.levels[0].tolist()
+        x = self.schedule.prior_std(alpha, sigma) * eps
         inpaint = None
         if self.inpaints and (init is None or mask is None or kept is None):
             raise UserError(INPAINTS)
         if init is not None:
-            alpha, sigma = table.levels[0].tolist()
             if mask is None or table.strength < 1:
                 x = alpha * init.to(self.device) + sigma * eps
             if mask is not None and not self.inpaints:
                 inpaint = Inpaint(init.to(self.device), mask.to(self.device), eps)
         dtype = amp_dtype(amp, self.device)
         request = Request(len(x), labels, prompts, negative_prompts, chunks, plain_prompts, dtype)
-        cond, uncond = self.conditioning.of_request(request, guidance_scale != 1)
+        guides = guidance_scale != 1
+        cond, uncond = self.conditioning.of_request(request, guides and guide is None)
+        if guides and guide is not None:
+            uncond = cond
         if self.inpaints:
             image = torch.cat([mask, kept], 1).to(self.device).expand(len(x), -1, -1, -1)
             cond, uncond = (one._replace(image=image) for one in (cond, uncond))
-        network = guided(self.network(cond, dtype), guidance_scale, guidance_rescale, batched)
+        kind = (self.schedule, self.config.objective)
+        network = self.network(cond, dtype)
+        with_guidance = None
+        if guides:
+            other = None if guide is None else guide.network(cond, dtype)
+            both = guided(network, other, guidance_rescale, batched)
+            with_guidance = Denoiser(both, *kind, weighted=True)
         capture = None
         if cuda_graph:
-            key = (amp, guidance_scale, guidance_rescale, batched)
-            capture = partial(self.graphs.wrap, key=key)
+            key = (amp, guidance_rescale, batched, id(guide))
+            capture = lambda run, what: self.graphs.wrap(run, (*key, *what))  # noqa: E731
         return sample_loop(
-            Denoiser(network, self.schedule, self.config.objective),
+            Denoiser(network, *kind),
             x,
             table,
-            cond=cond.tensors() + (uncond.tensors() if guidance_scale != 1 else ()),
+            cond=cond.tensors(),
+            guided=with_guidance,
+            uncond=uncond.tensors() if guides else (),
             noise=draw,
             clip=self.codec.clip,
             inpaint=inpaint,
@@ -219,10 +238,23 @@ class Pipeline:
             pass
         return self.decode(x)
 
-    def table(self, sampler="ddim", steps=None, spacing=None, eta=None, strength=1.0) -> Table:
-        """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps."""
+    def table(
+        self,
+        sampler: str = "ddim",
+        steps: int | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+        strength: float = 1.0,
+        churn: float = 0.0,
+        shift: float | None = None,
+    ) -> Table:
+        """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
+
+        shift: None means that of training.
+        """
         steps = min(50, len(self.schedule)) if steps is None else steps
-        options = {"strength": strength, "eta": eta, "spacing": spacing}
+        shift = self.config.noise_shift if shift is None else shift
+        options = dict(strength=strength, eta=eta, spacing=spacing, churn=churn, shift=shift)
         if spacing is None and self.scheduler:
             options["spacing"] = spacing_of(self.scheduler)
         if self.scheduler and options["spacing"] == "leading":

@@ -24,8 +24,8 @@ from ..data.latents import EncodedBatches
 from ..models.cond import Cond
 from ..models.text_unet import networks_of
 from ..pictures.grid import grid_of_ranks
-from ..process.objective import training_coefficients, training_loss
-from ..process.schedule import NoisePath, make_schedule
+from ..process.objective import training_loss
+from ..process.schedule import NoisePath
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import generator, seed_of
@@ -37,13 +37,14 @@ from ..sampling.load import (
     check_digests,
     conditioning_of,
     open_stack,
+    path_of,
 )
 from ..sampling.pipeline import Pipeline
 from . import finetune
 from .finetune import Adapter, Everything, start_from
 from .finetune_config import Base
 from .latent_batches import encode_batches, grid_prompts
-from .steps import Draw, draw
+from .steps import Draw, draw, loss_coefficients
 
 
 @dataclass(eq=False)
@@ -163,7 +164,7 @@ class Recipe:
         n = len(self.batches.held_out)
         order = torch.randperm(n, generator=generator(c.seed, "held out t"))
         t = self.schedule.stratified_t(order, n)[low:high]
-        levels = training_coefficients(self.schedule, c.objective, t, c.min_snr_gamma)
+        levels = loss_coefficients(c, self.schedule, t)
         eps = heldout_noise(c.seed, low, high, self.shape)
         drop = torch.zeros(high - low, dtype=torch.bool)
         fixed = Draw(levels.to(self.device), eps.to(self.device), drop)
@@ -218,12 +219,11 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
     c = config
     stack = open_stack(c, device) if c.mode == "latent" else None
     codec = PixelCodec(device)
-    schedule = make_schedule(c.schedule, c.time_steps, c.zero_snr)
+    schedule = path_of(c) if stack is None else stack.schedule
     if stack is not None:
         dtype = amp_dtype(c.amp, device)
         # the VAE's activations overflow float16
         codec = replace(stack.codec, amp=None if dtype == torch.float16 else dtype)
-        schedule = stack.schedule
     trainable = finetune.open_trainable(c, stack)
     if c.image_size % codec.factor:
         raise UserError(

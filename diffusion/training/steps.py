@@ -10,7 +10,7 @@ from .. import UserError
 from ..config import Config
 from ..data.batches import move
 from ..process.objective import training_coefficients
-from ..process.schedule import NoisePath
+from ..process.schedule import NoisePath, same_levels
 from ..runtime import distributed as dist
 from ..runtime.seeding import generator
 
@@ -74,6 +74,16 @@ class Draw:
         return Draw(self.levels[:, part], self.eps[part], self.drop[part], vae_eps)
 
 
+def loss_coefficients(config: Config, schedule: NoisePath, t: Tensor) -> Tensor:
+    """Give the `training_coefficients` (7, B) of t (B,), with the loss that is configured."""
+    c = config
+    space = c.loss_space
+    if space is None and schedule.seen is not same_levels:  # Stable Diffusion on another path
+        space = c.path
+    power = 1 if c.loss == "l1" else 2
+    return training_coefficients(schedule, c.objective, t, c.min_snr_gamma, space, c.t_eps, power)
+
+
 def draw(
     config: Config,
     schedule: NoisePath,
@@ -89,7 +99,7 @@ def draw(
     c = config
     B = c.batch_size
     t = schedule.sample_t(B, generator(seed, "t", step))
-    levels = training_coefficients(schedule, c.objective, t, c.min_snr_gamma)
+    levels = loss_coefficients(c, schedule, t)
     drop = torch.rand(B, generator=generator(seed, "hide", step)) < c.condition_dropout
     g = generator(seed, "noise", step, device=device)
     eps = torch.randn((B, *shape), generator=g, device=device)

@@ -1,0 +1,194 @@
+"""Guidance, and the one loop that runs every sampler's table.
+
+A row evaluates the denoiser once, reads nothing from the device and has no branch. In this form a
+clipped x0 changes the noise that goes with it too (diffusers' use_clipped_model_output=True): x_t
+is always alpha_t x0 + sigma_t eps.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import UserError
+from .samplers import D0, NOISE, Table, X, Y
+
+
+def guided(network, guide=None, rescale: float = 0.0, batched: bool = True):
+    """Guide a network: (x, t, *cond) -> out becomes (x, t, weight, *cond, *uncond).
+
+    out = uncond + weight (cond - uncond), arXiv:2207.12598 eq. 6 with weight = 1 + w; then its
+    standard deviation is moved towards cond's by `rescale` in [0, 1] (arXiv:2305.08891, eq. 14-16).
+    guide: another network, worse, that gives uncond: autoguidance (arXiv:2406.02507).
+    batched: one call of the network with both, or two calls in half the memory.
+    """
+
+    def predict(x: Tensor, t: Tensor, weight: Tensor, *both: Tensor) -> Tensor:
+        cond = both[: len(both) // 2]
+        uncond = both[len(both) // 2 :]
+        if batched and guide is None:
+            twice = (torch.cat(pair) for pair in ((x, x), (t, t), *zip(cond, uncond)))
+            out_c, out_u = network(*twice).float().chunk(2)
+        else:
+            out_c = network(x, t, *cond).float()
+            out_u = (guide or network)(x, t, *uncond).float()
+        out = out_u + weight * (out_c - out_u)
+        if rescale:
+            std_c, std = (o.std((1, 2, 3), keepdim=True) for o in (out_c, out))
+            out = out * (rescale * std_c / std + (1 - rescale))
+        return out
+
+    return predict
+
+
+@dataclass(frozen=True, eq=False)
+class Inpaint:
+    """Keep `image` where mask is 0: after each row it is laid over x, noised to x's level.
+
+    image, noise: (B, C, H, W); mask: broadcastable to it, 1 where new content goes.
+    """
+
+    image: Tensor
+    mask: Tensor
+    noise: Tensor
+
+    def blend(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        known = alpha * self.image + sigma * self.noise
+        return self.mask * x + (1 - self.mask) * known
+
+
+@dataclass(frozen=True)
+class Update:
+    """Run one row, with those columns only that the table uses.
+
+    x, y: the columns of A and of B that are not zero in some row; y is () where A = B.
+    past: how many rows of history are used. clip: x0 to [-1, 1]. keeps_x0: whether q = 1, p = 0.
+    """
+
+    denoise: Callable
+    clip: bool
+    x: tuple[int, ...]
+    y: tuple[int, ...]
+    past: int
+    keeps_x0: bool
+
+    @classmethod
+    def of(cls, table: Table, denoise: Callable, clip: bool) -> "Update":
+        """Choose what the rows of a table need."""
+        one_state = torch.equal(table.to_x, table.to_y)
+        x = tuple((table.to_x != 0).any(0).nonzero().flatten().tolist())
+        y = () if one_state else tuple((table.to_y != 0).any(0).nonzero().flatten().tolist())
+        past = max([0, *(c - D0 for c in x + y if c < NOISE)])
+        keeps_x0 = bool((table.keep == table.keep.new_tensor([0.0, 1.0])).all())
+        return cls(denoise, clip, x, y, past, keeps_x0)
+
+    @property
+    def shape(self) -> tuple:
+        """Give all that a step depends on beside the denoiser."""
+        return (self.clip, self.x, self.y, self.past, self.keeps_x0)
+
+    @property
+    def random(self) -> bool:
+        return NOISE in self.x + self.y
+
+    def rows(self, table: Table) -> Tensor:
+        """Give (N, M): what `__call__` reads of a row, behind the denoiser's coefficients."""
+        return torch.cat([table.keep, table.to_x[:, self.x], table.to_y[:, self.y]], 1)
+
+    def __call__(self, k: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Give (x', y', kept, x0), without y' where there is one state.
+
+        k: (M,) on the device: 5 of the denoiser, then `rows`. tensors: x, y unless there is one
+        state, `past` rows of the history, noise if random, and the condition.
+        """
+        x, *rest = tensors
+        y = rest.pop(0) if self.y else x
+        history, rest = rest[: self.past], rest[self.past :]
+        noise = rest.pop(0) if self.random else None
+        x0 = self.denoise(y, k[:5], *rest)
+        if self.clip:
+            x0 = x0.clamp(-1, 1) + 0 * x0  # infinity becomes NaN: a picture that is none must show
+        p, q, *weights = k[5:]
+        known = {X: x, Y: y, D0: x0, NOISE: noise}
+        known |= {D0 + 1 + i: past for i, past in enumerate(history)}
+        states = []
+        for columns in filter(None, (self.x, self.y)):
+            terms = [weights.pop(0) * known[column] for column in columns]
+            states.append(sum(terms[1:], terms[0]))
+        return (*states, x0 if self.keeps_x0 else p * y + q * x0, x0)
+
+
+@torch.inference_mode()
+def sample_loop(
+    denoise,
+    x: Tensor,
+    table: Table,
+    *,
+    cond: tuple[Tensor, ...] = (),
+    guided: Callable | None = None,
+    uncond: tuple[Tensor, ...] = (),
+    noise: Callable[[], Tensor] | None = None,
+    clip: bool = True,
+    inpaint: Inpaint | None = None,
+    capture: Callable | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run a table from x at its first level; yields (y', x0) after each row.
+
+    denoise(x, k, *cond) -> x0, each (B, C, H, W), for a row k of its `coefficients(t, alpha,
+        sigma)` (N, 4), which are computed once, in float64 (`objective.Denoiser`), and the weight.
+    guided(x, k, *cond, *uncond) -> x0: runs the rows whose guidance weight is not 1.
+    noise(): fresh (B, C, H, W) noise on x's device; needed by stochastic tables only.
+    capture: makes of a step, a function of tensors, one that does the same (cuda_graph.py); called
+        with the step and a name for what it does.
+    Raises ValueError if the denoiser says nothing at the table's first level, or noise is missing.
+    """
+    known = denoise.coefficients(table.t, *table.levels[:-1].T)
+    if not known.isfinite().all():
+        raise UserError(
+            "where alpha is 0, at the end of a zero-terminal-SNR schedule (rescale_betas_zero_snr, "
+            "or betas near 1), objective eps or edm says nothing about x0: it needs v, x0 or flow, "
+            "or --spacing leading, which leaves that level out"
+        )
+    update = Update.of(table, denoise, clip)
+    if update.random and noise is None:
+        raise ValueError("this table adds noise in its rows; pass noise=")
+    # read on the CPU, before the loop
+    with_noise = (table.to_x[:, NOISE] != 0).tolist()
+    weighted = (table.weight != 1).tolist()
+    waits = (table.to_x != table.to_y).any(1).tolist()  # x, at the level of the evaluation
+    k = torch.cat([known, table.weight[:, None], update.rows(table)], 1)
+    k = k.to(x.device, torch.float32)
+    levels = table.levels.to(x.device, torch.float32)
+    zero = torch.zeros_like(x)
+    runs = {False: (update, cond)}
+    if any(weighted):
+        if guided is None:
+            raise ValueError("this table guides in its rows; pass guided=")
+        runs[True] = (Update.of(table, guided, clip), cond + uncond)
+    if capture is not None:
+        runs = {key: (capture(run, (key, *run.shape)), c) for key, (run, c) in runs.items()}
+    if inpaint is not None:
+        x = inpaint.blend(x, *levels[0])
+    y = x
+    history = [zero] * update.past
+    for i in range(len(table)):
+        run, tensors = runs[weighted[i]]
+        states = (x, y) if update.y else (x,)
+        eps = (noise() if with_noise[i] else zero,) if update.random else ()
+        *states, kept, x0 = run(k[i], *states, *history, *eps, *tensors)
+        x, y = states[0], states[-1]
+        history = [kept, *history][: update.past]
+        if inpaint is not None:
+            # the image itself stays in the end, also where the last row leaves some noise
+            y = inpaint.blend(y, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))
+            x = inpaint.blend(x, *levels[i]) if waits[i] else y
+        yield y, x0
+
+
+def sample(denoise, x: Tensor, table: Table, **options) -> Tensor:
+    """Give the end of `sample_loop`: (B, C, H, W)."""
+    states = sample_loop(denoise, x, table, **options)
+    for x, _ in states:  # noqa: B007
+        pass
+    return x

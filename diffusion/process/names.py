@@ -1,0 +1,41 @@
+"""The names of samplers and spacings, and what each does by default; this imports no torch.
+
+`samplers.SAMPLERS` and `schedule.SPACINGS` have a function for each of them.
+"""
+
+from typing import NamedTuple
+
+
+class SamplerInfo(NamedTuple):
+    """Describe a sampler: what it is called elsewhere, and what it does by default.
+
+    title: the name that other programs write into their pictures.
+    etas: what eta may be set to, from and to. extra: see `schedule.timesteps`.
+    """
+
+    title: str
+    eta: float = 0.0
+    etas: tuple[float, float] = (0, 0)
+    spacing: str = "trailing"
+    extra: int = 0
+
+
+SAMPLERS = {
+    "ddpm": SamplerInfo("DDPM", 1.0, (1, 1)),
+    "ddpm_large": SamplerInfo("DDPM large", 1.0, (1, 1)),
+    "ddim": SamplerInfo("DDIM", 0.0, (0, 1)),
+    "dpmpp_2m": SamplerInfo("DPM++ 2M", extra=1),
+    "dpmpp_2m_sde": SamplerInfo("DPM++ 2M SDE", 1.0, (0, 1), extra=1),
+    "dpmpp_3m": SamplerInfo("DPM++ 3M", extra=1),
+    "dpmpp_3m_sde": SamplerInfo("DPM++ 3M SDE", 1.0, (0, 1), extra=1),
+    "adams4": SamplerInfo("Adams 4"),
+    "deis": SamplerInfo("DEIS"),
+    "unipc2": SamplerInfo("UniPC"),
+    "unipc3": SamplerInfo("UniPC 3"),
+    "ipndm": SamplerInfo("IPNDM"),
+    "heun": SamplerInfo("Heun"),
+    "dpm2": SamplerInfo("DPM2"),
+    "lcm": SamplerInfo("LCM", 1.0, (1, 1)),
+}
+ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
+SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow")

@@ -1,34 +1,37 @@
 """Noise paths, the forward process, its posterior, objectives and the loss against closed forms."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from diffusion.process.loop import sample
 from diffusion.process.objective import (
     LOSSES,
     OBJECTIVES,
     Denoiser,
+    error_ratio,
     gather,
     min_snr_weight,
     p_sample,
     posterior,
     q_sample,
     row,
-    space_weight,
     training_coefficients,
     training_loss,
     x0_coefficients,
 )
-from diffusion.process.samplers import make_table, sample
+from diffusion.process.samplers import make_table
 from diffusion.process.schedule import (
     MAX_BETA,
+    PATHS,
     SCHEDULES,
     SPACINGS,
     NoisePath,
+    make_path,
     make_schedule,
+    spread,
     timesteps,
 )
 
@@ -135,7 +138,7 @@ def test_spacing(steps, spacing, offset, expected):
 def test_steps_are_exact_distinct_and_inside(spacing, zero_snr, steps):
     t = timesteps(make_schedule("cosine", 50, zero_snr), steps, spacing)
     assert len(t) == steps and (t.diff() < 0).all() and t[0] <= 49 and t[-1] >= 0
-    if spacing in ("trailing", "logsnr"):
+    if spacing not in ("leading", "linspace"):
         assert t[0] == 49
 
 
@@ -148,13 +151,16 @@ def test_logsnr_is_uniform():
 
 def test_impossible_spacings_are_refused():
     s = make_schedule("linear", 100)
-    with pytest.raises(ValueError, match="101.* 100"):
-        timesteps(s, 101, "trailing")
     with pytest.raises(ValueError, match="offset"):
         timesteps(s, 100, "leading", offset=1)
     with pytest.raises(ValueError, match="leading, trailing"):
         timesteps(s, 10, "random")
-    assert len(timesteps(s, 150, "logsnr")) == 150
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_more_steps_than_t(spacing):
+    t = timesteps(make_schedule("linear", 100), 150, spacing)
+    assert len(t) == 150 and t[0] == 99 and t[-1] >= 0 and (t.diff() < 0).all()
 
 
 # --- the forward process -----------------------------------------------------------------------
@@ -206,10 +212,24 @@ def test_last_p_sample_adds_no_noise(case):
 
 # --- the loss ------------------------------------------------------------------------------------
 
+DATA_STD = 0.5  # of EDM's preconditioning, and of the closed-form data below
+DATA_MEAN = 0.3
+
+
+def edm_target(alpha, sigma, x0, eps):
+    """(y - c_skip x) / c_out (arXiv:2206.00364, eq. 8), for x / alpha at noise level sigma / alpha."""
+    level = sigma / alpha
+    c_skip = DATA_STD**2 / (level**2 + DATA_STD**2)
+    c_out = level * DATA_STD / (level**2 + DATA_STD**2).sqrt()
+    return (x0 - c_skip * (x0 + level * eps)) / c_out
+
+
 TARGETS = {
     "eps": lambda alpha, sigma, x0, eps: eps,
     "x0": lambda alpha, sigma, x0, eps: x0,
     "v": lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0,
+    "flow": lambda alpha, sigma, x0, eps: eps - x0,
+    "edm": edm_target,
 }
 
 
@@ -253,82 +273,16 @@ def test_unknown_names_are_refused(case):
     s, x0, eps, t = case
     with pytest.raises(ValueError, match="'l3'.*l1, l2, huber"):
         training_loss(None, training_coefficients(s, "v", t), x0, eps, loss="l3")
-    with pytest.raises(ValueError, match="'score'.*eps, x0, v"):
+    with pytest.raises(ValueError, match="'score'.*eps, x0, v, flow, edm"):
         training_coefficients(s, "score", t)
 
 
 # --- any objective on any path -------------------------------------------------------------------
 
-DATA_STD = 0.5  # of EDM's preconditioning, and of the closed-form data below
-DATA_MEAN = 0.3
-
-
-def edm_row(alpha, sigma):
-    """EDM's F (arXiv:2206.00364, eq. 7 and 8), for x / alpha at noise level sigma / alpha."""
-    level = sigma / alpha
-    c_skip = DATA_STD**2 / (level**2 + DATA_STD**2)
-    c_out = level * DATA_STD / (level**2 + DATA_STD**2).sqrt()
-    return (1 - c_skip) / c_out, -c_skip * level / c_out
-
-
-MORE = {
-    "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),
-    "edm": edm_row,
-}
-ALL = [*OBJECTIVES, *MORE]
-
-
-@pytest.fixture
-def more_objectives(monkeypatch):
-    """Two more rows of the table of objectives."""
-    for name, values in MORE.items():
-        monkeypatch.setitem(OBJECTIVES, name, values)
-
-
-def flow_path(T: int = 1000) -> NoisePath:
-    """x_u = (1 - u) x0 + u eps, u = 1 / T ... 1."""
-    u = torch.arange(1, T + 1, dtype=torch.float64) / T
-    return NoisePath(
-        1 - u,
-        u,
-        (1 - u).log() - u.log(),
-        between=lambda lam: (torch.sigmoid(lam), torch.sigmoid(-lam)),
-    )
-
-
-def edm_path(T: int = 1000, low: float = 0.002, high: float = 80.0) -> NoisePath:
-    """EDM's: alpha 1, ln sigma linear in t, trained on a log-normal sigma (table 1)."""
-    first, last = math.log(low), math.log(high)
-    sigma = torch.linspace(first, last, T, dtype=torch.float64).exp()
-
-    def inputs(t, alpha, sigma):
-        return 1 / (sigma**2 + DATA_STD**2).sqrt(), sigma.log() / 4
-
-    def quantile(u):
-        wanted = -1.2 + 1.2 * torch.special.ndtri(u)
-        return ((wanted - first) / (last - first)).clamp(0, 1) * (T - 1)
-
-    return NoisePath(
-        torch.ones_like(sigma),
-        sigma,
-        -sigma.log(),
-        between=lambda lam: (torch.ones_like(lam), torch.exp(-lam)),
-        inputs=inputs,
-        quantile=quantile,
-        prior_std=high,
-    )
-
-
-PATHS = {
-    "variance preserving": partial(make_schedule, "cosine", 1000),
-    "flow": flow_path,
-    "edm": edm_path,
-}
-
 
 @pytest.fixture(params=PATHS)
 def path(request) -> NoisePath:
-    return PATHS[request.param]()
+    return make_path(request.param, 1000, "v")
 
 
 @pytest.fixture
@@ -345,45 +299,33 @@ def test_real_valued_t_of_every_path(path):
     t = torch.tensor([0.0, 3.0, 420.25, len(path) - 2.0], dtype=torch.float64)
     alpha, sigma = path.at(t)
     assert_close(alpha[1], path.alpha[3], rtol=0, atol=0)
-    lam = (alpha / sigma).log()
-    assert_close(lam[2], 0.75 * path.lam[420] + 0.25 * path.lam[421], **EXACT)
-    assert_close(path.t_of(lam), t, rtol=1e-7, atol=1e-7)
+    assert path.lam[421] < (alpha / sigma).log()[2] < path.lam[420]
+    assert_close(path.t_of((alpha / sigma).log()), t, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", ALL)
-def test_any_output_gives_x0(more_objectives, somewhere, objective):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_any_output_gives_x0(path, somewhere, objective):
     alpha, sigma, x0, eps, x_t = somewhere
-    a, b = row(objective, alpha, sigma)
-    c_x, c_out = x0_coefficients(objective, alpha, sigma)
-    assert_close(c_x * x_t + c_out * (a * x0 + b * eps), x0, rtol=0, atol=1e-9)
-    if objective in TARGETS:
-        assert_close(a * x0 + b * eps, TARGETS[objective](alpha, sigma, x0, eps), **EXACT)
+    a, b = row(path, objective, alpha, sigma)
+    target = TARGETS[objective](alpha, sigma, x0, eps)
+    assert_close(a * x0 + b * eps, target, rtol=1e-12, atol=1e-12)
+    c_x, c_out = x0_coefficients(path, objective, alpha, sigma)
+    assert_close(c_x * x_t + c_out * target, x0, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("space", ALL)
-@pytest.mark.parametrize("objective", ALL)
-def test_a_loss_in_any_space_is_the_networks_own_weighted(
-    more_objectives, somewhere, objective, space
-):
+@pytest.mark.parametrize("space", OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_in_any_space_is_the_networks_own_weighted(path, somewhere, objective, space):
     alpha, sigma, x0, eps, x_t = somewhere
-    a, b = row(objective, alpha, sigma)
-    target = a * x0 + b * eps
+    target = TARGETS[objective](alpha, sigma, x0, eps)
     out = target + 0.1 * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-    c_x, c_out = x0_coefficients(objective, alpha, sigma)
+    c_x, c_out = x0_coefficients(path, objective, alpha, sigma)
     their_x0 = c_x * x_t + c_out * out
     their_eps = (x_t - alpha * their_x0) / sigma
-    a, b = row(space, alpha, sigma)
-    direct = (a * their_x0 + b * their_eps - (a * x0 + b * eps)) ** 2
-    weighted = space_weight(objective, space, alpha, sigma) * (out - target) ** 2
-    assert_close(weighted, direct, rtol=1e-7, atol=1e-9 * float(direct.max()))
-
-
-def test_edms_own_weight_is_the_loss_of_its_row(more_objectives, somewhere):
-    """(sigma^2 + s^2) / (sigma s)^2 of the error of x0 (table 1)."""
-    alpha, sigma, *_ = somewhere
-    level = sigma / alpha
-    expected = (level**2 + DATA_STD**2) / (level * DATA_STD) ** 2
-    assert_close(space_weight("x0", "edm", alpha, sigma), expected, rtol=1e-9, atol=0)
+    of = TARGETS[space]
+    direct = of(alpha, sigma, their_x0, their_eps) - of(alpha, sigma, x0, eps)
+    weighted = error_ratio(path, objective, space, alpha, sigma) * (out - target).abs()
+    assert_close(weighted, direct.abs(), rtol=0, atol=1e-12 * float(direct.abs().max()))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -396,9 +338,10 @@ def test_min_snr_weights(gamma):
         "v": snr.clamp(max=gamma) / (snr + 1),
         "x0": snr.clamp(max=gamma),
     }
-    assert expected.keys() == OBJECTIVES.keys()
+    path = make_schedule("cosine", 10)
     for objective, weight in expected.items():
-        assert_close(min_snr_weight(objective, alpha, sigma, gamma), weight, **EXACT)
+        found = min_snr_weight(path, objective, alpha, sigma, gamma)
+        assert_close(found, weight, **EXACT)
     assert [float(weight[0]) for weight in expected.values()] == [1, 0, 0]
 
 
@@ -410,7 +353,7 @@ def ideal(path: NoisePath, objective: str):
 
     It knows its level from c_noise alone, as a trained one does.
     """
-    _, known = path.inputs(torch.arange(len(path)).double(), path.alpha, path.sigma)
+    _, known = path.network_inputs(torch.arange(len(path)).double(), path.alpha, path.sigma)
 
     def network(scaled, c_noise, cond=None):
         t = torch.searchsorted(known, c_noise.double().contiguous()).clamp(1, len(path) - 1)
@@ -418,20 +361,20 @@ def ideal(path: NoisePath, objective: str):
         t = t - 1 + ((c_noise.double() - low) / (high - low)).clamp(0, 1)
         t = torch.where((t - t.round()).abs() < 1e-3, t.round(), t)  # c_noise was float32
         alpha, sigma = path.at(t)
-        c_in, _ = path.inputs(t, alpha, sigma)
+        c_in, _ = path.network_inputs(t, alpha, sigma)
         alpha, sigma, c_in = (v.view(-1, 1, 1, 1) for v in (alpha, sigma, c_in))
         x = scaled.double() / c_in
         variance = alpha**2 * DATA_STD**2 + sigma**2
         x0 = DATA_MEAN + alpha * DATA_STD**2 / variance * (x - alpha * DATA_MEAN)
-        a, b = row(objective, alpha, sigma)
+        a, b = row(path, objective, alpha, sigma)
         return a * x0 + b * (x - alpha * x0) / sigma
 
     return network
 
 
 ON_PATHS = [
-    ("variance preserving", "v"),
-    ("variance preserving", "edm"),
+    ("vp", "v"),
+    ("vp", "edm"),
     ("flow", "flow"),
     ("flow", "v"),
     ("edm", "edm"),
@@ -440,9 +383,9 @@ ON_PATHS = [
 
 
 @pytest.mark.parametrize("name, objective", ON_PATHS)
-def test_the_loss_of_an_ideal_network(more_objectives, name, objective):
+def test_the_loss_of_an_ideal_network(name, objective):
     """Var(x0 | x_t), in the space of the objective; t is drawn as the path says."""
-    path = PATHS[name]()
+    path = make_path(name, 1000, objective)
     g = torch.Generator().manual_seed(0)
     t = path.sample_t(40, g).double()
     t = t.clamp(1, 0.98 * len(path))  # at the ends float32 cancels
@@ -452,27 +395,28 @@ def test_the_loss_of_an_ideal_network(more_objectives, name, objective):
     found = training_loss(ideal(path, objective), levels, x0, eps).double()
     alpha, sigma = path.at(t)
     variance = DATA_STD**2 * sigma**2 / (alpha**2 * DATA_STD**2 + sigma**2)
-    expected = variance * space_weight("x0", objective, alpha, sigma)
+    expected = variance * error_ratio(path, "x0", objective, alpha, sigma) ** 2
     assert_close(found / expected, torch.ones(40).double(), rtol=0, atol=0.12)
     assert_close((found / expected).mean().item(), 1.0, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("sampler, steps", [("ddim", 400), ("dpmpp_2m", 50), ("dpmpp_2m_sde", 100)])
 @pytest.mark.parametrize("name, objective", ON_PATHS)
-def test_an_ideal_network_samples_its_data(more_objectives, name, objective, sampler, steps):
-    path = PATHS[name]()
+def test_an_ideal_network_samples_its_data(name, objective, sampler, steps):
+    path = make_path(name, 1000, objective)
     g = torch.Generator().manual_seed(2)
     draw = lambda: torch.randn(8, 1, 40, 40, generator=g)
     denoise = Denoiser(ideal(path, objective), path, objective)
     table = make_table(path, sampler, steps, spacing="logsnr")
-    x = sample(denoise, path.prior_std * draw(), table, noise=draw, clip=False)
+    start = path.prior_std(*table.levels[0].tolist())
+    x = sample(denoise, start * draw(), table, noise=draw, clip=False)
     assert_close(x.mean().item(), DATA_MEAN, rtol=0, atol=0.02)
     assert_close(x.std().item(), DATA_STD, rtol=0.03, atol=0)
 
 
-def test_a_quantile_spreads_training_over_the_levels():
+def test_training_draws_t_as_its_quantile_says():
     """EDM's log-normal: the median is exp(-1.2), one deviation is 1.2; all of it, evenly."""
-    path = edm_path()
+    path = spread(make_path("edm", 1000, "edm"), "lognormal", -1.2, 1.2)
     drawn = path.sample_t(20_000, torch.Generator().manual_seed(0))
     even = path.stratified_t(torch.randperm(2000, generator=torch.Generator().manual_seed(0)), 2000)
     for t, tolerance in ((drawn, 0.03), (even, 0.005)):
@@ -512,5 +456,5 @@ def test_schedules_and_posterior_are_lucidrains(name):
     their_mean, their_variance, _ = theirs.q_posterior(x0, x_t, t)
     assert_close(mean, their_mean, rtol=1e-3, atol=1e-4)
     assert_close(variance, their_variance, rtol=1e-3, atol=1e-7)
-    a, b = (v.float().view(-1, 1, 1, 1) for v in row("v", s.alpha[t], s.sigma[t]))
+    a, b = (v.float().view(-1, 1, 1, 1) for v in row(s, "v", s.alpha[t], s.sigma[t]))
     assert_close(a * x0 + b * eps, theirs.predict_v(x0, t, eps), rtol=1e-4, atol=1e-5)

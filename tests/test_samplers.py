@@ -8,17 +8,11 @@ from torch.testing import assert_close
 
 from diffusion.models.build import for_inference
 from diffusion.models.cond import Cond
-from diffusion.process import samplers
-from diffusion.process.objective import OBJECTIVES, Denoiser, p_sample
-from diffusion.process.samplers import (
-    Inpaint,
-    Table,
-    guided,
-    make_table,
-    sample,
-    sample_loop,
-)
-from diffusion.process.schedule import make_schedule
+from diffusion.process import names, samplers, schedule
+from diffusion.process.loop import Inpaint, Update, guided, sample, sample_loop
+from diffusion.process.objective import Denoiser, p_sample
+from diffusion.process.samplers import D0, NOISE, Table, make_table
+from diffusion.process.schedule import make_path, make_schedule
 
 
 def toy_x0(x, alpha, sigma, mean=0.3, std=0.5):
@@ -28,13 +22,16 @@ def toy_x0(x, alpha, sigma, mean=0.3, std=0.5):
 
 
 def run(table: Table, x, denoiser=toy_x0, noise=None):
-    """The table in float64, straight from the definition in samplers.py."""
-    x0_prev, states = torch.zeros_like(x), [x]
-    for i, (k_x, k_x0, k_prev, k_eps) in enumerate(table.rows):
-        x0 = denoiser(x, *table.levels[i])
-        x = k_x * x + k_x0 * x0 + k_prev * x0_prev + k_eps * (0 if noise is None else noise[i])
-        x0_prev = x0
-        states.append(x)
+    """The table in float64, straight from the definition in samplers.py: every y."""
+    zero = torch.zeros_like(x)
+    y, history, states = x, [zero] * samplers.HISTORY, [x]
+    for i, (alpha, sigma) in enumerate(table.levels[:-1]):
+        d0 = denoiser(y, alpha, sigma)
+        p, q = table.keep[i]
+        known = [x, y, d0, *history, zero if noise is None else noise[i]]
+        history = [p * y + q * d0, *history][: samplers.HISTORY]
+        x, y = (sum(map(torch.mul, row, known)) for row in (table.to_x[i], table.to_y[i]))
+        states.append(y)
     return states
 
 
@@ -62,11 +59,11 @@ def test_ddpm_is_p_sample(x):
 
 def test_ddpm_large_has_variance_beta():
     s = make_schedule("linear", 60)
-    small, large = (make_table(s, name, 60).rows for name in ("ddpm", "ddpm_large"))
-    assert_close(small[:, :3], large[:, :3], rtol=0, atol=0)
+    small, large = (make_table(s, name, 60).to_x for name in ("ddpm", "ddpm_large"))
+    assert_close(small[:, :NOISE], large[:, :NOISE], rtol=0, atol=0)
     beta = (1 - s.alpha_bar[1:] / s.alpha_bar[:-1]).flip(0)  # DDPM eq. 4
-    assert_close(large[:-1, 3] ** 2, beta, rtol=1e-10, atol=1e-12)
-    assert large[-1, 3] == 0 and (large[:-1, 3] > small[:-1, 3]).all()
+    assert_close(large[:-1, NOISE] ** 2, beta, rtol=1e-10, atol=1e-12)
+    assert large[-1, NOISE] == 0 and (large[:-1, NOISE] > small[:-1, NOISE]).all()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -136,14 +133,36 @@ def test_stochastic_samplers_reach_the_data():
         assert_close(end.std().item(), 0.5, rtol=0.04, atol=0)
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace", "logsnr"])
-@pytest.mark.parametrize("steps", [1, 2, 13, 30])
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_tables_are_finite_and_exact_in_number(name, spacing, steps, zero_snr):
-    table = make_table(make_schedule("cosine", 50, zero_snr), name, steps, spacing=spacing)
-    assert len(table) == steps and table.rows.isfinite().all() and table.levels.isfinite().all()
-    assert table.levels[-1].tolist() == [1, 0] and table.rows[-1].tolist()[3] == 0
+def rows(table: Table) -> torch.Tensor:
+    return torch.cat([table.to_x, table.to_y, table.keep], 1)
+
+
+ENDLESS = dict(  # paths whose last alpha is 0, and one whose is not
+    vp=lambda: make_schedule("cosine", 50),
+    zero_snr=lambda: make_schedule("cosine", 50, zero_snr=True),
+    flow=lambda: make_path("flow", 50, "v"),
+    edm=lambda: make_path("edm", 50, "edm"),
+)
+
+
+@pytest.mark.parametrize("name", names.SAMPLERS)
+@pytest.mark.parametrize("spacing", names.SPACINGS)
+@pytest.mark.parametrize("path", ENDLESS)
+def test_tables_are_finite_and_exact_in_number(name, spacing, path):
+    """N evaluations for N steps, even or odd, also beyond T, from any end; the last adds none."""
+    path = ENDLESS[path]()
+    for steps in (1, 2, 3, 13, 30, 121):
+        table = make_table(path, name, steps, spacing=spacing)
+        assert len(table) == steps and rows(table).isfinite().all()
+        assert table.levels[-1].tolist() == [1, 0] and table.levels.isfinite().all()
+        assert table.to_y[-1, NOISE] == 0
+
+
+def test_every_name_has_its_function():
+    """The names are in a file that imports no torch."""
+    assert names.SAMPLERS.keys() == samplers.MAKERS.keys()
+    assert names.SPACINGS == tuple(schedule.SPACINGS)
+    assert set(names.ALIASES.values()) <= names.SAMPLERS.keys()
 
 
 # --- diffusers ------------------------------------------------------------------------------------
@@ -259,13 +278,14 @@ def denoiser(schedule, objective) -> Denoiser:
         alpha, sigma = (v.float().view(-1, 1, 1, 1) for v in schedule.at(t.double()))
         x0 = toy_x0(x, alpha, sigma)
         eps = (x - alpha * x0) / sigma
-        return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[objective]
+        targets = {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+        return targets[objective]
 
     return Denoiser(network, schedule, objective)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("objective", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("name", names.SAMPLERS)
 def test_loop_runs_the_table(x, name, objective):
     s = make_schedule("linear", 100)
     table, noise = make_table(s, name, 25), draws(25, x)
@@ -291,15 +311,17 @@ def test_missing_noise_and_impossible_objective_are_refused(x):
     v, eps = (Denoiser(lambda x, t: x, s, objective) for objective in ("v", "eps"))
     with pytest.raises(ValueError, match="noise="):
         sample(v, x.float(), make_table(s, "ddpm", 10))
-    with pytest.raises(ValueError, match="objective v or x0"):
+    with pytest.raises(ValueError, match="eps.*needs v, x0 or flow"):
         sample(eps, x.float(), make_table(s, "ddim", 10))
     with pytest.raises(ValueError, match="ddpm, ddpm_large"):
-        make_table(s, "euler", 10)
+        make_table(s, "eulre", 10)
     with pytest.raises(ValueError, match="eta"):
         make_table(s, "ddim", 10, eta=1.5)
+    with pytest.raises(ValueError, match="churn.*heun"):
+        make_table(s, "ddim", 10, churn=1.0)
 
 
-def test_guidance_scale_one_is_conditional(x):
+def test_guidance_moves_away_from_the_unconditional(x):
     x = x.float()
     calls = []
 
@@ -308,21 +330,23 @@ def test_guidance_scale_one_is_conditional(x):
         return x * cond.view(-1, 1, 1, 1)
 
     cond, uncond, t = torch.full((4,), 2.0), torch.full((4,), 0.5), torch.zeros(4)
-    assert_close(guided(model, 1.0)(x, t, cond), 2 * x)
-    assert_close(guided(model, 0.0)(x, t, cond, uncond), 0.5 * x)
-    assert_close(guided(model, 3.0)(x, t, cond, uncond), (0.5 + 3 * 1.5) * x)
-    assert_close(guided(model, 3.0, batched=False)(x, t, cond, uncond), (0.5 + 3 * 1.5) * x)
-    assert calls == [4, 8, 8, 4, 4]
-    rescaled = guided(model, 3.0, rescale=1.0)(x, t, cond, uncond)
+    assert_close(guided(model)(x, t, 1.0, cond, uncond), 2 * x)
+    assert_close(guided(model)(x, t, 0.0, cond, uncond), 0.5 * x)
+    assert_close(guided(model)(x, t, 3.0, cond, uncond), (0.5 + 3 * 1.5) * x)
+    assert_close(guided(model, batched=False)(x, t, 3.0, cond, uncond), (0.5 + 3 * 1.5) * x)
+    assert calls == [8, 8, 8, 4, 4]
+    rescaled = guided(model, rescale=1.0)(x, t, 3.0, cond, uncond)
     assert_close(rescaled.std((1, 2, 3)), (2 * x).std((1, 2, 3)))
+    worse = guided(model, guide=lambda x, t, cond: 0.1 * x)
+    assert_close(worse(x, t, 3.0, cond, cond), (0.1 + 3 * 1.9) * x)
 
 
 def test_image_to_image_starts_later(x):
     s = make_schedule("linear", 1000)
     complete, late = make_table(s, "dpmpp_2m", 20), make_table(s, "dpmpp_2m", 20, strength=0.5)
     assert len(late) == 10 and late.t.tolist() == complete.t[10:].tolist()
-    assert late.rows[0, 2] == 0, "no x0 stands before the first row that is run"
-    assert_close(late.rows[1:], complete.rows[11:], rtol=0, atol=0)
+    assert (late.to_x[0, D0 + 1 :] == 0).all(), "no x0 stands before the first row that is run"
+    assert_close(late.to_x[1:], complete.to_x[11:], rtol=0, atol=0)
     with pytest.raises(ValueError, match="strength"):
         make_table(s, "ddim", 20, strength=0.01)
 
@@ -363,15 +387,19 @@ def test_step_reads_nothing_and_compiles_whole(x):
     table = make_table(s, "ddim", 10)
     zeros = torch.zeros(4, 3, 4, 4)
     labels = (torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
-    for ready, scale, rescale in ((unet, 3.0, 0.7), (for_inference(unet), 3.0, 0.0)):
-        network = lambda x, t, label, ready=ready: ready(x, t, Cond(labels=label))
-        denoise = Denoiser(guided(network, scale, rescale), s, "v")
-        known = denoise.coefficients(table.t, *table.levels[:-1].T)
-        k = torch.cat([known, table.rows], 1)[3].float()
-        args = (denoise, True, x.float(), zeros, zeros, k, *labels)
-        with torch.inference_mode(), NoReads():
-            eager = samplers.step(*args)
-        torch._dynamo.reset()  # else torch 2.6 takes the scales, which differ, for inputs
-        compiled = torch.compile(samplers.step, fullgraph=True, backend="eager")
-        with torch.inference_mode():
-            assert_close(compiled(*args), eager)
+    for name in ("ddim", "unipc3", "dpmpp_3m_sde"):
+        table = make_table(s, name, 10).guided(3.0)
+        for ready, rescale in ((unet, 0.7), (for_inference(unet), 0.0)):
+            network = lambda x, t, label, ready=ready: ready(x, t, Cond(labels=label))
+            denoise = Denoiser(guided(network, rescale=rescale), s, "v", weighted=True)
+            update = Update.of(table, denoise, clip=True)
+            known = denoise.coefficients(table.t, *table.levels[:-1].T)
+            k = torch.cat([known, table.weight[:, None], update.rows(table)], 1)[3].float()
+            states = [x.float()] * (2 if update.y else 1)
+            args = (k, *states, *[zeros] * update.past, *[zeros] * update.random, *labels)
+            with torch.inference_mode(), NoReads():
+                eager = update(*args)
+            torch._dynamo.reset()
+            compiled = torch.compile(update.__call__, fullgraph=True, backend="eager")
+            with torch.inference_mode():
+                assert_close(compiled(*args), eager)

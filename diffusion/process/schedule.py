@@ -33,7 +33,8 @@ class NoisePath:
     """Describe a noise path x_t = alpha_t x0 + sigma_t eps.
 
     alpha, sigma, lam: (T,) float64 at the integer t; lam may be -inf at the last one.
-    formula: t -> (alpha, sigma) at real-valued t; None: variance-preserving, lam linear between.
+    formula: t -> (alpha, sigma) at real-valued t; None: variance-preserving, lam linear between,
+        or, towards an infinite one, alpha / sigma.
     inverse: lam -> t, where there is a formula.
     inputs: (t, alpha, sigma) -> (c_in, c_noise); the network is called with c_in x_t and c_noise;
         None: with x_t and t themselves.
@@ -72,8 +73,10 @@ class NoisePath:
         low = t.floor().long().clamp(0, len(self) - 1)
         high = (low + 1).clamp(max=len(self) - 1)
         frac = t - low
-        alpha, sigma = vp_levels(self.lam[low] + frac * (self.lam[high] - self.lam[low]))
-        exact = frac == 0  # also where lam is infinite
+        step = self.lam[high] - self.lam[low]
+        step = torch.where(step.isfinite(), frac * step, torch.log1p(-frac))
+        alpha, sigma = vp_levels(self.lam[low] + step)
+        exact = frac == 0
         return torch.where(exact, self.alpha[low], alpha), torch.where(
             exact, self.sigma[low], sigma
         )
@@ -84,14 +87,15 @@ class NoisePath:
             return self.inverse(lam)
         high = torch.searchsorted(-self.lam, -lam).clamp(1, len(self) - 1)
         low = high - 1
-        return low + (self.lam[low] - lam) / (self.lam[low] - self.lam[high])
+        step = self.lam[high] - self.lam[low]
+        rest = lam - self.lam[low]
+        return low + torch.where(step.isfinite(), rest / step, -torch.expm1(rest))
 
     def nearest_t(self, lam: Tensor) -> Tensor:
         """Give `t_of` the path's level that is nearest to lam, which may lie beyond its ends."""
         if self.inverse is not None:
             return self.inverse(lam).clamp(0, len(self) - 1)
-        finite = self.lam[self.lam.isfinite()]
-        return self.t_of(lam.clamp(finite[-1], finite[0]))
+        return self.t_of(lam.clamp(self.lam[-1], self.lam[0]))
 
     def network_inputs(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Give (c_in, c_noise) at levels of t, each (N,) float64."""
@@ -371,8 +375,9 @@ def _logsnr(
 
 def _flow(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
     """Space the flow's u = sigma / (alpha + sigma) uniformly from its last value to 0, shifted."""
-    last = torch.sigmoid(-schedule.lam[-1])
-    u = last * torch.arange(1, points + 1, dtype=torch.float64) / points
+    ends = torch.sigmoid(-schedule.lam[[0, -1]])
+    first, last = (ends / (shift - (shift - 1) * ends)).tolist()  # what is shifted to the ends
+    u = torch.linspace(max(first, last / points), last, points, dtype=torch.float64)
     u = shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206, eq. 23
     t = schedule.nearest_t(-torch.logit(u))
     t[-1] = len(schedule) - 1.0

@@ -1,9 +1,11 @@
 """Noise paths, the forward process, its posterior, objectives and the loss against closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from mixture import velocity, x0_mean
 from torch.testing import assert_close
 
 from diffusion.process.loop import sample
@@ -22,7 +24,7 @@ from diffusion.process.objective import (
     training_loss,
     x0_coefficients,
 )
-from diffusion.process.samplers import make_table
+from diffusion.process.samplers import dpmpp, make_table
 from diffusion.process.schedule import (
     MAX_BETA,
     PATHS,
@@ -31,6 +33,7 @@ from diffusion.process.schedule import (
     NoisePath,
     make_path,
     make_schedule,
+    reinterpret,
     spread,
     timesteps,
 )
@@ -412,6 +415,184 @@ def test_an_ideal_network_samples_its_data(name, objective, sampler, steps):
     x = sample(denoise, start * draw(), table, noise=draw, clip=False)
     assert_close(x.mean().item(), DATA_MEAN, rtol=0, atol=0.02)
     assert_close(x.std().item(), DATA_STD, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("name", ["flow", "edm"])
+@pytest.mark.parametrize("objective", ["eps", "v"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_vp_network_read_on_another_path_makes_its_own_pictures(name, objective, zero_snr):
+    """At equal log-SNR: Stable Diffusion as a flow (arXiv:2506.02221)."""
+    if zero_snr and objective == "eps":
+        return
+    base = make_schedule("scaled_linear", 1000, zero_snr)
+    path = reinterpret(base, name)
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    lam = torch.linspace(-2, 3, 12, dtype=torch.float64)
+
+    def network(x, t):
+        """What a VP network says, which is given its own levels only."""
+        alpha, sigma = (v.view(-1, 1) for v in base.at(t.double()))
+        x = x.double()
+        assert ((t >= 0) & (t <= 999)).all()
+        x0 = x0_mean(x, alpha[0], sigma[0])
+        return TARGETS[objective](alpha, sigma, x0, (x - alpha * x0) / sigma)
+
+    ends = []
+    for p in (base, path):
+        t = p.t_of(lam)
+        levels = torch.cat([torch.stack(p.at(t), 1), torch.tensor([[1.0, 0.0]]).double()])
+        assert_close((levels[:-1, 0] / levels[:-1, 1]).log(), lam, rtol=0, atol=1e-9)
+        table = make_table(base, "dpmpp_2m", 12)
+        rows = dpmpp(levels)
+        table = replace(table, t=t, levels=levels, to_x=rows.to_x, to_y=rows.to_y)
+        start = x * p.prior_std(*levels[0].tolist())
+        ends.append(sample(Denoiser(network, p, objective), start, table, clip=False))
+    assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    low, high = path.lam[[-1, 0]]
+    finite = base.lam[base.lam.isfinite()]
+    assert_close(torch.stack([low, high]), finite[[-1, 0]], rtol=1e-9, atol=1e-9)
+
+
+def test_a_networks_own_loss_on_another_path_is_given_what_it_knows():
+    """x_t is the flow's; the network gets it at its own level, and its own target."""
+    base = make_schedule("scaled_linear", 1000)
+    path = reinterpret(base, "flow")
+    t = torch.tensor([0.0, 250.5, 999.0])
+    alpha, sigma, c_in, c_noise, a, b, weight = training_coefficients(
+        path, "v", t, loss_space="flow", t_eps=0.0
+    ).double()
+    assert_close(alpha + sigma, torch.ones(3).double(), rtol=0, atol=1e-6)
+    vp_alpha, vp_sigma = base.at(base.t_of((alpha / sigma).log()))
+    assert_close(c_in * alpha, vp_alpha, rtol=1e-4, atol=1e-5)
+    assert_close(base.at(c_noise)[0], vp_alpha, rtol=1e-4, atol=1e-5)
+    assert_close(torch.stack([a, b]), torch.stack([-vp_sigma, vp_alpha]), rtol=1e-4, atol=1e-5)
+    x0, eps = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = alpha * x0 + sigma * eps
+    out = a * x0 + b * eps + 0.01
+    c_x, c_out = x0_coefficients(path, "v", alpha, sigma)
+    their_x0 = c_x * x_t + c_out * out
+    error = (x_t - their_x0) / sigma - (eps - x0)  # of the velocity, (x - x0) / sigma
+    assert_close(weight, (error / 0.01) ** 2, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_noise_starts_with_the_deviation_of_its_level(name):
+    """Of all noise where nothing is left of the image; VP: 1, as it was trained."""
+    path = make_path(name, 1000, "v")
+    for sampler in ("ddim", "heun"):
+        alpha, sigma = make_table(path, sampler, 10, spacing="logsnr").levels[0].tolist()
+        expected = {"vp": 1, "flow": 1, "edm": 80}[name]
+        assert path.prior_std(alpha, sigma) == pytest.approx(expected, abs=1e-9)
+    late = make_table(path, "ddim", 10, spacing="leading").levels[0].tolist()
+    assert path.prior_std(*late) == (1 if name == "vp" else late[1])
+
+
+def test_a_path_where_eps_says_nothing_starts_above():
+    for objective, last in (("eps", 0.999), ("edm", 0.999), ("v", 1), ("x0", 1), ("flow", 1)):
+        path = make_path("flow", 1000, objective)
+        assert float(path.sigma[-1]) == pytest.approx(last, abs=1e-12)
+        c_x, c_out = x0_coefficients(path, objective, path.alpha, path.sigma)
+        assert c_x.isfinite().all() and c_out.isfinite().all()
+
+
+# --- published formulas ----------------------------------------------------------------------------
+
+
+def toy_network(x, c_noise, cond=None):
+    return torch.tanh(x) * (1 + c_noise.view(-1, 1, 1, 1)) - 0.3
+
+
+def test_edms_denoiser_and_loss_are_its_formulas():
+    """arXiv:2206.00364, table 1: D(x; sigma) of F, and lambda(sigma) |D(y + n) - y|^2."""
+    path = make_path("edm", 1000, "edm", sigma_data=0.6)
+    g = torch.Generator().manual_seed(0)
+    y, n = (torch.randn(6, 3, 4, 4, generator=g) for _ in range(2))
+    t = torch.linspace(0, 999, 6, dtype=torch.float64)
+    sigma = 0.002 * (80 / 0.002) ** (t / 999)
+    s = 0.6
+    c_skip = s**2 / (sigma**2 + s**2)
+    c_out = sigma * s / (s**2 + sigma**2).sqrt()
+    c_in = 1 / (s**2 + sigma**2).sqrt()
+    c_noise = sigma.log() / 4
+    weight = (sigma**2 + s**2) / (sigma * s) ** 2
+    wide = lambda v: v.float().view(-1, 1, 1, 1)
+    x = y + wide(sigma) * n
+    D = wide(c_skip) * x + wide(c_out) * toy_network(wide(c_in) * x, c_noise.float())
+    alpha, _ = path.at(t)
+    k = Denoiser(toy_network, path, "edm").coefficients(t, alpha, sigma)
+    for i in range(6):
+        row = torch.cat([k[i], torch.ones(1)]).float()
+        found = Denoiser(toy_network, path, "edm")(x[i : i + 1], row)
+        assert_close(found, D[i : i + 1], rtol=1e-5, atol=1e-5)
+    loss = training_loss(toy_network, training_coefficients(path, "edm", t), y, n)
+    expected = weight.float() * ((D - y) ** 2).mean((1, 2, 3))
+    assert_close(loss[1:], expected[1:], rtol=1e-4, atol=1e-5)  # at the first, float32 cancels
+
+
+def test_a_flows_velocity_is_that_of_a_mixture():
+    """E[eps - x0 | x_u], from the predicted x0, is dx/du of the mixture."""
+    path = make_path("flow", 1000, "flow")
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in (50.0, 400.25, 900.0):
+        alpha, sigma = path.at(torch.tensor([t]))
+        out = velocity(x, sigma)
+        c_x, c_out = x0_coefficients(path, "flow", alpha, sigma)
+        assert_close(c_x * x + c_out * out, x0_mean(x, alpha, sigma), rtol=0, atol=1e-12)
+
+
+def test_t_eps_bounds_the_denominator_of_jit():
+    """arXiv:2511.13720: v = (x0 - z) / max(1 - t, 0.05), of what is predicted and of the truth."""
+    path = make_path("flow", 1000, "x0")
+    alpha, sigma = path.at(torch.tensor([0.0, 20.0, 49.0, 50.0, 500.0, 999.0]))
+    found = error_ratio(path, "x0", "flow", alpha, sigma, t_eps=0.05)
+    assert_close(found, 1 / sigma.clamp(min=0.05), **EXACT)
+    weight = training_coefficients(path, "x0", torch.tensor([3.0]), loss_space="flow")[-1]
+    assert weight.item() == pytest.approx(400)
+    weight = training_coefficients(path, "x0", torch.tensor([3.0]), loss_space="flow", power=1)[-1]
+    assert weight.item() == pytest.approx(20)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("mean, std, shift", [(0.0, 1.0, 1.0), (-0.8, 0.8, 1.0), (0.2, 0.5, 3.0)])
+def test_noise_levels_are_normal_and_shifted(name, mean, std, shift):
+    """ln(sigma / alpha) has this mean and deviation; a flow's u is then logit-normal."""
+    for dist in ("lognormal", "logit_normal"):
+        path = spread(make_path(name, 1000, "v"), dist, mean, std, shift)
+        u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+        alpha, sigma = path.at(path.quantile(u))
+        ratio = (sigma / alpha).log()
+        assert ratio.mean().item() == pytest.approx(mean + math.log(shift), abs=0.01)
+        assert ratio.std().item() == pytest.approx(std, abs=0.01)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_a_shift_moves_uniform_times(name, shift):
+    """u' = s u / (1 + (s - 1) u) (arXiv:2403.03206, eq. 23), and stays within the path's ends."""
+    plain = make_path(name, 1000, "v")
+    u = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
+    t = plain.stratified_t(1000 * u - 0.5, 1000)
+    alpha, sigma = plain.at(t.double())
+    time = sigma / (alpha + sigma)
+    expected = shift * time / (1 + (shift - 1) * time)
+    alpha, sigma = plain.at(
+        spread(plain, "uniform", shift=shift).stratified_t(1000 * u - 0.5, 1000)
+    )
+    inside = (sigma / alpha).log().abs() < plain.lam[[0, -1]].abs().min() - 0.01
+    assert_close((sigma / (alpha + sigma))[inside], expected[inside], rtol=0, atol=4e-3)
+    assert inside.sum() >= 2
+
+
+def test_flow_spacing_is_uniform_in_its_time():
+    """From 1 to 1 / N, then shifted; on another path between its ends."""
+    path = make_path("flow", 1000, "flow")
+    for shift in (1.0, 3.0):
+        u = torch.arange(10, 0, -1).double() / 10
+        expected = shift * u / (1 + (shift - 1) * u)
+        assert_close(path.at(timesteps(path, 10, "flow", shift=shift))[1], expected, **EXACT)
+        vp = make_schedule("scaled_linear", 1000)
+        t = timesteps(vp, 100, "flow", shift=shift)
+        assert t[0] == 999 and (t.diff() < 0).all() and len(t) == 100
 
 
 def test_training_draws_t_as_its_quantile_says():

@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from diffusion.config import Config
 from diffusion.models.build import for_inference
 from diffusion.models.cond import Cond
+from diffusion.models.unet import UNet
 from diffusion.process import names, samplers, schedule
 from diffusion.process.loop import Inpaint, Update, guided, sample, sample_loop
 from diffusion.process.objective import Denoiser, p_sample
 from diffusion.process.samplers import D0, NOISE, Table, make_table
 from diffusion.process.schedule import make_path, make_schedule
+from diffusion.sampling.pipeline import Pipeline
 
 
 def toy_x0(x, alpha, sigma, mean=0.3, std=0.5):
@@ -368,6 +371,66 @@ def test_inpainting_keeps_what_the_mask_keeps(x):
     assert_close(seen[4][..., 2:], (a * known + b * noise)[..., 2:])
 
 
+@pytest.mark.parametrize("name", ["heun", "dpm2", "unipc3"])
+def test_inpainting_blends_each_state_at_its_own_level(x, name):
+    """The x that waits stands where the evaluation before was made, y where the next one is."""
+    s = make_schedule("linear", 100)
+    known, noise = draws(2, x.float())
+    kept = torch.zeros(1, 1, 4, 4)
+    table = make_table(s, name, 9)
+    level = [a * known + b * noise for a, b in table.levels.float()]
+    seen = []
+
+    def spy(run, what):
+        return lambda k, x, y, *rest: seen.append((x, y)) or run(k, x, y, *rest)
+
+    inpaint = Inpaint(known, kept, noise)
+    sample(denoiser(s, "v"), x.float(), table, inpaint=inpaint, capture=spy)
+    for i in range(1, 9):
+        second = name == "unipc3" or i % 2 == 1 and i < 8
+        assert_close(seen[i][0], level[i - 1 if second else i])
+        assert_close(seen[i][1], level[i])
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+@pytest.mark.parametrize("steps", [9, 10])
+def test_two_stages_start_later_at_a_step(name, steps):
+    s = make_schedule("linear", 1000)
+    complete, late = (make_table(s, name, steps, strength=strength) for strength in (1.0, 0.5))
+    start = make_table(s, "ddim", steps // 2 + 1, strength=0.5).levels[0]
+    assert_close(late.levels[0], start, rtol=0, atol=0)
+    assert 0 < len(late) < steps
+    for ours, theirs in ((late.to_x, complete.to_x), (late.to_y, complete.to_y)):
+        assert_close(ours, theirs[-len(late) :], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", names.SAMPLERS)
+def test_the_network_is_called_once_a_step(x, name):
+    s = make_schedule("linear", 100)
+    calls = []
+    network = lambda x, t: calls.append(len(x)) or 0 * x
+    for steps in (1, 2, 9, 10):
+        calls.clear()
+        denoise = Denoiser(network, s, "v")
+        sample(denoise, x.float(), make_table(s, name, steps), noise=lambda: 0 * x.float())
+        assert calls == [4] * steps
+
+
+@pytest.mark.parametrize("name", [n for n, info in names.SAMPLERS.items() if info.eta] + ["heun"])
+@pytest.mark.parametrize("path", ["vp", "flow", "edm"])
+def test_image_i_does_not_depend_on_its_neighbours(name, path):
+    """Nor does the noise that its rows add."""
+    torch.manual_seed(0)
+    unet = UNet(8, (1, 2), heads=2)
+    torch.nn.init.normal_(unet.out.weight, std=0.1)
+    config = Config(image_size=8, path=path, objective="v")
+    pipeline = Pipeline(config, unet, make_path(path, 50, "v"))
+    options = dict(sampler=name, steps=5, amp="no", churn=2.0 * (name == "heun"))
+    together = pipeline.sample(range(4), **options)
+    assert_close(pipeline.sample([2], **options), together[2:3], rtol=0, atol=1e-4)
+    assert not torch.allclose(pipeline.sample([2], seed=1, **options), together[2:3], atol=0.1)
+
+
 @pytest.mark.slow
 def test_step_reads_nothing_and_compiles_whole(x):
     """Ready for CUDA graphs: no value goes to the host, and the step is one graph."""
@@ -378,8 +441,6 @@ def test_step_reads_nothing_and_compiles_whole(x):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             assert "local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
             return func(*args, **(kwargs or {}))
-
-    from diffusion.models.unet import UNet
 
     unet = UNet(8, (1, 2), heads=2, num_classes=1).eval()
     torch.nn.init.normal_(unet.out.weight)

@@ -11,8 +11,8 @@ from diffusion.models.build import for_inference
 from diffusion.models.cond import Cond
 from diffusion.models.unet import UNet
 from diffusion.process import names, samplers, schedule
-from diffusion.process.loop import Inpaint, Update, guided, sample, sample_loop
-from diffusion.process.objective import Denoiser, p_sample
+from diffusion.process.loop import Inpaint, guided, sample, sample_loop
+from diffusion.process.objective import Denoiser
 from diffusion.process.samplers import D0, NOISE, Table, make_table
 from diffusion.process.schedule import make_path, make_schedule
 from diffusion.sampling.pipeline import Pipeline
@@ -48,16 +48,20 @@ def draws(n, like):
     return [torch.randn(like.shape, generator=g, dtype=like.dtype) for _ in range(n)]
 
 
-def test_ddpm_is_p_sample(x):
-    """Over all T steps the table is DDPM's algorithm 2."""
+def test_ddpm_is_algorithm_2(x):
+    """Over all T steps the table is DDPM's sampling, eq. 7 in its betas."""
     s = make_schedule("linear", 60)
+    bar = s.alpha_bar
     noise = draws(60, x)
     states = run(make_table(s, "ddpm", 60), x, noise=noise)
     for i, t in enumerate(reversed(range(60))):
-        t = torch.full((len(x),), t)
-        x0 = toy_x0(x, s.alpha[t[0]], s.sigma[t[0]])
-        x = p_sample(s, x0, x, t, noise[i])
-        assert_close(states[i + 1], x, rtol=1e-12, atol=1e-12)
+        before = bar[t - 1] if t else torch.ones(()).double()
+        beta = 1 - bar[t] / before
+        x0 = toy_x0(x, bar[t].sqrt(), (1 - bar[t]).sqrt())
+        mean = before.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - before) * x
+        variance = (1 - before) / (1 - bar[t]) * beta
+        x = mean / (1 - bar[t]) + variance.sqrt() * noise[i]
+        assert_close(states[i + 1], x, rtol=1e-11, atol=1e-11)
 
 
 def test_ddpm_large_has_variance_beta():
@@ -448,19 +452,23 @@ def test_step_reads_nothing_and_compiles_whole(x):
     table = make_table(s, "ddim", 10)
     zeros = torch.zeros(4, 3, 4, 4)
     labels = (torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
+    seen = []
+
+    def capture(run, what):
+        return lambda *tensors: seen.append((run, tensors)) or run(*tensors)
+
     for name in ("ddim", "unipc3", "dpmpp_3m_sde"):
         table = make_table(s, name, 10).guided(3.0)
         for ready, rescale in ((unet, 0.7), (for_inference(unet), 0.0)):
             network = lambda x, t, label, ready=ready: ready(x, t, Cond(labels=label))
-            denoise = Denoiser(guided(network, rescale=rescale), s, "v", weighted=True)
-            update = Update.of(table, denoise, clip=True)
-            known = denoise.coefficients(table.t, *table.levels[:-1].T)
-            k = torch.cat([known, table.weight[:, None], update.rows(table)], 1)[3].float()
-            states = [x.float()] * (2 if update.y else 1)
-            args = (k, *states, *[zeros] * update.past, *[zeros] * update.random, *labels)
+            both = Denoiser(guided(network, rescale=rescale), s, "v", weighted=True)
+            one = Denoiser(network, s, "v")
+            given = dict(cond=labels[:1], uncond=labels[1:], noise=lambda: zeros, guided=both)
+            sample(one, x.float(), table, capture=capture, **given)
+            run, tensors = seen[-7]
             with torch.inference_mode(), NoReads():
-                eager = update(*args)
+                eager = run(*tensors)
             torch._dynamo.reset()
-            compiled = torch.compile(update.__call__, fullgraph=True, backend="eager")
+            compiled = torch.compile(run.__call__, fullgraph=True, backend="eager")
             with torch.inference_mode():
-                assert_close(compiled(*args), eager)
+                assert_close(compiled(*tensors), eager)

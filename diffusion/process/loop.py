@@ -6,13 +6,13 @@ is always alpha_t x0 + sigma_t eps.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .. import UserError
-from .samplers import D0, NOISE, Table, X, Y
+from .samplers import D0, HISTORY, NOISE, Table, X, Y
 
 
 def guided(network, guide=None, rescale: float = 0.0, batched: bool = True):
@@ -58,65 +58,57 @@ class Inpaint:
         return self.mask * x + (1 - self.mask) * known
 
 
+def matrices(table: Table) -> list[Tensor]:
+    """List what makes a row's new tensors, (N, 7) each: A, B unless it is A, and what is kept.
+
+    Nothing is kept where no row uses a history. What is kept is written as a row of A is.
+    """
+    made = [table.to_x] if torch.equal(table.to_x, table.to_y) else [table.to_x, table.to_y]
+    if any(rows[:, D0 + 1 : NOISE].any() for rows in made):
+        kept = torch.zeros_like(table.to_x)
+        kept[:, [len(made) - 1, D0]] = table.keep  # y's column is X where A = B
+        made.append(kept)
+    return made
+
+
 @dataclass(frozen=True)
 class Update:
     """Run one row, with those columns only that the table uses.
 
-    x, y: the columns of A and of B that are not zero in some row; y is () where A = B.
-    past: how many rows of history are used. clip: x0 to [-1, 1]. keeps_x0: whether q = 1, p = 0.
+    clip: x0 to [-1, 1]. columns: those of each of `matrices` that are not zero in some row.
+    inputs: the columns of the tensors that a row is given.
     """
 
     denoise: Callable
     clip: bool
-    x: tuple[int, ...]
-    y: tuple[int, ...]
-    past: int
-    keeps_x0: bool
+    columns: tuple[tuple[int, ...], ...]
+    inputs: tuple[int, ...]
 
     @classmethod
-    def of(cls, table: Table, denoise: Callable, clip: bool) -> "Update":
-        """Choose what the rows of a table need."""
-        one_state = torch.equal(table.to_x, table.to_y)
-        x = tuple((table.to_x != 0).any(0).nonzero().flatten().tolist())
-        y = () if one_state else tuple((table.to_y != 0).any(0).nonzero().flatten().tolist())
-        past = max([0, *(c - D0 for c in x + y if c < NOISE)])
-        keeps_x0 = bool((table.keep == table.keep.new_tensor([0.0, 1.0])).all())
-        return cls(denoise, clip, x, y, past, keeps_x0)
-
-    @property
-    def shape(self) -> tuple:
-        """Give all that a step depends on beside the denoiser."""
-        return (self.clip, self.x, self.y, self.past, self.keeps_x0)
-
-    @property
-    def random(self) -> bool:
-        return NOISE in self.x + self.y
-
-    def rows(self, table: Table) -> Tensor:
-        """Give (N, M): what `__call__` reads of a row, behind the denoiser's coefficients."""
-        return torch.cat([table.keep, table.to_x[:, self.x], table.to_y[:, self.y]], 1)
+    def of(cls, made: list[Tensor], two_states: bool, denoise: Callable, clip: bool) -> "Update":
+        """Choose what the rows of a table's `matrices` need."""
+        columns = [(rows != 0).any(0).nonzero().flatten().tolist() for rows in made]
+        inputs = {int(two_states)}.union(*columns) - {D0}  # Y or X, which is evaluated
+        return cls(denoise, clip, tuple(map(tuple, columns)), tuple(sorted(inputs)))
 
     def __call__(self, k: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Give (x', y', kept, x0), without y' where there is one state.
+        """Give what each of `matrices` makes, and x0.
 
-        k: (M,) on the device: 5 of the denoiser, then `rows`. tensors: x, y unless there is one
-        state, `past` rows of the history, noise if random, and the condition.
+        k: (M,) on the device: 5 of the denoiser, then the weights of the columns. tensors: those of
+        the inputs, and the condition.
         """
-        x, *rest = tensors
-        y = rest.pop(0) if self.y else x
-        history, rest = rest[: self.past], rest[self.past :]
-        noise = rest.pop(0) if self.random else None
-        x0 = self.denoise(y, k[:5], *rest)
+        known = dict(zip(self.inputs, tensors))
+        y = known[Y] if Y in known else known[X]
+        x0 = self.denoise(y, k[:5], *tensors[len(self.inputs) :])
         if self.clip:
             x0 = x0.clamp(-1, 1) + 0 * x0  # infinity becomes NaN: a picture that is none must show
-        p, q, *weights = k[5:]
-        known = {X: x, Y: y, D0: x0, NOISE: noise}
-        known |= {D0 + 1 + i: past for i, past in enumerate(history)}
-        states = []
-        for columns in filter(None, (self.x, self.y)):
+        known[D0] = x0
+        weights = list(k[5:])
+        made = []
+        for columns in self.columns:
             terms = [weights.pop(0) * known[column] for column in columns]
-            states.append(sum(terms[1:], terms[0]))
-        return (*states, x0 if self.keeps_x0 else p * y + q * x0, x0)
+            made.append(sum(terms[1:], terms[0]))
+        return (*made, x0)
 
 
 @torch.inference_mode()
@@ -150,14 +142,17 @@ def sample_loop(
             "or betas near 1), objective eps or edm says nothing about x0: it needs v, x0 or flow, "
             "or --spacing leading, which leaves that level out"
         )
-    update = Update.of(table, denoise, clip)
-    if update.random and noise is None:
+    two_states = not torch.equal(table.to_x, table.to_y)
+    made = matrices(table)
+    update = Update.of(made, two_states, denoise, clip)
+    if NOISE in update.inputs and noise is None:
         raise ValueError("this table adds noise in its rows; pass noise=")
     # read on the CPU, before the loop
     with_noise = (table.to_x[:, NOISE] != 0).tolist()
     weighted = (table.weight != 1).tolist()
     waits = (table.to_x != table.to_y).any(1).tolist()  # x, at the level of the evaluation
-    k = torch.cat([known, table.weight[:, None], update.rows(table)], 1)
+    weights = (rows[:, columns] for rows, columns in zip(made, update.columns))
+    k = torch.cat([known, table.weight[:, None], *weights], 1)
     k = k.to(x.device, torch.float32)
     levels = table.levels.to(x.device, torch.float32)
     zero = torch.zeros_like(x)
@@ -165,20 +160,20 @@ def sample_loop(
     if any(weighted):
         if guided is None:
             raise ValueError("this table guides in its rows; pass guided=")
-        runs[True] = (Update.of(table, guided, clip), cond + uncond)
+        runs[True] = (replace(update, denoise=guided), cond + uncond)
     if capture is not None:
-        runs = {key: (capture(run, (key, *run.shape)), c) for key, (run, c) in runs.items()}
+        kind = (clip, update.columns)
+        runs = {key: (capture(run, (key, *kind)), c) for key, (run, c) in runs.items()}
     if inpaint is not None:
         x = inpaint.blend(x, *levels[0])
     y = x
-    history = [zero] * update.past
+    history = [zero] * HISTORY
     for i in range(len(table)):
-        run, tensors = runs[weighted[i]]
-        states = (x, y) if update.y else (x,)
-        eps = (noise() if with_noise[i] else zero,) if update.random else ()
-        *states, kept, x0 = run(k[i], *states, *history, *eps, *tensors)
-        x, y = states[0], states[-1]
-        history = [kept, *history][: update.past]
+        run, condition = runs[weighted[i]]
+        state = (x, y, None, *history, noise() if with_noise[i] else zero)
+        *new, x0 = run(k[i], *(state[column] for column in update.inputs), *condition)
+        x, y = new[0], new[int(two_states)]
+        history = [*new[1 + two_states :], *history][:HISTORY]
         if inpaint is not None:
             # the image itself stays in the end, also where the last row leaves some noise
             y = inpaint.blend(y, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))

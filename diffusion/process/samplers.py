@@ -72,18 +72,27 @@ class Rows:
     keep: Tensor | None = None
 
 
-def one_state(k_x: Tensor, history: list[Tensor], noise: Tensor | None = None) -> Rows:
-    """Make rows with A = B of the weights of x, of d0, d1, ... and of the noise, each (N,)."""
+def one_state(k_x: Tensor, k_x0: Tensor, noise: Tensor | float) -> Rows:
+    """Make rows with A = B of the weights of x, d0 and the noise, each (N,)."""
     rows = k_x.new_zeros(len(k_x), COLUMNS)
     rows[:, X] = k_x
-    for j, weights in enumerate(history):
-        rows[:, D0 + j] = weights
-    if noise is not None:
-        rows[:, NOISE] = noise
+    rows[:, D0] = k_x0
+    rows[:, NOISE] = noise
     return Rows(rows, rows)
 
 
-# --- one evaluation a step, x0 in the history ---------------------------------------------------
+def half_log_snr(levels: Tensor) -> Tensor:
+    """Give lam (N,) of levels (N, 2)."""
+    return levels[:, 0].log() - levels[:, 1].log()
+
+
+def eps_of(levels: Tensor) -> Tensor:
+    """Give (p, q), (N, 2), with eps = p y + q x0 at levels (N, 2)."""
+    alpha, sigma = levels.T
+    return torch.stack([1 / sigma, -alpha / sigma], 1)
+
+
+# --- one step without a history ------------------------------------------------------------------
 
 
 def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> Rows:
@@ -99,143 +108,125 @@ def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> 
     k_x = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t
     if variance == "beta":
         std = (sigma_t**2 - shrunk**2).clamp(min=0).sqrt() * (sigma_s > 0)  # none in the last row
-    return one_state(k_x, [alpha_s - k_x * alpha_t], std)
-
-
-def dpmpp(levels: Tensor, eta: float = 0.0, order: int = 2) -> Rows:
-    """Make the rows of DPM-Solver++ (arXiv:2211.01095, algorithm 2), eta = 1: of its SDE form.
-
-    Order 2 takes the midpoint rule; order 3, from the third row, phi_2 and phi_3 as k-diffusion and
-    diffusers publish them (phi_3 without the factor 2 of the Taylor series).
-    """
-    sigma_t = levels[:-1, 1]
-    (alpha_s, sigma_s) = levels[1:].T
-    lam = levels[:, 0].log() - levels[:, 1].log()
-    h = lam[1:] - lam[:-1]
-    gain = -alpha_s * torch.expm1(-(1 + eta) * h)
-    second = torch.zeros_like(h)  # 1 / 2r with r = h_previous / h (eq. 17)
-    second[1:] = 0.5 * h[1:] / h[:-1]
-    second[torch.isinf(h)] = 0
-    noise = sigma_s * (-torch.expm1(-2 * eta * h)).sqrt() if eta else torch.zeros_like(h)
-    k_x = sigma_s / sigma_t * (torch.exp(-eta * h) if eta else 1)
-    rows = one_state(k_x, [gain * (1 + second), -gain * second], noise)
-    if order == 3:
-        for i in range(2, len(h)):
-            if h[i - 2 : i + 1].isfinite().all():
-                weights = third_order(h[i], h[i - 1] / h[i], h[i - 2] / h[i], eta)
-                rows.to_x[i, D0 : D0 + 3] = alpha_s[i] * weights
-    return rows
-
-
-def third_order(h: Tensor, r0: Tensor, r1: Tensor, eta: float) -> Tensor:
-    """Weigh d0, d1 and d2 in DPM-Solver++(3M), for alpha_s = 1: (3,). r0, r1: past steps / h."""
-    d = torch.eye(3, dtype=h.dtype)
-    d1_0 = (d[0] - d[1]) / r0
-    d1_1 = (d[1] - d[2]) / r1
-    d1 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1)
-    d2 = (d1_0 - d1_1) / (r0 + r1)
-    h = (1 + eta) * h
-    phi_2 = torch.expm1(-h) / h + 1
-    phi_3 = phi_2 / h - 0.5
-    return -torch.expm1(-h) * d[0] + phi_2 * d1 - phi_3 * d2
+    return one_state(k_x, alpha_s - k_x * alpha_t, std)
 
 
 def consistency(levels: Tensor, eta: float = 1.0) -> Rows:
     """Make the rows that noise every x0 anew to the next level (arXiv:2303.01469, algorithm 1)."""
     alpha_s, sigma_s = levels[1:].T
-    return one_state(torch.zeros_like(alpha_s), [alpha_s], sigma_s)
+    return one_state(torch.zeros_like(alpha_s), alpha_s, sigma_s)
 
 
-def moments(h: Tensor, count: int, sign: int) -> Tensor:
-    """Integrate e^(sign u) u^k / k! over u in [0, h] for k < count, times e^-h where sign is 1.
-
-    J_0 = 1 - e^-h and, by parts, J_k = sign (e^(...) h^k / k! - J_(k-1)).
-    """
-    end = 1.0 if sign > 0 else math.exp(-h)  # of the exponential, at u = h
-    found = [-math.expm1(-h)]
-    for k in range(1, count):
-        found.append(sign * (end * float(h) ** k / math.factorial(k) - found[-1]))
-    return h.new_tensor(found)
-
-
-def interpolated(nodes: Tensor, h: Tensor, sign: int) -> Tensor:
-    """Integrate the polynomial through values at these lam, from 0 to h: the weights of the values.
-
-    The integrand is e^(sign u) times the polynomial, see `moments`.
-    """
-    count = len(nodes)
-    powers = [nodes**k / math.factorial(k) for k in range(count)]
-    return torch.linalg.solve(torch.stack(powers), moments(h, count, sign))
+# --- steps with a history ------------------------------------------------------------------------
 
 
 def past(lam: Tensor, i: int, order: int) -> Tensor:
-    """List lam - lam_i at rows i, i-1, ..., at most `order` of them, all of finite lam."""
-    nodes = lam[max(0, i - order + 1) : i + 1].flip(0)
-    return nodes[nodes.isfinite()] - lam[i]
+    """List lam - lam_i at rows i, i-1, ..., which a step from row i uses: at most `order` of them.
 
-
-def adams(levels: Tensor, eta: float = 0.0, order: int = 4, history: str = "x0") -> Rows:
-    """Make the rows of exponential Adams-Bashforth: exact integrals of the interpolated history.
-
-    x_s / sigma_s = x_t / sigma_t + integral of e^lam x0 d lam (arXiv:2206.00927, eq. 3.4), or, with
-    eps in the history, x_s / alpha_s = x_t / alpha_t - integral of e^-lam eps d lam: DEIS
-    (arXiv:2204.13902, eq. 14, in log r).
+    Only row i itself where h is infinite.
     """
-    rows = ancestral(levels, 0.0)
-    lam = levels[:, 0].log() - levels[:, 1].log()
-    if history == "eps":
-        rows = replace(rows, keep=eps_of(levels[:-1]))
+    if not (lam[i + 1] - lam[i]).isfinite():
+        return lam.new_zeros(1)
+    nodes = lam[max(0, i - order + 1) : i + 1].flip(0) - lam[i]
+    return nodes[nodes.isfinite()]
+
+
+def multistep(
+    levels: Tensor,
+    eta: float,
+    order: int,
+    weigh: Callable[[Tensor, Tensor], Tensor],
+    of_eps: bool = False,
+    first: Callable[..., Rows] = ancestral,
+    least: int = 2,
+) -> Rows:
+    """Make rows whose history is weighed by weigh(nodes, h), nodes being those of `past`.
+
+    x_s / sigma_s = x_t / sigma_t + e^lam_s sum w_j x0_j (arXiv:2206.00927, eq. 3.4), or, with eps
+    in the history, x_s / alpha_s = x_t / alpha_t - e^-lam_t sum w_j eps_j (eq. 3.1 there).
+    first: makes the rows of a history that is shorter than `least`, and x's and the noise's weight.
+    """
+    rows = first(levels, eta)
+    keep = eps_of(levels[:-1])
+    lam = half_log_snr(levels)
     for i, h in enumerate(lam.diff()):
         nodes = past(lam, i, order)
-        if len(nodes) < 2 or not h.isfinite():
+        n = len(nodes)
+        if n < least:
             continue
         (alpha_t, sigma_t), alpha_s = levels[i], levels[i + 1, 0]
-        if history == "x0":
-            rows.to_x[i, D0 : D0 + len(nodes)] = alpha_s * interpolated(nodes, h, 1)
+        row = rows.to_x[i]
+        if of_eps:
+            weights = -alpha_s * sigma_t / alpha_t * weigh(nodes, h)
+            p, q = keep[i]
+            row[X] = alpha_s / alpha_t + p * weights[0]
+            row[D0] = q * weights[0]
+            row[D0 + 1 : D0 + n] = weights[1:]
         else:
-            weights = -alpha_s * sigma_t / alpha_t * interpolated(nodes, h, -1)
-            rows.to_x[i] = eps_row(alpha_s / alpha_t, weights, levels[i])
-    return rows
+            row[D0 : D0 + n] = alpha_s * weigh(nodes, h)
+    return replace(rows, keep=keep) if of_eps else rows
 
 
-def eps_of(levels: Tensor) -> Tensor:
-    """Give (p, q), (N, 2), with eps = p y + q x0."""
-    alpha, sigma = levels.T
-    return torch.stack([1 / sigma, -alpha / sigma], 1)
+def dpmpp(levels: Tensor, eta: float = 0.0) -> Rows:
+    """Make the rows of DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), eta = 1: of its SDE form.
 
-
-def eps_row(k_x: Tensor, weights: Tensor, level: Tensor) -> Tensor:
-    """Make a row of A of the weights of eps now, and of those in the history."""
-    p, q = eps_of(level[None])[0]
-    row = level.new_zeros(COLUMNS)
-    row[X] = k_x + weights[0] * p
-    row[D0] = weights[0] * q
-    row[D0 + 1 : D0 + len(weights)] = weights[1:]
-    return row
-
-
-ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
-
-
-def ipndm(levels: Tensor, eta: float = 0.0) -> Rows:
-    """Make the rows of iPNDM: Adams-Bashforth's weights of eps, as if steps were even.
-
-    arXiv:2204.13902, section 3.3, after arXiv:2202.09778: DDIM with 4 past eps for one.
+    By the midpoint rule.
     """
-    rows = replace(ancestral(levels, 0.0), keep=eps_of(levels[:-1]))
-    for i in range(1, len(levels) - 1):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[i], levels[i + 1]
-        order = len(past(levels[:-1, 0].log(), i, 4))
-        if order > 1:
-            k_x = alpha_s / alpha_t
-            weights = (sigma_s - k_x * sigma_t) * levels.new_tensor(ADAMS_BASHFORTH[order - 1])
-            rows.to_x[i] = eps_row(k_x, weights, levels[i])
+    sigma_t = levels[:-1, 1]
+    alpha_s, sigma_s = levels[1:].T
+    h = half_log_snr(levels).diff()
+    gain = -alpha_s * torch.expm1(-(1 + eta) * h)
+    second = torch.zeros_like(h)  # 1 / 2r with r = h_previous / h (eq. 17)
+    second[1:] = 0.5 * h[1:] / h[:-1]
+    second[torch.isinf(h)] = 0
+    noise = sigma_s * (-torch.expm1(-2 * eta * h)).sqrt() if eta else 0.0
+    k_x = sigma_s / sigma_t * (torch.exp(-eta * h) if eta else 1)
+    rows = one_state(k_x, gain * (1 + second), noise)
+    rows.to_x[:, D0 + 1] = -gain * second
     return rows
+
+
+def dpmpp_3m(levels: Tensor, eta: float = 0.0) -> Rows:
+    """Make the rows of DPM-Solver++(3M) as k-diffusion and diffusers publish them.
+
+    phi_3 is without the factor 2 of the Taylor series. The second row is `dpmpp`'s.
+    """
+
+    def weigh(nodes: Tensor, h: Tensor) -> Tensor:
+        r0, r1 = -nodes.diff() / h
+        d = torch.eye(3, dtype=h.dtype)  # d[j]: the weights of x0_j
+        d1_0 = (d[0] - d[1]) / r0
+        d1_1 = (d[1] - d[2]) / r1
+        d1 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1)
+        d2 = (d1_0 - d1_1) / (r0 + r1)
+        h = (1 + eta) * h
+        phi_2 = torch.expm1(-h) / h + 1
+        phi_3 = phi_2 / h - 0.5
+        return -torch.expm1(-h) * d[0] + phi_2 * d1 - phi_3 * d2
+
+    return multistep(levels, eta, 3, weigh, first=dpmpp, least=3)
+
+
+def integrals(nodes: Tensor, h: Tensor, sign: int = 1) -> Tensor:
+    """Weigh values at nodes: the integral of the polynomial through them, exactly.
+
+    Of e^(u - h) times it over u in [0, h]; sign -1: of e^-u times it. Exponential Adams-Bashforth
+    of any order, and, with -1 and eps, DEIS in log r (arXiv:2204.13902, eq. 14).
+    """
+    n = len(nodes)
+    end = 1.0 if sign > 0 else math.exp(-h)  # of the exponential, at u = h
+    moments = [-math.expm1(-h)]  # of u^k / k!, by parts
+    for k in range(1, n):
+        moments.append(sign * (end * float(h) ** k / math.factorial(k) - moments[-1]))
+    powers = torch.stack([nodes**k / math.factorial(k) for k in range(n)])
+    return torch.linalg.solve(powers, h.new_tensor(moments))
+
+
+def bashforth(nodes: Tensor, h: Tensor) -> Tensor:
+    """Weigh eps as Adams-Bashforth does, as if steps were even: iPNDM (arXiv:2204.13902, 3.3)."""
+    weights = (3, -1), (23, -16, 5), (55, -59, 37, -9)
+    chosen = h.new_tensor(weights[len(nodes) - 2])
+    return -torch.expm1(-h) * chosen / chosen.sum()
 
 
 # --- two states -----------------------------------------------------------------------------------
@@ -246,133 +237,84 @@ def unipc(levels: Tensor, eta: float = 0.0, order: int = 2) -> Rows:
 
     y is the prediction at a level; its evaluation first corrects x there, then predicts the next y.
     """
-    N = len(levels) - 1
-    lam = levels[:, 0].log() - levels[:, 1].log()
-    to_x = levels.new_zeros(N, COLUMNS)
-    to_y = levels.new_zeros(N, COLUMNS)
-    to_x[:, X] = 1  # the first row has nothing to correct
-    for i in range(N):
-        nodes = past(lam, i, order)
-        if i and lam[i - 1].isfinite():
-            used = past(lam, i - 1, order)
-            weights = unified(used, lam[i] - lam[i - 1], corrects=True)
-            to_x[i, X] = levels[i, 1] / levels[i - 1, 1]
-            to_x[i, D0 : D0 + len(weights)] = levels[i, 0] * weights
-        elif i:
-            to_x[i] = 0
-            to_x[i, Y] = 1
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = levels[i], levels[i + 1]
-        k_x = sigma_s / sigma_t
-        to_y[i] = k_x * to_x[i]
-        h = lam[i + 1] - lam[i]
-        if h.isfinite():
-            weights = alpha_s * unified(nodes, h, corrects=False)
-            to_y[i, D0 : D0 + len(weights)] += weights
-        else:
-            to_y[i, D0] += alpha_s - k_x * alpha_t
-    return Rows(to_x, to_y)
+    lam = half_log_snr(levels)
+    h = lam.diff()
 
+    def weigh(nodes: Tensor, h: Tensor) -> Tensor:
+        if len(nodes) != 2:
+            return integrals(nodes, h)
+        gain = -torch.expm1(-h)  # with rho = 1/2, as the paper's code has it
+        other = gain / 2 * h / nodes.sum()  # one node is 0
+        return torch.where(nodes == 0, gain - other, other)
 
-def unified(nodes: Tensor, h: Tensor, corrects: bool) -> Tensor:
-    """Weigh x0 at nodes (lam - lam_t) for a step h, alpha_s = 1; a corrector's x0 at s comes first.
+    def advance(row: Tensor, i: int, nodes: Tensor) -> Tensor:
+        (_, sigma_t), (alpha_s, sigma_s) = levels[i : i + 2]
+        row = sigma_s / sigma_t * row
+        row[D0 : D0 + len(nodes)] += alpha_s * weigh(nodes, h[i])
+        return row
 
-    With rho = 1/2, as the paper's code has it, in order 2's predictor and order 1's corrector.
-    """
-    order = len(nodes)
-    values = torch.eye(order + corrects, dtype=h.dtype)
-    ratios = nodes[1:] / h
-    m0 = values[int(corrects)]
-    differences = [(values[j + 1 + corrects] - m0) / ratio for j, ratio in enumerate(ratios)]
-    if corrects:
-        ratios = torch.cat([ratios, h.new_ones(1)])
-        differences.append(values[0] - m0)
-    unknown = len(ratios)
-    gain = -torch.expm1(-h)  # - B(h) and - h phi_1 at once
-    weights = gain * m0
-    if not unknown:
-        return weights
-    if unknown == 1:
-        rho = h.new_tensor([0.5])
-    else:
-        phi = torch.expm1(-h) / -h - 1
-        sums = []
-        for k in range(1, unknown + 1):
-            sums.append(phi * math.factorial(k) / -gain)
-            phi = phi / -h - 1 / math.factorial(k + 1)
-        powers = torch.stack([ratios**k for k in range(unknown)])
-        rho = torch.linalg.solve(powers, torch.stack(sums))
-    return weights + gain * (rho[:, None] * torch.stack(differences)).sum(0)
+    x, y = torch.eye(COLUMNS, dtype=levels.dtype)[[X, Y]]
+    to_x, to_y = [], []
+    for i in range(len(h)):
+        corrected = y
+        if i and h[i - 1].isfinite():
+            corrected = advance(x, i - 1, torch.cat([h[i - 1 : i], past(lam, i - 1, order)]))
+        to_x.append(corrected)
+        to_y.append(advance(corrected, i, past(lam, i, order)))
+    return Rows(torch.stack(to_x), torch.stack(to_y))
 
 
 def two_stage(
     path: NoisePath,
     t: Tensor,
     levels: Tensor,
-    evaluations: int,
-    first: int = 0,
+    twice: range,
+    gamma: float = 0.0,
     halfway: bool = False,
-    churn: float = 0.0,
 ) -> tuple[Tensor, Tensor, Rows]:
     """Make t, levels and rows of Heun's method in r (EDM, algorithms 1 and 2), two rows a step.
 
     An Euler step, evaluated at its end, then the mean of both slopes; halfway: evaluated halfway in
-    log r, then that slope alone, DPM-Solver-2 as k-diffusion has it. The last step has one
-    evaluation, and so has the one before it where their number is even.
-    t, levels: of the steps, (n,) and (n+1, 2). first: the step that is the first one run.
-    churn: S_churn, noise that raises the level before each step but the first.
+    log r, then that slope alone, DPM-Solver-2 as k-diffusion has it.
+    t, levels: of the steps, (n,) and (n+1, 2). twice: the steps of two rows; the others are
+    Euler's. gamma: noise raises r by this share of it before each step but the first.
     """
-    n = len(t)
-    gamma = min(churn / n, math.sqrt(2) - 1)
-    times, evaluated, to_x, to_y = [], [], [], []
-    start, (alpha_t, sigma_t) = t[first], levels[first]
-    for i in range(first, n):
-        alpha_s, sigma_s = levels[i + 1]
-        k_x = sigma_s / sigma_t
-        euler = unit(k_x, alpha_s - k_x * alpha_t)
-        times.append(start)
-        evaluated.append(torch.stack([alpha_t, sigma_t]))
-        to_x.append(euler)
-        to_y.append(euler)
-        if i < (evaluations - 1) // 2:
-            t_m, alpha_m, sigma_m = t[i + 1], alpha_s, sigma_s
-            if halfway and alpha_t > 0:
-                lam = (alpha_t / sigma_t * alpha_s / sigma_s).log() / 2
-                t_m = path.nearest_t(lam)
-                alpha_m, sigma_m = path.at(t_m)
-                k_x = sigma_m / sigma_t
-                to_y[-1] = unit(k_x, alpha_m - k_x * alpha_t)
-            times.append(t_m)
-            evaluated.append(torch.stack([alpha_m, sigma_m]))
-            row = unit(1.0)  # after a step of infinite h: what it made
-            if alpha_t > 0:
-                to_x[-1] = row  # x waits at t
-                share = 1.0 if halfway else 0.5
-                slope = share * (sigma_s / alpha_s - sigma_t / alpha_t)  # of (y - alpha x0) / sigma
-                row = unit(1 / alpha_t, -slope * alpha_m / sigma_m)
-                row[Y] = slope / sigma_m
-                if not halfway:
-                    row[X] += slope / sigma_t
-                    row[D0 + 1] = -slope * alpha_t / sigma_t
-                row = alpha_s * row
-            to_x.append(row)
-            to_y.append(row)
-        start, alpha_t, sigma_t = t[min(i + 1, n - 1)], alpha_s, sigma_s
-        if gamma and i + 1 < n:  # to r (1 + gamma), which the next step starts from
-            start = path.nearest_t((alpha_s / sigma_s / (1 + gamma)).log())
-            alpha_t, sigma_t = path.at(start)
-            added = ((sigma_t / alpha_t) ** 2 - (sigma_s / alpha_s) ** 2).clamp(min=0).sqrt()
-            to_x[-1] = to_y[-1] = alpha_t / alpha_s * to_y[-1]
-            to_x[-1][NOISE] = alpha_t * added
-    levels = torch.stack([*evaluated, levels[-1]])
-    return torch.stack(times), levels, Rows(torch.stack(to_x), torch.stack(to_y))
+    start, begin = t, levels  # where the steps begin, with what gamma adds
+    if gamma:
+        start = path.nearest_t(half_log_snr(levels[:-1]) - math.log1p(gamma))
+        begin = torch.cat([torch.stack(path.at(start), 1), levels[-1:]])
+        start[0], begin[0] = t[0], levels[0]
+    now, before = (1.0, 0.0) if halfway else (0.5, 0.5)  # the shares of the slopes
+    x = torch.eye(COLUMNS, dtype=t.dtype)[X]
+    rows = []
+    for i in range(len(t)):
+        level, end = begin[i], levels[i + 1]
+        at, row = (start[i], level), euler(level, end)
+        if i in twice:
+            at = t[i + 1], end
+            if halfway:
+                middle = path.nearest_t(half_log_snr(torch.stack([level, end])).mean())
+                at = middle, torch.stack(path.at(middle))
+            rows.append((start[i], level, x, euler(level, at[1])))
+            # x_s / alpha_s = x_t / alpha_t + (r_s - r_t) slope; the slope in r is eps
+            step = end[1] / end[0] - level[1] / level[0]
+            earlier, here = step * eps_of(torch.stack([level, at[1]]))
+            row = x / level[0]
+            row[[X, D0 + 1]] += before * earlier
+            row[[Y, D0]] = now * here
+            row = end[0] * row
+        alpha, sigma = begin[i + 1]
+        scale = alpha / end[0]
+        row = scale * row
+        row[NOISE] = (sigma**2 - (scale * end[1]) ** 2).clamp(min=0).sqrt()
+        rows.append((*at, row, row))
+    t, evaluated, to_x, to_y = map(torch.stack, zip(*rows))
+    return t, torch.cat([evaluated, levels[-1:]]), Rows(to_x, to_y)
 
 
-def unit(k_x: Tensor | float, k_x0: Tensor | float = 0.0) -> Tensor:
-    """Make a row (7,) of the weights of x and d0."""
-    row = torch.zeros(COLUMNS, dtype=torch.float64)
-    row[X] = k_x
-    row[D0] = k_x0
-    return row
+def euler(level: Tensor, following: Tensor) -> Tensor:
+    """Make the row (7,) of DDIM from one level to another, each (2,)."""
+    return ancestral(torch.stack([level, following]), 0.0).to_x[0]
 
 
 # --- tables by name -------------------------------------------------------------------------------
@@ -383,13 +325,13 @@ MAKERS: dict[str, Callable] = {  # (levels, eta) -> Rows; of two_stage: see ther
     "ddim": ancestral,
     "dpmpp_2m": dpmpp,
     "dpmpp_2m_sde": dpmpp,
-    "dpmpp_3m": partial(dpmpp, order=3),
-    "dpmpp_3m_sde": partial(dpmpp, order=3),
-    "adams4": adams,
-    "deis": partial(adams, order=3, history="eps"),
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_3m_sde": dpmpp_3m,
+    "adams4": partial(multistep, order=4, weigh=integrals),
+    "deis": partial(multistep, order=3, weigh=partial(integrals, sign=-1), of_eps=True),
     "unipc2": unipc,
     "unipc3": partial(unipc, order=3),
-    "ipndm": ipndm,
+    "ipndm": partial(multistep, order=4, weigh=bashforth, of_eps=True),
     "heun": two_stage,
     "dpm2": partial(two_stage, halfway=True),
     "lcm": consistency,
@@ -412,8 +354,11 @@ def make_table(
 ) -> Table:
     """Make the table of a sampler for exactly `steps` network evaluations.
 
+    Of a two-stage sampler's steps one each takes that ends at sigma = 0, that starts where alpha is
+    0, and, where the number then needs it, the one before the last; all others take two.
+
     spacing, eta: None means the sampler's own. offset, shift: see `timesteps`.
-    churn: of two-stage samplers, see `two_stage`.
+    churn: of two-stage samplers, EDM's S_churn.
     final: where the last row ends, "zero" (sigma = 0) or "alpha_bar_0" (the schedule's first
         level, diffusers' set_alpha_to_one=False).
     strength: for image to image, the fraction of the steps that is run, from the noisier end cut;
@@ -423,8 +368,6 @@ def make_table(
     sampler = ALIASES.get(sampler, sampler)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if final not in ("zero", "alpha_bar_0"):
-        raise ValueError(f"final {final!r} is unknown; choose zero or alpha_bar_0")
     kind = SAMPLERS[sampler]
     spacing = kind.spacing if spacing is None else spacing
     eta = kind.eta if eta is None else eta
@@ -438,19 +381,23 @@ def make_table(
     extra = kind.extra if spacing in ("leading", "linspace") else 0
     if spacing in REAL and final == "alpha_bar_0":
         extra = 1  # the last point, t = 0, is where the last row ends
-    points = steps // 2 + 1 if staged else steps
-    t = timesteps(schedule, points, spacing, offset, extra, shift)
-    end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
-    levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])
+    spaced = partial(timesteps, schedule, spacing=spacing, offset=offset, extra=extra, shift=shift)
+    t = spaced(steps - (steps - 1) // 2 if staged else steps)
+    if noise_only := staged and int(schedule.at(t)[0][0] == 0):
+        t = spaced(steps - max(0, steps - 2) // 2)
+    points = len(t)
     first = start_row(points, strength)
+    end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
+    levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])[first:]
+    t = t[first:]
     if staged:
-        t, levels, rows = MAKERS[sampler](schedule, t, levels, steps, first, churn=churn)
+        twice = range(noise_only - first, noise_only + steps - points - first)
+        gamma = min(churn / points, math.sqrt(2) - 1)  # EDM, algorithm 2
+        t, levels, rows = MAKERS[sampler](schedule, t, levels, twice, gamma)
     else:
-        t = t[first:]
         if spacing == "karras" and kind.extra:
             t = t.round()  # of what DPM-Solver in diffusers tells the network; levels are exact
-        levels = levels[first:]
-        rows = MAKERS[sampler](levels, eta=eta)
+        rows = MAKERS[sampler](levels, eta)
     keep = rows.keep
     if keep is None:
         keep = t.new_tensor([0.0, 1.0]).expand(len(t), 2)

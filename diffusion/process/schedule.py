@@ -28,16 +28,19 @@ def same_levels(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, sigma
 
 
+def trained_inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Give (c_in, c_noise) of a network that is called with x_t and t themselves."""
+    return torch.ones_like(alpha), t
+
+
 @dataclass(frozen=True, eq=False)
 class NoisePath:
     """Describe a noise path x_t = alpha_t x0 + sigma_t eps.
 
     alpha, sigma, lam: (T,) float64 at the integer t; lam may be -inf at the last one.
-    formula: t -> (alpha, sigma) at real-valued t; None: variance-preserving, lam linear between,
-        or, towards an infinite one, alpha / sigma.
-    inverse: lam -> t, where there is a formula.
-    inputs: (t, alpha, sigma) -> (c_in, c_noise); the network is called with c_in x_t and c_noise;
-        None: with x_t and t themselves.
+    at: real-valued t (N,) -> (alpha, sigma), each (N,) float64. t_of: lam (N,) -> t, its inverse.
+    network_inputs: (t, alpha, sigma) -> (c_in, c_noise), what the network is called with:
+        c_in x_t and c_noise.
     seen: (alpha, sigma) -> the levels of c_in x_t, at which the network's target is read.
     quantile: u in [0, 1) -> t, how training spreads t; None: all integers alike.
     prior_std: (alpha, sigma) of the level that sampling starts from -> the deviation of its noise.
@@ -47,9 +50,9 @@ class NoisePath:
     alpha: Tensor
     sigma: Tensor
     lam: Tensor
-    formula: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    inverse: Callable[[Tensor], Tensor] | None = None
-    inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    at: Callable[[Tensor], tuple[Tensor, Tensor]]
+    t_of: Callable[[Tensor], Tensor]
+    network_inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = trained_inputs
     seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = same_levels
     quantile: Callable[[Tensor], Tensor] | None = None
     prior_std: Callable[[float, float], float] = lambda alpha, sigma: 1.0
@@ -62,46 +65,9 @@ class NoisePath:
     def alpha_bar(self) -> Tensor:
         return self.alpha**2
 
-    @cached_property
-    def snr(self) -> Tensor:
-        return (self.alpha / self.sigma) ** 2
-
-    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (alpha, sigma) at real-valued t (N,)."""
-        if self.formula is not None:
-            return self.formula(t.double())
-        low = t.floor().long().clamp(0, len(self) - 1)
-        high = (low + 1).clamp(max=len(self) - 1)
-        frac = t - low
-        step = self.lam[high] - self.lam[low]
-        step = torch.where(step.isfinite(), frac * step, torch.log1p(-frac))
-        alpha, sigma = vp_levels(self.lam[low] + step)
-        exact = frac == 0
-        return torch.where(exact, self.alpha[low], alpha), torch.where(
-            exact, self.sigma[low], sigma
-        )
-
-    def t_of(self, lam: Tensor) -> Tensor:
-        """Give the real-valued t at which half the log-SNR is lam; the inverse of `at`."""
-        if self.inverse is not None:
-            return self.inverse(lam)
-        high = torch.searchsorted(-self.lam, -lam).clamp(1, len(self) - 1)
-        low = high - 1
-        step = self.lam[high] - self.lam[low]
-        rest = lam - self.lam[low]
-        return low + torch.where(step.isfinite(), rest / step, -torch.expm1(rest))
-
     def nearest_t(self, lam: Tensor) -> Tensor:
         """Give `t_of` the path's level that is nearest to lam, which may lie beyond its ends."""
-        if self.inverse is not None:
-            return self.inverse(lam).clamp(0, len(self) - 1)
-        return self.t_of(lam.clamp(self.lam[-1], self.lam[0]))
-
-    def network_inputs(self, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Give (c_in, c_noise) at levels of t, each (N,) float64."""
-        if self.inputs is None:
-            return torch.ones_like(alpha), t
-        return self.inputs(t, alpha, sigma)
+        return self.t_of(lam.clamp(self.lam[-1], self.lam[0])).clamp(0, len(self) - 1)
 
     def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw t (n,) for training."""
@@ -118,9 +84,31 @@ class NoisePath:
 
 
 def variance_preserving(alpha_bar: Tensor) -> NoisePath:
-    """Make a path of alpha_bar (T,) float64, falling, in [0, 1)."""
+    """Make a path of alpha_bar (T,) float64, falling, in [0, 1).
+
+    Between the integer t, lam is linear; towards an infinite one, alpha / sigma is.
+    """
     lam = 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
-    return NoisePath(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), lam)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    last = len(lam) - 1
+
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        low = t.floor().long().clamp(0, last)
+        frac = t - low
+        step = lam[(low + 1).clamp(max=last)] - lam[low]
+        step = torch.where(step.isfinite(), frac * step, torch.log1p(-frac))
+        inside = vp_levels(lam[low] + step)
+        exact = frac == 0
+        return torch.where(exact, alpha[low], inside[0]), torch.where(exact, sigma[low], inside[1])
+
+    def t_of(value: Tensor) -> Tensor:
+        high = torch.searchsorted(-lam, -value).clamp(1, last)
+        low = high - 1
+        step = lam[high] - lam[low]
+        rest = value - lam[low]
+        return low + torch.where(step.isfinite(), rest / step, -torch.expm1(rest))
+
+    return NoisePath(alpha, sigma, lam, at, t_of)
 
 
 def from_betas(beta: Tensor) -> NoisePath:
@@ -170,18 +158,12 @@ SCHEDULES = {
 
 def zero_terminal_snr(schedule: NoisePath) -> NoisePath:
     """Shift and scale alpha: the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
-    if not torch.allclose(schedule.alpha**2 + schedule.sigma**2, torch.ones_like(schedule.alpha)):
-        raise ValueError("zero_snr needs a variance-preserving schedule")
     a = schedule.alpha
     return variance_preserving(((a - a[-1]) * (a[0] / (a[0] - a[-1]))) ** 2)
 
 
 def make_schedule(name: str, T: int, zero_snr: bool = False) -> NoisePath:
-    """Make a path by the name of its schedule. Raises ValueError for an unknown name or T < 2."""
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-    if T < 2:
-        raise ValueError(f"time_steps is {T}; a schedule needs at least 2")
+    """Make a path by the name of its schedule, T >= 2."""
     schedule = SCHEDULES[name](T)
     return zero_terminal_snr(schedule) if zero_snr else schedule
 
@@ -189,24 +171,29 @@ def make_schedule(name: str, T: int, zero_snr: bool = False) -> NoisePath:
 # --- paths by a formula ----------------------------------------------------------------------
 
 
-def flow(T: int, low: float | None = None, high: float = 1.0) -> NoisePath:
+def by_formula(T: int, at: Callable, t_of: Callable, **inputs) -> NoisePath:
+    """Make a path that training spreads over evenly in t, and that starts as its own noise."""
+    alpha, sigma = at(torch.arange(T, dtype=torch.float64))
+    path = NoisePath(alpha, sigma, alpha.log() - sigma.log(), at, t_of, **inputs)
+    return replace(path, quantile=lambda u: u * (T - 1), prior_std=lambda alpha, sigma: sigma)
+
+
+def flow(T: int, low: float, high: float) -> NoisePath:
     """Make the straight path, alpha = 1 - u and sigma = u (arXiv:2210.02747, arXiv:2209.03003).
 
-    u: uniform in t from low (None: 1 / T) to high. The network is given 1000 u for its time.
+    u: uniform in t from low to high. The network is given 1000 u for its time.
     """
-    low = 1 / T if low is None else low
+    step = (high - low) / (T - 1)
 
-    def formula(t: Tensor) -> tuple[Tensor, Tensor]:
-        u = high - (high - low) * (T - 1 - t) / (T - 1)
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        u = high - step * (T - 1 - t.double())
         return 1 - u, u
 
-    return NoisePath(
-        *_levels(formula, T),
-        formula=formula,
-        inverse=lambda lam: T - 1 - (high - torch.sigmoid(-lam)) * (T - 1) / (high - low),
-        inputs=lambda t, alpha, sigma: (torch.ones_like(alpha), 1000 * sigma),
-        quantile=lambda u: u * (T - 1),
-        prior_std=lambda alpha, sigma: sigma,
+    return by_formula(
+        T,
+        at,
+        lambda lam: T - 1 - (high - torch.sigmoid(-lam)) / step,
+        network_inputs=lambda t, alpha, sigma: (torch.ones_like(alpha), 1000 * sigma),
     )
 
 
@@ -215,23 +202,11 @@ def edm(T: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoisePath:
     first = math.log(sigma_min)
     step = (math.log(sigma_max) - first) / (T - 1)
 
-    def formula(t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t), torch.exp(first + step * t)
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = torch.exp(first + step * t.double())
+        return torch.ones_like(sigma), sigma
 
-    path = NoisePath(
-        *_levels(formula, T),
-        formula=formula,
-        inverse=lambda lam: (-lam - first) / step,
-        quantile=lambda u: u * (T - 1),
-        prior_std=lambda alpha, sigma: sigma,
-    )
-    return edm_inputs(path, path.sigma_data)
-
-
-def _levels(formula: Callable, T: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give alpha, sigma and lam (T,) of a path by its formula."""
-    alpha, sigma = formula(torch.arange(T, dtype=torch.float64))
-    return alpha, sigma, alpha.log() - sigma.log()
+    return edm_inputs(by_formula(T, at, lambda lam: (-lam - first) / step), 0.5)
 
 
 def edm_inputs(path: NoisePath, sigma_data: float) -> NoisePath:
@@ -241,7 +216,7 @@ def edm_inputs(path: NoisePath, sigma_data: float) -> NoisePath:
         c_in = (sigma**2 + (alpha * sigma_data) ** 2).rsqrt()
         return c_in, (sigma / alpha).log() / 4
 
-    return replace(path, inputs=inputs, sigma_data=sigma_data)
+    return replace(path, network_inputs=inputs, sigma_data=sigma_data)
 
 
 def reinterpret(base: NoisePath, name: str) -> NoisePath:
@@ -256,15 +231,14 @@ def reinterpret(base: NoisePath, name: str) -> NoisePath:
     T = len(base)
     path = edm(T, low, high) if name == "edm" else flow(T, low / (1 + low), high / (1 + high))
 
-    def c_in(alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (alpha**2 + sigma**2).rsqrt()
+    def seen(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        c_in = (alpha**2 + sigma**2).rsqrt()
+        return c_in * alpha, c_in * sigma
 
-    return replace(
-        path,
-        inputs=lambda t, alpha, sigma: (c_in(alpha, sigma), base.nearest_t((alpha / sigma).log())),
-        seen=lambda alpha, sigma: (c_in(alpha, sigma) * alpha, c_in(alpha, sigma) * sigma),
-        prior_std=math.hypot,
-    )
+    def inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return (alpha**2 + sigma**2).rsqrt(), base.nearest_t((alpha / sigma).log())
+
+    return replace(path, network_inputs=inputs, seen=seen, prior_std=math.hypot)
 
 
 def make_path(
@@ -282,24 +256,16 @@ def make_path(
 
     objective: what is predicted; EDM's own is given EDM's inputs on every path, and where alpha is
     0, eps and edm say nothing about x0: a flow then ends at its last level above.
-    Raises ValueError for unknown names or T < 2.
     """
-    if name not in PATHS:
-        raise ValueError(f"path {name!r} is unknown; choose one of {', '.join(PATHS)}")
-    if T < 2:
-        raise ValueError(f"time_steps is {T}; a path needs at least 2")
     if name == "vp":
         path = make_schedule(schedule, T, zero_snr)
     elif name == "edm":
         path = edm(T, sigma_min, sigma_max)
     else:
-        path = flow(T, high=1 - 1 / T if objective in ("eps", "edm") else 1.0)
+        path = flow(T, 1 / T, 1 - 1 / T if objective in ("eps", "edm") else 1.0)
     if name == "edm" or objective == "edm":
         path = edm_inputs(path, sigma_data)
     return replace(path, sigma_data=sigma_data)
-
-
-PATHS = ("vp", "edm", "flow")
 
 
 # --- how training spreads its levels ----------------------------------------------------------
@@ -313,49 +279,26 @@ def spread(
     lognormal, logit_normal: of this mean and std (EDM: -1.2, 1.2). They are one distribution:
         ln(sigma / alpha) is the logit of a flow's time u (arXiv:2403.03206, eq. 19).
     shift: what sigma / alpha is then multiplied by; a flow's u becomes s u / (1 + (s - 1) u).
-    Levels beyond the path's ends become the ends. Raises ValueError for an unknown name.
+    Levels beyond the path's ends become the ends.
     """
-    if dist not in NOISE_DISTS:
-        raise ValueError(f"noise_dist {dist!r} is unknown; choose one of {', '.join(NOISE_DISTS)}")
     if dist == "uniform" and shift == 1:
         return path
-    T = len(path)
 
     def quantile(u: Tensor) -> Tensor:
         if dist == "uniform":
-            t = u * (T - 1) if path.quantile is None else path.quantile(u)
+            alpha, sigma = path.at(u * (len(path) - 1))
+            lam = alpha.log() - sigma.log()
         else:
-            t = path.nearest_t(-mean - std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)))
-        if shift != 1:
-            alpha, sigma = path.at(t)
-            t = path.nearest_t(alpha.log() - sigma.log() - math.log(shift))
-        return t
+            lam = -mean - std * torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12))
+        return path.nearest_t(lam - math.log(shift))
 
     return replace(path, quantile=quantile)
-
-
-NOISE_DISTS = ("uniform", "lognormal", "logit_normal")
 
 
 # --- spacing: which timesteps a sampler visits -----------------------------------------------
 
 
-def _leading(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
-    return torch.arange(points, dtype=torch.float64) * (len(schedule) // points) + offset
-
-
-def _trailing(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
-    T = len(schedule)
-    return (T - torch.arange(points, dtype=torch.float64) * T / points).round().flip(0) - 1
-
-
-def _linspace(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
-    return torch.linspace(0, len(schedule) - 1, points, dtype=torch.float64).round()
-
-
-def _logsnr(
-    schedule: NoisePath, points: int, offset: int, shift: float, power: int | None = None
-) -> Tensor:
+def _logsnr(schedule: NoisePath, points: int, power: int | None = None) -> Tensor:
     """Space real-valued t uniformly in log-SNR, or in the noise level sigma / alpha to 1 / power.
 
     An infinite end is visited, but not spread over.
@@ -373,7 +316,7 @@ def _logsnr(
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
-def _flow(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor:
+def _flow(schedule: NoisePath, points: int, shift: float = 1.0) -> Tensor:
     """Space the flow's u = sigma / (alpha + sigma) uniformly from its last value to 0, shifted."""
     ends = torch.sigmoid(-schedule.lam[[0, -1]])
     first, last = (ends / (shift - (shift - 1) * ends)).tolist()  # what is shifted to the ends
@@ -384,10 +327,15 @@ def _flow(schedule: NoisePath, points: int, offset: int, shift: float) -> Tensor
     return t
 
 
-SPACINGS = {
-    "leading": _leading,
+def _trailing(schedule: NoisePath, points: int) -> Tensor:
+    T = len(schedule)
+    return (T - torch.arange(points, dtype=torch.float64) * T / points).round().flip(0) - 1
+
+
+SPACINGS: dict[str, Callable] = {  # (path, points) -> t, rising
+    "leading": lambda path, n: torch.arange(n, dtype=torch.float64) * (len(path) // n),
     "trailing": _trailing,
-    "linspace": _linspace,
+    "linspace": lambda path, n: torch.linspace(0, len(path) - 1, n, dtype=torch.float64).round(),
     "logsnr": _logsnr,
     "karras": partial(_logsnr, power=7),  # arXiv:2206.00364, eq. 5
     "flow": _flow,
@@ -424,7 +372,8 @@ def timesteps(
     if points > T and spacing not in REAL:
         t = torch.linspace(0, T - 1, points, dtype=torch.float64)
     else:
-        t = SPACINGS[spacing](schedule, points, offset, shift)
+        options = {"shift": shift} if spacing == "flow" else {}
+        t = SPACINGS[spacing](schedule, points, **options) + offset * (spacing == "leading")
     t = t.flip(0)[:steps]
     if t[0] > T - 1:
         raise ValueError(

@@ -165,7 +165,9 @@ def test_ipndm_is_diffusers(x):
     theirs = library.IPNDMScheduler()
     theirs.set_timesteps(12)
     levels = torch.stack([theirs.alphas, theirs.betas], 1).double()
-    levels[0] = torch.tensor([0.05, (1 - 0.05**2) ** 0.5])  # alpha is 0 there, and x0 would not be defined
+    levels[0] = torch.tensor(
+        [0.05, (1 - 0.05**2) ** 0.5]
+    )  # alpha is 0 there, and x0 would not be defined
     theirs.alphas, theirs.betas = levels.T
     table = table_of(levels, samplers.MAKERS["ipndm"](levels, 0.0))
     ours = run(table, x)

@@ -25,8 +25,8 @@ def guided(network, guide=None, rescale: float = 0.0, batched: bool = True):
     """
 
     def predict(x: Tensor, t: Tensor, weight: Tensor, *both: Tensor) -> Tensor:
-        cond = both[: len(both) // 2]
-        uncond = both[len(both) // 2 :]
+        half = len(both) // 2
+        cond, uncond = both[:half], both[half:]
         if batched and guide is None:
             twice = (torch.cat(pair) for pair in ((x, x), (t, t), *zip(cond, uncond)))
             out_c, out_u = network(*twice).float().chunk(2)
@@ -162,8 +162,9 @@ def sample_loop(
             raise ValueError("this table guides in its rows; pass guided=")
         runs[True] = (replace(update, denoise=guided), cond + uncond)
     if capture is not None:
-        kind = (clip, update.columns)
-        runs = {key: (capture(run, (key, *kind)), c) for key, (run, c) in runs.items()}
+        runs = {
+            key: (capture(run, (key, clip, update.columns)), c) for key, (run, c) in runs.items()
+        }
     if inpaint is not None:
         x = inpaint.blend(x, *levels[0])
     y = x

@@ -122,8 +122,8 @@ class Denoiser:
 
         k: c_in, c_noise, c_x, c_out and the guidance weight.
         """
-        c_in, c_noise, c_x, c_out, weight = k
-        weight = (weight,) if self.weighted else ()
+        c_in, c_noise, c_x, c_out, *weight = k
+        weight = weight[: self.weighted]
         out = self.network(c_in * x, c_noise.expand(len(x)), *weight, *cond).float()
         return c_x * x + c_out * out
 

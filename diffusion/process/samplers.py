@@ -95,18 +95,18 @@ def eps_of(levels: Tensor) -> Tensor:
 # --- one step without a history ------------------------------------------------------------------
 
 
-def ancestral(levels: Tensor, eta: float = 1.0, variance: str = "posterior") -> Rows:
+def ancestral(levels: Tensor, eta: float = 1.0, large: bool = False) -> Rows:
     """Make the rows of DDIM (arXiv:2010.02502, eq. 12 and 16), of Euler on every path.
 
     eta = 1 is DDPM's posterior (DDPM eq. 7), and k-diffusion's ancestral Euler.
-    variance "beta" keeps eta = 1's mean but adds noise of variance beta (DDPM section 3.2).
+    large: keeps eta = 1's mean but adds noise of variance beta (DDPM section 3.2).
     """
-    (alpha_t, sigma_t) = levels[:-1].T
-    (alpha_s, sigma_s) = levels[1:].T
+    alpha_t, sigma_t = levels[:-1].T
+    alpha_s, sigma_s = levels[1:].T
     shrunk = alpha_t / alpha_s * sigma_s  # the deviation of s, carried to t
     std = eta * sigma_s * (1 - (shrunk / sigma_t) ** 2).clamp(min=0).sqrt()
     k_x = (sigma_s**2 - std**2).clamp(min=0).sqrt() / sigma_t
-    if variance == "beta":
+    if large:
         std = (sigma_t**2 - shrunk**2).clamp(min=0).sqrt() * (sigma_s > 0)  # none in the last row
     return one_state(k_x, alpha_s - k_x * alpha_t, std)
 
@@ -147,7 +147,7 @@ def multistep(
     first: makes the rows of a history that is shorter than `least`, and x's and the noise's weight.
     """
     rows = first(levels, eta)
-    keep = eps_of(levels[:-1])
+    keep = eps_of(levels[:-1]) if of_eps else None
     lam = half_log_snr(levels)
     for i, h in enumerate(lam.diff()):
         nodes = past(lam, i, order)
@@ -164,7 +164,7 @@ def multistep(
             row[D0 + 1 : D0 + n] = weights[1:]
         else:
             row[D0 : D0 + n] = alpha_s * weigh(nodes, h)
-    return replace(rows, keep=keep) if of_eps else rows
+    return replace(rows, keep=keep)
 
 
 def dpmpp(levels: Tensor, eta: float = 0.0) -> Rows:
@@ -284,7 +284,7 @@ def two_stage(
         start = path.nearest_t(half_log_snr(levels[:-1]) - math.log1p(gamma))
         begin = torch.cat([torch.stack(path.at(start), 1), levels[-1:]])
         start[0], begin[0] = t[0], levels[0]
-    now, before = (1.0, 0.0) if halfway else (0.5, 0.5)  # the shares of the slopes
+    share = 1.0 if halfway else 0.5  # of the slope where the step is evaluated again
     x = torch.eye(COLUMNS, dtype=t.dtype)[X]
     rows = []
     for i in range(len(t)):
@@ -300,8 +300,8 @@ def two_stage(
             step = end[1] / end[0] - level[1] / level[0]
             earlier, here = step * eps_of(torch.stack([level, at[1]]))
             row = x / level[0]
-            row[[X, D0 + 1]] += before * earlier
-            row[[Y, D0]] = now * here
+            row[[X, D0 + 1]] += (1 - share) * earlier
+            row[[Y, D0]] = share * here
             row = end[0] * row
         alpha, sigma = begin[i + 1]
         scale = alpha / end[0]
@@ -321,7 +321,7 @@ def euler(level: Tensor, following: Tensor) -> Tensor:
 
 MAKERS: dict[str, Callable] = {  # (levels, eta) -> Rows; of two_stage: see there
     "ddpm": ancestral,
-    "ddpm_large": partial(ancestral, variance="beta"),
+    "ddpm_large": partial(ancestral, large=True),
     "ddim": ancestral,
     "dpmpp_2m": dpmpp,
     "dpmpp_2m_sde": dpmpp,
@@ -373,21 +373,25 @@ def make_table(
     eta = kind.eta if eta is None else eta
     low, high = kind.etas
     if not low <= eta <= high:
-        known = f"{low} to {high} (0: deterministic)" if low < high else f"only {low}"
-        raise ValueError(f"eta is {eta}; {sampler} takes {known}")
+        raise ValueError(f"eta is {eta}; {sampler} takes {low} to {high} (0: deterministic)")
     staged = sampler in TWO_STAGE
     if churn and not staged:
         raise ValueError(f"churn is {churn}; {sampler} takes none, but {' and '.join(TWO_STAGE)}")
     extra = kind.extra if spacing in ("leading", "linspace") else 0
     if spacing in REAL and final == "alpha_bar_0":
         extra = 1  # the last point, t = 0, is where the last row ends
-    spaced = partial(timesteps, schedule, spacing=spacing, offset=offset, extra=extra, shift=shift)
-    t = spaced(steps - (steps - 1) // 2 if staged else steps)
-    if noise_only := staged and int(schedule.at(t)[0][0] == 0):
-        t = spaced(steps - max(0, steps - 2) // 2)
-    points = len(t)
-    first = start_row(points, strength)
-    end = (1.0, 0.0) if final == "zero" else (float(schedule.alpha[0]), float(schedule.sigma[0]))
+    for noise_only in (0, 1):  # steps that start where alpha is 0
+        points = steps - max(0, steps - 1 - noise_only) // 2 if staged else steps
+        t = timesteps(schedule, points, spacing, offset, extra, shift)
+        if not staged or schedule.at(t)[0][0] > 0:
+            break
+    first = points - int(points * strength + 1e-9)  # what image to image begins with
+    if not 0 <= first < points:
+        raise ValueError(
+            f"strength {strength} of {points} steps leaves nothing to do; use at least "
+            f"{1 / points:.2g} and at most 1"
+        )
+    end = (1.0, 0.0) if final == "zero" else (schedule.alpha[0], schedule.sigma[0])
     levels = torch.cat([torch.stack(schedule.at(t), 1), t.new_tensor([end])])[first:]
     t = t[first:]
     if staged:
@@ -403,14 +407,3 @@ def make_table(
         keep = t.new_tensor([0.0, 1.0]).expand(len(t), 2)
     coefficients = (t, levels, rows.to_x, rows.to_y, keep, torch.ones_like(t))
     return Table(*coefficients, sampler, steps, spacing, float(eta), float(strength))
-
-
-def start_row(steps: int, strength: float) -> int:
-    """Choose the first row that image to image runs. Raises ValueError if no row would be left."""
-    rows = int(steps * strength + 1e-9)
-    if not 0 < strength <= 1 or rows < 1:
-        raise ValueError(
-            f"strength {strength} of {steps} steps leaves nothing to do; use at least "
-            f"{1 / steps:.2g} and at most 1"
-        )
-    return steps - rows

@@ -28,11 +28,6 @@ def same_levels(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, sigma
 
 
-def trained_inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Give (c_in, c_noise) of a network that is called with x_t and t themselves."""
-    return torch.ones_like(alpha), t
-
-
 @dataclass(frozen=True, eq=False)
 class NoisePath:
     """Describe a noise path x_t = alpha_t x0 + sigma_t eps.
@@ -52,7 +47,7 @@ class NoisePath:
     lam: Tensor
     at: Callable[[Tensor], tuple[Tensor, Tensor]]
     t_of: Callable[[Tensor], Tensor]
-    network_inputs: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = trained_inputs
+    network_inputs: Callable = lambda t, alpha, sigma: (torch.ones_like(alpha), t)
     seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = same_levels
     quantile: Callable[[Tensor], Tensor] | None = None
     prior_std: Callable[[float, float], float] = lambda alpha, sigma: 1.0
@@ -90,23 +85,20 @@ def variance_preserving(alpha_bar: Tensor) -> NoisePath:
     """
     lam = 0.5 * (alpha_bar.log() - torch.log1p(-alpha_bar))
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    last = len(lam) - 1
+    rise = torch.cat([lam.diff(), lam.new_zeros(1)])
 
     def at(t: Tensor) -> tuple[Tensor, Tensor]:
-        low = t.floor().long().clamp(0, last)
+        low = t.floor().long().clamp(0, len(lam) - 1)
         frac = t - low
-        step = lam[(low + 1).clamp(max=last)] - lam[low]
-        step = torch.where(step.isfinite(), frac * step, torch.log1p(-frac))
+        step = torch.where(rise[low].isfinite(), frac * rise[low], torch.log1p(-frac))
         inside = vp_levels(lam[low] + step)
         exact = frac == 0
         return torch.where(exact, alpha[low], inside[0]), torch.where(exact, sigma[low], inside[1])
 
     def t_of(value: Tensor) -> Tensor:
-        high = torch.searchsorted(-lam, -value).clamp(1, last)
-        low = high - 1
-        step = lam[high] - lam[low]
+        low = (torch.searchsorted(-lam, -value) - 1).clamp(0, len(lam) - 2)
         rest = value - lam[low]
-        return low + torch.where(step.isfinite(), rest / step, -torch.expm1(rest))
+        return low + torch.where(rise[low].isfinite(), rest / rise[low], -torch.expm1(rest))
 
     return NoisePath(alpha, sigma, lam, at, t_of)
 
@@ -138,14 +130,10 @@ def cosine(T: int, s: float = 0.008) -> NoisePath:
     return _from_alpha_bar(lambda u: torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2, T)
 
 
-def sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoisePath:
-    """Make the path of Jabri et al. 2022 (arXiv:2212.11972), algorithm 2."""
-
-    def alpha_bar(u: Tensor) -> Tensor:
-        a, b = (1 / (1 + math.exp(-v / tau)) for v in (start, end))
-        return (b - torch.sigmoid((u * (end - start) + start) / tau)) / (b - a)
-
-    return _from_alpha_bar(alpha_bar, T)
+def sigmoid(T: int) -> NoisePath:
+    """Make the path of Jabri et al. 2022 (arXiv:2212.11972), algorithm 2, from -3 to 3, tau = 1."""
+    a, b = (1 / (1 + math.exp(-v)) for v in (-3, 3))
+    return _from_alpha_bar(lambda u: (b - torch.sigmoid(u * 6 - 3)) / (b - a), T)
 
 
 SCHEDULES = {
@@ -174,8 +162,8 @@ def make_schedule(name: str, T: int, zero_snr: bool = False) -> NoisePath:
 def by_formula(T: int, at: Callable, t_of: Callable, **inputs) -> NoisePath:
     """Make a path that training spreads over evenly in t, and that starts as its own noise."""
     alpha, sigma = at(torch.arange(T, dtype=torch.float64))
-    path = NoisePath(alpha, sigma, alpha.log() - sigma.log(), at, t_of, **inputs)
-    return replace(path, quantile=lambda u: u * (T - 1), prior_std=lambda alpha, sigma: sigma)
+    inputs |= {"quantile": lambda u: u * (T - 1), "prior_std": lambda alpha, sigma: sigma}
+    return NoisePath(alpha, sigma, alpha.log() - sigma.log(), at, t_of, **inputs)
 
 
 def flow(T: int, low: float, high: float) -> NoisePath:
@@ -232,11 +220,11 @@ def reinterpret(base: NoisePath, name: str) -> NoisePath:
     path = edm(T, low, high) if name == "edm" else flow(T, low / (1 + low), high / (1 + high))
 
     def seen(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        c_in = (alpha**2 + sigma**2).rsqrt()
-        return c_in * alpha, c_in * sigma
+        norm = torch.hypot(alpha, sigma)
+        return alpha / norm, sigma / norm
 
     def inputs(t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return (alpha**2 + sigma**2).rsqrt(), base.nearest_t((alpha / sigma).log())
+        return 1 / torch.hypot(alpha, sigma), base.nearest_t((alpha / sigma).log())
 
     return replace(path, network_inputs=inputs, seen=seen, prior_std=math.hypot)
 
@@ -304,15 +292,13 @@ def _logsnr(schedule: NoisePath, points: int, power: int | None = None) -> Tenso
     An infinite end is visited, but not spread over.
     """
     lam = schedule.lam
-    infinite = int(torch.isinf(lam[-1]))
-    if points == 1:
-        return torch.tensor([len(schedule) - 1.0], dtype=torch.float64)
+    infinite = int(points > 1 and lam[-1].isinf())
     last = len(schedule) - 1 - infinite
     ends = lam[[0, last]] if power is None else torch.exp(-lam[[0, last]] / power)
     grid = torch.linspace(*ends.tolist(), points - infinite, dtype=torch.float64)
     t = schedule.t_of(grid if power is None else -power * grid.log())
     t[0] = 0.0
-    t[-1] = float(last)
+    t[-1] = last
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
@@ -327,14 +313,11 @@ def _flow(schedule: NoisePath, points: int, shift: float = 1.0) -> Tensor:
     return t
 
 
-def _trailing(schedule: NoisePath, points: int) -> Tensor:
-    T = len(schedule)
-    return (T - torch.arange(points, dtype=torch.float64) * T / points).round().flip(0) - 1
-
-
 SPACINGS: dict[str, Callable] = {  # (path, points) -> t, rising
     "leading": lambda path, n: torch.arange(n, dtype=torch.float64) * (len(path) // n),
-    "trailing": _trailing,
+    "trailing": lambda path, n: (
+        (len(path) - torch.arange(n, dtype=torch.float64) * len(path) / n).round().flip(0) - 1
+    ),
     "linspace": lambda path, n: torch.linspace(0, len(path) - 1, n, dtype=torch.float64).round(),
     "logsnr": _logsnr,
     "karras": partial(_logsnr, power=7),  # arXiv:2206.00364, eq. 5
@@ -372,8 +355,8 @@ def timesteps(
     if points > T and spacing not in REAL:
         t = torch.linspace(0, T - 1, points, dtype=torch.float64)
     else:
-        options = {"shift": shift} if spacing == "flow" else {}
-        t = SPACINGS[spacing](schedule, points, **options) + offset * (spacing == "leading")
+        more = (shift,) if spacing == "flow" else ()
+        t = SPACINGS[spacing](schedule, points, *more) + offset * (spacing == "leading")
     t = t.flip(0)[:steps]
     if t[0] > T - 1:
         raise ValueError(

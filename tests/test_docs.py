@@ -91,3 +91,15 @@ def test_the_tour_names_what_exists():
     assert len(names) > 50
     for name in names:
         assert re.search(rf"(def|class) {name}\b|^ *{name}\b.* = ", code, re.M), name
+
+
+def test_the_equations_name_functions_and_tests_that_exist():
+    text = (ROOT / "docs" / "math.md").read_text()
+    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) > 90
+    for name in named:
+        assert f"def {name}(" in tests, name
+    files = {p.stem: p.read_text() for p in (ROOT / "diffusion").rglob("*.py")}
+    for module, name in re.findall(r"`([a-z_]+)\.(\w+)`", text):
+        assert re.search(rf"^ *(def|class) {name}\b|^{name}\b", files[module], re.M), (module, name)

@@ -9,7 +9,6 @@ import bz2
 import contextlib
 import gzip
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from PIL import Image
 
 from .. import UserError, shown
 from ..files.atomic import blame, create_whole, locked, open_regular
+from ..files.torch_files import Bounded
 from ..runtime.distributed import log, progress
 from .cache import check_space
 from .captions import EVERYTHING, Selection
@@ -164,7 +164,7 @@ def _members(file: BinaryIO, most: int) -> Iterator[tuple[str, int, BinaryIO | N
     magic = file.read(2)
     file.seek(0)
     if magic == b"PK":
-        with zipfile.ZipFile(_Bounded(file.raw)) as z:
+        with zipfile.ZipFile(Bounded(file, MAX_DIRECTORY)) as z:
             for entry in z.infolist():
                 if not entry.is_dir():
                     with z.open(entry) as source:
@@ -213,15 +213,6 @@ class _Limited:
         if self.left < 0:
             raise OSError("more comes out of it than an archive of images holds")
         return data
-
-
-class _Bounded(io.BufferedReader):
-    """Refuses the read by which zipfile takes in the whole directory, if that is large."""
-
-    def read(self, size: int = -1) -> bytes:
-        if size > MAX_DIRECTORY:
-            raise OSError(f"its directory has {size:,} bytes")
-        return super().read(size)
 
 
 # --- CIFAR-10 ------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ ALPHA = re.compile(r"(?P<layer>.+?)(?:\.lora)?\.(?P<kind>alpha)")
 METADATA = "lora_adapter_metadata"
 # peft's initialisations that leave the network's own weights as they are; others, such as pissa and
 # olora, put the branches' start into the weights, which are then not the base's
-INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+INITS = "true false none gaussian orthogonal eva mica".split()
 # settings of peft's LoraConfig that its branches, or tensors in the file, say all about
 SETTLED = set(
     """alpha alpha_pattern auto_mapping base_model_name_or_path bias corda_config decompose_both
@@ -96,14 +96,10 @@ SETTLED = set(
 )
 # what these networks' files call layers that the attention processors of 2023 held
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
-# what a folder's LoRA may be called: by peft, by diffusers, by a run of train.py
-IN_FOLDERS = (
-    "adapter.safetensors",  # first: what a run has for peft is of the U-Net alone
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_lora_weights.safetensors",
-    "pytorch_lora_weights.bin",
-)
+# what a folder's LoRA may be called: by a run of train.py, by peft, by diffusers; a run's comes
+# first, since what a run has for peft is of the U-Net alone
+IN_FOLDERS = """adapter.safetensors adapter_model.safetensors adapter_model.bin
+    pytorch_lora_weights.safetensors pytorch_lora_weights.bin""".split()
 EMBEDDING = "<embed>"  # cloneofsimo's mark, in the metadata, of a token's vectors
 # The layers that cloneofsimo's trainers put branches beside: attention alone at first, then GEGLU
 # and, if asked for, ResBlocks. Their order is that of the classes that diffusers and transformers
@@ -196,8 +192,9 @@ def _find_file(path: Path) -> Path:
             return path / name
     others = sorted(path.glob("[!.]*.safetensors"))
     if len(others) != 1:
-        holds = f"; it holds {some(file.name for file in others)}" if others else ""
-        raise UserError(f"{path} is a folder without {', '.join(IN_FOLDERS)}{holds}: give a file")
+        held = some(file.name for file in others) or "no other"
+        known = ", ".join(IN_FOLDERS)
+        raise UserError(f"{path} is a folder without {known}; it holds {held}: give a file")
     return others[0]
 
 
@@ -208,7 +205,7 @@ def _open(path: Path) -> Tensors:
         tensors = {f":{i // 2}:{('up', 'down')[i % 2]}": value for i, value in enumerate(content)}
     else:
         tensors = read_tensors(path)
-    check_tensors(tensors, str(path))
+    check_tensors(tensors, path)
     return {name: value for name, value in tensors.items() if marks.get(name) != EMBEDDING}
 
 
@@ -229,19 +226,19 @@ def _settings(path: Path, folder: bool) -> dict[str, dict]:
     beside = path.parent / "adapter_config.json"
     peft = path.stem == "adapter_model"  # its settings are in a file of their own
     if peft and (folder or os.path.lexists(beside)):
-        settings = dict.fromkeys(NAMES, read_json(beside))
+        found = read_json(beside)
     else:
         if peft:
             log(f"warning: {path} has no adapter_config.json beside it: alpha is set to the rank")
         found = parse_json(read_metadata(path).get(METADATA, "{}"), f"{path}: its {METADATA}")
-        settings = {
-            part: {
-                key.removeprefix(f"{part}."): value
-                for key, value in found.items()
-                if key.startswith(f"{part}.") or "." not in key
-            }
-            for part in NAMES
+    settings = {
+        part: {
+            key.removeprefix(f"{part}."): value
+            for key, value in found.items()
+            if key.startswith(f"{part}.") or "." not in key
         }
+        for part in NAMES
+    }
     for own in settings.values():
         check_settings(path, own)
     return settings
@@ -397,14 +394,14 @@ def check_settings(path: Path, settings: Mapping) -> None:
     Raises UserError, which names the setting.
     """
     init = settings.get("init_lora_weights")
-    if (init.lower() if isinstance(init, str) else init) not in INITS:
+    if str(init).lower() not in INITS:
         raise UserError(
             f"{path}: init_lora_weights is {shown(init)}, which changes the base's own weights, so "
             "that on the unchanged base the LoRA gives another result; save it again with peft's "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL)"
         )
     for key, value in settings.items():
-        if key not in SETTLED and value not in (None, False, {}, [], "", "LORA", "LOHA", "LOKR"):
+        if value and key not in SETTLED and value not in ("LORA", "LOHA", "LOKR"):
             raise UserError(
                 f"{path}: its settings have {shown(key)} {shown(value)}; supported: {SUPPORTED}"
             )
@@ -415,7 +412,7 @@ def _layer_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]
 
     From the modules to the names, with `_` for `.`, which cannot be undone.
     """
-    known: dict[str, dict[str, str]] = {}
+    known = {}
     for part, network in networks.items():
         config = getattr(network, "config", None)  # of Stable Diffusion's
         original = sd_names.tables(part, config.to_dict())[0] if config else {}
@@ -523,8 +520,9 @@ def write_kohya(path: Path, parts: Parts, **about: str) -> None:
     """
     tensors = {}
     for part, branches in parts.items():
-        for name in (name for name in branches if in_kohya(part, name)):
-            low = branches[name]
+        for name, low in branches.items():
+            if not in_kohya(part, name):
+                continue
             layer = KOHYA[part] + name.replace(".", "_")
             tensors[f"{layer}.lora_down.weight"] = low.down
             tensors[f"{layer}.lora_up.weight"] = low.up

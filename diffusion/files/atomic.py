@@ -138,21 +138,14 @@ def atomic(
             os.close(folder)
 
 
-def is_temporary(name: str, of: str) -> bool:
-    """Check whether a file's name is one that `atomic` writes to before it becomes `of`, a regex.
-
-    Those of earlier versions had a process number in it, or nothing.
-    """
-    return re.fullmatch(rf"\.({of})(\.[0-9a-f]+)?\.tmp", name) is not None
-
-
 def remove_left(folder: Path, of: str) -> None:
     """Delete the half files that killed writers of files have left, of whose names `of` is a regex.
 
     Only where nobody else writes such files in the folder.
     """
     for left in folder.glob(".*.tmp"):
-        if is_temporary(left.name, of) and left.is_file():
+        # those of earlier versions have a process number in their names, or nothing
+        if re.fullmatch(rf"\.({of})(\.[0-9a-f]+)?\.tmp", left.name) and left.is_file():
             left.unlink()
 
 

@@ -211,7 +211,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
         raise UserError(f"{path} holds EMA weights only; --weights raw needs a model.pt")
     else:
         weights, config, metadata = _read_shared(path)
-    check_tensors(weights, str(path))
+    check_tensors(weights, path)
     metadata = {"networks": {}, "frozen": {}} | metadata
     check_parts(path, metadata, {"classes": list, "networks": dict, "frozen": dict})
     if not all(isinstance(name, str) for name in metadata["classes"]):

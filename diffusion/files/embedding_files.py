@@ -95,7 +95,7 @@ def read_embedding(path: str | Path, width: int) -> Tensors:
         kind = None if "emb_params" in found else sd_names.family(map(str, found))
         what = f"it is {kind}" if kind else f"it holds {some(found) or 'no vectors'}"
         raise UserError(f"{path} is no textual inversion: {what}")
-    check_tensors(found, str(path))
+    check_tensors(found, path)
     for token, vectors in found.items():
         if not isinstance(token, str) or not token.strip() or not token.isprintable():
             raise UserError(f"{path} is no textual inversion: a token is {shown(token)}")

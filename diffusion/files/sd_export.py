@@ -67,7 +67,7 @@ def main() -> None:
     sd = load_sd(base, config.sd_config)
     prediction = PREDICTIONS.get(config.objective, config.objective)
     sd.scheduler = read_scheduler(base, config.sd_config, prediction)
-    sd.unet, _ = load_part("unet", metadata["networks"].get("unet"), tensors, str(path))
+    sd.unet, _ = load_part("unet", metadata["networks"].get("unet"), tensors, path)
     if not single_file:  # without the last layers, which clip skip does not read
         text = sd.text_encoder
         count = text.config.num_hidden_layers - config.clip_skip + 1

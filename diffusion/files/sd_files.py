@@ -66,7 +66,8 @@ USUAL = {
 EVEN = USUAL | {"timestep_spacing": "linspace"}
 CLASSES = {
     "PNDMScheduler": USUAL | {"set_alpha_to_one": False, "skip_prk_steps": False},
-    **dict.fromkeys(("DDIMScheduler", "DDPMScheduler"), USUAL),
+    "DDIMScheduler": USUAL,
+    "DDPMScheduler": USUAL,
     **dict.fromkeys(
         """DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DEISMultistepScheduler
         UniPCMultistepScheduler SASolverScheduler EulerDiscreteScheduler
@@ -110,7 +111,8 @@ SETTINGS = {  # what is taken from a scheduler_config.json
     "trained_betas": BETAS,
     "timestep_spacing": one_of("leading", "linspace", "trailing"),
     "steps_offset": whole(0, 1000),
-    **dict.fromkeys(("beta_start", "beta_end"), BETA),
+    "beta_start": BETA,
+    "beta_end": BETA,
     **dict.fromkeys(
         ("_class_name", "prediction_type"), Rule("a text", lambda v: isinstance(v, str))
     ),
@@ -320,7 +322,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
                 f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
             )
         sizes = metadata["networks"].get("vae")
-    return strict.load_part("vae", sizes, part_of(tensors, "vae") or tensors, str(file))[0]
+    return strict.load_part("vae", sizes, part_of(tensors, "vae") or tensors, file)[0]
 
 
 def _network_config(folder: Path) -> dict | None:
@@ -418,7 +420,7 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     own = Path(model_path(path))
     if own.is_file() and is_own(own):
         raise UserError(f"--sd_path {path} is a model of train.py: give it with --load_path")
-    stated: list[tuple[str, str]] = []
+    stated = []
     zero_snr = False
     if path.is_file():
         names, facts = inspect(path)

@@ -56,12 +56,12 @@ def unet_table(config: Mapping) -> Table:
     }
     table |= prefixed("mid_block.resnets.0", "middle_block.0", RESNET)
     table |= prefixed("mid_block.resnets.1", "middle_block.2", RESNET)
-    for way, side, count in (("down", "input", layers), ("up", "output", layers + 1)):
-        i = 1 if way == "down" else 0  # conv_in is input block 0
+    # conv_in is input block 0
+    for way, side, count, i in (("down", "input", layers, 1), ("up", "output", layers + 1, 0)):
         for b, kind in enumerate(config[f"{way}_block_types"]):
             attends = kind.startswith("CrossAttn")
+            ours = f"{way}_blocks.{b}"
             for k in range(count):
-                ours = f"{way}_blocks.{b}"
                 table |= prefixed(f"{ours}.resnets.{k}", f"{side}_blocks.{i}.0", RESNET)
                 if attends:
                     table[f"{ours}.attentions.{k}"] = f"{side}_blocks.{i}.1"
@@ -122,40 +122,34 @@ def translate(name: str, table: Mapping[str, str]) -> str:
 
 # what a file is, by marks in the names of its tensors; the first that is found wins
 FAMILIES = {
-    "a LoHa": ("hada_w",),
-    "a LoKr": ("lokr_w",),
-    "a DoRA": ("dora_scale", "lora_magnitude"),
-    "a LoRA with a Tucker core": ("lora_mid",),
-    "an OFT or BOFT": ("oft_",),
-    "an IA3": (".on_input", "ia3_l"),
-    "a GLoRA or GLoKr": (".a1.weight", ".b1.weight", "glokr"),
-    "a VeRA": ("vera_lambda",),
-    "an AdaLoRA": (".lora_E",),
-    "a T-LoRA": ("lambda_layer",),
-    "a LoRA of embeddings": ("lora_embedding",),
-    "Stable Diffusion 3": ("joint_blocks.", "joint_transformer_blocks"),
-    "a LoRA of Stable Diffusion XL": ("lora_te2_", "text_encoder_2.", "clip_g."),
-    "a LoRA": (
-        "lora_up.",
-        "lora_down.",
-        "lora_A.",
-        ".lora.",
-        "lora_linear_layer",
-        "to_q_lora",
-        "unet:0:up",
-    ),
-    "a textual inversion embedding": ("emb_params", "string_to_param"),
-    "a ControlNet": ("control_model.", "controlnet_"),
-    "Flux": ("double_blocks.", "single_transformer_blocks."),
-    "Stable Diffusion XL": ("conditioner.embedders.", "add_embedding.", "label_emb.0.0."),
-    "Stable Diffusion 2": ("cond_stage_model.model.transformer.",),
-    "Stable Cascade or Würstchen": ("clf.0.", "effnet_mapper"),
-    "PixArt or another transformer": ("adaln_single", "caption_projection"),
+    "a LoHa": "hada_w",
+    "a LoKr": "lokr_w",
+    "a DoRA": "dora_scale lora_magnitude",
+    "a LoRA with a Tucker core": "lora_mid",
+    "an OFT or BOFT": "oft_",
+    "an IA3": ".on_input ia3_l",
+    "a GLoRA or GLoKr": ".a1.weight .b1.weight glokr",
+    "a VeRA": "vera_lambda",
+    "an AdaLoRA": ".lora_E",
+    "a T-LoRA": "lambda_layer",
+    "a LoRA of embeddings": "lora_embedding",
+    "Stable Diffusion 3": "joint_blocks. joint_transformer_blocks",
+    "a LoRA of Stable Diffusion XL": "lora_te2_ text_encoder_2. clip_g.",
+    "a LoRA": "lora_up. lora_down. lora_A. .lora. lora_linear_layer to_q_lora unet:0:up",
+    "a textual inversion embedding": "emb_params string_to_param",
+    "a ControlNet": "control_model. controlnet_",
+    "Flux": "double_blocks. single_transformer_blocks.",
+    "Stable Diffusion XL": "conditioner.embedders. add_embedding. label_emb.0.0.",
+    "Stable Diffusion 2": "cond_stage_model.model.transformer.",
+    "Stable Cascade or Würstchen": "clf.0. effnet_mapper",
+    "PixArt or another transformer": "adaln_single caption_projection",
 }
 
 
 def family(names: Iterable[str]) -> str | None:
     """Name what else a file is by the names of its tensors, if it is a known kind."""
     joined = "\n".join(names)
-    found = (kind for kind, marks in FAMILIES.items() if any(mark in joined for mark in marks))
-    return next(found, None)
+    for kind, marks in FAMILIES.items():
+        if any(mark in joined for mark in marks.split()):
+            return kind
+    return None

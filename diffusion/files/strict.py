@@ -1,6 +1,7 @@
 """Load tensors of any known file into the networks of Stable Diffusion, strictly."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -20,14 +21,16 @@ BESIDE = {
 }
 
 
-def build(part: str, config: dict, where: str) -> nn.Module:
+def build(part: str, config: dict, where: Path | str) -> nn.Module:
     """Build a network without memory (meta device). Raises UserError for another family's."""
     make_config, _ = NETWORKS[part]
     with blame(f"{where}: its config.json is not supported"), blank():
         return build_network(part, make_config.from_dict(config))
 
 
-def load_strict(model: nn.Module, tensors: Tensors, where: str, advice: str = "") -> nn.Module:
+def load_strict(
+    model: nn.Module, tensors: Tensors, where: Path | str, advice: str = ""
+) -> nn.Module:
     """Put tensors into a network on the meta device, without copying them.
 
     1x1 convolutions and linear layers take each other's weights. Raises UserError, which names
@@ -64,7 +67,9 @@ def as_shape(value: Tensor, shape: Sequence[int]) -> Tensor:
     return value.reshape(shape) if same and value.shape != shape else value
 
 
-def load_part(part: str, config: dict, tensors: Tensors, where: str) -> tuple[nn.Module, str]:
+def load_part(
+    part: str, config: dict, tensors: Tensors, where: Path | str
+) -> tuple[nn.Module, str]:
     """Build a network from its tensors in the names of any known file: (network, which names)."""
     model = build(part, config, where)
     tensors = {k: v for k, v in tensors.items() if not k.startswith(BESIDE.get(part, ()))}
@@ -72,14 +77,14 @@ def load_part(part: str, config: dict, tensors: Tensors, where: str) -> tuple[nn
         # transformers 5 leaves out the prefix that published files have
         tensors = {f"text_model.{name}": value for name, value in tensors.items()}
     _, known = sd_names.tables(part, model.config.to_dict())
-    named = {sd_names.translate(name, known): value for name, value in tensors.items()}
     expected = model.state_dict()
-    # `model.` of Lightning, `unet.` and the like, which all names begin with
-    while not named.keys() & expected and len({name.split(".")[0] for name in tensors}) == 1:
-        if not all("." in name for name in tensors):
+    while True:
+        named = {sd_names.translate(name, known): value for name, value in tensors.items()}
+        # `model.` of Lightning, `unet.` and the like, which all names begin with
+        starts = {name[: name.find(".") + 1] for name in tensors}
+        if named.keys() & expected or len(starts) > 1 or not any(starts):
             break
         tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
-        named = {sd_names.translate(name, known): value for name, value in tensors.items()}
     used = "its own names" if named.keys() == tensors.keys() else "original names"
     advice = "; for sizes other than Stable Diffusion 1.5's give --config FOLDER"
     return load_strict(model, named, where, advice), used

@@ -187,17 +187,26 @@ class Machine(pickle._Unpickler):
 
 
 class Bounded(io.BufferedReader):
-    """Refuse to read much at once: zipfile reads a directory whole, whatever its size."""
+    """Refuse to read more than `most` at once: zipfile reads a directory whole, whatever it has."""
+
+    def __init__(self, file: BinaryIO, most: int):
+        super().__init__(file.raw)
+        self.most = most
 
     def read(self, size=-1):
-        if size is not None and size > MAX_DIRECTORY:
+        if size is not None and size > self.most:
             raise zipfile.BadZipFile(f"a directory of {size:,} bytes")
         return super().read(size)
 
 
-def open_zip(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
-    """Open a zip file that holds what it claims. Raises UserError, or BadZipFile."""
-    z = zipfile.ZipFile(Bounded(file.raw))
+def read_zip(path: Path, file: BinaryIO, size: int, check_crc: bool):
+    """Read the pickle of a zip file, whose tensors lie in the mapped file until used.
+
+    check_crc: also compare every record with the CRC that was written with it.
+    Raises UserError, and nearly anything for a damaged file.
+    """
+    z = zipfile.ZipFile(Bounded(file, MAX_DIRECTORY))
+    records = {record.filename: record for record in z.infolist()}
     total = sum(record.file_size for record in z.infolist())
     # torch never compresses
     compressed = any(
@@ -209,17 +218,6 @@ def open_zip(path: Path, file: BinaryIO, size: int) -> zipfile.ZipFile:
             f"{path} is a compressed zip file, or not to be trusted: {size:,} bytes would become "
             f"{total:,}; unpack it, or give the file as it was saved"
         )
-    return z
-
-
-def read_zip(path: Path, file: BinaryIO, size: int, check_crc: bool):
-    """Read the pickle of a zip file, whose tensors lie in the mapped file until used.
-
-    check_crc: also compare every record with the CRC that was written with it.
-    Raises UserError, and nearly anything for a damaged file.
-    """
-    z = open_zip(path, file, size)
-    records = {record.filename: record for record in z.infolist()}
     roots = [name[:-8] for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
     if len(roots) != 1:
         held = shown(min(records, default=""))

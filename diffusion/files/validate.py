@@ -1,6 +1,7 @@
 """Check tensors before a network takes them, and digest them."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ PLAIN = FLOATS | {torch.float8_e4m3fn, torch.float8_e5m2, torch.bool}
 PLAIN |= {getattr(torch, f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 
 
-def check_tensors(tensors: Tensors, where: str) -> None:
+def check_tensors(tensors: Tensors, where: Path | str) -> None:
     """Refuse tensors that claim more than is stored, that no network has, NaN and infinity.
 
     No network has sparse, quantized, complex or nested tensors, or tensors without storage.

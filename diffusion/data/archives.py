@@ -39,7 +39,7 @@ MAX_MEMBERS = 1 << 20
 MAX_NAME = 1000  # characters of a path
 MAX_DIRECTORY = 32 << 20  # bytes of a zip's directory, which zipfile holds in memory
 # what a data set may consist of: images, their captions and tables, and CIFAR-10
-WANTED = SUFFIXES | {".txt", ".caption", ".jsonl", ".csv", ".parquet", ".bin"}
+WANTED = SUFFIXES | set(".txt .caption .jsonl .csv .parquet .bin".split())
 CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()
 UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 
@@ -226,7 +226,7 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
             "--split, --image_column and --caption_column"
         )
     files = sorted(file for file in folder.glob("data_batch_*.bin") if file.is_file())
-    try:
+    with blame(f"{folder} is no intact CIFAR-10 in binary", ": fetch it again"):
         # a byte more than there may be is no row of the table
         rows = [np.fromfile(file, np.uint8, 10_000 * 3073 + 1).reshape(-1, 3073) for file in files]
         table = np.concatenate(rows)
@@ -234,14 +234,10 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
         texts = [(f"a photo of a {CIFAR[label]}",) for label in labels]
         if not labels:
             raise ValueError("no images")
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{folder} is no intact CIFAR-10 in binary ({error}): fetch it again"
-        ) from None
 
     def read(i, size, *_):
         pixels = table[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
-        return to_pixels(Image.fromarray(np.ascontiguousarray(pixels)), size)
+        return to_pixels(Image.fromarray(pixels), size)
 
     return ImageSet(
         name="cifar10",

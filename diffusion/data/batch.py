@@ -29,6 +29,11 @@ class Batch:
     captions: list[str] | None = None
 
 
+def channels_first(images: np.ndarray) -> Tensor:
+    """View images (N, H, W, C) as a tensor (N, C, H, W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 class StepBatches:
     """Calls _load(step, low, high), for the next call in a thread while this batch is used."""
 

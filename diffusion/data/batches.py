@@ -16,7 +16,7 @@ from .. import UserError
 from ..config import Config
 from ..runtime.distributed import log
 from ..runtime.seeding import permutation
-from .batch import Batch, StepBatches
+from .batch import Batch, StepBatches, channels_first
 from .image_set import HELD_OUT_FROM, ImageSet, held_out
 from .pixels import Pixels
 from .sources import configured, open_data
@@ -72,7 +72,7 @@ class Batches(StepBatches):
         return self._batch(self.held_out[low:high])
 
     def _batch(self, chosen: np.ndarray) -> Batch:
-        pixels = torch.from_numpy(self.pixels[chosen]).permute(0, 3, 1, 2)
+        pixels = channels_first(self.pixels[chosen])
         return Batch(pixels, torch.from_numpy(self.labels[self.pixels.shown(chosen)]))
 
 

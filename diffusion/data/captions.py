@@ -28,8 +28,8 @@ from .tables import read_rows
 
 MAX_CAPTION = 1 << 16  # bytes of a text
 MAX_NAMELESS = 1000  # rows without a file name, after which a table is of something else
-CAPTION_COLUMNS = ("text", "caption", "prompt", "captions")  # the first of these that there is
-NAME_COLUMNS = ("file_name", "filename", "image", "image_path", "file_path", "path")
+CAPTION_COLUMNS = "text caption prompt captions".split()  # the first of these that there is
+NAME_COLUMNS = "file_name filename image image_path file_path path".split()
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def texts_of(value, where: str) -> tuple[str, ...]:
+def texts_of(value, where: Path | str) -> tuple[str, ...]:
     """Check a caption from outside: the texts that it is, none for null, NaN and blank ones.
 
     where: names the value in errors. Raises UserError for what is neither text, list nor null.
@@ -116,7 +116,7 @@ def read_captions(
     for file in files:
         sides = [] if table.get(file) else _texts_beside(file, beside)
         text = _read_side(sides[0], wrong) if sides else None
-        texts = table.get(file) or texts_of(text, str(file))
+        texts = table.get(file) or texts_of(text, file)
         if len(sides) > 1:
             wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
         if texts:
@@ -168,9 +168,9 @@ def _read_side(side: Path, problems: list) -> str | None:
 def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Path, tuple]:
     """Read {image: its captions} from a folder's tables; say which rows match no image."""
     # exact names replace those that are only alike
-    images = {spell(_absolute(f)): f for spell in (_alike, str) for f in found.images}
-    names = (selection.image_column,) if selection.image_column else NAME_COLUMNS
-    candidates = (selection.caption_column,) if selection.caption_column else CAPTION_COLUMNS
+    images = {spell(os.path.abspath(f)): f for spell in (_alike, str) for f in found.images}
+    names = [selection.image_column] if selection.image_column else NAME_COLUMNS
+    candidates = [selection.caption_column] if selection.caption_column else CAPTION_COLUMNS
     used = set(files)
     captions = defaultdict(dict)  # {image: {text: None}}: in order, each once
     unmatched = []
@@ -206,10 +206,6 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
     return {image: tuple(texts) for image, texts in captions.items()}
 
 
-def _absolute(*parts: Path | str) -> str:
-    return os.path.abspath(os.path.join(*parts))
-
-
 def _alike(path: str) -> str:
     folder, name = os.path.split(path)
     return nfc(os.path.join(folder, name.strip()))
@@ -218,14 +214,14 @@ def _alike(path: str) -> str:
 def _find(images: dict[str, Path], folder: Path, name: str) -> Path | None:
     """Find the image of a row; \\ may stand for /, and accents may be written otherwise."""
     for spelled in (name, name.strip().replace("\\", "/")):
-        path = _absolute(folder, spelled)
+        path = os.path.abspath(folder / spelled)
         for key in (path, _alike(path)):
             if key in images:
                 return images[key]
     return None
 
 
-def _rows(table: Path, names: tuple[str, ...], columns: dict) -> Iterator[tuple[str, dict]]:
+def _rows(table: Path, names: list[str], columns: dict) -> Iterator[tuple[str, dict]]:
     """Give (where, row) of a table of images; warn of one of something else, or without rows."""
     rows = read_rows(table)
     # only rows of JSON may have columns that others do not have

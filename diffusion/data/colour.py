@@ -59,7 +59,7 @@ PRIMARIES = {  # ITU-T H.273: x and y of white, red, green and blue
     """.strip().splitlines(),
     )
 }
-TRANSFERS = {1: None, 2: None, 4: 2.2, 5: 2.8, 6: None, 8: 1.0, 13: None, 14: None, 15: None}
+TRANSFERS = dict.fromkeys((1, 2, 6, 13, 14, 15)) | {4: 2.2, 5: 2.8, 8: 1.0}  # None: sRGB's
 LESSER = {"icc_profile", "srgb", "gamma", "chromaticity"}  # in info, after cICP
 HDR = {16: "PQ", 18: "HLG"}
 BRADFORD = np.array(
@@ -125,7 +125,8 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
     if profile is None:
         return to_8_bit(image)
     space = _space(profile)
-    if _is_grey(image) and space in ("GRAY", "RGB"):
+    is_grey = image.mode[0] in "1LIF" and image.mode != "LAB"
+    if is_grey and space in ("GRAY", "RGB"):
         return to_8_bit(image, _grey_curve(profile))
     if image.mode not in MODES.get(space, ()):
         raise BadProfile(
@@ -137,10 +138,6 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
         image = image if image.mode == mode else image.convert(mode)
     transform = _transform(profile, image.mode)
     return image if transform is None else ImageCms.applyTransform(image, transform)
-
-
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode[0] in "1LIF" and image.mode != "LAB"
 
 
 def _profile(image: Image.Image) -> bytes | None:

@@ -23,6 +23,7 @@ SUBSAMPLING = 530
 RANGE = (340, 341)  # SMinSampleValue, SMaxSampleValue
 KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 OTHER_ORDER = ("F;32BF", "I;32BS", "I;16BS")  # of bytes
+DEEP = "IF"  # first letters of the modes of more than 8 bits
 OVERSHOOT = 0.5  # of floats beyond 0 ... 1, as sharpening makes it; cut off
 
 
@@ -60,7 +61,7 @@ def _prepare_tiff(image: Image.Image) -> None:
     else:
         misread |= in_planes and (bits == 16 or mode in ("1", "L", "P"))
         misread |= mode == "YCbCr" and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1)
-    if _is_deep(image):
+    if mode[0] in DEEP:
         declared = {float(np.min(tags[name])) for name in RANGE if name in tags}
         misread |= bool(declared - {0, high}) or (kind == 1 and bits > 16)
         image.info["sample_range"] = (high, 0) if tags.get(PHOTOMETRIC, 0) == 0 else (0, high)
@@ -70,10 +71,6 @@ def _prepare_tiff(image: Image.Image) -> None:
             f"{' in planes' if in_planes else ''}, which Pillow misreads, or whose range is not "
             "that of its type; save it as PNG, or in 8 or 16 bit unsigned"
         )
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode[0] in "IF"
 
 
 def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image:
@@ -87,7 +84,7 @@ def to_8_bit(image: Image.Image, curve: np.ndarray | None = None) -> Image.Image
     if image.mode in ("1", "L", "LA") and curve is not None:
         grey, *alpha = image.convert("LA" if image.has_transparency_data else "L").split()
         return Image.merge("LA" if alpha else "L", [grey.point(curve[::257].tolist()), *alpha])
-    if not _is_deep(image):
+    if image.mode[0] not in DEEP:
         return image
     low, high = image.info.get("sample_range", (0, 1 if image.mode == "F" else 65535))
     if image.mode == "F":

@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,17 +28,12 @@ from ..runtime.distributed import log
 from .images import SUFFIXES
 
 # folders that file systems and file managers make, in small letters; hidden ones are never read
-FOREIGN = {
-    "@eadir",  # Synology
-    "#recycle",
-    "#snapshot",
-    "@recycle",  # QNAP
-    "@recently-snapshot",
-    "$recycle.bin",  # Windows
-    "system volume information",
-    "__macosx",
-    "lost+found",
-}
+FOREIGN = (
+    "@eadir|#recycle|#snapshot"  # Synology
+    "|@recycle|@recently-snapshot"  # QNAP
+    "|$recycle.bin|system volume information"  # Windows
+    "|__macosx|lost+found"
+).split("|")
 MANAGED = "of a file manager or system"
 OURS = "written by this program"
 RUNS = "where this run writes"
@@ -77,7 +72,6 @@ def report(what: str, problems: list[tuple[str, str]], total: int) -> None:
 # --- the scan ------------------------------------------------------------------------------------
 
 
-@dataclass
 class Scan:
     """Lists what lies below root: images, sorted; texts and tables, which may describe them.
 
@@ -86,14 +80,15 @@ class Scan:
         or were read, and texts that are not followed, with the reason.
     """
 
-    root: Path
-    images: list[Path] = field(default_factory=list)
-    texts: list[Path] = field(default_factory=list)
-    tables: list[Path] = field(default_factory=list)
-    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
-    others: Counter[str] = field(default_factory=Counter)
-    outside: dict[Path, Path] = field(default_factory=dict)
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(self, root: Path):
+        self.root = root
+        self.images = []
+        self.texts = []
+        self.tables = []
+        self.left_out = Counter()
+        self.others = Counter()
+        self.outside = {}
+        self.problems = []
 
     def why_left_out(self) -> str:
         parts = (f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items())
@@ -169,10 +164,8 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
             else:
                 number = NUMBERED.fullmatch(path.name)
                 named = run_pictures or NAMED.fullmatch(path.name) or (number and not sampled)
-                if not (named and owned.is_our_picture(path)):
-                    found.images.append(path)
-                else:
-                    (numbered if number else ours).append(path)
+                is_ours = named and owned.is_our_picture(path)
+                (found.images if not is_ours else numbered if number else ours).append(path)
     if found.images or found.left_out or ours or is_run:
         ours += numbered
     else:

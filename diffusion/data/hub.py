@@ -18,8 +18,8 @@ from .folder import is_inside
 from .image_set import ImageSet, digest
 from .images import BadImage, read_image
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")  # where several hold images
-LABEL_COLUMNS = ("label", "labels", "class", "category")
+IMAGE_COLUMNS = "image img jpg jpeg png webp".split()  # where several hold images
+LABEL_COLUMNS = "label labels class category".split()
 
 
 class HubSet:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from .. import shown
 from ..files.atomic import open_regular, reason
@@ -114,9 +114,7 @@ def read_mask(file: Path | bytes) -> np.ndarray:
         if not image.has_transparency_data:
             return np.array(image.convert("L"))
         image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"))
-        white = np.asarray(image.convert("L")).astype(np.uint16)
-        mask = ((white * alpha + 127) // 255).astype(np.uint8)
+        mask = np.array(ImageChops.multiply(image.convert("L"), image.getchannel("A")))
         if mask.max(initial=0) < 128:
             raise BadImage(
                 "a mask with transparency in which nothing visible is white, so that nothing would "
@@ -134,8 +132,6 @@ def _opened(file: Path | bytes) -> Iterator[Image.Image]:
                 yield image
     except BadImage:
         raise
-    except FileNotFoundError:
-        raise BadImage("no such file (a broken link?)") from None
     except UnidentifiedImageError:
         raise BadImage(
             "not an image that Pillow can read; save it as PNG, in 8 bits or 16 bits unsigned"

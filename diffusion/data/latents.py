@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..files.validate import digest_tensors
 from ..runtime.seeding import generator
-from .batch import Batch
+from .batch import Batch, channels_first
 from .batches import Batches, to_unit
 from .cache import Cache
 from .image_set import digest
@@ -56,8 +56,7 @@ def image_latents(
 
     @torch.inference_mode()
     def compute(indices):
-        x = torch.from_numpy(pixels[np.asarray(indices)]).permute(0, 3, 1, 2)
-        x = to_unit(x, device)
+        x = to_unit(channels_first(pixels[np.asarray(indices)]), device)
         views = [x, x.flip(3)] if flip else [x]
         moments = torch.stack([torch.stack(encode(view), 1) for view in views], 1)
         return moments.to("cpu", torch.float16).numpy()

@@ -86,8 +86,8 @@ class Pixels:
         self.usable = np.array([i for i in range(n) if not isinstance(notes.get(i), str)])
         self.images = every.subset(self.usable)
         if self.cache.built:
-            lists = [(name, notes.get(i)) for i, name in enumerate(every.names)]
-            odd = [(name, text) for name, said in lists if isinstance(said, list) for text in said]
+            lists = [i for i in sorted(notes) if isinstance(notes[i], list)]
+            odd = [(every.names[i], text) for i in lists for text in notes[i]]
             report("images are used, but may not be what was meant", odd, n)
             log(f"decoded {len(self)} images of {every.name} to {self.size} px")
 

@@ -8,7 +8,7 @@ import torch
 from .. import UserError
 from ..config import Config
 from ..runtime.seeding import generator, permutation
-from .batch import Batch, StepBatches
+from .batch import Batch, StepBatches, channels_first
 from .captions import Selection
 from .hub import HubSet
 from .image_set import digest
@@ -109,7 +109,7 @@ class StreamBatches(StepBatches):
     def _batch(self, samples: list) -> Batch:
         """Make a batch of (pixels, label, captions), the first of which counts."""
         images, labels, texts = zip(*samples)
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        pixels = channels_first(np.stack(images))
         captions = [own[0] for own in texts] if self.captioned else None
         return Batch(pixels, torch.tensor(labels), captions=captions)
 

@@ -16,35 +16,20 @@ VERSION = "bbfffb2cc2f86ab63f318821e12c236c"  # part of the cache's key; change 
 CANVAS = 128  # drawn at this size, then resized
 
 
-def palette(**codes: str) -> dict[str, tuple[int, int, int]]:
-    return {name: ImageColor.getrgb(code) for name, code in codes.items()}
+def palette(colours: str) -> dict[str, tuple[int, int, int]]:
+    pairs = (colour.split("=") for colour in colours.split())
+    return {name: ImageColor.getrgb(code) for name, code in pairs}
 
 
 HAIR = palette(
-    black="#262024",
-    brown="#6e4222",
-    blond="#f2cd60",
-    red="#cd3826",
-    blue="#3e68de",
-    pink="#f582ba",
-    green="#3aa458",
-    white="#eeeef4",
+    "black=#262024 brown=#6e4222 blond=#f2cd60 red=#cd3826 blue=#3e68de pink=#f582ba green=#3aa458 "
+    "white=#eeeef4"
 )
-SKIN = palette(
-    pale="#ffe1cc",
-    tan="#e8b88e",
-    brown="#a8704c",
-    dark="#664230",
-)
+SKIN = palette("pale=#ffe1cc tan=#e8b88e brown=#a8704c dark=#664230")
 BACKGROUND = palette(
-    blue="#96c6f0",
-    yellow="#fce882",
-    green="#a4de9e",
-    pink="#fabecd",
-    purple="#bea8e8",
-    gray="#c4c8ce",
+    "blue=#96c6f0 yellow=#fce882 green=#a4de9e pink=#fabecd purple=#bea8e8 gray=#c4c8ce"
 )
-IRIS = palette(blue="#326edc", green="#289650", brown="#693e1e")
+IRIS = palette("blue=#326edc green=#289650 brown=#693e1e")
 STYLE = ("short", "long", "bob", "spiky", "bald")
 MOUTH = ("smile", "grin", "frown", "flat mouth", "open mouth")
 GLASSES = ("no glasses", "round glasses", "sunglasses")

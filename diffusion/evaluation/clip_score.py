@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import UserError, shown
+from ..data.batch import channels_first
 from ..data.captions import read_captions
 from ..data.folder import Scan
 from ..files.atomic import is_number
@@ -62,9 +63,9 @@ class ClipScore:
     def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make the vision tower's input, (N, 3, side, side)."""
         side = self.model.config.vision.image_size
-        x = torch.from_numpy(np.stack([central_square(image, side) for image in images]))
+        x = channels_first(np.stack([central_square(image, side) for image in images]))
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (x.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        return (x.float() / 255 - mean) / std
 
 
 def central_square(image: np.ndarray, side: int) -> np.ndarray:
@@ -91,7 +92,7 @@ def open_clip(folder: str | Path, device: torch.device) -> ClipScore:
         )
     model = build("clip", config, f"--clip {folder}")
     file = find_weights(folder)
-    model = load_strict(model, read_tensors(file), str(file)).float().to(device)
+    model = load_strict(model, read_tensors(file), file).float().to(device)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model.config.text, f"--clip {folder}")
     file = folder / "preprocessor_config.json"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .. import UserError
+from ..data.batch import channels_first
 from ..data.batches import to_unit
 from ..runtime.seeding import generator
 
@@ -44,7 +45,7 @@ def diversity(images: np.ndarray, distance: Callable, device: torch.device) -> f
     if len(pairs) > MAX_PAIRS:
         order = torch.randperm(len(pairs), generator=generator(0, "pairs"))
         pairs = pairs[order[:MAX_PAIRS]]
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    x = channels_first(images)
     total = 0.0
     for chunk in pairs.split(16):
         a, b = (to_unit(x[side], device) for side in chunk.T)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import UserError, shown
 from ..data.archives import download
+from ..data.batch import channels_first
 from ..data.image_set import file_stamp
-from ..files.atomic import atomic, open_regular, reason
+from ..files.atomic import atomic, blame, open_regular
 from ..runtime.distributed import any_rank, is_main
 from ..runtime.machine import is_of_gpu
 from ..runtime.user_cache import cache_folder
@@ -58,8 +59,8 @@ class Features:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> Tensor:
         """Map (N, H, W, 3) uint8 to (N, D) float64 on the CPU. Raises UserError for no features."""
-        x = torch.from_numpy(clean_resize(images) if self.is_inception else images)
-        x = x.permute(0, 3, 1, 2).contiguous().to(self.device)
+        x = channels_first(clean_resize(images) if self.is_inception else images)
+        x = x.contiguous().to(self.device)
         try:
             out = self.network(x)
         except (RuntimeError, torch.jit.Error) as error:
@@ -114,17 +115,10 @@ def open_features(path: str | None, device: torch.device) -> Features:
                     f"{file} is not the published network, or damaged (its SHA-256 is another): "
                     "delete it, and it is fetched again"
                 )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
-            network = torch.jit.load(file, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError) as error:
-        if is_of_gpu(error):
-            raise
-        raise UserError(
-            f"{file} cannot be read as TorchScript ({reason(error)}); give a file that "
-            "torch.jit.script(network).save(FILE) has written"
-        ) from None
+    advice = "; give a file that torch.jit.script(network).save(FILE) has written"
+    with blame(f"{file} cannot be read as TorchScript", advice), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
+        network = torch.jit.load(file, map_location=device).eval()
     if path is None:
         classifier = network.state_dict().get("output.weight")
         layers = lambda x: network.layers((x - 128) / 128).flatten(1)
@@ -152,12 +146,8 @@ def _fetch(file: Path) -> None:
     """Download the Inception network to `file`, complete or not at all."""
     from cleanfid.downloads_helper import inception_url
 
-    try:
+    what = f"FID needs the Inception network, and {inception_url} could not be fetched"
+    advice = f"; download it elsewhere and put it at {file}, or give another by --fid_features FILE"
+    with blame(what, advice, OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic(file, lambda part: download(inception_url, part))
-    except OSError as error:
-        raise UserError(
-            f"FID needs the Inception network, and {inception_url} could not be fetched "
-            f"({error}); download it elsewhere and put it at {file}, or give another network "
-            "with --fid_features FILE"
-        ) from None

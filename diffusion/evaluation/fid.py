@@ -130,7 +130,6 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
         )
     if dist.is_main():
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_moments(file, *reference)
         except OSError as error:
             dist.log(f"warning: reference features are not cached: {error}")

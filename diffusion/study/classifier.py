@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .. import UserError
+from ..data.batch import channels_first
 from ..data.batches import to_unit
 from ..files.strict import load_strict
 from ..files.tensors import read_safetensors, write_tensors
@@ -57,7 +58,7 @@ def resize(x: Tensor, side: int, antialias: bool = True) -> Tensor:
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """Convert (N, H, W, 3) uint8 to (N, 3, H, W) in [-1, 1]."""
-    return to_unit(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return to_unit(channels_first(images))
 
 
 def to_input(images: np.ndarray) -> Tensor:
@@ -148,11 +149,10 @@ def open_classifier(path: Path, styles: list[Style], seed: int, steps: int = STE
     net = StyleNet(len(styles))
     if path.exists():
         try:
-            net = load_strict(net, read_safetensors(path)[0], str(path))
+            net = load_strict(net, read_safetensors(path)[0], path)
             return Classifier(net, styles)
         except UserError as error:
             log(f"warning: {error}; the classifier is trained again")
     train(net, styles, seed, steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, net.state_dict(), {})
     return Classifier(net.eval().requires_grad_(False), styles)

@@ -154,7 +154,7 @@ def test_reasons_are_readable(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"<html>")
     with pytest.raises(BadImage, match="not an image"):
         read_image(tmp_path / "x.jpg", 8)
-    with pytest.raises(BadImage, match="no such file"):
+    with pytest.raises(BadImage, match="No such file"):
         read_image(tmp_path / "y.jpg", 8)
 
 

@@ -54,7 +54,7 @@ from diffusion.files import embedding_files as embeddings
 from diffusion.files import sd_files as loader
 from diffusion.files import tokenizer_files as vocabulary
 from diffusion.files.atomic import read_lines
-from diffusion.files.tensors import read_tensors
+from diffusion.files.tensors import read_tensors, write_tensors
 from diffusion.files.text_files import read_prompt_lines
 from diffusion.files.torch_files import LEGACY
 from diffusion.files.validate import check_tensors
@@ -146,7 +146,7 @@ def read_notes(file: Path) -> None:
 
 
 def make_statistics(folder: Path) -> Path:
-    fid.write_moments(folder / "a.safetensors", torch.zeros(3), torch.eye(3))
+    write_tensors(folder / "a.safetensors", {"mean": torch.zeros(3), "cov": torch.eye(3)}, {})
     return folder / "a.safetensors"
 
 

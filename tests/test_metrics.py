@@ -43,9 +43,10 @@ from diffusion.evaluation.features import (
     name_of,
     open_features,
 )
-from diffusion.evaluation.fid import Fid, read_moments, write_moments
+from diffusion.evaluation.fid import Fid, read_moments
 from diffusion.evaluation.image_batches import collect, folder_batches
 from diffusion.files.checkpoint import save_weights
+from diffusion.files.tensors import write_tensors
 from diffusion.runtime.seeding import permutation
 from diffusion.sampling.load import build_network
 from diffusion.training.finetune_config import resolve_config
@@ -280,7 +281,7 @@ def test_the_download_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_flipped_bit_in_cached_statistics_is_noticed(tmp_path):
     file = tmp_path / "a.safetensors"
     mean, cov = torch.randn(3).double(), torch.randn(3, 3).double()
-    write_moments(file, mean, cov)
+    write_tensors(file, {"mean": mean, "cov": cov}, {})
     good = file.read_bytes()
     for bit in range(0, 8 * len(good), 5):
         raw = bytearray(good)

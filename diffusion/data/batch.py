@@ -1,6 +1,6 @@
 """One batch, and what all batches have in common: they are read ahead, and mirrored at random."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class StepBatches:
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
-        self.ahead: tuple[tuple, Future] | None = None
+        self.ahead = None  # (arguments of the next call, its future)
         self.pool = ThreadPoolExecutor(1)
 
     def __call__(self, step: int, low: int, high: int, then: tuple | None = None) -> Batch:

@@ -35,7 +35,7 @@ class Batches(StepBatches):
             self.train = np.concatenate([self.train[repeats > n] for n in range(repeats.max())])
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
-        self.length: int | None = len(self.train)  # samples in an epoch, where known
+        self.length = len(self.train)  # samples in an epoch, where known
         self.order = lru_cache(2)(lambda e: permutation(len(self.train), seed, "order", e))
 
     def __len__(self) -> int:

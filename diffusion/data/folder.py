@@ -270,7 +270,7 @@ class Part:
     about: str
 
 
-def choose_split(root: Path, files: list[Path], split: str | None = None) -> Part:
+def choose_split(root: Path, files: list[Path], split: str | None) -> Part:
     """Take the train split where there are splits, or the one that is named; "all" takes all.
 
     Splits are known by their names (SPLIT_NAME), in capitals or not. train/ is taken for

@@ -126,7 +126,7 @@ class HubSet:
                 return
 
 
-def hub_set(path: str, default_caption: str = "", selection: Selection = EVERYTHING) -> ImageSet:
+def hub_set(path: str, default_caption: str, selection: Selection) -> ImageSet:
     """Download a split of a hub set (or open a local folder of parquet files)."""
     hub = HubSet(path, False, selection, default_caption)
     data = hub.data

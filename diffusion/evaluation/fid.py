@@ -130,7 +130,8 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
         )
     if dist.is_main():
         try:
-            write_moments(file, *reference)
+            mean, cov = reference
+            write_tensors(file, {"mean": mean, "cov": cov}, {})
         except OSError as error:
             dist.log(f"warning: reference features are not cached: {error}")
     return reference
@@ -143,7 +144,3 @@ def read_moments(file: Path) -> tuple[Tensor, Tensor] | None:
         return found["mean"], found["cov"]
     except (UserError, KeyError):
         return None
-
-
-def write_moments(path: Path, mean: Tensor, cov: Tensor) -> None:
-    write_tensors(path, {"mean": mean, "cov": cov}, {})

@@ -138,7 +138,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
         hint = "give it with --embedding" if "inversion" in family else f"supported: {SUPPORTED}"
         raise UserError(f"{path} is {family}; {hint}")
     known = _layer_names(networks)
-    found: dict[tuple[str, str], Tensors] = {}  # layer -> its down, up, alpha ...
+    found = {}  # layer -> its down, up, alpha ...
     unknown = set()  # layers
     more = []  # tensors of no kind that is read
     for name, value in tensors.items():
@@ -174,7 +174,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
             f"{path} holds more than a LoRA: {len(more)} tensors, such as {some(sorted(more))}; "
             f"supported: {SUPPORTED}"
         )
-    parts: Parts = {part: {} for part in networks}
+    parts = {part: {} for part in networks}
     for (part, name), own in layers.items():
         layer = networks[part].get_submodule(name)
         parts[part][name] = _branch(path, name, own, layer, settings[part])
@@ -249,17 +249,16 @@ def _name_layers(path: Path, tensors: Tensors, networks: Mapping[str, nn.Module]
 
     Raises UserError if this model does not have these layers.
     """
-    numbered: dict[str, dict[int, Tensor]] = {}  # network, "": not said -> up, down, up ...
+    numbered = {}  # network, "": not said -> (number, "down" or "up") -> tensor
     named = {}
     for name, value in tensors.items():
         if match := NUMBERED.fullmatch(name):
-            place = 2 * int(match[2]) + (match[3] == "down")
-            numbered.setdefault(match[1], {})[place] = value
+            numbered.setdefault(match[1], {})[int(match[2]), match[3]] = value
         else:
             named[name] = value
     for said, own in numbered.items():
         values = [own[place] for place in sorted(own)]
-        sides = [v.shape[1:] if i % 2 else v.shape[:1] for i, v in enumerate(values)]
+        sides = [v.shape[:1] if i % 2 else v.shape[1:] for i, v in enumerate(values)]
         fitting = [
             (part, names)
             for part in networks
@@ -273,7 +272,7 @@ def _name_layers(path: Path, tensors: Tensors, networks: Mapping[str, nn.Module]
             )
         part, names = fitting[0]
         for i, value in enumerate(values):
-            named[f"{part}.{names[i // 2]}.lora_{('up', 'down')[i % 2]}.weight"] = value
+            named[f"{part}.{names[i // 2]}.lora_{('down', 'up')[i % 2]}.weight"] = value
     return named
 
 
@@ -285,7 +284,7 @@ def _trained(part: str, network: nn.Module, sides: list[torch.Size]) -> Iterator
         names = [name for name in layers if re.search(pattern, name)]
         names.sort(key=lambda n: [rank.get(word, word.zfill(4)) for word in n.split(".")])  # noqa: B023
         shapes = [layers[name].weight.shape for name in names]
-        if sides == [side for shape in shapes for side in (shape[:1], shape[1:])]:
+        if sides == [side for shape in shapes for side in (shape[1:], shape[:1])]:
             yield names
 
 

@@ -9,7 +9,6 @@ into a folder leads a write elsewhere, and a process that is killed leaves no ha
     locked                    a lock
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -18,6 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,7 +38,7 @@ def reason(error: BaseException) -> str:
     return printable(text.splitlines()[0][:200].replace("\t", " "))
 
 
-@contextlib.contextmanager
+@contextmanager
 def blame(where: Path | str, advice: str = "", kinds=Exception) -> Iterator[None]:
     """Turn what a library or the system raises into a UserError that names what is at fault."""
     try:
@@ -74,7 +74,7 @@ def name_of(file: BinaryIO, path: Path) -> str:
     return name if os.path.exists(name) else str(path)
 
 
-@contextlib.contextmanager
+@contextmanager
 def naming(path: Path, instead: Path | None = None) -> Iterator[None]:
     """Let errors of the system name this path, where they name none, or the one `instead` of it."""
     try:
@@ -85,7 +85,7 @@ def naming(path: Path, instead: Path | None = None) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def create(path: Path) -> Iterator[BinaryIO]:
     """Create a file to write to. Raises FileExistsError for what exists, also a link."""
     with naming(path), open(path, "xb") as file:
@@ -118,7 +118,7 @@ def atomic(
             publish(temporary, path)
     except BaseException as error:
         number = errno.EIO
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if shutil.disk_usage(path.parent).free < 1 << 20:  # torch does not say why it failed
                 number = errno.ENOSPC
             temporary.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def atomic(
         raise
     if not sync:
         return
-    with contextlib.suppress(OSError):  # the renaming itself; not every system syncs folders
+    with suppress(OSError):  # the renaming itself; not every system syncs folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -172,7 +172,7 @@ def create_whole(path: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(fresh, ignore_errors=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_append(path: Path) -> Iterator[BinaryIO]:
     """Open a file to append to it, created if missing. Raises OSError where it is a link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_BINARY
@@ -202,7 +202,7 @@ def read_lines(path: Path) -> list[dict]:
         with blame(path), open_regular(path, MAX_LOG) as file:
             while text := file.readline(1 << 20):
                 line = None
-                with contextlib.suppress(ValueError, RecursionError):
+                with suppress(ValueError, RecursionError):
                     line = json.loads(text)
                 if isinstance(line, dict):
                     line = {k: v for k, v in line.items() if v is None or is_number(v)}
@@ -216,7 +216,7 @@ def is_number(value) -> bool:
     return type(value) in (int, float) and abs(value) < 3.4e38
 
 
-@contextlib.contextmanager
+@contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
     """Hold an advisory lock on a file, which is created if missing, or on a folder.
 
@@ -232,7 +232,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool | None]:
             raise
         yield None
         return
-    held: bool | None = True
+    held = True
     try:
         import fcntl
 

@@ -42,7 +42,7 @@ def read_embeddings(
     win; a file of several tokens has those only. `warn` is called with each name that is dropped.
     Raises UserError where a token is left without a name, and as `read_embedding` does.
     """
-    tokens: list[tuple[Path, dict[str, str], Tensor]] = []  # names: "file" or "inside" -> name
+    tokens = []  # (file, "file" or "inside" -> name, vectors)
     for path in map(Path, paths):
         inside = read_embedding(path, width)
         for token, vectors in inside.items():
@@ -50,8 +50,8 @@ def read_embeddings(
             tokens.append((path, names, vectors))
     found = []
     for path, names, vectors in tokens:
-        free: dict[str, str] = {}
-        taken: dict[str, Path] = {}
+        free = {}
+        taken = {}
         for kind, name in names.items():
             rivals = [
                 other

@@ -5,12 +5,12 @@ whose name is taken gets the next free one, grid_2.png beside grid.png. --overwr
 this program has written, by the proof in owned.py, and nothing else.
 """
 
-import contextlib
 import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def create(folder: Path, overwrite: bool = False) -> None:
         owned.mark(folder)
 
 
-def write_new(path: Path, write: Callable[[Path], None], replace: bool = False) -> bool:
+def write_new(path: Path, write: Callable[[Path], None], replace: bool) -> bool:
     """Write a file completely or not at all; False, and nothing written, if the name is taken.
 
     replace: a file of that name that is ours is replaced.
@@ -100,7 +100,7 @@ def names(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.stem}_{n}{path.suffix}")
 
 
-def write_free(path: Path, write: Callable[[Path], None], overwrite: bool = False) -> Path:
+def write_free(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Write a file under the first free name, and return it. overwrite: ours of that name goes."""
     return next(name for name in names(path) if write_new(name, write, replace=overwrite))
 
@@ -156,7 +156,7 @@ def numbered(folder: Path) -> dict[int, Path]:
     return {int(f.stem): f for f in sorted(files) if f.stem.isascii() and f.stem.isdigit()}
 
 
-@contextlib.contextmanager
+@contextmanager
 def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     """Reserve numbers for `count` pictures, which no other process gets meanwhile.
 
@@ -164,7 +164,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
     overwrite: numbers start again, after the highest one of a picture that is not ours.
     Raises UserError if another process writes, with overwrite, and OSError if it cannot be written.
     """
-    with contextlib.ExitStack() as claimed:
+    with ExitStack() as claimed:
         create(folder, overwrite)
         with locked(folder):
             existing = numbered(folder)
@@ -184,7 +184,7 @@ def reserve(folder: Path, count: int, overwrite: bool) -> Iterator[Numbers]:
         try:
             yield Numbers(folder, first, count, len(existing), overwrite)
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps open files
+            with suppress(OSError):  # Windows keeps open files
                 claim.unlink(missing_ok=True)
 
 
@@ -195,7 +195,7 @@ def _busy_ranges(folder: Path) -> list[int]:
     for file in folder.parent.iterdir():
         if not claim.fullmatch(file.name):
             continue
-        with contextlib.suppress(FileNotFoundError):  # that process has just ended
+        with suppress(FileNotFoundError):  # that process has just ended
             # a claim is an empty file; a link or anything else of such a name is somebody's
             if file.is_file() and file.lstat().st_size == 0:
                 with locked(file, wait=False) as free:
@@ -209,7 +209,7 @@ def _busy_ranges(folder: Path) -> list[int]:
 # --- a folder of named files ----------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Create the folder to write to: `path`, or path_2, path_3, ... where that holds files.
 
@@ -217,7 +217,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     Raises OSError if it cannot be written.
     """
     for folder in names(path):
-        with contextlib.ExitStack() as held:
+        with ExitStack() as held:
             try:
                 create(folder, overwrite)
             except FileExistsError:

@@ -20,7 +20,7 @@ from .text_files import read_json
 MARKER = ".diffusion"
 SOFTWARE = "diffusion (PyTorch)"  # the `Software` text of every PNG and WebP that is written
 SOFTWARE_TAG = 0x0131  # its number in EXIF, where WebP has it
-RUN_KEYS = {"mode", "save_folder", "data", "train_steps", "batch_size", "seed"}
+RUN_KEYS = set("mode save_folder data train_steps batch_size seed".split())
 STUDY_KEYS = {"settings", "base", "data"}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..config import PATH, Parser, model_path, run_script
+from ..config import Parser, model_path, run_script
 from .atomic import create_whole
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
@@ -26,27 +26,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def parse(args: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "model",
-        type=model_path,
-        metavar="MODEL",
-        help="a run, model.pt or ema.safetensors of --mode latent --sd_path",
-    )
-    add("target", metavar="TARGET", help="a new folder, or a .safetensors file")
-    add(
-        "--weights",
-        default="ema",
-        choices=("ema", "raw"),
-        help="weights to export: EMA weights, or those of the last step",
-    )
-    add(
-        "--sd_path",
-        type=PATH,
-        metavar="PATH",
-        help="where the Stable Diffusion model is now, if it moved",
-    )
-    add("--dtype", default="fp32", choices=tuple(DTYPES), help="precision of the exported weights")
+    option = parser.option
+    model = "a run, model.pt or ema.safetensors of --mode latent --sd_path"
+    parser.add_argument("model", type=model_path, metavar="MODEL", help=model)
+    target = "a new folder, or a .safetensors file"
+    parser.add_argument("target", metavar="TARGET", help=target)
+    weights = "weights to export: EMA weights, or those of the last step"
+    option("--weights", weights, default="ema", choices=("ema", "raw"))
+    option("--sd_path PATH", "where the Stable Diffusion model is now, if it moved")
+    option("--dtype", "precision of the exported weights", default="fp32", choices=tuple(DTYPES))
     return parser.parse_args(args)
 
 

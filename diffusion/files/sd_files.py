@@ -32,12 +32,7 @@ from . import sd_names, strict
 from .atomic import blame, write_text
 from .checkpoint import is_own, load_weights
 from .strict import PARTS
-from .tensors import (
-    find_weights,
-    inspect,
-    read_tensors,
-    write_tensors,
-)
+from .tensors import find_weights, inspect, read_tensors, write_tensors
 from .text_files import read_json, read_optional, read_text_file
 from .tokenizer_files import check_tokenizer, find_vocabulary, load_tokenizer, save_tokenizer
 
@@ -451,7 +446,7 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     return Prediction(SYNONYMS.get(value, value), source, zero_snr, scheduler)
 
 
-def stated_objective(path: str | Path, config: str | Path | None = None) -> str:
+def stated_objective(path: str | Path, config: str | Path | None) -> str:
     """Find what a model states to predict, as --objective has it; eps where it states nothing.
 
     Raises UserError for a type that is not known.
@@ -490,7 +485,7 @@ def check_averaged(path: str | Path, option: str) -> None:
         )
 
 
-def read_image_size(path: str | Path, config: str | Path | None = None) -> int:
+def read_image_size(path: str | Path, config: str | Path | None) -> int:
     """Find the side of the images that a model was trained for; 512 if its configs are unusable."""
     folder = _config_folder(path, config)
     try:

@@ -33,37 +33,33 @@ MOST_VIEWS = 4  # times the file's size are all its tensors together: some are t
 DTYPES = {f"torch.{k}": v for k, v in vars(torch).items() if isinstance(v, torch.dtype)}
 STORAGES = dict(
     pair.split("=")
-    for pair in (
-        "BFloat16=bfloat16 Bool=bool Byte=uint8 Char=int8 ComplexDouble=complex128 "
-        "ComplexFloat=complex64 Double=float64 Float=float32 Half=float16 Int=int32 Long=int64 "
-        "Short=int16 Untyped=uint8"
-    ).split()
+    for pair in """BFloat16=bfloat16 Bool=bool Byte=uint8 Char=int8 ComplexDouble=complex128
+    ComplexFloat=complex64 Double=float64 Float=float32 Half=float16 Int=int32 Long=int64
+    Short=int16 Untyped=uint8""".split()
 )
 # what settings are made of: names of Python's own, and modules of its library. A file that names
 # others holds a program, which would not run here; but its owner wants to know
-PLAIN = (
-    "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple "
-    "long unicode xrange"  # Python 2's names, which are written to this day
-).split()
-SETTINGS = (
-    "_codecs argparse collections copyreg datetime decimal enum fractions functools logging "
-    "pathlib random types typing uuid"
-).split()
+# and Python 2's names, which are written to this day
+PLAIN = """bool bytearray bytes complex dict float frozenset int list object range set slice str
+    tuple long unicode xrange""".split()
+SETTINGS = """_codecs argparse collections copyreg datetime decimal enum fractions functools logging
+    pathlib random types typing uuid""".split()
 # the instructions that build nothing but plain values
-INSTRUCTIONS = (
-    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 "
-    "BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES "
-    "SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND "
-    "APPENDS EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE BINPUT LONG_BINPUT BINGET LONG_BINGET "
-    "MEMOIZE"
-).split()
-# they are called with what they make, and are no more than that here
-FIRST = (
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch.Size",
-    "builtins.set",
+INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1
+    BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
+    SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS
+    EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE BINPUT LONG_BINPUT BINGET LONG_BINGET
+    MEMOIZE""".split()
+# those that do what others do. Sets are lists, and long numbers bytes: to hash or to show them
+# could take for ever
+SAME = dict(
+    pair.split("=")
+    for pair in """NEWOBJ=REDUCE EMPTY_SET=EMPTY_LIST ADDITEMS=APPENDS FROZENSET=LIST LONG4=BINBYTES
+    BYTEARRAY8=BINBYTES8""".split()
 )
+# they are called with what they make, and are no more than that here
+FIRST = """torch._utils._rebuild_parameter torch._utils._rebuild_parameter_with_state torch.Size
+    builtins.set""".split()
 
 
 class Stub(dict):
@@ -91,6 +87,10 @@ class Name:
         return Stub(self.text)
 
 
+def code_of(instruction: str) -> int:
+    return getattr(pickle, instruction)[0]
+
+
 class Machine(pickle._Unpickler):
     """Run a pickle with these instructions alone.
 
@@ -101,7 +101,7 @@ class Machine(pickle._Unpickler):
         super().__init__(pickled, encoding="latin1")  # of Python 2's texts
         self.path = path
         self.storage = storage
-        self.known: dict[str, UntypedStorage] = {}
+        self.known = {}  # storages, by their keys
         self.left = MOST_VIEWS * size
 
     def find_class(self, module: str, name: str):
@@ -170,20 +170,16 @@ class Machine(pickle._Unpickler):
             if key is None or isinstance(key, str | bytes | int | float | Name):
                 self.stack[-1][key] = value
 
-    codes = [getattr(pickle, name)[0] for name in INSTRUCTIONS]
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in codes} | {
-        pickle.NEWOBJ[0]: pickle._Unpickler.load_reduce,
-        pickle.NEWOBJ_EX[0]: new_object,
-        # sets are lists, and long numbers bytes: to hash or to show them could take for ever
-        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
-        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
-        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
-        pickle.LONG4[0]: pickle._Unpickler.load_binbytes,
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
-        pickle.BUILD[0]: build,
-        pickle.SETITEM[0]: set_item,
-        pickle.SETITEMS[0]: set_items,
+    dispatch = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[
+            getattr(pickle, SAME.get(name, name))[0]
+        ]
+        for name in (*INSTRUCTIONS, *SAME)
     }
+    dispatch[code_of("NEWOBJ_EX")] = new_object
+    dispatch[code_of("BUILD")] = build
+    dispatch[code_of("SETITEM")] = set_item
+    dispatch[code_of("SETITEMS")] = set_items
 
 
 class Bounded(io.BufferedReader):

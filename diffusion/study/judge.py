@@ -69,10 +69,11 @@ class Judge:
         """Measure sampled images (N, H, W, 3) uint8; other_...: by a second style."""
         found = {}
         for prefix, name in {"": style, "other_": other}.items():
-            if name is not None and self.classifier is not None:
+            if name is None:
+                continue
+            if self.classifier is not None:
                 found[f"{prefix}style_share"] = self.fraction(images, name)
-            if name is not None:
-                found[f"{prefix}frechet"] = self.frechet(images, name)
+            found[f"{prefix}frechet"] = self.frechet(images, name)
         if self.clip is not None:
             chunks = [slice(low, low + 32) for low in range(0, len(images), 32)]
             value = float(torch.cat([self.clip(images[i], prompts[i]) for i in chunks]).mean())

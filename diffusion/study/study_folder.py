@@ -14,7 +14,7 @@ from ..data.image_set import digest
 from ..files.atomic import is_number
 from ..files.output import names
 from ..files.sd_files import has_averaged, write_json
-from ..files.text_files import read_json
+from ..files.text_files import read_json, read_optional
 from ..runtime.distributed import log
 from .plan import Settings
 from .report import definitions, texts_of
@@ -59,11 +59,10 @@ def find(root: Path, description: dict) -> Path | None:
 
 def create(root: Path, name: str, description: dict) -> Path:
     """Create <timestamp>_<name>/ with its config.json, under a name that is not taken."""
-    root.mkdir(parents=True, exist_ok=True)
     stem = f"{datetime.now():%Y-%m-%d_%H%M%S}_{slugs_of([name])[name]}"
     for folder in names(root / stem):
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()  # another study may have begun in the same second
+            folder.mkdir(parents=True)  # another study may have begun in the same second
             break
     write_json(folder / "config.json", description)
     return folder
@@ -81,7 +80,7 @@ def check_links(folder: Path) -> None:
 def read_metrics(folder: Path) -> dict:
     """Read what is done of a study. Entries that it cannot have written are named and left out."""
     file = folder / "metrics.json"
-    found = read_json(file) if file.exists() else {}
+    found = read_optional(file)
     cells = found.get("cells")
     cells = cells if isinstance(cells, dict) else {}
     usable = {name: entry for name, entry in cells.items() if is_usable(entry)}

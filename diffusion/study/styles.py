@@ -135,7 +135,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     return Style(name, slug, prompts, train, held_out)
 
 
-def training_folder(style: Style, folder: Path, word: str | None = None) -> Path:
+def training_folder(style: Style, folder: Path, word: str | None) -> Path:
     """Make a folder of a style's training images with their captions, from scratch.
 
     word: replaces the style's name in the captions; {} is where train.py puts a new token.

@@ -46,10 +46,10 @@ SETTINGS = """_codecs argparse collections copyreg datetime decimal enum fractio
     pathlib random types typing uuid""".split()
 # the instructions that build nothing but plain values
 INSTRUCTIONS = """PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1
-    BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES
-    SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS
-    EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE BINPUT LONG_BINPUT BINGET LONG_BINGET
-    MEMOIZE""".split()
+    BININT2 LONG1 BINFLOAT BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST
+    APPEND APPENDS EMPTY_DICT GLOBAL STACK_GLOBAL BINPERSID REDUCE BINPUT LONG_BINPUT BINGET
+    LONG_BINGET MEMOIZE""".split()
 # those that do what others do. Sets are lists, and long numbers bytes: to hash or to show them
 # could take for ever
 SAME = dict(
@@ -171,9 +171,7 @@ class Machine(pickle._Unpickler):
                 self.stack[-1][key] = value
 
     dispatch = {
-        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[
-            getattr(pickle, SAME.get(name, name))[0]
-        ]
+        code_of(name): pickle._Unpickler.dispatch[code_of(SAME.get(name, name))]
         for name in (*INSTRUCTIONS, *SAME)
     }
     dispatch[code_of("NEWOBJ_EX")] = new_object

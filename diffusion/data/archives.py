@@ -47,7 +47,7 @@ UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 def fetch(url: str, target: Path, sha256: str | None = None) -> None:
     """Download an archive and unpack it to the folder `target`, completely or not at all."""
 
-    def get(work: Path) -> Path:
+    def get(work):
         download(url, work / ".archive", sha256)
         return work / ".archive"
 
@@ -69,7 +69,7 @@ def unpacked(archive: Path, cache_dir: Path) -> Path:
 def _build(target: Path, get: Callable[[Path], Path]) -> None:
     """Unpack the archive that get(a new folder) gives to `target`, unless that is there."""
 
-    def write(path: Path) -> None:
+    def write(path):
         folder = path.with_name(".unpacked")
         folder.mkdir()
         _unpack(get(path.parent), folder)
@@ -236,8 +236,7 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
             raise ValueError("no images")
 
     def read(i, size, *_):
-        pixels = table[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
-        return to_pixels(Image.fromarray(pixels), size)
+        return to_pixels(Image.fromarray(table[i, 1:].reshape(3, 32, 32).transpose(1, 2, 0)), size)
 
     return ImageSet(
         name="cifar10",

@@ -128,10 +128,10 @@ def read_captions(
         is_captioned = is_captioned or bool(texts) or text is not None
         captions.append(texts or (default or concepts.get(file, ""),))
     if is_captioned:
-        several = sum(len(texts) > 1 for texts in captions)
         log(
             f"captions: {sources.total():,} of {len(files):,} images have one, from "
-            f"{counted(sources)}; {several:,} have several: each step samples one"
+            f"{counted(sources)}; {sum(len(texts) > 1 for texts in captions):,} have several: "
+            "each step samples one"
         )
     if selection.captions:
         report("captions have problems", wrong + missing if is_captioned else wrong, len(files))
@@ -184,8 +184,7 @@ def read_tables(found: Scan, files: list[Path], selection: Selection) -> dict[Pa
                 name = next((row[name] for name in names if name in row), None)
                 image = _find(images, table.parent, name) if isinstance(name, str) else None
                 if not image:
-                    what = f"{where}: {shown(name)}"
-                    unmatched.append((what, "no image of the set has this name"))
+                    unmatched.append((f"{where}: {shown(name)}", "no image has this name"))
                 elif image not in used:
                     seen["rows of another split or class"] += 1
                 else:

@@ -180,7 +180,7 @@ def make_profile(chromaticity: tuple, gamma: float | None) -> bytes:
     if not (abs(columns) < 100).all():
         raise BadProfile("its cHRM is impossible")
 
-    def fixed(values) -> bytes:
+    def fixed(values):
         return np.round(65536 * np.asarray(values)).astype(">i4").tobytes()
 
     # a parametric curve of type 3
@@ -202,8 +202,7 @@ def make_profile(chromaticity: tuple, gamma: float | None) -> bytes:
 
 @lru_cache(maxsize=16)
 def _space(profile: bytes) -> str:
-    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    return opened.profile.xcolor_space.strip().upper()
+    return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip().upper()
 
 
 @lru_cache(maxsize=16)

@@ -92,8 +92,7 @@ class Scan:
 
     def why_left_out(self) -> str:
         parts = (f"{n:,} in {what} ({why})" for (what, why), n in self.left_out.items())
-        about = some(parts, 20) or "none"
-        return f"left out: {self.left_out.total():,} images: {about}"
+        return f"left out: {self.left_out.total():,} images: {some(parts, 20) or 'none'}"
 
     def report(self) -> "Scan":
         if self.left_out:
@@ -203,7 +202,7 @@ def _withhold(found: Scan, home: Path) -> None:
         if real.suffix.lower() in SUFFIXES and real.is_file():
             known |= {(real.parent, name) for name in (real.stem, real.name, "metadata")}
 
-    def belongs(path: Path) -> bool:
+    def belongs(path):
         real = found.outside.get(path)
         if real is None or real.parent in blobs:
             return True

@@ -61,8 +61,9 @@ class HubSet:
                 f"{some(images, 20) or 'none'} of its columns {some(features, 20)}"
             )
         self.image = choices[0]
-        texts = [n for n in CAPTION_COLUMNS if n in features]
-        self.text = selection.caption_column or next(iter(texts), None)
+        self.text = selection.caption_column or next(
+            (n for n in CAPTION_COLUMNS if n in features), None
+        )
         labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
         self.label = next((n for n in (*LABEL_COLUMNS, *labels) if n in labels), None)
         self.classes = []
@@ -98,8 +99,7 @@ class HubSet:
         """Find a row's captions, at least one. Raises UserError for what is no caption."""
         texts = ()
         if self.text and self.read_captions:
-            where = f"{self.name}, row {number}, column {self.text}"
-            texts = texts_of(row[self.text], where)
+            texts = texts_of(row[self.text], f"{self.name}, row {number}, column {self.text}")
         return texts or (self.default_caption,)
 
     def label_of(self, row: dict) -> int:

@@ -241,6 +241,5 @@ def to_rgb(image: Image.Image, note: Note = image_log.note) -> Image.Image:
         image = colour.to_srgb(image, ignore=True)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")

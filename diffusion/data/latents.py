@@ -61,10 +61,16 @@ def image_latents(
         moments = torch.stack([torch.stack(encode(view), 1) for view in views], 1)
         return moments.to("cpu", torch.float16).numpy()
 
-    what = "latents of the images"
-    folder = cache_dir / name
-    count = len(pixels)
-    return Cache(folder, count, shape, np.float16, compute, ENCODE_BATCH, what, pixels.stand_ins)
+    return Cache(
+        cache_dir / name,
+        len(pixels),
+        shape,
+        np.float16,
+        compute,
+        ENCODE_BATCH,
+        "latents of the images",
+        pixels.stand_ins,
+    )
 
 
 def caption_embeddings(
@@ -82,8 +88,8 @@ def caption_embeddings(
         embeddings = encode([captions[i] for i in indices])
         return embeddings.to("cpu", torch.float16).numpy()
 
-    what = "embeddings of captions"
-    return Cache(folder, len(captions), shape, np.float16, compute, ENCODE_BATCH, what)
+    count = len(captions)
+    return Cache(folder, count, shape, np.float16, compute, ENCODE_BATCH, "embeddings of captions")
 
 
 class EncodedBatches(Batches):

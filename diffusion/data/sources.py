@@ -167,5 +167,4 @@ def configured(config: Config) -> tuple:
     """Give the arguments of `open_data`, of which a run leaves out what it writes itself."""
     c = config
     written = [Path(f) for f in (c.save_folder, c.cache_dir, c.class_data) if f is not None]
-    selection = Selection.of(c)
-    return c.data, c.data_class, c.default_caption, selection, written, Path(c.cache_dir)
+    return c.data, c.data_class, c.default_caption, Selection.of(c), written, Path(c.cache_dir)

@@ -14,6 +14,8 @@ from .hub import HubSet
 from .image_set import digest
 from .images import ImageLog
 
+Sample = tuple[np.ndarray, int, tuple[str, ...]]  # pixels, label, captions
+
 
 class StreamBatches(StepBatches):
     """Gives batches of a stream, whose first images are held out.
@@ -56,8 +58,8 @@ class StreamBatches(StepBatches):
         """Give held-out images low ... high-1, never flipped, with their first captions."""
         return self._batch(self.first[low:high])
 
-    def _decode(self, row: dict, number: int) -> tuple[np.ndarray, int, tuple[str, ...]] | None:
-        """Read (pixels, label, captions) of a row; None, and a warning, without a usable image."""
+    def _decode(self, row: dict, number: int) -> Sample | None:
+        """Read a row; None, and a warning, without a usable image."""
         pixels = self.log.read(f"row {number} of {self.hub.name}", self.hub.pixels, row, self.size)
         if pixels is None:
             return None
@@ -80,7 +82,7 @@ class StreamBatches(StepBatches):
                 raise UserError(f"{self.hub.name} streams nothing beyond its held-out images")
         return rows
 
-    def _sample(self, position: int) -> tuple[np.ndarray, int, tuple[str, ...]]:
+    def _sample(self, position: int) -> Sample:
         """Read the sample at a position of the endless sequence of epochs."""
         epoch, offset = divmod(position, self.length) if self.length else (0, position)
         b, place = divmod(offset, self.BLOCK)

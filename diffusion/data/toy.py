@@ -80,7 +80,7 @@ def draw(index: int, size: int) -> np.ndarray:
     shade = tuple(int(v * 0.8) for v in skin)
     shirt = tuple(int(v * 0.55) for v in BACKGROUND[a["background"]])
 
-    def at(*offsets: float) -> list[float]:
+    def at(*offsets):
         """Add the centre of the head to x, y, x, y, ..."""
         return [v + (cx, cy)[i % 2] for i, v in enumerate(offsets)]
 

@@ -80,7 +80,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     A set's manifold: the balls around its points that reach their k-th nearest neighbour.
     """
 
-    def fraction_in_manifold(points: Tensor, manifold: Tensor) -> float:
+    def fraction_in_manifold(points, manifold):
         nearest = [torch.cdist(x, manifold).kthvalue(k + 1, dim=1) for x in manifold.split(1024)]
         radius = torch.cat([found.values for found in nearest])
         hit = [(torch.cdist(x, manifold) <= radius).any(1) for x in points.split(1024)]

@@ -72,8 +72,8 @@ class Fid:
             return {"labels": labels.where(labels >= 0, len(self.data.classes))}
         if self.config.condition == "text":
             captions = self.data.pixels.images.captions
-            prompts = [captions[i] for i in chosen]
-            return {"prompts": prompts, "chunks": 1, "plain_prompts": True}  # as in training
+            # as in training
+            return {"prompts": [captions[i] for i in chosen], "chunks": 1, "plain_prompts": True}
         return {}
 
     def measure(self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]) -> dict | None:

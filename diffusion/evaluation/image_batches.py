@@ -41,8 +41,7 @@ def folder_batches(
             except BadImage as error:
                 bad.append((str(files[i]), str(error)))
         for numbers, images in (zip(*group) for group in groups.values()):
-            given = prompts and [prompts[i] for i in numbers]
-            yield numbers, {"prompts": given}, np.stack(images)
+            yield numbers, {"prompts": prompts and [prompts[i] for i in numbers]}, np.stack(images)
     ranks = gather_object(bad)
     if ranks is not None:
         report(

@@ -76,8 +76,7 @@ class Metrics:
         if min(n, m) > 3:
             found |= zip(("precision", "recall"), precision_recall(a, b))
         if (probabilities := self.features.probabilities(b)) is not None:
-            scores = inception_score(probabilities)
-            found |= zip(("inception_score", "inception_score_std"), scores)
+            found |= zip(("inception_score", "inception_score_std"), inception_score(probabilities))
         records = {
             names.get(key, key): measure(value, DEFINITIONS[key], self.features.about, m)
             | {"num_real": n}

@@ -151,8 +151,7 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
             kind = {"A": "down", "B": "up"}.get(match["kind"], match["kind"])
             if kind in found.setdefault(layer, {}):
                 raise UserError(
-                    f"{path} holds the {kind} of {shown(match['layer'])} twice, also as {layer[1]} "
-                    f"of the {NAMES[layer[0]]}: give a file of one LoRA"
+                    f"{path} holds the {kind} of {shown(match['layer'])} twice, also as {layer[1]}"
                 )
             found[layer][kind] = value
         elif match and match["kind"] != "alpha":
@@ -170,10 +169,8 @@ def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
             "half a LoRA is not applied"
         )
     if more:
-        raise UserError(
-            f"{path} holds more than a LoRA: {len(more)} tensors, such as {some(sorted(more))}; "
-            f"supported: {SUPPORTED}"
-        )
+        held = f"{len(more)} tensors, such as {some(sorted(more))}"
+        raise UserError(f"{path} holds more than a LoRA: {held}; supported: {SUPPORTED}")
     parts = {part: {} for part in networks}
     for (part, name), own in layers.items():
         layer = networks[part].get_submodule(name)
@@ -338,18 +335,18 @@ def _multiply(own: Tensors, shape: torch.Size) -> tuple[Tensor, int | None]:
     """
     rank = None
 
-    def factor(name: str, a: str = "", b: str = "", core: str = "") -> Tensor:  # (rows, columns)
+    def factor(name, core="", ends=("_a", "_b")):  # (rows, columns)
         nonlocal rank
         if name in own:
             return own.pop(name).flatten(1)
-        left, right = (own.pop(side).flatten(1) for side in (a or f"{name}_a", b or f"{name}_b"))
+        left, right = (own.pop(name + end).flatten(1) for end in ends)
         rank = len(right)
         middle = own.pop(core, None)
         if middle is not None and core != "mid":
             left = left.T  # LyCORIS has it so beside a core
         kernel = 1 if middle is None else middle.shape[2:].numel()
         if not rank or len(left) * right.shape[1] * kernel > shape.numel():  # before it is computed
-            raise ValueError(f"{name} of {tuple(left.shape)} and {tuple(right.shape)}")
+            raise ValueError(f"{name or 'lora'} of {tuple(left.shape)} and {tuple(right.shape)}")
         if middle is None:
             return left @ right
         return torch.einsum("ij...,pi,jr->pr...", middle, left, right).flatten(1)
@@ -357,12 +354,12 @@ def _multiply(own: Tensors, shape: torch.Size) -> tuple[Tensor, int | None]:
     names = " ".join(own)
     change = torch.zeros(shape[0], shape[1:].numel())
     if {"down", "up", "mid"} & own.keys():
-        change = factor("lora", "up", "down", "mid")
+        change = factor("", "mid", ("up", "down"))
     elif "hada" in names:
-        both = factor("hada_w1", core="hada_t1"), factor("hada_w2", core="hada_t2")
+        both = factor("hada_w1", "hada_t1"), factor("hada_w2", "hada_t2")
         change = torch.stack(both).prod(0)  # other shapes are no product
     elif "lokr" in names:
-        w1, w2 = factor("lokr_w1"), factor("lokr_w2", core="lokr_t2")
+        w1, w2 = factor("lokr_w1"), factor("lokr_w2", "lokr_t2")
         if w1.numel() * w2.numel() > shape.numel():
             raise ValueError(f"lokr of {tuple(w1.shape)} and {tuple(w2.shape)}")
         change = torch.kron(w1, w2)
@@ -401,9 +398,7 @@ def check_settings(path: Path, settings: Mapping) -> None:
         )
     for key, value in settings.items():
         if value and key not in SETTLED and value not in ("LORA", "LOHA", "LOKR"):
-            raise UserError(
-                f"{path}: its settings have {shown(key)} {shown(value)}; supported: {SUPPORTED}"
-            )
+            raise UserError(f"{path} sets {shown(key)} {shown(value)}; supported: {SUPPORTED}")
 
 
 def _layer_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:

@@ -27,6 +27,8 @@ from .. import UserError, printable
 from ..runtime.machine import is_of_gpu, is_out_of_memory
 
 MAX_LOG = 1 << 28  # bytes of a metrics.jsonl: a million lines
+Writer = Callable[[Path], None]  # writes a file or folder under the name that it is given
+
 O_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 O_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of every other system
 O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # a pipe without another end would be waited for
@@ -94,7 +96,7 @@ def create(path: Path) -> Iterator[BinaryIO]:
 
 def atomic(
     path: Path,
-    write: Callable[[Path], None],
+    write: Writer,
     publish: Callable[[Path, Path], None] = os.replace,
     sync: bool = True,
 ) -> None:
@@ -149,7 +151,7 @@ def remove_left(folder: Path, of: str) -> None:
             left.unlink()
 
 
-def create_whole(path: Path, write: Callable[[Path], None]) -> None:
+def create_whole(path: Path, write: Writer) -> None:
     """Write a new file or folder by write(path elsewhere): it is there complete or not at all.
 
     What killed writers of it have left is deleted, unless somebody else writes in the folder.
@@ -201,11 +203,9 @@ def read_lines(path: Path) -> list[dict]:
     if path.exists():
         with blame(path), open_regular(path, MAX_LOG) as file:
             while text := file.readline(1 << 20):
-                line = None
-                with suppress(ValueError, RecursionError):
-                    line = json.loads(text)
-                if isinstance(line, dict):
-                    line = {k: v for k, v in line.items() if v is None or is_number(v)}
+                with suppress(ValueError, RecursionError, AttributeError):  # damaged, or no object
+                    items = json.loads(text).items()
+                    line = {k: v for k, v in items if v is None or is_number(v)}
                     if type(line.get("step")) is int and line["step"] >= 0:
                         found.append(line)
     return found

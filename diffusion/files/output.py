@@ -9,14 +9,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .. import UserError
 from . import owned
-from .atomic import atomic, locked, remove_left
+from .atomic import Writer, atomic, locked, remove_left
 
 # the names of our other files, and how these begin
 HEADS = {
@@ -35,14 +35,11 @@ def is_ours(file: Path) -> bool:
     """
     if file.suffix in (".png", ".webp"):
         return owned.is_our_picture(file)
-    head = next((head for name, head in HEADS.items() if re.fullmatch(name, file.name)), None)
-    if head is None or not file.is_file():
-        return False
-    try:
-        with open(file, encoding="utf-8", errors="replace") as text:
-            return re.match(head, text.read(256)) is not None
-    except OSError:
-        return False
+    for name, head in HEADS.items():
+        if re.fullmatch(name, file.name) and file.is_file():
+            with suppress(OSError), open(file, encoding="utf-8", errors="replace") as text:
+                return re.match(head, text.read(256)) is not None
+    return False
 
 
 def create(folder: Path, overwrite: bool = False) -> None:
@@ -63,19 +60,18 @@ def create(folder: Path, overwrite: bool = False) -> None:
                 "create that folder, or delete the link"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    names = (file.name for file in folder.iterdir())
-    if all(name.startswith(".") or name.lower() in CLUTTER for name in names):
+    if all(file.name[0] == "." or file.name.lower() in CLUTTER for file in folder.iterdir()):
         owned.mark(folder)
 
 
-def write_new(path: Path, write: Callable[[Path], None], replace: bool) -> bool:
+def write_new(path: Path, write: Writer, replace: bool) -> bool:
     """Write a file completely or not at all; False, and nothing written, if the name is taken.
 
     replace: a file of that name that is ours is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def publish(temporary: Path, path: Path) -> None:
+    def publish(temporary, path):
         if not (replace and is_ours(path)):
             try:
                 os.link(temporary, path)  # unlike a renaming, never over another file
@@ -100,7 +96,7 @@ def names(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.stem}_{n}{path.suffix}")
 
 
-def write_free(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+def write_free(path: Path, write: Writer, overwrite: bool) -> Path:
     """Write a file under the first free name, and return it. overwrite: ours of that name goes."""
     return next(name for name in names(path) if write_new(name, write, replace=overwrite))
 
@@ -132,7 +128,7 @@ class Numbers:
         """Name the file of the i-th picture of this call."""
         return self.folder / f"{self.first + i:06d}.png"
 
-    def save(self, i: int, write: Callable[[Path], None]) -> None:
+    def save(self, i: int, write: Writer) -> None:
         """Write the i-th picture. Raises UserError if somebody has taken its name meanwhile."""
         path = self.file(i)
         if not write_new(path, write, replace=self.replace):

@@ -57,14 +57,13 @@ def is_our_picture(file: Path) -> bool:
 
 def picture_text(file: Path, key: str) -> str | None:
     """Read one of a PNG's texts, of a WebP only `Software`; None where there is none."""
-    try:
+    value = None
+    with contextlib.suppress(Exception):  # Pillow raises nearly everything on damaged files
         with Image.open(file, formats=("PNG", "WEBP")) as image:
             texts = image.info
             if image.format == "WEBP":
                 texts = {"Software": image.getexif().get(SOFTWARE_TAG)}
             value = texts.get(key)
-    except Exception:  # Pillow raises nearly everything on damaged files
-        return None
     return value if isinstance(value, str) else None
 
 
@@ -76,7 +75,6 @@ def marker_of(folder: Path) -> Path:
 
 def _config_keys(folder: Path) -> set[str]:
     """Read the keys of a folder's config.json; none where there is no usable one."""
-    try:
+    with contextlib.suppress(UserError):
         return set(read_json(folder / "config.json"))
-    except UserError:
-        return set()
+    return set()

@@ -347,7 +347,7 @@ def read_scheduler(
     found = find_prediction(path, config)
     scheduler = SCHEDULER | found.scheduler
     scheduler["prediction_type"] = found.type if prediction is None else prediction
-    rescaled = scheduler.get("rescale_betas_zero_snr", False)
+    rescaled = scheduler.get("rescale_betas_zero_snr")
     if found.zero_snr and not rescaled and scheduler["prediction_type"] != "epsilon":
         # the schedulers of 2022 know no such schedule, and leading timesteps leave its end out
         scheduler |= {
@@ -437,7 +437,7 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     file = folder and folder / "scheduler" / "scheduler_config.json"
     scheduler = complete_scheduler(read_optional(file), file) if file else {}
     if scheduler:
-        zero_snr |= bool(scheduler.get("rescale_betas_zero_snr", False))
+        zero_snr |= bool(scheduler.get("rescale_betas_zero_snr"))
         value = scheduler.get("prediction_type", "epsilon")
         if path.is_dir() or value != "epsilon":
             stated.append((value, "scheduler_config.json"))
@@ -518,9 +518,9 @@ def save_sd_folder(sd: StableDiffusion, folder: Path) -> None:
         save_part(getattr(sd, part), folder / part, f"{name}.safetensors")
     save_tokenizer(sd.tokenizer, folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", sd.scheduler)
-    inpaints = sd.unet.config.in_channels == 9
+    kind = "Inpaint" if sd.unet.config.in_channels == 9 else ""
     index = {
-        "_class_name": f"StableDiffusion{'Inpaint' if inpaints else ''}Pipeline",
+        "_class_name": f"StableDiffusion{kind}Pipeline",
         "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -553,6 +553,6 @@ def save_sd_file(sd: StableDiffusion, path: Path) -> None:
     if spec == "v_prediction":
         tensors[V_MARK] = torch.tensor([])
         spec = "v"
-    if sd.scheduler.get("rescale_betas_zero_snr", False):
+    if sd.scheduler.get("rescale_betas_zero_snr"):
         tensors[ZERO_SNR_MARK] = torch.tensor([])
     write_tensors(path, tensors, {MODEL_SPEC: spec})

@@ -142,7 +142,7 @@ def decode_text(raw: bytes, cut: bool = False) -> tuple[str, str]:
         text = codecs.getincrementaldecoder(codec)().decode(raw, final=not cut)
     except UnicodeDecodeError as error:
         raise ValueError(f"not {name}: {error.reason}") from None
-    return plain_text(text).replace("\r\n", "\n").replace("\r", "\n"), name
+    return re.sub("\r\n?", "\n", plain_text(text)), name
 
 
 def plain_text(text: str) -> str:

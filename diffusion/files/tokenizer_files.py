@@ -29,8 +29,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     length = about.get("model_max_length", 77)
     if type(length) not in (int, float) or not length >= 3:
         raise UserError(f"{file}: model_max_length is {shown(length)}; expected 3 or more")
-    known = length < 10**6  # transformers writes 1e30 for "unknown"
-    options = {"pad": pad, "context_length": int(length) if known else 77}
+    # transformers writes 1e30 for "unknown"
+    options = {"pad": pad, "context_length": int(length) if length < 10**6 else 77}
     with blame(folder):
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             merges = read_whole(folder / "merges.txt").decode("utf-8-sig")

@@ -38,8 +38,8 @@ STORAGES = dict(
     Short=int16 Untyped=uint8""".split()
 )
 # what settings are made of: names of Python's own, and modules of its library. A file that names
-# others holds a program, which would not run here; but its owner wants to know
-# and Python 2's names, which are written to this day
+# others holds a program, which would not run here; but its owner wants to know. Also
+# Python 2's names, which are written to this day
 PLAIN = """bool bytearray bytes complex dict float frozenset int list object range set slice str
     tuple long unicode xrange""".split()
 SETTINGS = """_codecs argparse collections copyreg datetime decimal enum fractions functools logging
@@ -212,22 +212,20 @@ def read_zip(path: Path, file: BinaryIO, size: int, check_crc: bool):
             f"{path} is a compressed zip file, or not to be trusted: {size:,} bytes would become "
             f"{total:,}; unpack it, or give the file as it was saved"
         )
-    roots = [name[:-8] for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
-    if len(roots) != 1:
+    pickles = [name for name in records if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(pickles) != 1:
         held = shown(min(records, default=""))
         raise UserError(f"{path} is a zip file of {held} and others: no weights; unpack it")
     if check_crc and (damaged := z.testzip()):
         raise UserError(f"{path} is damaged: {shown(damaged)} does not have its CRC")
-    record = records[f"{roots[0]}data.pkl"]
+    record = records[pickles[0]]
     if record.file_size > MAX_PICKLE:
-        raise UserError(
-            f"{path} is not to be trusted: it holds more than {MAX_PICKLE >> 20} MB beside its "
-            "tensors"
-        )
+        most = f"{MAX_PICKLE >> 20} MB"
+        raise UserError(f"{path} is not to be trusted: over {most} beside its tensors")
     whole = UntypedStorage.from_file(name_of(file, path), False, size)
 
-    def storage(key: str, count: int) -> UntypedStorage:
-        record = records[f"{roots[0]}data/{key}"]
+    def storage(key, count):
+        record = records[f"{pickles[0].removesuffix('.pkl')}/{key}"]
         file.seek(record.header_offset + 26)
         lengths = [int.from_bytes(file.read(2), "little") for _ in ("name", "extra")]
         start = record.header_offset + 30 + sum(lengths)
@@ -244,7 +242,7 @@ def read_legacy(path: Path, file: BinaryIO, size: int):
     """
     pickled = io.BytesIO(file.read(MAX_PICKLE))
 
-    def storage(key: str, count: int) -> UntypedStorage:
+    def storage(key, count):
         if count > size:
             raise UserError(f"{path} is not to be trusted: its tensors claim more than its bytes")
         return UntypedStorage(count)  # takes no memory before it is written to

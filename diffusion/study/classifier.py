@@ -69,7 +69,7 @@ def to_input(images: np.ndarray) -> Tensor:
 def augment(x: Tensor, g: torch.Generator) -> Tensor:
     """Mirror half of a batch, blur half of it, add noise of a standard deviation up to 0.1."""
 
-    def uniform() -> Tensor:
+    def uniform():
         return torch.rand(len(x), 1, 1, 1, generator=g)
 
     x = torch.where(uniform() < 0.5, x.flip(3), x)

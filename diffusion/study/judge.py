@@ -45,11 +45,11 @@ class Judge:
         return torch.cat([self.features(images[i : i + 64]) for i in range(0, len(images), 64)])
 
     def frechet(self, images: np.ndarray, name: str) -> dict:
-        held_out = self.styles[name].held_out
         value = frechet_distance(*moments(self.extract(images)), *self.references[name])
         definition = (
-            f"Frechet distance (arXiv:1706.08500 eq. 6) to {len(held_out)} held-out images of "
-            f"{name}, in features of the named network; not FID"
+            "Frechet distance (arXiv:1706.08500 eq. 6) to "
+            f"{len(self.styles[name].held_out)} held-out images of {name}, in features of the "
+            "named network; not FID"
         )
         model = CLASSIFIER if self.features is None else self.features.about
         return measure(value, definition, model, len(images))
@@ -92,18 +92,16 @@ class Judge:
 
 def check_classifier(classifier: Classifier, pipeline: Pipeline) -> dict[str, dict]:
     """Measure how far the classifier can be trusted."""
-
     counts = [len(style.held_out) for style in classifier.styles]
     right = []
     for style in classifier.styles:
         batches = to_pixels(style.held_out.pixels[:MAX_DECODED]).split(16)
         decoded = [to_uint8(pipeline.decode(pipeline.encode(x))) for x in batches]
         right.append(classifier.fraction(np.concatenate(decoded), style.name))
-    after = float(np.mean(right))
     about = "accuracy on held-out images"
     vae = f"{about} that the base model's VAE has encoded and decoded, mean over styles"
     count = sum(min(MAX_DECODED, count) for count in counts)
     return {
         "heldout_accuracy": measure(classifier.accuracy, about, CLASSIFIER, sum(counts)),
-        "heldout_accuracy_after_vae": measure(after, vae, CLASSIFIER, count),
+        "heldout_accuracy_after_vae": measure(float(np.mean(right)), vae, CLASSIFIER, count),
     }

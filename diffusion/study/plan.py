@@ -73,8 +73,7 @@ class Plan:
         """Make a LoRA's cell, with changes to the centre's rank, steps or learning_rate."""
         s = self.settings
         rank = s.ranks[len(s.ranks) // 2]
-        centre = {"rank": rank, "steps": s.steps, "learning_rate": s.learning_rate}
-        values = centre | changes
+        values = {"rank": rank, "steps": s.steps, "learning_rate": s.learning_rate} | changes
         name = "lora_{}_rank{rank}_steps{steps}_lr{learning_rate:g}".format(
             self.slugs[style], **values
         )

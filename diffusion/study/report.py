@@ -114,8 +114,9 @@ def untouched_base(study) -> str:
         text += f'<p class="soft">Classifier: {about}.</p>'
     for name, style in study.styles.items():
         text += figure(study.thumbnail(f"real_{style.slug}"), f"{name}: held-out images")
-    cells = {f"base, prompts of {name}": study.plan.base(name) for name in study.styles}
-    entries = done(study, cells)
+    entries = done(
+        study, {f"base, prompts of {name}": study.plan.base(name) for name in study.styles}
+    )
     return text + cell_table(entries) + samples(study, entries)
 
 
@@ -123,13 +124,12 @@ def experiment(study, number: int, tables: Tables) -> str:
     """Show an experiment: its tables, between the untouched base and real images, and samples."""
     s = study.settings
     first, second, *_ = (*s.styles, "")
-    rank = study.plan.lora(first).rank
     heading, about = {
         1: ("A LoRA for each style", ""),
         2: (
             f"Ablation, {first}",
-            f"Around rank {rank} ({s.targets} layers), {s.steps} steps, learning rate "
-            f"{s.learning_rate:g}, one at a time.",
+            f"Around rank {study.plan.lora(first).rank} ({s.targets} layers), {s.steps} steps, "
+            f"learning rate {s.learning_rate:g}, one at a time.",
         ),
         3: (
             f"Three methods, {first}",
@@ -174,13 +174,12 @@ def definitions(entries: Iterable[dict]) -> str:
 def write_report(study) -> Path:
     s = study.settings
     tables = study.plan.tables()
-    finished = sum(map(study.done, study.cells))
-    base = Path(s.load_path or s.sd_path).resolve().name
     summary = (
-        f"Base model {base}, {s.image_size} px; budget {s.budget}: "
+        f"Base model {Path(s.load_path or s.sd_path).resolve().name}, {s.image_size} px; "
+        f"budget {s.budget}: "
         f"{s.steps} steps of {s.batch_size}, {s.num_images} images a cell, {s.sampler} with "
         f"{s.sample_steps} steps, guidance {s.guidance_scale:g}, seed {s.seed}. "
-        f"{finished} of {len(study.cells)} cells are finished."
+        f"{sum(map(study.done, study.cells))} of {len(study.cells)} cells are finished."
     )
     styles = {
         name: {

@@ -117,7 +117,7 @@ def read_style(folder: Path, slug: str, size: int) -> Style:
     texts = read_captions(walk(folder), files) or [("",)] * len(files)
     captions = {file: with_name(own[0], name) for file, own in zip(files, texts)}
 
-    def split(chosen: set[Path]) -> Split:
+    def split(chosen):
         part = [file for file in pixels if file in chosen]
         return Split(part, [captions[f] for f in part], np.stack([pixels[f] for f in part]))
 

@@ -590,7 +590,7 @@ def test_deep_grey_takes_no_more_than_its_pixels(tmp_path, dtype, value):
 def test_large_json_and_vocabularies(tmp_path):
     (tmp_path / "a.json").write_text('{"a":[' + ",".join(["{}"] * (20 << 20)) + "]}")
     told = watched(Reader("", "", None, text_files.read_json), tmp_path / "a.json")
-    assert "at most 8 MB" in told
+    assert f"at most {8 << 20:,} are read" in told
     for content in (b"\n" * (64 << 20), b"a b\n" * (16 << 20)):
         path = tmp_path / vocabulary.VOCABULARY
         path.write_bytes(gzip.compress(content, 1))
@@ -619,9 +619,7 @@ def test_words_in_a_checkpoint_are_no_calls(good, tmp_path):
 
 
 @pytest.mark.parametrize("value", [
-    torch.eye(2).to_sparse(), torch.eye(2).to_sparse_coo().to_sparse_bsr((1, 1)),
-    torch.ones(2, device="meta"), torch.ones(2) * 1j, torch.nested.nested_tensor([torch.ones(1)]),
-    torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+    torch.ones(2) * 1j, torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
     *[torch.zeros(4, dtype=torch.uint8).view(getattr(torch, name)) for name in ("float4_e2m1fn_x2",)
       if hasattr(torch, name)],  # since torch 2.8
 ], ids=lambda v: f"{v.dtype} {v.layout} {v.device}")  # fmt: skip

@@ -367,8 +367,8 @@ def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
     config = Config(image_size=16, unet_dim=8, dim_mults=(1, 2), time_steps=20)
     save_weights(unconditional, build_network(config, 0).state_dict(), config, step=0, classes=[])
     for args, told in (
-        ((real, tmp_path / "empty"), "no images below"),
-        ((tmp_path / "empty", real), "no images below"),
+        ((real, tmp_path / "empty"), "no images of"),
+        ((tmp_path / "empty", real), "no images of"),
         ((tmp_path / "none", real), "is no folder"),
         ((real, tmp_path / "none.pt"), "does not exist"),
         ((real, model, "--samplers", "heun:5"), "heun"),
@@ -598,7 +598,7 @@ def test_values_come_in_the_order_of_the_images():
 
     found = collect(batches, compute, "x")
     assert found["mean"].tolist() == [0, 1, 2, 3] and found["first"].tolist() == [0, 1]
-    with pytest.raises(UserError, match="none of the images of x"):
+    with pytest.raises(UserError, match="no images of x"):
         collect([], compute, "x")
     other = ([4], {}, np.zeros((1, 2, 2, 3), np.uint8))
     with pytest.raises(UserError, match="x differ in size.*--size"):

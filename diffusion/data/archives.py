@@ -115,8 +115,6 @@ def _unpack(archive: Path, target: Path) -> None:
     total = 0
     with open_regular(archive) as file:
         size = os.fstat(file.fileno()).st_size
-        if not size:  # as of what the system makes up while it is read
-            raise OSError("it is empty")
         most = max(MAX_UNPACKED * size, 1 << 24)
         for number, (name, length, source) in enumerate(_members(file, most + (1 << 20))):
             total += length

@@ -22,9 +22,9 @@ SAME = 2  # of 255: what one maker's sRGB profile differs from another's
 INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 MODES = {  # in which Pillow has pixels of a profile's space
-    "RGB": ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "YCbCr"),
-    "CMYK": ("CMYK",),
-    "LAB": ("LAB",),
+    "RGB": "RGB RGBA RGBa RGBX P PA YCbCr",
+    "CMYK": "CMYK",
+    "LAB": "LAB",
 }
 MAX_HEAD = 1 << 22  # bytes of a file that are looked through, or of a profile
 # what formats have that Pillow passes over: numbers (cICP), or where a profile is
@@ -128,7 +128,7 @@ def to_srgb(image: Image.Image, ignore: bool = False) -> Image.Image:
     is_grey = image.mode[0] in "1LIF" and image.mode != "LAB"
     if is_grey and space in ("GRAY", "RGB"):
         return to_8_bit(image, _grey_curve(profile))
-    if image.mode not in MODES.get(space, ()):
+    if image.mode not in MODES.get(space, "").split():
         raise BadProfile(
             f"its colour profile is for {space or 'nothing known'}, its pixels are {image.mode}"
         )

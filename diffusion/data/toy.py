@@ -30,7 +30,7 @@ BACKGROUND = palette(
     "blue=#96c6f0 yellow=#fce882 green=#a4de9e pink=#fabecd purple=#bea8e8 gray=#c4c8ce"
 )
 IRIS = palette("blue=#326edc green=#289650 brown=#693e1e")
-STYLE = ("short", "long", "bob", "spiky", "bald")
+STYLE = "short long bob spiky bald".split()
 MOUTH = ("smile", "grin", "frown", "flat mouth", "open mouth")
 GLASSES = ("no glasses", "round glasses", "sunglasses")
 

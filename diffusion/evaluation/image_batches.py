@@ -26,10 +26,8 @@ def folder_batches(
 ) -> Iterator[Batch]:
     """Read this rank's images of a folder, and report in the end those that cannot be read.
 
-    size: cut and resize to it as training does; None: as they are. Raises UserError without files.
+    size: cut and resize to it as training does; None: as they are.
     """
-    if not files:
-        raise UserError(f"no images below {folder}")
     own = range(len(files))[rank() :: world_size()]
     bad = []
     for start in progress(range(0, len(own), 64), desc=folder.name, leave=False):
@@ -62,7 +60,7 @@ def collect(
         return None
     found = sum(ranks, [])
     if not found:
-        raise UserError(f"none of the images of {source} can be used")
+        raise UserError(f"no images of {source} can be used")
     rows = {}
     for name in found[0][1]:
         parts = [own[name] for _, own in found]

@@ -40,7 +40,7 @@ from .validate import Tensors, check_tensors, digest_tensors
 
 FORMAT = "diffusion-checkpoint-1"
 NETWORKS = ("vae", "sd_path", "sd_config")  # paths of what a model needs beside its own file
-MODEL = ("model.pt", "ema.safetensors", "config.json", "unet", "vae")  # what a folder of it holds
+MODEL = "model.pt ema.safetensors config.json unet vae".split()  # what a folder of it holds
 KINDS = {"step": int, "config": dict, "classes": list, "model": dict, "ema": dict}
 RESUMED = {  # what only resuming reads
     "best_loss": float | None,

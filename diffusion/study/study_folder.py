@@ -20,7 +20,7 @@ from .plan import Settings
 from .report import definitions, texts_of
 from .styles import slugs_of, stamp, style_folders
 
-PATHS = {"data", "load_path", "sd_path", "sd_config", "vae", "features", "clip"}
+PATHS = set("data load_path sd_path sd_config vae features clip".split())
 WAY = re.compile(rf'("({"|".join(PATHS)}|base)": )"[^"]*/')
 
 

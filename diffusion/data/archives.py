@@ -58,7 +58,7 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> None:
 
 def unpacked(archive: Path, cache_dir: Path) -> Path:
     """Unpack an archive of the user's below the cache's folder, once; give the folder."""
-    target = cache_dir / f"archive_{digest(str(archive.resolve()), file_stamp(archive))}"
+    target = cache_dir / f"archive_{digest(archive.resolve(), file_stamp(archive))}"
     advice = "; expected a folder of images, or a zip or tar of one: unpack any other archive"
     with blame(f"--data {archive}", advice):
         _build(target, lambda work: archive)
@@ -243,5 +243,5 @@ def cifar_set(folder: Path, selection: Selection = EVERYTHING) -> ImageSet:
         labels=labels,
         classes=CIFAR,
         texts=texts,
-        stamp=digest(str(folder.resolve()), *map(file_stamp, files)),
+        stamp=digest(folder.resolve(), *map(file_stamp, files)),
     )

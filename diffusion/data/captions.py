@@ -118,14 +118,14 @@ def read_captions(
         text = _read_side(sides[0], wrong) if sides else None
         texts = table.get(file) or texts_of(text, file)
         if len(sides) > 1:
-            wrong.append((str(file), f"several texts; using {sides[0].name!r}"))
+            wrong.append((file, f"several texts; using {sides[0].name!r}"))
         if texts:
             sources["texts beside the images" if sides else "metadata"] += 1
         elif file in concepts:
             sources["names of folders"] += 1
         else:
-            missing.append((str(file), f"no caption, or an empty one; using {default!r}"))
-        is_captioned = is_captioned or bool(texts) or text is not None
+            missing.append((file, f"no caption, or an empty one; using {default!r}"))
+        is_captioned |= bool(texts) or text is not None
         captions.append(texts or (default or concepts.get(file, ""),))
     if is_captioned:
         log(
@@ -153,12 +153,12 @@ def _read_side(side: Path, problems: list) -> str | None:
         raw = read_bytes(side, MAX_CAPTION + 1, cut=True)
         text, encoding = decode_text(raw[:MAX_CAPTION], cut=len(raw) > MAX_CAPTION)
     except ValueError as error:
-        problems.append((str(side), f"{error}; not read: save it as UTF-8"))
+        problems.append((side, f"{error}; not read: save it as UTF-8"))
         return None
     if len(raw) > MAX_CAPTION:
-        problems.append((str(side), f"more than {MAX_CAPTION:,} bytes; cut off there"))
+        problems.append((side, f"more than {MAX_CAPTION:,} bytes; cut off there"))
     if encoding != "UTF-8":
-        problems.append((str(side), f"not UTF-8; read as {encoding}"))
+        problems.append((side, f"not UTF-8; read as {encoding}"))
     return text
 
 

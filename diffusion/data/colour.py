@@ -230,7 +230,7 @@ def _grey_curve(profile: bytes) -> np.ndarray | None:
     those of equal red, green and blue.
     """
     if _space(profile) == "RGB":
-        ramp = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2))
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
     else:
         ramp = Image.fromarray(np.arange(65536, dtype=np.uint16).reshape(256, 256))
     transform = _transform(profile, ramp.mode, FLAGS | ImageCms.Flags.NOOPTIMIZE)

@@ -61,10 +61,10 @@ def counted(counts: Mapping[str, int]) -> str:
     return some((f"{name} ({counts[name]:,})" for name in sorted(counts, key=os.fsencode)), 20)
 
 
-def report(what: str, problems: list[tuple[str, str]], total: int) -> None:
+def report(what: str, problems: list[tuple[Path | str, str]], total: int) -> None:
     """Count and name in one warning what was wrong. Names may hold anything."""
     if problems:
-        lines = [f"\n  {shown(name, 200)}: {why:.1000}" for name, why in problems[:20]]
+        lines = [f"\n  {shown(str(name), 200)}: {why:.1000}" for name, why in problems[:20]]
         more = "\n  ..." if len(problems) > 20 else ""
         log(f"warning: {len(problems)} of {total} {what}:{''.join(lines)}{more}")
 
@@ -136,7 +136,7 @@ def walk(root: Path, written: Iterable[Path] = (), sampled: bool = False) -> Sca
     while pending:
         where, is_outside = pending.pop()
         if inode_of(where) in seen:
-            found.problems.append((str(where), "was read under another name, or leads to itself"))
+            found.problems.append((where, "was read under another name, or leads to itself"))
             continue
         seen.add(inode_of(where))
         folders, files = _listing(where, found.problems)
@@ -189,7 +189,7 @@ def _listing(folder: Path, problems: list) -> tuple[list[os.DirEntry], list[os.D
                 if not entry.name.startswith("."):
                     kinds[not is_folder].append(entry)
     except OSError as error:
-        problems.append((str(folder), reason(error)))
+        problems.append((folder, reason(error)))
     return kinds
 
 
@@ -212,7 +212,7 @@ def _withhold(found: Scan, home: Path) -> None:
     for paths in (found.texts, found.tables):
         for path in itertools.filterfalse(belongs, paths):
             why = f"a link to {found.outside[path]}, named after no image of the set: copy it here"
-            found.problems.append((str(path), why))
+            found.problems.append((path, why))
         paths[:] = filter(belongs, paths)
 
 

@@ -140,7 +140,7 @@ def hub_set(path: str, default_caption: str, selection: Selection) -> ImageSet:
         labels=[hub.label_of(row) for row in rows],
         classes=hub.classes,
         texts=texts if any(own[0] for own in texts) else None,
-        stamp=digest(*(f["filename"] for f in data.cache_files), str(len(data)), *hub.key),
+        stamp=digest(*(f["filename"] for f in data.cache_files), len(data), *hub.key),
     )
 
 

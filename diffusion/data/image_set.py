@@ -76,12 +76,12 @@ class ImageSet:
         return digest(*self.names)
 
 
-def digest(*parts: str) -> str:
-    """Digest texts, which may hold undecodable bytes of file names, to 32 hex digits."""
+def digest(*parts) -> str:
+    """Digest texts, which may hold undecodable bytes of file names, or what is written as such."""
     h = hashlib.sha256()
     for part in parts:
         # as os.fsencode does it where texts are UTF-8, which is not everywhere
-        h.update(part.encode("utf-8", "surrogateescape") + b"\0")
+        h.update(str(part).encode("utf-8", "surrogateescape") + b"\0")
     return h.hexdigest()[:32]
 
 

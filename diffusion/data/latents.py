@@ -50,7 +50,7 @@ def image_latents(
     """
     images = pixels.images
     name = digest(
-        "latents", VERSION, images.stamp, TRANSFORM, str(pixels.size), str(flip), key, *images.names
+        "latents", VERSION, images.stamp, TRANSFORM, pixels.size, flip, key, *images.names
     )
     shape = (2 if flip else 1, 2, *shape)
 
@@ -81,7 +81,7 @@ def caption_embeddings(
     cache_dir: Path,
 ) -> Cache:
     """Encode each caption by the text encoder: (L, D)."""
-    folder = cache_dir / digest("captions", VERSION, key, str(shape), *captions)
+    folder = cache_dir / digest("captions", VERSION, key, shape, *captions)
 
     @torch.inference_mode()
     def compute(indices):

@@ -76,7 +76,7 @@ class Pixels:
                 warnings.simplefilter("ignore")  # Pillow's on large images: MAX_PIXELS decides
                 return np.stack(list(pool.map(read, indices)))
 
-        folder = cache_dir / digest(every.stamp, TRANSFORM, str(self.size), *every.names)
+        folder = cache_dir / digest(every.stamp, TRANSFORM, self.size, *every.names)
         what = f"images of {every.name} at {self.size} px"
         self.cache = Cache(folder, n, shape, np.uint8, decode, CHUNK, what, notes, SHARD)
         skipped = [(every.names[i], notes[i]) for i in sorted(notes) if isinstance(notes[i], str)]

@@ -93,7 +93,7 @@ def folder_set(
         texts=read_captions(
             found, files, default_caption, selection, {f: text for f, (_, text) in concepts.items()}
         ),
-        stamp=digest(str(part.base.resolve()), *map(file_stamp, files)),
+        stamp=digest(part.base.resolve(), *map(file_stamp, files)),
         repeats=[times for times, _ in concepts.values()] or None,
     )
 

@@ -113,7 +113,7 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
     Raises UserError if they are not finite.
     """
     images = data.pixels.images
-    key = digest(images.stamp, data.order_key(), TRANSFORM, str(config.image_size), features.key)
+    key = digest(images.stamp, data.order_key(), TRANSFORM, config.image_size, features.key)
     file = Path(config.cache_dir) / f"{key}.safetensors"
     reference = read_moments(file)
     if not dist.any_rank(reference is None):

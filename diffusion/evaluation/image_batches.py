@@ -37,7 +37,7 @@ def folder_batches(
                 image = read_image(files[i], size)
                 groups.setdefault(image.shape, []).append((i, image))
             except BadImage as error:
-                bad.append((str(files[i]), str(error)))
+                bad.append((files[i], str(error)))
         for numbers, images in (zip(*group) for group in groups.values()):
             yield numbers, {"prompts": prompts and [prompts[i] for i in numbers]}, np.stack(images)
     ranks = gather_object(bad)

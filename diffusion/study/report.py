@@ -36,13 +36,13 @@ COLUMNS = {
 # --- HTML ----------------------------------------------------------------------------------------
 
 
-def table(rows: dict[str, dict[str, str]]) -> str:
-    """Write a table of plain texts, which are escaped here: {row: {column: text}}."""
+def table(rows: dict[str, dict]) -> str:
+    """Write a table of plain texts or numbers, escaped here: {row: {column: text}}."""
     head = dict.fromkeys(column for row in rows.values() for column in row)
     body = [[name, *(row.get(column, "-") for column in head)] for name, row in rows.items()]
     lines = ""
     for tag, texts in [("th", ["", *head]), *(("td", texts) for texts in body)]:
-        lines += f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in texts)}</tr>"
+        lines += f"<tr>{''.join(f'<{tag}>{escape(str(text))}</{tag}>' for text in texts)}</tr>"
     return f'<div class="wide"><table>{lines}</table></div>'
 
 
@@ -184,9 +184,9 @@ def write_report(study) -> Path:
     styles = {
         name: {
             "role": "to learn" if name in s.styles else "known",
-            "training images": str(len(style.train)),
-            "held out": str(len(style.held_out)),
-            "prompts": str(len(style.prompts)),
+            "training images": len(style.train),
+            "held out": len(style.held_out),
+            "prompts": len(style.prompts),
         }
         for name, style in study.styles.items()
     }

@@ -452,7 +452,7 @@ def test_a_stopped_study_continues_and_repeats_nothing(study):
     assert not set(finished) & set(rest.calls)
     cells = {c.name for c in two.cells}
     assert {name for script, name in finished + rest.calls if script == "sample.py"} == cells
-    trained = {c.name for c in two.cells if c.trains}
+    trained = {c.name for c in two.cells if c.steps}
     assert {name for script, name in finished + rest.calls if script == "train.py"} == trained
     metrics = read_metrics(two.folder)
     assert metrics["finished"] and set(metrics["cells"]) == cells and report.is_file()
@@ -674,7 +674,7 @@ def test_a_changed_digit_is_noticed(study):
     file.write_text(good.replace(str(value), f"9{value}"))
     found = read_metrics(one.folder)
     assert not found["finished"] and "base_bald" not in found["cells"] and len(found["cells"]) == 4
-    name = next(c.name for c in one.cells if c.trains)
+    name = next(c.name for c in one.cells if c.steps)
     value = json.loads(good)["cells"][name]["cost"]["file_bytes"]
     file.write_text(file.read_text().replace(f'"file_bytes": {value}', '"file_bytes": 9', 1))
     again = Fake()

@@ -346,8 +346,7 @@ def find_splits(ways: list[tuple], split: str | None) -> tuple[int, dict[tuple, 
                 )
             # nothing but splits: train/, perhaps with others, or cat/train/ beside dog/test/
             apart = depth == 0 or (split is None and kinds > {"train"})
-            below = [set(map(kind_of, names)) for names in level.values()]
-            beside = any("train" in own and own & {"val", "test"} for own in below)
+            beside = any(set(map(kind_of, names)) - {None} > {"train"} for names in level.values())
             found = beside or (apart and None not in kinds)
         if not found:
             continue

@@ -38,7 +38,7 @@ from ..files.sd_files import write_json
 from ..pictures.grid import count_calls, write_png
 from ..pictures.plot import Line, distance_title, line_plot
 from ..pictures.samples import sample_batches
-from ..runtime import distributed as dist
+from ..runtime.distributed import cleanup, is_main, log, setup
 from ..sampling.load import open_pipeline
 from ..sampling.pipeline import Pipeline
 from .clip_score import read_prompts
@@ -82,7 +82,7 @@ def parse(args: list[str] | None = None):
 
 def main() -> None:
     args = parse()
-    device = dist.setup(args.device)
+    device = setup(args.device)
     if not Path(args.real).is_dir():
         raise UserError(f"{args.real} is no folder of images")
     files = scan_split(Path(args.real), args.split)
@@ -90,7 +90,7 @@ def main() -> None:
     result = measured(args, files, Path(args.fake), device)
     if result is not None:
         print(json.dumps(result))
-    dist.cleanup()
+    cleanup()
 
 
 def definitions(found: dict[str, dict]) -> dict[str, dict]:
@@ -108,7 +108,7 @@ def read_real(args, files: list[Path], size: int | None, metrics: Metrics, m: in
     if n < 2:
         raise UserError(f"{args.real} holds {n} usable image; a distance needs at least 2")
     if min(n, m) < MIN_IMAGES:
-        dist.log(
+        log(
             f"warning: {n} real and {m} generated images; below {MIN_IMAGES} a Fréchet distance is "
             "mostly bias, and comparable only at equal numbers"
         )
@@ -122,15 +122,15 @@ def measure_folder(args, real: list[Path], fake: Path, device: torch.device) -> 
     """Compare two folders; return the result on rank 0, None elsewhere."""
     scan = walk(fake, sampled=True).report()
     files = scan.images
-    if dist.is_main() and (calls := count_calls(files)) > 1:
-        dist.log(f"warning: {fake} holds pictures of {calls} calls of sample.py: all are measured")
+    if is_main() and (calls := count_calls(files)) > 1:
+        log(f"warning: {fake} holds pictures of {calls} calls of sample.py: all are measured")
     if any(file.suffix.lower() in (".jpg", ".jpeg") for file in files):
-        dist.log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
+        log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
     prompts = read_prompts(scan) if args.clip is not None else None
     metrics = open_metrics(args.fid_features, args.clip, args.lpips, device)
     reference = read_real(args, real, args.size, metrics, len(files))
     generated = collect(folder_batches(fake, files, args.size, prompts), metrics.rows, fake)
-    if reference is None or generated is None:
+    if reference is None:
         return None
     check_sizes(torch.cat([reference["size"], generated["size"]]), metrics)
     found = metrics.compare(reference, generated)
@@ -150,7 +150,7 @@ def check_sizes(sizes: Tensor, metrics: Metrics) -> None:
     named = ", ".join(sorted(f"{w}x{h}" for w, h in sizes)[:4])
     if not metrics.features.is_inception:
         raise UserError(f"images of {len(sizes)} sizes ({named}); give --size N for all")
-    dist.log(
+    log(
         f"warning: images of {len(sizes)} sizes ({named}), compared as they are; --size N "
         "brings all to N pixels"
     )
@@ -190,7 +190,7 @@ def measure_model(args, real: list[Path], file: Path, device: torch.device) -> d
             seconds = (time.perf_counter() - start) / len(args.seeds)
             values = {key: median(one[key]["value"] for one in found) for key in found[0]}
             shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
-            dist.log(f"{sampler:>12} {steps:>5} steps  {shown}  {seconds:.0f} s")
+            log(f"{sampler:>12} {steps:>5} steps  {shown}  {seconds:.0f} s")
             # guidance evaluates the network with and without the class
             evaluations = steps if args.guidance_scale == 1 else 2 * steps
             row = dict(sampler=sampler, steps=steps, evaluations=evaluations)
@@ -258,7 +258,7 @@ def save_quality(folder: Path, result: dict, name: str, overwrite: bool) -> None
     plot = line_plot(lines, title, "network evaluations", log_x=True, log_y=True)
     picture = file.with_suffix(".png")
     picture = write_free(picture, lambda path: write_png(plot, path), overwrite)
-    dist.log(f"{file}, {picture}")
+    log(f"{file}, {picture}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ..files.tensors import read_safetensors, write_tensors
 from ..files.validate import is_finite
 from ..pictures.grid import NonFinite
 from ..pictures.samples import sample_batches
-from ..runtime import distributed as dist
+from ..runtime.distributed import any_rank, is_main, log, progress, rank, world_size
 from ..runtime.seeding import permutation
 from ..sampling.pipeline import Pipeline
 from .distances import MIN_IMAGES, Moments, frechet_distance
@@ -54,7 +54,7 @@ class Fid:
         self.steps = min(STEPS, config.time_steps)
         self.reference = reference_moments(config, data, self.features)
         few = f"; below {MIN_IMAGES} it is mostly bias"
-        dist.log(
+        log(
             f"{self.name} every {config.fid_every} steps: {self.features.about}, "
             f"{config.fid_num_images} samples of the EMA weights by {SAMPLER} in "
             f"{self.steps} steps, against {len(data.train)} training images at "
@@ -87,18 +87,18 @@ class Fid:
         batches = sample_batches(pipeline, options, count, micro, self.name)
         found = Moments(len(self.reference[0]))
         value = math.nan  # null in the run's metrics
-        for _ in range(0, count, micro * dist.world_size()):  # as many turns on each rank
+        for _ in range(0, count, micro * world_size()):  # as many turns on each rank
             try:
                 for _, _, images in islice(batches, 1):
                     found.add(self.features(images))
             except NonFinite:  # black pictures would count as pictures
                 found.n += math.nan
-            if dist.any_rank(stopped()):
+            if any_rank(stopped()):
                 return None
         statistics = found.reduce()
         if not all(map(is_finite, statistics)):
-            dist.log(f"warning: {self.name} is not measured: pictures or features are not finite")
-        elif dist.is_main():
+            log(f"warning: {self.name} is not measured: pictures or features are not finite")
+        elif is_main():
             value = frechet_distance(*self.reference, *statistics)
         seconds = time.perf_counter() - start
         return {self.name: value, "fid_num_images": count, "fid_seconds": seconds}
@@ -116,24 +116,24 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
     key = digest(images.stamp, data.order_key(), TRANSFORM, config.image_size, features.key)
     file = Path(config.cache_dir) / f"{key}.safetensors"
     reference = read_moments(file)
-    if not dist.any_rank(reference is None):
-        dist.log(f"reference features of {config.data}: from {file}")
+    if not any_rank(reference is None):
+        log(f"reference features of {config.data}: from {file}")
         return reference
-    own = np.array_split(data.train, dist.world_size())[dist.rank()]
+    own = np.array_split(data.train, world_size())[rank()]
     found = Moments(features(data.pixels[data.train[:1]]).shape[1])
-    for low in dist.progress(range(0, len(own), 64), desc="reference features", leave=False):
+    for low in progress(range(0, len(own), 64), desc="reference features", leave=False):
         found.add(features(data.pixels[own[low : low + 64]]))
     reference = found.reduce()
     if not all(map(is_finite, reference)):
         raise UserError(
             f"the feature network {features.about} makes non-finite features of the training images"
         )
-    if dist.is_main():
+    if is_main():
         try:
             mean, cov = reference
             write_tensors(file, {"mean": mean, "cov": cov}, {})
         except OSError as error:
-            dist.log(f"warning: reference features are not cached: {error}")
+            log(f"warning: reference features are not cached: {error}")
     return reference
 
 

@@ -40,11 +40,8 @@ def folder_batches(
                 bad.append((files[i], str(error)))
         for numbers, images in (zip(*group) for group in groups.values()):
             yield numbers, {"prompts": prompts and [prompts[i] for i in numbers]}, np.stack(images)
-    ranks = gather_object(bad)
-    if ranks is not None:
-        report(
-            f"images of {folder} cannot be used and are skipped", sorted(sum(ranks, [])), len(files)
-        )
+    every = sorted(sum(gather_object(bad) or [], []))  # on rank 0
+    report(f"images of {folder} cannot be used and are skipped", every, len(files))
 
 
 def collect(

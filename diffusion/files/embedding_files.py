@@ -11,8 +11,8 @@ A token answers to its file's name, as in A1111 and ComfyUI, and to the name ins
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +24,7 @@ from .torch_files import Stub
 from .validate import Tensors, check_tensors
 
 
-@dataclass(frozen=True, eq=False)
-class Embedding:
+class Embedding(NamedTuple):
     """Hold the vectors (n, D) of one token, and the names that it answers to in prompts."""
 
     path: Path

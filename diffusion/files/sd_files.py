@@ -28,10 +28,10 @@ from ..models.sd_unet import SDUNet
 from ..models.tokenizer import Tokenizer
 from ..models.vae import AutoencoderKL
 from ..runtime.distributed import log
-from . import sd_names, strict
 from .atomic import blame, write_text
 from .checkpoint import is_own, load_weights
-from .strict import PARTS
+from .sd_names import PREFIXES, family, tables, translate
+from .strict import PARTS, load_part
 from .tensors import find_weights, inspect, read_tensors, write_tensors
 from .text_files import read_json, read_optional, read_text_file
 from .tokenizer_files import check_tokenizer, find_vocabulary, load_tokenizer, save_tokenizer
@@ -221,7 +221,7 @@ def load_sd(
     path = Path(path)
     folder = _config_folder(path, config)
     tensors = {} if path.is_dir() else read_tensors(path)
-    if kind := sd_names.family(tensors):
+    if kind := family(tensors):
         raise UserError(f"{path} is {kind}, not a Stable Diffusion 1.x model")
     note = ""
     if averaged := _averaged(tensors):
@@ -242,16 +242,16 @@ def load_sd(
             hint = "; give --vae" if part == "vae" else ""
             raise UserError(
                 f"{file} holds no {part}{hint}: no tensor begins with "
-                f"{sd_names.PREFIXES[part][0]}; it has {some(sorted(tensors))}"
+                f"{PREFIXES[part][0]}; it has {some(sorted(tensors))}"
             )
         sizes = _part_config(folder, part)
         first = own.get("input_blocks.0.0.weight")
         if first is not None and first.ndim == 4:
             sizes["in_channels"] = first.shape[1]  # 9: inpainting
-        networks[part], used = strict.load_part(part, sizes, own, f"{file}, {part}")
+        networks[part], used = load_part(part, sizes, own, f"{file}, {part}")
         report.append(f"{part}: {file.name}, {used}" + (note if part == "unet" else ""))
     if tensors:
-        known = (*itertools.chain(*sd_names.PREFIXES.values()), "model_ema.", V_MARK, ZERO_SNR_MARK)
+        known = (*itertools.chain(*PREFIXES.values()), "model_ema.", V_MARK, ZERO_SNR_MARK)
         over = [name for name in tensors if not name.startswith(known)]
         such = f", such as {some(over[:1])}" if over else ""
         report.append(f"not used: {len(over)} tensors{such}")
@@ -281,7 +281,7 @@ def part_of(tensors: Mapping, part: str) -> dict:
     """Take a network's tensors from those of an original single file."""
     return {
         name.removeprefix(prefix): value
-        for prefix in sd_names.PREFIXES[part]
+        for prefix in PREFIXES[part]
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
@@ -317,7 +317,7 @@ def load_vae(path: str | Path) -> AutoencoderKL:
                 f"--vae {path} is a model of --mode {config.mode}; train one with --mode vae"
             )
         sizes = metadata["networks"].get("vae")
-    return strict.load_part("vae", sizes, part_of(tensors, "vae") or tensors, file)[0]
+    return load_part("vae", sizes, part_of(tensors, "vae") or tensors, file)[0]
 
 
 def _network_config(folder: Path) -> dict | None:
@@ -470,7 +470,7 @@ def _averaged(names: Collection[str]) -> dict[str, str]:
 
     CompVis' model_ema.* are the names without their dots.
     """
-    plain = [name for name in names if name.startswith(sd_names.PREFIXES["unet"])]
+    plain = [name for name in names if name.startswith(PREFIXES["unet"])]
     found = {n: "model_ema." + n.removeprefix("model.").replace(".", "") for n in plain}
     return found if all(ema in names for ema in found.values()) else {}
 
@@ -543,12 +543,12 @@ def save_sd_file(sd: StableDiffusion, path: Path) -> None:
     tensors = {}
     for part in PARTS:
         network = getattr(sd, part)
-        table, _ = sd_names.tables(part, network.config.to_dict())
+        table, _ = tables(part, network.config.to_dict())
         for name, value in network.state_dict().items():
-            theirs = sd_names.translate(name, table)
+            theirs = translate(name, table)
             if part == "vae" and ".mid.attn_1." in theirs and value.ndim == 2:
                 value = value[:, :, None, None]  # a 1x1 convolution there
-            tensors[sd_names.PREFIXES[part][0] + theirs] = value
+            tensors[PREFIXES[part][0] + theirs] = value
     spec = sd.scheduler["prediction_type"]
     if spec == "v_prediction":
         tensors[V_MARK] = torch.tensor([])

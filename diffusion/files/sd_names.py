@@ -95,8 +95,7 @@ def vae_table(config: Mapping) -> Table:
         for k in (0, 1):
             ours = f"{part}.mid_block.resnets.{k}"
             table |= prefixed(ours, f"{part}.mid.block_{k + 1}", VAE_RESNET)
-        ours = f"{part}.mid_block.attentions.0"
-        table |= prefixed(ours, f"{part}.mid.attn_1", VAE_ATTENTION)
+        table |= prefixed(f"{part}.mid_block.attentions.0", f"{part}.mid.attn_1", VAE_ATTENTION)
     return table
 
 

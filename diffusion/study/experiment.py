@@ -160,7 +160,7 @@ class Study:
     def run(self, cell: Cell) -> None:
         began = time.perf_counter()
         entry = self.entry(cell)
-        if cell.trains and "cost" not in entry:
+        if cell.steps and "cost" not in entry:
             self.train(cell)
         images = self.sample(cell)
         prompts = self.prompts(cell)

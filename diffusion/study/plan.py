@@ -40,7 +40,8 @@ BUDGETS = ("small", "full")
 class Cell:
     """Describe one thing to train, to sample from and to measure.
 
-    kind: base, lora, textual_inversion, dreambooth or mix. name: of its files.
+    kind: base, lora, textual_inversion, dreambooth or mix. name: of its files. steps: of training,
+    0 where nothing is trained.
     share: weight of the second style's LoRA in a mixture (the first one's is 1 - share).
     """
 
@@ -52,10 +53,6 @@ class Cell:
     rank: int = 0
     other: str | None = None
     share: float = 0.0
-
-    @property
-    def trains(self) -> bool:
-        return self.steps > 0
 
 
 # tables of an experiment's results: {what the table is about: {name of a row: its cell}}
@@ -133,7 +130,7 @@ class Plan:
         """List the cells whose training a cell samples with: its own, or those of two LoRAs."""
         if cell.kind == "mix":
             return [self.lora(cell.style), self.lora(cell.other)]
-        return [cell] if cell.trains else []
+        return [cell] if cell.steps else []
 
     def cells(self) -> list[Cell]:
         """List each cell once, in the order in which they run; the base samples every style."""

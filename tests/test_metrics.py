@@ -371,7 +371,7 @@ def test_wrong_folders_and_samplers(real, pooled, tmp_path, measure, model):
         ((tmp_path / "empty", real), "no images of"),
         ((tmp_path / "none", real), "is no folder"),
         ((real, tmp_path / "none.pt"), "does not exist"),
-        ((real, model, "--samplers", "heun:5"), "heun"),
+        ((real, model, "--samplers", "rk45:5"), "rk45"),
         ((real, model, "--samplers", "ddim:21"), "ddim:21.*more than the schedule's 20"),
         ((real, model, "--samplers", "ddim"), "such as ddim:50"),
         ((real, model, "--size", 24), "the model's images have 16 pixels"),

@@ -72,10 +72,7 @@ class Cache:
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """Read (n, *shape) entries."""
-        out = np.empty((len(indices), *self.shape), self.dtype)
-        for row, i in enumerate(indices):
-            out[row] = self.arrays[i // self.shard][i % self.shard]
-        return out
+        return np.stack([self.arrays[i // self.shard][i % self.shard] for i in indices])
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.npy"

@@ -62,10 +62,11 @@ class ClipScore:
 
     def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make the vision tower's input, (N, 3, side, side)."""
+        from torchvision.transforms.functional import normalize
+
         side = self.model.config.vision.image_size
         x = channels_first(np.stack([central_square(image, side) for image in images]))
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return (x.float() / 255 - mean) / std
+        return normalize(x.float() / 255, self.mean, self.std)
 
 
 def central_square(image: np.ndarray, side: int) -> np.ndarray:

@@ -413,9 +413,8 @@ def _layer_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]
         known[part] = {}
         for name in lora.layers(network, lora.LINEAR):
             names = {name, name.removeprefix("text_model."), sd_names.translate(name, original)}
-            if part == "text_encoder":
-                for old, new in OLD_TEXT.items():
-                    names |= {n.removesuffix(new) + old for n in names if n.endswith(new)}
+            for old, new in OLD_TEXT.items():
+                names |= {n.removesuffix(new) + old for n in names if n.endswith(new)}
             known[part] |= {n.replace(".", "_"): name for n in names}
     return known
 

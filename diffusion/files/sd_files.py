@@ -328,9 +328,8 @@ def _network_config(folder: Path) -> dict | None:
 
 def _config_folder(path: str | Path, config: str | Path | None) -> Path | None:
     """Find the folder with a model's configs: the model itself, --config, or none."""
-    if Path(path).is_dir():
-        return Path(path)
-    return None if config is None else Path(config)
+    folder = path if Path(path).is_dir() else config
+    return None if folder is None else Path(folder)
 
 
 # --- what a model states about itself ------------------------------------------------------------

@@ -61,8 +61,8 @@ def counted(counts: Mapping[str, int]) -> str:
     return some((f"{name} ({counts[name]:,})" for name in sorted(counts, key=os.fsencode)), 20)
 
 
-def report(what: str, problems: list[tuple[Path | str, str]], total: int) -> None:
-    """Count and name in one warning what was wrong. Names may hold anything."""
+def report(what: str, problems: list[tuple], total: int) -> None:
+    """Count and name in one warning what was wrong: (name, why). Names may hold anything."""
     if problems:
         lines = [f"\n  {shown(str(name), 200)}: {why:.1000}" for name, why in problems[:20]]
         more = "\n  ..." if len(problems) > 20 else ""

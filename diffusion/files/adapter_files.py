@@ -49,6 +49,7 @@ from .tensors import read_content, read_metadata, read_tensors, write_tensors
 from .text_files import parse_json, read_json
 from .validate import Tensors, check_tensors
 
+Networks = Mapping[str, nn.Module]  # by "unet" or "text_encoder"
 Parts = dict[str, dict[str, LowRank | Delta]]  # "unet" or "text_encoder" -> module name -> branch
 
 NAMES = {"unet": "U-Net", "text_encoder": "text encoder"}
@@ -123,7 +124,7 @@ MAX_CHANGE = 1e6  # of a weight; those of networks are below 100
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_lora(path: str | Path, networks: Mapping[str, nn.Module]) -> Parts:
+def read_lora(path: str | Path, networks: Networks) -> Parts:
     """Read a LoRA's branches of these networks, "unet" and, if there is one, "text_encoder".
 
     Raises UserError, which names it, for what the networks have no layer for; if shapes do not
@@ -241,7 +242,7 @@ def _settings(path: Path, folder: bool) -> dict[str, dict]:
     return settings
 
 
-def _name_layers(path: Path, tensors: Tensors, networks: Mapping[str, nn.Module]) -> Tensors:
+def _name_layers(path: Path, tensors: Tensors, networks: Networks) -> Tensors:
     """Name the tensors of cloneofsimo's files, which are numbered, after their layers.
 
     Raises UserError if this model does not have these layers.
@@ -401,7 +402,7 @@ def check_settings(path: Path, settings: Mapping) -> None:
             raise UserError(f"{path} sets {shown(key)} {shown(value)}; supported: {SUPPORTED}")
 
 
-def _layer_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+def _layer_names(networks: Networks) -> dict[str, dict[str, str]]:
     """Map, for each network, every name that a file may have for a layer to the module's name.
 
     From the modules to the names, with `_` for `.`, which cannot be undone.

@@ -36,6 +36,8 @@ from .tensors import find_weights, inspect, read_tensors, write_tensors
 from .text_files import read_json, read_optional, read_text_file
 from .tokenizer_files import check_tokenizer, find_vocabulary, load_tokenizer, save_tokenizer
 
+AnyPath = str | Path
+
 # scheduler_config.json of Stable Diffusion 1.5
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
@@ -206,8 +208,8 @@ class StableDiffusion:
 
 
 def load_sd(
-    path: str | Path,
-    config: str | Path | None = None,
+    path: AnyPath,
+    config: AnyPath | None = None,
     weights: str = "raw",
     vae: AutoencoderKL | None = None,
 ) -> StableDiffusion:
@@ -287,7 +289,7 @@ def part_of(tensors: Mapping, part: str) -> dict:
     }
 
 
-def load_vae(path: str | Path) -> AutoencoderKL:
+def load_vae(path: AnyPath) -> AutoencoderKL:
     """Load a VAE from wherever it is.
 
     path: a run of --mode vae (its folder, or a file in it), a diffusers folder, or a file of
@@ -326,7 +328,7 @@ def _network_config(folder: Path) -> dict | None:
     return config if "_class_name" in config else None
 
 
-def _config_folder(path: str | Path, config: str | Path | None) -> Path | None:
+def _config_folder(path: AnyPath, config: AnyPath | None) -> Path | None:
     """Find the folder with a model's configs: the model itself, --config, or none."""
     folder = path if Path(path).is_dir() else config
     return None if folder is None else Path(folder)
@@ -336,7 +338,7 @@ def _config_folder(path: str | Path, config: str | Path | None) -> Path | None:
 
 
 def read_scheduler(
-    path: str | Path, config: str | Path | None = None, prediction: str | None = None
+    path: AnyPath, config: AnyPath | None = None, prediction: str | None = None
 ) -> dict:
     """Read scheduler_config.json, with Stable Diffusion 1.5's values where it says nothing.
 
@@ -357,7 +359,7 @@ def read_scheduler(
     return scheduler
 
 
-def complete_scheduler(found: dict, where: Path | str) -> dict:
+def complete_scheduler(found: dict, where: AnyPath) -> dict:
     """Check the contents of a scheduler_config.json, and add what its class takes for the rest.
 
     Raises UserError for a wrong value, and for a noise path that is not Stable Diffusion's.
@@ -399,7 +401,7 @@ def spacing_of(scheduler: dict) -> str:
     return [*own, scheduler["timestep_spacing"]][0]
 
 
-def find_prediction(path: str | Path, config: str | Path | None = None) -> Prediction:
+def find_prediction(path: AnyPath, config: AnyPath | None = None) -> Prediction:
     """Find a model's prediction type by its folder, or by a file, its metadata and a .yaml beside.
 
     A single file's own statements come before those of config, the folder of its sizes, where
@@ -445,7 +447,7 @@ def find_prediction(path: str | Path, config: str | Path | None = None) -> Predi
     return Prediction(SYNONYMS.get(value, value), source, zero_snr, scheduler)
 
 
-def stated_objective(path: str | Path, config: str | Path | None) -> str:
+def stated_objective(path: AnyPath, config: AnyPath | None) -> str:
     """Find what a model states to predict, as --objective has it; eps where it states nothing.
 
     Raises UserError for a type that is not known.
@@ -474,7 +476,7 @@ def _averaged(names: Collection[str]) -> dict[str, str]:
     return found if all(ema in names for ema in found.values()) else {}
 
 
-def check_averaged(path: str | Path, option: str) -> None:
+def check_averaged(path: AnyPath, option: str) -> None:
     """Refuse an option that asks for EMA weights, unless a single file has them."""
     path = Path(path)
     if path.exists() and not has_averaged(path):
@@ -484,7 +486,7 @@ def check_averaged(path: str | Path, option: str) -> None:
         )
 
 
-def read_image_size(path: str | Path, config: str | Path | None) -> int:
+def read_image_size(path: AnyPath, config: AnyPath | None) -> int:
     """Find the side of the images that a model was trained for; 512 if its configs are unusable."""
     folder = _config_folder(path, config)
     try:

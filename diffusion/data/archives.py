@@ -46,14 +46,9 @@ UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}
 
 def fetch(url: str, target: Path, sha256: str | None = None) -> None:
     """Download an archive and unpack it to the folder `target`, completely or not at all."""
-
-    def get(work):
-        download(url, work / ".archive", sha256)
-        return work / ".archive"
-
     advice = f"; download it elsewhere and unpack it to {target}, or give --data a folder of images"
     with blame(f"{url} could not be fetched", advice):
-        _build(target, get)
+        _build(target, lambda work: download(url, work / ".archive", sha256))
 
 
 def unpacked(archive: Path, cache_dir: Path) -> Path:
@@ -85,8 +80,11 @@ def _build(target: Path, get: Callable[[Path], Path]) -> None:
             create_whole(target, write)
 
 
-def download(url: str, part: Path, sha256: str | None = None) -> None:
-    """Fetch a file. Raises OSError if the disk is too small or it is not what was expected."""
+def download(url: str, part: Path, sha256: str | None = None) -> Path:
+    """Fetch a file to `part`, and return that.
+
+    Raises OSError if the disk is too small or it is not what was expected.
+    """
     h = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as out:
         length = response.headers.get("Content-Length", "")
@@ -104,6 +102,7 @@ def download(url: str, part: Path, sha256: str | None = None) -> None:
             raise OSError(f"the connection broke after {out.tell()} of {total} bytes")
     if sha256 and h.hexdigest() != sha256:
         raise OSError(f"its SHA-256 is {h.hexdigest()}, expected {sha256}: it is another file")
+    return part
 
 
 def _unpack(archive: Path, target: Path) -> None:

@@ -79,15 +79,16 @@ class Pixels:
         folder = cache_dir / digest(every.stamp, TRANSFORM, self.size, *every.names)
         what = f"images of {every.name} at {self.size} px"
         self.cache = Cache(folder, n, shape, np.uint8, decode, CHUNK, what, notes, SHARD)
-        skipped = [(every.names[i], notes[i]) for i in sorted(notes) if isinstance(notes[i], str)]
+        bad = {i for i, note in notes.items() if isinstance(note, str)}
+        skipped = [(every.names[i], notes[i]) for i in sorted(bad)]
         report("images cannot be used and are skipped", skipped, n)
-        if len(skipped) == n:
+        if len(bad) == n:
             raise UserError(f"none of the {n} images of {every.name} can be used")
-        self.usable = np.array([i for i in range(n) if not isinstance(notes.get(i), str)])
+        self.usable = np.array([i for i in range(n) if i not in bad])
         self.images = every.subset(self.usable)
         if self.cache.built:
-            lists = [i for i in sorted(notes) if isinstance(notes[i], list)]
-            odd = [(every.names[i], text) for i in lists for text in notes[i]]
+            usable = sorted(notes.keys() - bad)
+            odd = [(every.names[i], text) for i in usable for text in notes[i]]
             report("images are used, but may not be what was meant", odd, n)
             log(f"decoded {len(self)} images of {every.name} to {self.size} px")
 

@@ -31,7 +31,7 @@ def read_rows(table: Path) -> Iterator[tuple[str, dict]]:
     if suffix == ".parquet":
         yield from _parquet_rows(table)
         return
-    file, encoding = open_text(table, newline="")
+    file, encoding = open_text(table)
     if encoding != "UTF-8":
         log(f"{table}: not UTF-8; read as {encoding}")
     number = 0

@@ -74,14 +74,15 @@ def kernel_distance(
     return total / subsets
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """Compute the fraction of each set in the other's manifold (Kynkäänniemi et al. 2019, eq. 1-2).
 
-    A set's manifold: the balls around its points that reach their k-th nearest neighbour.
+    A set's manifold: the balls around its points that reach their third nearest neighbour.
     """
 
     def fraction_in_manifold(points, manifold):
-        nearest = [torch.cdist(x, manifold).kthvalue(k + 1, dim=1) for x in manifold.split(1024)]
+        # a point is its own nearest neighbour
+        nearest = [torch.cdist(x, manifold).kthvalue(4, dim=1) for x in manifold.split(1024)]
         radius = torch.cat([found.values for found in nearest])
         hit = [(torch.cdist(x, manifold) <= radius).any(1) for x in points.split(1024)]
         return float(torch.cat(hit).double().mean())

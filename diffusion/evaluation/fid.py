@@ -131,7 +131,7 @@ def reference_moments(config: Config, data, features: Features) -> tuple[Tensor,
     if is_main():
         try:
             mean, cov = reference
-            write_tensors(file, {"mean": mean, "cov": cov}, {})
+            write_tensors(file, {"mean": mean, "cov": cov})
         except OSError as error:
             log(f"warning: reference features are not cached: {error}")
     return reference

@@ -482,7 +482,7 @@ def write_peft(folder: Path, branches: Mapping[str, LowRank]) -> None:
     tensors, settings = _as_peft(branches, "base_model.model")
     settings |= {"peft_type": "LORA", "inference_mode": True}
     write_text(folder / "adapter_config.json", json.dumps(settings, indent=2))
-    write_tensors(folder / "adapter_model.safetensors", tensors, {})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
 
 
 def _as_peft(branches: Mapping[str, LowRank], prefix: str) -> tuple[Tensors, dict]:

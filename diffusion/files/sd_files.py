@@ -503,7 +503,7 @@ def read_image_size(path: AnyPath, config: AnyPath | None) -> int:
 def save_part(model: nn.Module, folder: Path, name: str) -> None:
     """Write a network's folder, config.json and weights."""
     write_json(folder / "config.json", model.config.to_dict())
-    write_tensors(folder / name, model.state_dict(), {})
+    write_tensors(folder / name, model.state_dict())
 
 
 def write_json(path: Path, content: dict) -> None:

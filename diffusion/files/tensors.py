@@ -218,7 +218,7 @@ def _read_shards(index: Path) -> Tensors:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] = {}) -> None:
     """Write a safetensors file atomically, with these texts, and digests, as its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}

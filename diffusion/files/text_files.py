@@ -150,16 +150,16 @@ def plain_text(text: str) -> str:
     return body + text[len(body) :].replace("\0", "")
 
 
-def open_text(path: Path, newline: str | None = None) -> tuple[TextIO, str]:
+def open_text(path: Path) -> tuple[TextIO, str]:
     """Open a text that may be larger than the memory: (file, the encoding's name).
 
-    Its first MAX_TEXT bytes tell the encoding. newline: as `open` takes it. Raises UserError as
+    Its first MAX_TEXT bytes tell the encoding. Ends of lines stay as they are. Raises UserError as
     `read_text_file` does.
     """
     raw = read_bytes(path, MAX_TEXT, cut=True)
     with blame(path, "; save it as UTF-8"):
         codec, name = _encoding(raw, cut=len(raw) == MAX_TEXT)
-    return open(path, encoding=codec, newline=newline), name
+    return open(path, encoding=codec, newline=""), name
 
 
 def _encoding(raw: bytes, cut: bool) -> tuple[str, str]:
@@ -173,8 +173,8 @@ def _encoding(raw: bytes, cut: bool) -> tuple[str, str]:
     body = raw.rstrip(PADDING)
     # Latin letters, digits and blanks in UTF-16: every second byte is 0
     pairs = len(body) // 2
-    zeros = [body[i : 2 * pairs : 2].count(0) for i in (0, 1)] if 0 in body else [0, 0]
-    if pairs and min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
+    zeros = [body[i : 2 * pairs : 2].count(0) for i in (0, 1)]
+    if min(zeros) < 0.05 * pairs and max(zeros) > 0.3 * pairs:
         return "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be", "UTF-16"
     wrong = None
     try:

@@ -113,9 +113,8 @@ class Machine(pickle._Unpickler):
         if text == "torch._tensor._rebuild_from_type_v2":
             return lambda make, kind, args, *rest: make(*args)
         top = text.split(".")[0]
-        program = top in sys.stdlib_module_names and top not in SETTINGS
-        if top == "builtins":
-            program = name not in PLAIN
+        plain = name in PLAIN if top == "builtins" else top in SETTINGS
+        program = top in sys.stdlib_module_names and not plain
         if program or text.startswith("torch._utils."):  # sparse tensors, quantized ones ...
             raise UserError(
                 f"{self.path} holds more than weights and is not opened: it calls "

@@ -154,5 +154,5 @@ def open_classifier(path: Path, styles: list[Style], seed: int, steps: int = STE
         except UserError as error:
             log(f"warning: {error}; the classifier is trained again")
     train(net, styles, seed, steps)
-    write_tensors(path, net.state_dict(), {})
+    write_tensors(path, net.state_dict())
     return Classifier(net.eval().requires_grad_(False), styles)

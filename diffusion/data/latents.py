@@ -85,8 +85,7 @@ def caption_embeddings(
 
     @torch.inference_mode()
     def compute(indices):
-        embeddings = encode([captions[i] for i in indices])
-        return embeddings.to("cpu", torch.float16).numpy()
+        return encode([captions[i] for i in indices]).to("cpu", torch.float16).numpy()
 
     count = len(captions)
     return Cache(folder, count, shape, np.float16, compute, ENCODE_BATCH, "embeddings of captions")

@@ -108,16 +108,15 @@ def open_features(path: str | None, device: torch.device) -> Features:
     Raises UserError if it is missing and cannot be fetched, or is no TorchScript file.
     """
     file = inception_file() if path is None else Path(path)
-    if file.exists():
+    advice = "; give a file that torch.jit.script(network).save(FILE) has written"
+    with blame(f"{file} cannot be read as TorchScript", advice), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
         with open_regular(file) as opened:
             if path is None and hashlib.sha256(opened.read()).hexdigest() != INCEPTION_SHA256:
                 raise UserError(
                     f"{file} is not the published network, or damaged (its SHA-256 is another): "
                     "delete it, and it is fetched again"
                 )
-    advice = "; give a file that torch.jit.script(network).save(FILE) has written"
-    with blame(f"{file} cannot be read as TorchScript", advice), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # TorchScript's days are counted
         network = torch.jit.load(file, map_location=device).eval()
     if path is None:
         classifier = network.state_dict().get("output.weight")

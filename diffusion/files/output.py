@@ -48,16 +48,11 @@ def create(folder: Path, overwrite: bool = False) -> None:
     overwrite: files in it may go. Raises UserError if it, or a folder above it, is a link that
     leads nowhere, and with overwrite for any link: somebody else may have laid it.
     """
-    if overwrite and folder.is_symlink():
-        raise UserError(
-            f"--overwrite: {folder} is a link to {os.readlink(folder)}; delete the pictures there, "
-            "or the link, or give another --save_folder"
-        )
     for path in (folder, *folder.parents):
-        if path.is_symlink() and not path.exists():
+        if path.is_symlink() and (overwrite and path == folder or not path.exists()):
             raise UserError(
-                f"{path} is a link to {os.readlink(path)}, which does not exist: "
-                "create that folder, or delete the link"
+                f"{path} is a link to {os.readlink(path)}, which does not exist, or which "
+                "--overwrite does not follow: delete the link, or give another --save_folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
     if all(file.name[0] == "." or file.name.lower() in CLUTTER for file in folder.iterdir()):

@@ -100,7 +100,7 @@ def one_of(*names: str) -> Rule:
 BETA = Rule("a number between 0 and 1", lambda v: type(v) in (int, float) and 0 < v < 1)
 BETAS = Rule(
     "null, or numbers between 0 and 1",
-    lambda v: v is None or isinstance(v, list) and len(v) > 1 and all(map(BETA.holds, v)),
+    lambda v: v is None or isinstance(v, list) and all(map(BETA.holds, v)),
 )
 SETTINGS = {  # what is taken from a scheduler_config.json
     "num_train_timesteps": whole(2, 1_000_000),

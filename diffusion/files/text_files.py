@@ -16,11 +16,11 @@ MAX_TEXT = 64 << 20  # bytes of a list of prompts; of a longer table, those that
 MAX_JSON = 8 << 20  # of a JSON or vocabulary file, parsed 25 times more; the largest known has 4 MB
 # the bytes at a text's start that say how it is encoded; UTF-32's begin like UTF-16's
 MARKS = {
-    codecs.BOM_UTF8: ("utf-8-sig", "UTF-8"),
-    codecs.BOM_UTF32_LE: ("utf-32", "UTF-32"),
-    codecs.BOM_UTF32_BE: ("utf-32", "UTF-32"),
-    codecs.BOM_UTF16_LE: ("utf-16", "UTF-16"),
-    codecs.BOM_UTF16_BE: ("utf-16", "UTF-16"),
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
 }
 CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # in no text of one byte a character
 # Cyrillic, Greek, GBK ... are texts in it as well, of accented letters and signs
@@ -167,9 +167,9 @@ def _encoding(raw: bytes, cut: bool) -> tuple[str, str]:
 
     Raises ValueError for what is no text, and for one of an unknown code page.
     """
-    for mark, marked in MARKS.items():
+    for mark, codec in MARKS.items():
         if raw.startswith(mark):
-            return marked
+            return codec, codec.removesuffix("-sig").upper()
     body = raw.rstrip(PADDING)
     # Latin letters, digits and blanks in UTF-16: every second byte is 0
     pairs = len(body) // 2

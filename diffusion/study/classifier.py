@@ -101,7 +101,7 @@ def train(net: StyleNet, styles: list[Style], seed: int, steps: int) -> None:
     for step in progress(range(steps), desc="classifier of styles", leave=False):
         g = generator(seed, "classifier", step)
         labels = torch.randint(len(styles), (BATCH,), generator=g)
-        rows = [data[k][int(torch.randint(len(data[k]), (), generator=g))] for k in labels.tolist()]
+        rows = [data[k][torch.randint(len(data[k]), (), generator=g)] for k in labels.tolist()]
         x = torch.stack(rows)
         x[:broken] = break_images(x[:broken], labels[:broken], g)
         labels[:broken] = len(styles)

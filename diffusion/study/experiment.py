@@ -122,8 +122,7 @@ class Study:
         target = file.parent
         if not (target / "checkpoints").exists():  # nothing to resume: its entry was damaged
             shutil.rmtree(target, ignore_errors=True)
-        cache = self.folder / "cache"
-        args = train_arguments(self.settings, cell, style.slug, data, target, cache)
+        args = train_arguments(self.settings, cell, style.slug, data, target, self.folder / "cache")
         cost = self.run_child("train.py", args, self.folder / "logs.txt")
         step = read_json(target / "metadata.json")["step"]
         if step != cell.steps or not file.is_file():
@@ -132,7 +131,7 @@ class Study:
                 "Run the same command to resume the study."
             )
         lines = read_lines(target / "metrics.jsonl")
-        rates = [line["img_per_s"] for line in lines if line.get("img_per_s")]
+        rates = [rate for line in lines if (rate := line.get("img_per_s"))]
         entry["cost"] = cost | {
             "file": str(file.relative_to(self.folder)),
             "file_bytes": file.stat().st_size,

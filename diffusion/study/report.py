@@ -19,17 +19,23 @@ from .plan import Cell, Tables
 
 # a number of metrics.json: (its column's heading, how it is written, in units of)
 COLUMNS = {
-    "style_share": ("classified as the style", "{:.0%}", 1),
-    "frechet": ("Fréchet distance", "{:.3g}", 1),
-    "clip_score": ("CLIP score", "{:.1f}", 1),
-    "other_style_share": ("classified as the second", "{:.0%}", 1),
-    "other_frechet": ("Fréchet to the second", "{:.3g}", 1),
-    "seconds": ("seconds", "{:.0f}", 1),
-    "cpu_seconds": ("CPU seconds", "{:.0f}", 1),
-    "images_per_second": ("images/s", "{:.3g}", 1),
-    "peak_memory": ("peak memory", "{:.0f} MiB", 2**20),
-    "peak_device_memory": ("peak on device", "{:.0f} MiB", 2**20),
-    "file_bytes": ("file", "{:,.0f} KiB", 2**10),
+    name: (heading, form, int(unit))
+    for name, heading, form, unit in (
+        map(str.strip, row.split("|"))
+        for row in """
+style_share        | classified as the style  | {:.0%}      | 1
+frechet            | Fréchet distance         | {:.3g}      | 1
+clip_score         | CLIP score               | {:.1f}      | 1
+other_style_share  | classified as the second | {:.0%}      | 1
+other_frechet      | Fréchet to the second    | {:.3g}      | 1
+seconds            | seconds                  | {:.0f}      | 1
+cpu_seconds        | CPU seconds              | {:.0f}      | 1
+images_per_second  | images/s                 | {:.3g}      | 1
+peak_memory        | peak memory              | {:.0f} MiB  | 1048576
+peak_device_memory | peak on device           | {:.0f} MiB  | 1048576
+file_bytes         | file                     | {:,.0f} KiB | 1024
+""".strip().splitlines()
+    )
 }
 
 

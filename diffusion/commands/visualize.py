@@ -66,12 +66,10 @@ def open_model(args, device):
     from ..sampling.pipeline import Pipeline
 
     if args.load_path is not None:
-        pipeline = open_pipeline(args.load_path, args.sd_path, args.weights, device, vae=args.vae)
-    else:
-        log("no results/model.pt: only the forward process and the schedules are shown")
-        config = Config(data="toy")
-        pipeline = Pipeline(config, torch.nn.Identity(), path_of(config), device=device)
-    return pipeline
+        return open_pipeline(args.load_path, args.sd_path, args.weights, device, vae=args.vae)
+    log("no results/model.pt: only the forward process and the schedules are shown")
+    config = Config(data="toy")
+    return Pipeline(config, torch.nn.Identity(), path_of(config), device=device)
 
 
 def choose_images(args, pipeline):
@@ -124,16 +122,15 @@ def main() -> None:
     pipeline = open_model(args, dist.setup(args.device))
     data = choose_images(args, pipeline)
     options = sampling_options(args, pipeline, [""] if data is None else data.captions)
-    steps = min(50, len(pipeline.schedule)) if args.steps is None else args.steps
     try:  # mistakes show before the work
-        table = pipeline.table(args.sampler, steps)
+        table = pipeline.table(args.sampler, args.steps)
         if args.load_path is not None:
-            pipeline.frames([0], sampler=args.sampler, steps=steps, **options([0]))
+            pipeline.frames([0], table=table, **options([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
     if data is None:
         indices = range(2 * args.num_images)
-        images = pipeline.sample(indices, sampler=args.sampler, steps=steps, **options(indices))
+        images = pipeline.sample(indices, table=table, **options(indices))
         names = [f"sample {i}" for i in indices]
         data = Picked(images.clamp(-1, 1).cpu(), names, [""] * len(names))
 

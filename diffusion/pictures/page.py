@@ -1,15 +1,18 @@
 """Write viz/index.html: one file, without network or framework, to play with the samplers' frames.
 
 The page is page.html with the frames put in as data: a JSON object in which every image is a
-strip, its frames one below the other, as a WebP data URI.
+strip, its frames one below the other, as a WebP data URI; and with the samplers' tables, which
+laboratory.js runs on 2-D points of a mixture of Gaussians, as their exact x0 is known.
 """
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..process.names import SAMPLERS, SPACINGS
 from ..sampling.pipeline import Pipeline
 from .grid import Picked, Trajectory, data_uri
 
@@ -22,6 +25,8 @@ QUALITIES = (
     (64, {"quality": 50}),
     (32, {"quality": 40}),
 )
+STEPS = (1, 2, 3, 5, 8, 10, 15, 20, 50)  # of the laboratory's tables
+EXACT = ("adams4", 200, "logsnr")  # its end is within 2e-5 of that of 1,600 steps
 
 
 def frame_strip(frames: np.ndarray, side: int, options: dict) -> str:
@@ -39,13 +44,35 @@ def embed(values: dict) -> str:
     return text
 
 
+def tables(pipeline: Pipeline) -> list[list]:
+    """List EXACT and every table that can be chosen: [options, start, levels, keep, to_x, to_y].
+
+    start: the deviation of the noise that a table starts from. No to_y where it is to_x.
+    """
+    choices = [EXACT]
+    for name, kind in SAMPLERS.items():
+        etas = np.unique(np.linspace(*kind.etas, 3)).tolist()
+        choices += product([name], STEPS, SPACINGS, etas)
+    found = []
+    for options in choices:
+        table = pipeline.table(*options)
+        columns = [k.tolist() for k in (table.levels, table.keep, table.to_x, table.to_y)]
+        start = pipeline.schedule.prior_std(*columns[0][0])
+        if columns[2] == columns[3]:
+            columns.pop()
+        found.append([options, start, *columns])
+    return found
+
+
 def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked, runs) -> None:
     """Write the page below 10 MB, with as good pictures as that allows."""
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    script = Path(__file__).with_name("laboratory.js").read_text(encoding="utf-8")
     schedule = pipeline.schedule
     T = len(schedule)
     at = np.unique(np.linspace(0, T - 1, min(T, 201)).round().astype(int))
     count, size = forward.x.shape[1:3]
+    laboratory = tables(pipeline)
     for side, options in QUALITIES if size > LOSSLESS[0] else (LOSSLESS, *QUALITIES):
 
         def encode(process: Trajectory) -> dict:
@@ -62,17 +89,18 @@ def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked
             "size": min(size, side),
             "schedule": {
                 "t": at.tolist(),
-                "alpha_bar": schedule.alpha_bar[at].tolist(),
                 "log_snr": (2 * schedule.lam[at]).clamp(-30, 30).tolist(),
+                "path": pipeline.config.path,
                 "name": pipeline.config.schedule,
             },
             "forward": encode(forward),
             "names": data.names[:count],
             "captions": data.captions[:count],
             "runs": list(map(encode, runs)),
+            "laboratory": laboratory,
             "about": f"{Path(pipeline.config.data).name}, {pipeline.config.image_size} px, T = {T}",
         }
-        text = template.replace("@@DATA@@", embed(values))
+        text = template.replace("@@LABORATORY@@", script).replace("@@DATA@@", embed(values))
         if len(text) <= MAX_BYTES:
             break
     path.write_text(text, encoding="utf-8")

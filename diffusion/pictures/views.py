@@ -1,6 +1,6 @@
 """Draw the pictures of viz/: a data set's images on the way to noise, a model's on the way back.
 
-Everything here is made from `Pipeline.frames`, q_sample and `Pipeline.decode`.
+Everything here is made from `Pipeline.frames`, the path's levels and `Pipeline.decode`.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from ..data.sources import configured, open_data
 from ..files.atomic import read_lines
 from ..files.output import is_ours, write_new
 from ..process.names import SAMPLERS
-from ..process.objective import q_sample
 from ..process.samplers import Table
 from ..process.schedule import NoisePath
 from ..runtime.distributed import log, progress
@@ -80,29 +79,39 @@ def pick_images(data: str | None, config: Config, count: int) -> Picked:
 # --- the two processes ---------------------------------------------------------------------------
 
 
+def visible(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Divide x_t by sqrt(alpha^2 + sigma^2) where that is above 1, as it is on EDM's path."""
+    return x / torch.hypot(alpha, sigma).clamp(min=1)
+
+
 def forward(pipeline: Pipeline, images: Tensor, seed: int) -> Trajectory:
-    """Noise images (B, 3, H, W) in [-1, 1] by q_sample, each with one noise for all timesteps."""
+    """Noise images (B, 3, H, W) in [-1, 1] as q_sample does, each with one noise for every t."""
     x0 = pipeline.encode(images)
     eps = ImageNoise(seed, range(len(images)), pipeline.shape)(pipeline.device)
-    T = len(pipeline.schedule)
-    times = choose_frames(range(T), T)
-    steps = torch.tensor(times, device=pipeline.device).expand(len(x0), -1).T
-    noised = [q_sample(pipeline.schedule, x0, t, eps) for t in steps]
-    pictures = np.stack([to_uint8(pipeline.decode(x_t)) for x_t in noised])
-    return Trajectory("forward", list(map(float, times)), pictures)
+    schedule = pipeline.schedule
+    times = choose_frames(range(len(schedule)), len(schedule))
+    pictures = []
+    for t in times:
+        alpha = schedule.alpha[t]
+        sigma = schedule.sigma[t]
+        x_t = visible(alpha * x0 + sigma * eps, alpha, sigma)
+        pictures.append(to_uint8(pipeline.decode(x_t)))
+    return Trajectory("forward", list(map(float, times)), np.stack(pictures))
 
 
 def reverse(pipeline: Pipeline, indices, sampler: str, steps: int, seed=0, **options) -> Trajectory:
     """Follow a sampler from noise; each x with the x0 predicted from it, the last with itself."""
-    times = pipeline.table(sampler, steps).t.tolist()
+    table = pipeline.table(sampler, steps)
+    times = table.t.tolist()
     chosen = choose_frames(times, len(pipeline.schedule))
     name = f"{sampler}, {steps} steps"
-    x = ImageNoise(seed, indices, pipeline.shape)(pipeline.device)  # where `frames` starts
+    x = ImageNoise(seed, indices, pipeline.shape)(pipeline.device)
+    x = pipeline.schedule.prior_std(*table.levels[0].tolist()) * x  # where `frames` starts
     pairs = []
-    frames = pipeline.frames(indices, seed=seed, sampler=sampler, steps=steps, **options)
+    frames = pipeline.frames(indices, seed=seed, table=table, **options)
     for i, (x_next, x0) in enumerate(progress(frames, total=steps, desc=name, leave=False)):
         if i in chosen:
-            pairs.append((x, x0))
+            pairs.append((visible(x, *table.levels[i]), x0))
         x = x_next
     pairs.append((x, x))
     xs, x0s = (np.stack([to_uint8(pipeline.decode(x)) for x in states]) for states in zip(*pairs))
@@ -263,22 +272,17 @@ class Gallery:
 
 
 def schedule_plot(schedule: NoisePath, table: Table) -> Image.Image:
-    """Plot alpha_bar and log-SNR over t; a table's steps as dots on both."""
+    """Plot the image's fraction of the power, and log-SNR, over t; a table's steps as dots."""
     alpha, sigma = table.levels[:-1].T
     steps = f"{table.sampler}, {len(table)} steps"
     plots = []
-    for name, title, values, of_steps in (
-        ("alpha_bar", "What is left of the image: alpha_bar", schedule.alpha_bar, alpha**2),
-        (
-            "log-SNR",
-            "log(alpha_bar / (1 - alpha_bar))",
-            2 * schedule.lam,
-            2 * (alpha / sigma).log(),
-        ),
+    for name, title, of in (
+        ("image", "alpha^2 / (alpha^2 + sigma^2)", torch.sigmoid),
+        ("log-SNR", "log(alpha^2 / sigma^2)", torch.clone),
     ):
-        curve = Line(range(len(schedule)), values, name)
-        lines = [curve, Line(table.t, of_steps, steps, joined=False)]
-        plots.append(line_plot(lines, title, "timestep t"))
+        curve = Line(range(len(schedule)), of(2 * schedule.lam), name)
+        dots = Line(table.t, of(2 * (alpha / sigma).log()), steps, joined=False)
+        plots.append(line_plot([curve, dots], title, "timestep t"))
     return stack(plots)
 
 

@@ -243,6 +243,10 @@ function compare() {                // the error over the steps, and the sampler
     plot.append(svg("circle", { cx: px(lab.steps), cy: py(errorOf(lab.sampler, lab.steps)), r: 5, fill: "var(--dot)" }));
   }
   $("lab-plot").replaceChildren(plot);
+  const before = lab.counts[lab.counts.length - 2];
+  const order = () => Math.log(errorOf(lab.sampler, before) / errorOf(lab.sampler, last)) / Math.log(last / before);
+  $("lab-ordertext").textContent = `order, from ${before} to ${last} steps`;
+  $("lab-order").textContent = isRandom(lab.table) ? "none" : order().toFixed(1);
   const ranked = ODE.map(name => [errorOf(name, lab.steps), name]).sort(([a], [b]) => a - b);
   $("lab-rank").replaceChildren(...ranked.map(([error, name]) => {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: `${name}  ${short(error)}` });

@@ -1,6 +1,7 @@
 """visualize.py: what it writes, and that the pictures are those of the process."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,16 +11,20 @@ import pytest
 import torch
 import warm
 from conftest import script
+from helpers import tiny_run
 from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
+from diffusion.config import Config
 from diffusion.files.atomic import read_lines
-from diffusion.pictures import plot, views
+from diffusion.pictures import page, plot, views
 from diffusion.pictures.grid import enlarge, strip, to_uint8
-from diffusion.process.samplers import SAMPLERS
+from diffusion.process.samplers import SAMPLERS, make_table
+from diffusion.process.schedule import make_path
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import load
+from diffusion.training.trainer import train
 
 PERCENT = ("00", "25", "50", "75", "99")
 FORWARD = {f"forward_t{p}.png" for p in PERCENT} | {"forward.png", "forward.webp", "schedule.png", "table.png"}  # fmt: skip
@@ -31,8 +36,10 @@ REVERSE = {f"backward_t{p}.png" for p in PERCENT} | {
 
 @pytest.fixture
 def show(monkeypatch):
-    """visualize.py's main in this process."""
+    """visualize.py's main in this process, with few tables on the page: all of them take seconds."""
     from diffusion.commands import visualize
+
+    monkeypatch.setattr(page, "STEPS", (1,))
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, args), "--device", "cpu"])
@@ -86,6 +93,50 @@ def test_the_pictures_are_those_of_q_sample(model, tmp_path, show, pipeline):
         picture = pixels(tmp_path / "viz" / f"forward_t{p:02d}.png")[2:-2, 2:]
         left = picture[:, :96].reshape(16, 6, 16, 6, 3)  # enlarged six times
         assert np.ptp(left, (1, 3)).max() == 0 and abs(left[:, 0, :, 0] - x_t[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, objective, last", [("edm", "edm", (1, 80)), ("flow", "flow", (0, 1))]
+)
+def test_pictures_of_every_path(faces, tmp_path, show, name, objective, last):
+    """Noise of deviation 80 can be seen as noise, forwards and backwards; plots are of the path."""
+    options = tiny_run(faces, tmp_path) | dict(path=name, objective=objective, train_steps=2)
+    train(Config(**options | dict(num_samples=0, save_and_sample_every=2)))
+    run = tmp_path / "run"
+    show("--load_path", run, "--save_folder", tmp_path, "--num_images", 1, "--steps", 4, "--html")
+    viz = tmp_path / "viz"
+    trained = load(run / "model.pt")
+    x0 = views.pick_images(None, trained.config, 2).images[:1]
+    eps = ImageNoise(0, range(1), (3, 16, 16))()
+    of = lambda file: pixels(viz / f"{file}.png")[2:-2, 2:-2][::6, ::6]  # enlarged six times
+    for t, alpha, sigma in ((19, *last), (0, *(float(v[0]) for v in (trained.schedule.alpha, trained.schedule.sigma)))):  # fmt: skip
+        x_t = (alpha * x0 + sigma * eps) / max(1, math.hypot(alpha, sigma))
+        found = of(f"forward_t{99 if t else 0:02d}")
+        assert abs(found - to_uint8(x_t)[0].astype(int)).max() <= 1
+    started = last[1] * eps / max(1, math.hypot(*last))  # without an image
+    found = of("backward_t99")
+    assert abs(found - to_uint8(started)[0].astype(int)).max() <= 1
+    assert np.mean((found == 0) | (found == 255)) < 0.4  # 0.32 of a normal's are beyond 1
+    text = (viz / "index.html").read_text()
+    data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+    assert data["schedule"]["path"] == name and data["schedule"]["t"] == list(range(20))
+    log_snr = 2 * (trained.schedule.alpha / trained.schedule.sigma).log()
+    np.testing.assert_allclose(data["schedule"]["log_snr"], log_snr.clamp(-30, 30))
+
+
+def test_the_plot_of_a_schedule_is_the_paths_own(monkeypatch):
+    seen = []
+    monkeypatch.setattr(views, "line_plot", lambda lines, *_: seen.append(lines) or Image.new("L", (1, 1)))  # fmt: skip
+    for name in ("vp", "edm", "flow"):
+        path = make_path(name, 20, "v")
+        views.schedule_plot(path, make_table(path, "heun", 5))
+        alpha, sigma = path.alpha, path.sigma
+        (image, dots), (log_snr, _) = seen[-2:]
+        assert_close(image.y, alpha**2 / (alpha**2 + sigma**2), rtol=1e-12, atol=1e-12)
+        assert_close(log_snr.y, 2 * (alpha / sigma).log(), rtol=1e-9, atol=1e-9)
+        assert_close(dots.y[0], image.y[-1])
+        assert len(dots.x) == len(dots.y) == 5
+    assert_close(seen[0][0].y, make_path("vp", 20, "v").alpha_bar)
 
 
 def test_the_last_picture_is_the_sample(model, tmp_path, show):
@@ -163,8 +214,7 @@ def test_noise_given_from_outside_is_not_reused_by_the_rows(pipeline):
     [
         (("--load_path", "none.pt"), "none.pt does not exist"),
         (("--num_images", 0), "num_images is 0"),
-        (("--sampler", "heun"), "sampler 'heun' is unknown"),
-        (("--steps", 21), "more than the schedule's 20"),
+        (("--sampler", "rk4"), "sampler 'rk4' is unknown"),
         (("--data", "nowhere"), "data .nowhere. is neither"),
         (("--class_label", "dog"), "class_label 'dog' is unknown"),
     ],

@@ -96,7 +96,11 @@ def test_the_pictures_are_those_of_q_sample(model, tmp_path, show, pipeline):
 
 
 @pytest.mark.parametrize(
-    "name, objective, last", [("edm", "edm", (1, 80)), ("flow", "flow", (0, 1))]
+    "name, objective, last",
+    [
+        ("edm", "edm", (1, 80)),
+        pytest.param("flow", "flow", (0, 1), marks=pytest.mark.slow),
+    ],
 )
 def test_pictures_of_every_path(faces, tmp_path, show, name, objective, last):
     """Noise of deviation 80 can be seen as noise, forwards and backwards; plots are of the path."""

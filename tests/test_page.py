@@ -300,7 +300,7 @@ def test_the_laboratory_shows_what_is_chosen(tmp_path):
         assert fixed == (name != "ddim")
     assert float(out["adams4"][0]) == pytest.approx(out["error"], rel=1e-2)
     assert float(out["adams4"][0]) < float(out["dpmpp_2m"][0]) < float(out["ddim"][0])
-    assert out["ddpm"][:2] == out["half"][:2] == ["none: each row adds noise", "none"]
+    assert out["ddpm"][:2] == out["half"][:2] == ["none: random", "none"]
     assert out["again"] == out["ddim"]
     assert out["ranked"] == 10 and out["first"] == "adams4" and out["weight"] == "3.0"
     assert out["playing"] == "Pause" and out["after"] == "Play" and out["u"] == 1

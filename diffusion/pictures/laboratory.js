@@ -104,7 +104,7 @@ const lab = { sampler: "dpmpp_2m", eta: "0", spacing: "logsnr", steps: "10", wei
 const ODE = Object.keys(TABLES).filter(name => TABLES[name]["0"] && !name.endsWith("_sde"));
 const tableOf = (sampler, eta, steps) => TABLES[sampler][eta][lab.spacing][steps];
 const isRandom = table => table.to_x.some(row => row[NOISE]);
-const short = v => !v ? "0" : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e4 ? v.toExponential(1) : v.toPrecision(3);
+const short = v => !v ? "0" : v === Infinity ? "\u221e" : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e4 ? v.toExponential(1) : v.toPrecision(3);
 
 function cached(key, make) {
   if (!lab.cache.has(key)) lab.cache.set(key, make());
@@ -133,7 +133,7 @@ function choose(changes) {
   // for the eye x_t is divided by its scale, where that is above 1, as in the pictures
   lab.states = states.map((points, i) => points.map(v => v / Math.max(1, Math.hypot(...lab.table.levels[i]))));
   lab.drawn = Infinity;
-  $("lab-error").textContent = isRandom(lab.table) ? "none: each row adds noise" : short(rms(end, exactEnd()));
+  $("lab-error").textContent = isRandom(lab.table) ? "none: random" : short(rms(end, exactEnd()));
   $("lab-energy").textContent = short(energy(end, exactEnd()));
   showTable();
   showAt(lab.playing ? lab.u : 1);
@@ -174,7 +174,7 @@ function follow(from, to) {         // adds to the trails
   const last = lab.states.length - 1, context = trails.getContext("2d");
   const between = lab.states.filter((_, i) => i > from * last && i < to * last);
   const stops = [at(from), ...between, at(to)].map(toPixels);
-  context.globalAlpha = 0.4;
+  context.globalAlpha = isRandom(lab.table) ? 0.12 : 0.4;
   context.lineWidth = trails.width / 900;
   for (const arm of [0, 1]) {
     context.strokeStyle = colour(arm ? "--dot" : "--accent");
@@ -290,4 +290,4 @@ document.addEventListener("keydown", e => {
   e.preventDefault();
   playLab();
 });
-if (location.hash === "#laboratory") tab("laboratory");
+if (location.hash === "#lab") tab("laboratory");

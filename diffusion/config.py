@@ -6,10 +6,8 @@ run and the run that resumes it, and so may PATHS; all others may not. An option
 """
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
 import os
@@ -23,30 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import UserError, printable, shown, some
-from .presets import PRESET_OF_DATA, PRESETS
-from .process.names import ALIASES
+from .presets import PRESET_OF_DATA, PRESETS, PROCESSES
+from .process.names import ALIASES, LOSSES, NOISE_DISTS, OBJECTIVES, SCHEDULES
+from .process.names import PATHS as NOISE_PATHS
 from .process.names import SAMPLERS as SAMPLER_TABLE
 
-
-def names_in(module: str, table: str) -> tuple[str, ...]:
-    """Read the keys of a module's table from its source: importing it takes torch's seconds."""
-    name = f"{__package__}.{module}"
-    source = importlib.util.find_spec(name).loader.get_source(name)
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if getattr(target, "id", None) == table:
-            return tuple(map(ast.literal_eval, node.value.keys))
-    raise LookupError(f"{name} has no table {table}")
-
-
-# what these options may be is a row where it is made
 SAMPLERS = (*SAMPLER_TABLE, *ALIASES)
-PATHS_OF_NOISE = ("vp", "edm", "flow")
-NOISE_DISTS = ("uniform", "lognormal", "logit_normal")
-SCHEDULES = names_in("process.schedule", "SCHEDULES")
-OBJECTIVES = names_in("process.objective", "OBJECTIVES")
-LOSSES = names_in("process.objective", "LOSSES")
-ADAPTERS = names_in("training.finetune", "ADAPTERS")
 AMP = ("auto", "no", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -227,14 +207,14 @@ class Config:
     condition_dropout: float = opt(0.1, "probability of dropping the condition of a sample, for classifier-free guidance", FRACTION, DIFFUSION & CONDITION)
     checkpointing: bool = opt(False, "recompute activations in backward: less memory, a third more time", requires=DIFFUSION)
 
-    path: str = opt("vp", "noise path x = alpha x0 + sigma eps: vp, variance-preserving, by a schedule; edm, alpha = 1; flow, alpha = 1 - sigma", PATHS_OF_NOISE, DIFFUSION)
+    path: str = opt("vp", "noise path x = alpha x0 + sigma eps: vp, variance-preserving, by a schedule; edm, alpha = 1; flow, alpha = 1 - sigma", NOISE_PATHS, DIFFUSION)
     time_steps: int = opt(1000, "T, the length of the forward process", between(2, 1_000_000), DIFFUSION & SCRATCH)
     schedule: str = opt("cosine", "noise schedule", SCHEDULES, DIFFUSION & SCRATCH & VP)
     zero_snr: bool = opt(False, "rescale the schedule so that x_T is pure noise (objective v, x0 or flow)", requires=DIFFUSION & SCRATCH & VP)
     sigma_min: float = opt(0.002, "lowest sigma of path edm", POSITIVE, DIFFUSION & SCRATCH & EDM)
     sigma_max: float = opt(80.0, "highest sigma of path edm", POSITIVE, DIFFUSION & SCRATCH & EDM)
     sigma_data: float = opt(0.5, "standard deviation of the data, for path or objective edm (about 0.5 for pixels, 1 for latents)", POSITIVE, DIFFUSION & SCRATCH & PRECONDITIONED)
-    noise_dist: str = opt("uniform", "how training draws noise levels: uniform in t, or ln(sigma / alpha) normal, which is logit_normal in a flow's time", NOISE_DISTS, DIFFUSION)
+    noise_dist: str = opt("uniform", "distribution of noise levels in training: uniform in t, or ln(sigma / alpha) normal, which is logit-normal in a flow's time and has both names", NOISE_DISTS, DIFFUSION)
     noise_mean: float = opt(0.0, "mean of ln(sigma / alpha) in training", requires=DIFFUSION & NORMAL)
     noise_std: float = opt(1.0, "standard deviation of ln(sigma / alpha) in training", POSITIVE, DIFFUSION & NORMAL)
     noise_shift: float = opt(1.0, "factor on sigma / alpha in training, for large images; a flow's u becomes s u / (1 + (s - 1) u), also in sampling with spacing flow", POSITIVE, DIFFUSION)
@@ -247,7 +227,7 @@ class Config:
     perceptual_weight: float = opt(0.0, "weight of LPIPS in a VAE's loss (pip install lpips)", NOT_NEGATIVE, VAE)
     min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DIFFUSION)
 
-    adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", *ADAPTERS))
+    adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", "lora", "textual_inversion"))
     rank: int = opt(4, "rank of the LoRA", between(1, 4096), LORA)
     alpha: float | None = opt(None, "alpha of the LoRA, its scale times its rank (default: the rank)", POSITIVE, LORA)
     targets: str = opt("attention", "layers that get a LoRA: attention,mlp,conv or all, or a regular expression over module names", requires=LORA)
@@ -312,16 +292,24 @@ class Config:
                 f"--objective {self.objective}: Stable Diffusion predicts eps, v or x0; --path "
                 "flow reads that as a flow's velocity"
             )
-        if self.loss_space is not None and (self.min_snr_gamma or self.loss == "huber"):
+        if self.space is not None and (self.min_snr_gamma or self.loss == "huber"):
             raise UserError(
-                "--loss_space takes --loss l1 or l2 and no --min_snr_gamma: it is a weight of the "
-                "loss, as that is"
+                f"--loss_space {self.space}, which Stable Diffusion on another path has by itself, "
+                "takes --loss l1 or l2 and no --min_snr_gamma: it is a weight of the loss, as that "
+                "is"
             )
 
     @property
     def adapts(self) -> bool:
         """Tell whether the run starts from a finished model, whose own settings count."""
         return self.adapter != "none" or self.instance_prompt is not None
+
+    @property
+    def space(self) -> str | None:
+        """Name what the loss compares, if not the objective: Stable Diffusion's path, if changed."""
+        if self.loss_space is None and self.sd_path is not None and self.path != "vp":
+            return self.path
+        return self.loss_space
 
     # --- JSON and resuming --------------------------------------------------------------------
 
@@ -637,19 +625,24 @@ def add_config_arguments(parser: Parser) -> None:
 def config_from_args(values: dict, preset: str | None = None) -> Config:
     """Build the configuration: defaults, then the preset, then what was given.
 
-    With no preset named, --sd_path brings fine_tune, unless an adapter is trained, and --data NAME
-    its own (PRESET_OF_DATA); preset "none" prevents that.
+    preset: names, the later ones on top. With no preset named, or those of PROCESSES alone,
+    --sd_path brings fine_tune, unless an adapter is trained, and --data NAME its own
+    (PRESET_OF_DATA); preset "none" prevents that.
     """
     check_bounds(values, BOUNDS)
-    if preset is None and values.get("sd_path") is not None:
-        preset = "fine_tune" if values.get("adapter", "none") == "none" else "none"
-    if preset is None:
-        preset = PRESET_OF_DATA.get(values.get("data", "toy"), "none")
-    if preset != "none" and preset not in PRESETS:
-        raise UserError(f"preset {preset!r} is unknown; {_choose(preset, ('none', *PRESETS))}")
+    names = preset.split(",") if preset else []
+    if set(names) <= set(PROCESSES):
+        own = PRESET_OF_DATA.get(values.get("data", "toy"), "none")
+        if values.get("sd_path") is not None:
+            own = "fine_tune" if values.get("adapter", "none") == "none" else "none"
+        names = [own, *names]
+    base = {}
+    for name in names:
+        if name not in ("none", *PRESETS):
+            raise UserError(f"preset {name!r} is unknown; {_choose(name, ('none', *PRESETS))}")
+        base |= PRESETS.get(name, {})
     if "train_steps" in values and "epochs" in values:
         raise UserError("give either --train_steps or --epochs: both say how long to train")
-    base = dict(PRESETS.get(preset, {}))
     if "train_steps" in values:
         base.pop("epochs", None)
     values = base | values

@@ -1,4 +1,4 @@
-"""Recipes: what each changes of the defaults in config.py. `python train.py --preset NAME`."""
+"""Recipes: what each changes of the defaults in config.py. `python train.py --preset NAME,...`."""
 
 PRESETS: dict[str, dict] = {
     # the first run: two CPU cores, within ten minutes
@@ -48,7 +48,20 @@ PRESETS: dict[str, dict] = {
         data="cifar10", image_size=32, unet_dim=128, dim_mults=(1, 2, 2, 2), dropout=0.1,
         batch_size=128, train_steps=400_000, learning_rate=2e-4, lr_warmup_steps=5000, loss="l2",
     ),
+    # processes of the papers, for any data; sizes and the rest are those of the data's own preset
+    "ddpm": dict(schedule="linear", objective="eps", loss="l2", sampler="ddpm"),
+    "edm": dict(
+        path="edm", objective="edm", noise_dist="lognormal", noise_mean=-1.2, noise_std=1.2,
+        loss="l2", sampler="heun",
+    ),
+    "flow": dict(path="flow", objective="flow", noise_dist="logit_normal", loss="l2"),
+    # JiT's time is 1 where there is no noise: its mean of -0.8 is 0.8 here
+    "jit": dict(
+        path="flow", objective="x0", loss_space="flow", noise_dist="logit_normal", noise_mean=0.8,
+        noise_std=0.8, loss="l2", sampler="heun",
+    ),
 }  # fmt: skip
+PROCESSES = ("ddpm", "edm", "flow", "jit")  # which come on top of the preset of --data
 
 # What --data NAME means where neither --preset nor the recipe's own options are given.
 PRESET_OF_DATA = {

@@ -14,15 +14,13 @@ import warm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion import UserError, config
+from diffusion import UserError
 from diffusion.config import Config, config_from_args
 from diffusion.data import toy
 from diffusion.files import adapter_files as adapters
 from diffusion.files import owned
 from diffusion.models import lora
 from diffusion.pictures.grid import count_calls, parameters_text, read_parameters
-from diffusion.process.samplers import SAMPLERS
-from diffusion.process.schedule import SPACINGS
 from diffusion.sampling.load import load, open_pipeline
 from diffusion.sampling.pipeline import Pipeline
 from diffusion.training.trainer import train
@@ -561,10 +559,6 @@ def test_prompts_that_are_left_over_are_named(sd_folder, tmp_path, call, capsys)
     call("sample", "--sd_path", sd_folder, "--save_folder", tmp_path, "--prompt", "a", "--prompt", "b",
          "--num_images", 1, "--steps", 2)  # fmt: skip
     assert "1 of 2 prompts" in capsys.readouterr().out
-
-
-def test_names_in_help_are_those_of_the_tables():
-    assert config.SAMPLERS == tuple(SAMPLERS) and config.SPACINGS == tuple(SPACINGS)
 
 
 # --- what is written in the picture --------------------------------------------------------------

@@ -14,6 +14,7 @@ from .. import UserError, shown
 from ..config import (
     FRACTION,
     GUIDANCE,
+    NOT_NEGATIVE,
     OBJECTIVES,
     PATH,
     POSITIVE,
@@ -40,6 +41,7 @@ STRENGTH = Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
 PROMPT = Rule("--prompt", lambda a: a.prompt)
 SYNTAX = Rule("--prompt, and beside --plain_prompts", lambda a: a.prompt and not a.plain_prompts)
 GUIDED = Rule("a --guidance_scale other than 1", lambda a: a.guidance_scale != 1)
+SHIFTS = Rule("--spacing flow", lambda a: a.spacing == "flow")
 INIT_IMAGE = Rule("--init_image", lambda a: a.init_image is not None)
 # 0.8 was its default once
 STRENGTH_USE = Rule("--init_image", lambda a: a.init_image is not None or a.strength == 0.8)
@@ -57,6 +59,8 @@ def parse(args: list[str] | None = None):
     option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule)", STEPS)
     option("--eta X", "noise of the ddim sampler, 0 to 1 (default: the sampler's own)", FRACTION)
     option("--spacing NAME", f"spacing of the timesteps: {'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
+    option("--churn X", "S_churn of the heun and dpm2 samplers: noise that is added before each step but the first", NOT_NEGATIVE, default=0.0)
+    option("--shift X", "factor on sigma / alpha of the levels that --spacing flow visits (default: the model's noise_shift)", POSITIVE, SHIFTS)
     option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance (default: 7.5 with prompts, else 1)", GUIDANCE)
     option("--guidance_rescale X", "strength of the correction of the contrast that guidance raises, 0 to 1", FRACTION, GUIDED, default=0.0)
     option("--class_label NAME", "class of the images, by name or number; all: every class in turn (default: no label)")
@@ -222,7 +226,8 @@ def sampling_options(args, pipeline, device):
     try:  # mistakes show before the work
         usual = 0.8 if start and not pipeline.inpaints else 1.0
         strength = usual if args.strength is None else args.strength
-        same["table"] = pipeline.table(args.sampler, args.steps, args.spacing, args.eta, strength)
+        kind = (args.sampler, args.steps, args.spacing, args.eta)
+        same["table"] = pipeline.table(*kind, strength, args.churn, args.shift)
         pipeline.frames([0], **options([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -238,7 +243,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     options: those of `Pipeline.sample` that it was sampled with, in which it is row `row`.
     """
     from ..pictures.grid import parameters_text
-    from ..process.names import SAMPLERS
+    from ..process.names import SAMPLERS, TITLES
 
     table = options["table"]
     labels = options["labels"]
@@ -247,7 +252,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)
     settings = {
         "Steps": table.steps,
-        "Sampler": SAMPLERS[table.sampler].title,
+        "Sampler": TITLES.get(args.sampler) or SAMPLERS[table.sampler].title,
         "CFG scale": options["guidance_scale"],
         "Seed": options["seed"],
         "Image": index,
@@ -262,11 +267,14 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
         "Mask": args.mask and Path(args.mask).name,
         "Spacing": table.spacing,
         "Eta": table.eta,
+        "Churn": args.churn or None,
+        "Shift": args.shift,
         "Guidance rescale": (options["guidance_rescale"] or None) if guided else None,
         "Lora": ", ".join(map(lora_name, args.lora)) or None,
         "Lora interpolation": " to ".join(map(lora_name, args.lora_interpolate)) or None,
         "Embeddings": ", ".join(map(short_name, args.embedding)) or None,
         "Objective": pipeline.config.objective,
+        "Path": None if pipeline.config.path == "vp" else pipeline.config.path,
         "Precision": pipeline.precision(options["amp"]),
         "VAE tiling": "on" if args.vae_tiling else None,
     }

@@ -15,7 +15,9 @@ def parse(args: list[str] | None = None):
     presets = ", ".join(("none", *PRESETS))
     parser.option(
         "--preset NAME",
-        f"recipe to start from: {presets} (default: that of --data NAME or --sd_path, if any)",
+        f"recipe to start from: {presets}, or several with commas, the last on top; ddpm, edm, "
+        "flow and jit are processes for any sizes (default, and below these: that of --data NAME "
+        "or --sd_path, if any)",
     )
     parser.option("--dry_run", "print the configuration, the data and the model's size, and stop")
     values = vars(parser.parse_args(args))

@@ -69,6 +69,11 @@ def main() -> None:
     create_whole(target, lambda path: save(sd, path))
     if config.objective != "eps":
         print(f"{target} predicts {config.objective}, and states it")
+    if config.path != "vp":
+        print(
+            f"{target} was trained on path {config.path}, which is one process with its base's: "
+            "other programs sample it as they do the base"
+        )
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")
 
 

@@ -1,6 +1,6 @@
-"""The names of samplers and spacings, and what each does by default; this imports no torch.
+"""The names that options of the process may have, and what samplers do by default; without torch.
 
-`samplers.SAMPLERS` and `schedule.SPACINGS` have a function for each of them.
+`samplers.MAKERS` and the tables of schedule.py and objective.py have a function for each of them.
 """
 
 from typing import NamedTuple
@@ -38,4 +38,10 @@ SAMPLERS = {
     "lcm": SamplerInfo("LCM", 1.0, (1, 1)),
 }
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
+TITLES = {"euler": "Euler", "euler_a": "Euler a"}
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow")
+PATHS = ("vp", "edm", "flow")
+SCHEDULES = ("cosine", "linear", "sigmoid", "scaled_linear")
+NOISE_DISTS = ("uniform", "lognormal", "logit_normal")
+OBJECTIVES = ("eps", "x0", "v", "flow", "edm")
+LOSSES = ("l1", "l2", "huber")

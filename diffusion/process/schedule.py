@@ -250,7 +250,8 @@ def make_path(
     elif name == "edm":
         path = edm(T, sigma_min, sigma_max)
     else:
-        path = flow(T, 1 / T, 1 - 1 / T if objective in ("eps", "edm") else 1.0)
+        high = 1 - 1 / T if objective in ("eps", "edm") else 1.0
+        path = flow(T, high / T, high)
     if name == "edm" or objective == "edm":
         path = edm_inputs(path, sigma_data)
     return replace(path, sigma_data=sigma_data)
@@ -344,7 +345,7 @@ def timesteps(
     extra: the spacing is computed for steps + extra points and its lowest points dropped;
         DPM-Solver in diffusers has 1 for leading and linspace.
     shift: of `flow`, see `spread`.
-    Raises ValueError if the spacing is unknown, or leaves the path.
+    Raises ValueError if the spacing is unknown, leaves the path or visits a timestep twice.
     """
     if spacing not in SPACINGS:
         raise ValueError(f"spacing {spacing!r} is unknown; choose one of {', '.join(SPACINGS)}")
@@ -362,5 +363,10 @@ def timesteps(
         raise ValueError(
             f"{spacing} spacing of {steps} steps with offset {offset} reaches t = {t[0]:.0f}, "
             f"beyond the last, {T - 1}; use fewer steps or --spacing trailing"
+        )
+    if not (t.diff() < 0).all():
+        raise ValueError(
+            f"{spacing} spacing has no {steps} different timesteps on this path; use fewer steps "
+            "or --spacing trailing"
         )
     return t

@@ -10,7 +10,7 @@ from .. import UserError
 from ..config import Config
 from ..data.batches import move
 from ..process.objective import training_coefficients
-from ..process.schedule import NoisePath, same_levels
+from ..process.schedule import NoisePath
 from ..runtime import distributed as dist
 from ..runtime.seeding import generator
 
@@ -77,11 +77,8 @@ class Draw:
 def loss_coefficients(config: Config, schedule: NoisePath, t: Tensor) -> Tensor:
     """Give the `training_coefficients` (7, B) of t (B,), with the loss that is configured."""
     c = config
-    space = c.loss_space
-    if space is None and schedule.seen is not same_levels:  # Stable Diffusion on another path
-        space = c.path
     power = 1 if c.loss == "l1" else 2
-    return training_coefficients(schedule, c.objective, t, c.min_snr_gamma, space, c.t_eps, power)
+    return training_coefficients(schedule, c.objective, t, c.min_snr_gamma, c.space, c.t_eps, power)
 
 
 def draw(

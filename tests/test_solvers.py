@@ -300,15 +300,29 @@ def two_stage(x, sigma, evaluations, name, churn=0.0, noise=None):
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 9, 10])
+@pytest.mark.parametrize("kind", ["edm", "flow"])
 @pytest.mark.parametrize(
     "name, churn", [("heun", 0.0), ("heun", 2.0), ("heun", 40.0), ("dpm2", 0.0)]
 )
-def test_two_stages_are_k_diffusions(x, name, churn, evaluations):
-    path = make_path("edm", 1000, "edm", sigma_min=0.02, sigma_max=20)
+def test_two_stages_are_k_diffusions(x, name, churn, kind, evaluations):
+    """On any path: theirs is x / alpha at the level sigma / alpha."""
+    path = make_path(kind, 1000, "eps", sigma_min=0.02, sigma_max=20)
     table = make_table(path, name, evaluations, spacing="karras", churn=churn)
     plain = make_table(path, "ddim", evaluations // 2 + 1, spacing="karras")  # the same steps
     noise = draws(evaluations, x)
-    expected = two_stage(20 * x, plain.levels[:, 1], evaluations, name, churn, noise)
+    ratio = plain.levels[:, 1] / plain.levels[:, 0]
+    x = path.prior_std(*table.levels[0].tolist()) * x
+    expected = two_stage(x / table.levels[0, 0], ratio, evaluations, name, churn, noise)
     assert len(expected) == evaluations == len(table)
-    for ours, theirs in zip(run(table, 20 * x, noise)[1:], expected):
-        assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    for i, ours in enumerate(run(table, x, noise)[1:]):
+        ours = ours / table.levels[i + 1, 0]
+        assert_close(ours, expected[i], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("evaluations", [2, 3, 9, 10])
+def test_a_step_from_noise_alone_takes_one_evaluation(evaluations):
+    """Where alpha is 0 it is of first order; the others take two but the last, and if need be one."""
+    table = make_table(make_path("flow", 1000, "flow"), "heun", evaluations, spacing="flow")
+    waits = (table.to_x != table.to_y).any(1)
+    assert not waits[0] and not waits[-1] and waits.sum() == (evaluations - 2) // 2
+    assert len(table) == evaluations

@@ -328,7 +328,7 @@ def test_missing_noise_and_impossible_objective_are_refused(x):
         make_table(s, "ddim", 10, churn=1.0)
 
 
-def test_guidance_moves_away_from_the_unconditional(x):
+def test_guidance_scale_one_is_conditional(x):
     x = x.float()
     calls = []
 

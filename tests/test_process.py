@@ -15,6 +15,8 @@ from diffusion.process.objective import (
     Denoiser,
     error_ratio,
     min_snr_weight,
+    p_sample,
+    posterior,
     q_sample,
     row,
     training_coefficients,
@@ -182,28 +184,30 @@ def test_forward_moments():
     assert_close(std, torch.ones(10), rtol=0.02, atol=0)
 
 
-def ddpm_row(s: NoisePath, t: torch.Tensor):
-    """The weights of x_t and x0, and the noise's variance, in the sampler's step from t."""
-    rows = make_table(s, "ddpm", len(s)).to_x.flip(0)[t]
-    k_x, k_x0, noise = (rows[:, c, None, None, None] for c in (X, D0, NOISE))
-    return k_x, k_x0, noise**2
-
-
 def test_posterior_is_bayes(case):
     """q(x_{t-1} | x_t, x0) from the product of the two Gaussians that it is made of."""
-    s, _, _, t = case
+    s, x0, eps, t = case
     t = t.clamp(min=1)
-    k_x, k_x0, variance = (v.flatten() for v in ddpm_row(s, t))
-    beta, prev = betas(s)[t], previous(s)[t]
+    x_t = q_sample(s, x0, t, eps)
+    mean, variance = posterior(s, x0, x_t, t)
+    beta, prev = (v[t].view(-1, 1, 1, 1) for v in (betas(s), previous(s)))
     precision = (1 - beta) / beta + 1 / (1 - prev)  # likelihood and prior of x_{t-1}
-    assert_close(k_x, (1 - beta).sqrt() / beta / precision, rtol=1e-9, atol=1e-9)
-    assert_close(k_x0, prev.sqrt() / (1 - prev) / precision, rtol=1e-9, atol=1e-9)
+    expected = ((1 - beta).sqrt() / beta * x_t + prev.sqrt() / (1 - prev) * x0) / precision
+    assert_close(mean, expected, rtol=1e-9, atol=1e-9)
     assert_close(variance, 1 / precision, rtol=1e-9, atol=1e-12)
 
 
-def test_the_last_step_gives_x0(case):
-    k_x, k_x0, variance = ddpm_row(case[0], torch.zeros(1, dtype=torch.long))
-    assert (k_x, k_x0, variance) == (0, 1, 0)
+def test_ddpm_steps_by_p_sample_on_every_path(path, case):
+    """Over all t, each row of the sampler's table is p_sample; the last adds no noise."""
+    _, x0, eps, _ = case
+    s = path
+    rows = make_table(s, "ddpm", len(s)).to_x.flip(0)
+    t = torch.tensor([0, 1, 17, 500, len(s) - 2, len(s) - 1])
+    k_x, k_x0, noise = (rows[t][:, c, None, None, None] for c in (X, D0, NOISE))
+    x_t = q_sample(s, x0, t, eps)
+    z = eps.flip(0)
+    assert_close(p_sample(s, x0, x_t, t, z), k_x * x_t + k_x0 * x0 + noise * z, **EXACT)
+    assert_close(p_sample(s, x0, x_t, t, z)[0], x0[0], **EXACT)
 
 
 # --- the loss ------------------------------------------------------------------------------------
@@ -619,9 +623,9 @@ def test_schedules_and_posterior_are_lucidrains(name):
     t = torch.tensor([1, 20, 60, 98])
     x_t = q_sample(s, x0, t, eps)
     assert_close(x_t, theirs.q_sample(x0, t, eps), rtol=1e-4, atol=1e-5)
-    k_x, k_x0, variance = (v.float() for v in ddpm_row(s, t))
+    mean, variance = posterior(s, x0, x_t, t)
     their_mean, their_variance, _ = theirs.q_posterior(x0, x_t, t)
-    assert_close(k_x * x_t + k_x0 * x0, their_mean, rtol=1e-3, atol=1e-4)
+    assert_close(mean, their_mean, rtol=1e-3, atol=1e-4)
     assert_close(variance, their_variance, rtol=1e-3, atol=1e-7)
     a, b = (v.float().view(-1, 1, 1, 1) for v in row(s, "v", s.alpha[t], s.sigma[t]))
     assert_close(a * x0 + b * eps, theirs.predict_v(x0, t, eps), rtol=1e-4, atol=1e-5)

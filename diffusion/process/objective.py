@@ -1,6 +1,7 @@
-"""The forward process, what a network may predict, and the loss.
+"""The forward process, its posterior, what a network may predict, and the loss.
 
-    x_t = alpha_t x0 + sigma_t eps                                           (DDPM eq. 4)
+    q(x_t | x0)           x_t = alpha_t x0 + sigma_t eps                     (DDPM eq. 4)
+    q(x_{t-1} | x_t, x0)  mean and variance of DDPM eq. 6-7
 
 An objective is a row (a, b): the network's target is a x0 + b eps. With x_t this makes
 
@@ -43,6 +44,34 @@ def q_sample(schedule: NoisePath, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     # cast and moved in one call: MPS has no float64
     alpha, sigma = torch.stack(schedule.at(t.cpu())).to(x0)[..., None, None, None]
     return alpha * x0 + sigma * eps
+
+
+def posterior(schedule: NoisePath, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean (B, C, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x0) (DDPM eq. 7).
+
+    t: (B,) int64; before t = 0 is the image itself.
+    """
+    t = t.cpu()
+    alpha, sigma = schedule.at(t)
+    alpha_s, sigma_s = schedule.at((t - 1).clamp(min=0))
+    alpha_s = torch.where(t > 0, alpha_s, 1.0)
+    sigma_s = torch.where(t > 0, sigma_s, 0.0)
+    shrink = alpha / alpha_s
+    added = sigma**2 - (shrink * sigma_s) ** 2  # the variance of q(x_t | x_{t-1})
+    kept = (sigma_s / sigma) ** 2
+    rows = torch.stack([alpha_s * added / sigma**2, shrink * kept, added * kept])
+    k_x0, k_xt, variance = rows.to(x_t)[..., None, None, None]
+    return k_x0 * x0 + k_xt * x_t, variance
+
+
+def p_sample(schedule: NoisePath, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Take one ancestral step from t to t-1, given the predicted x0 (DDPM algorithm 2).
+
+    The posterior variance is 0 at t = 0, so the last step adds no noise. Over all t this is the
+    table of the sampler ddpm.
+    """
+    mean, variance = posterior(schedule, x0, x_t, t)
+    return mean + variance.sqrt() * noise
 
 
 # --- objectives ----------------------------------------------------------------------------------

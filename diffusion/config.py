@@ -110,6 +110,7 @@ PIXEL = Rule("--mode pixel", lambda c: c.mode == "pixel")
 LATENT = Rule("--mode latent", lambda c: c.mode == "latent")
 VAE = Rule("--mode vae", lambda c: c.mode == "vae")
 SCRATCH = Rule("a network from scratch", lambda c: c.sd_path is None)
+DENOISING = DIFFUSION & Rule("a run without --consistency", lambda c: not c.consistency)
 VP = Rule("--path vp", lambda c: c.path == "vp")
 EDM = Rule("--path edm", lambda c: c.path == "edm")
 PRECONDITIONED = Rule("--path edm or --objective edm", lambda c: "edm" in (c.path, c.objective))
@@ -219,13 +220,15 @@ class Config:
     noise_std: float = opt(1.0, "standard deviation of ln(sigma / alpha) in training", POSITIVE, DIFFUSION & NORMAL)
     noise_shift: float = opt(1.0, "factor on sigma / alpha in training, for large images; a flow's u becomes s u / (1 + (s - 1) u), also in sampling with spacing flow", POSITIVE, DIFFUSION)
     objective: str = opt("v", "what the network predicts", OBJECTIVES, DIFFUSION)
-    loss_space: str | None = opt(None, "what the loss compares, whatever the network predicts (default: its objective)", OBJECTIVES, DIFFUSION)
+    loss_space: str | None = opt(None, "what the loss compares, whatever the network predicts (default: its objective)", OBJECTIVES, DENOISING)
     t_eps: float = opt(0.05, "least sigma, or alpha, that the error of an x0, or eps, prediction is divided by in another loss_space", POSITIVE, DIFFUSION & LOSS_SPACE)
-    loss: str = opt("l1", "distance between prediction and target", LOSSES, DIFFUSION)
+    loss: str = opt("l1", "distance between prediction and target", LOSSES, DENOISING)
     noise_offset: float = opt(0.0, "standard deviation of noise added to whole channels, for very dark and bright images", NOT_NEGATIVE, DIFFUSION)
     kl_weight: float = opt(1e-6, "weight of the KL term in a VAE's loss", NOT_NEGATIVE, VAE)
     perceptual_weight: float = opt(0.0, "weight of LPIPS in a VAE's loss (pip install lpips)", NOT_NEGATIVE, VAE)
-    min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DIFFUSION)
+    min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DENOISING)
+    consistency: bool = opt(False, "tune the model of load_path to sample in two evaluations (easy consistency tuning)", requires=DIFFUSION & SCRATCH)
+    consistency_stages: int = opt(6, "number of stages of the tuning; in each r comes half as near to t as in the one before", between(1, 30), Rule("--consistency", lambda c: c.consistency))
 
     adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", "lora", "textual_inversion"))
     rank: int = opt(4, "rank of the LoRA", between(1, 4096), LORA)
@@ -283,6 +286,11 @@ class Config:
                 f"--zero_snr requires --objective v, x0 or flow: where there is only noise, "
                 f"{self.objective} says nothing about x0"
             )
+        if self.consistency and self.objective == "x0":
+            raise UserError(
+                "--consistency needs a model of objective eps, v, flow or edm; where there is no "
+                "noise, this one's x0 need not be x"
+            )
         if self.sigma_min >= self.sigma_max:
             raise UserError(
                 f"sigma_min is {self.sigma_min}; it must be below sigma_max, {self.sigma_max}"
@@ -302,7 +310,7 @@ class Config:
     @property
     def adapts(self) -> bool:
         """Tell whether the run starts from a finished model, whose own settings count."""
-        return self.adapter != "none" or self.instance_prompt is not None
+        return self.adapter != "none" or self.instance_prompt is not None or self.consistency
 
     @property
     def space(self) -> str | None:

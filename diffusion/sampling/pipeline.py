@@ -133,7 +133,7 @@ class Pipeline:
         indices,
         *,
         seed: int = 0,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         steps: int | None = None,
         eta: float | None = None,
         spacing: str | None = None,
@@ -240,7 +240,7 @@ class Pipeline:
 
     def table(
         self,
-        sampler: str = "ddim",
+        sampler: str | None = None,
         steps: int | None = None,
         spacing: str | None = None,
         eta: float | None = None,
@@ -250,8 +250,13 @@ class Pipeline:
     ) -> Table:
         """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
 
+        sampler: None means ddim; for a model of --consistency lcm, in 2 steps unless given.
         shift: None means that of training.
         """
+        if sampler is None and self.config.consistency:
+            sampler = "lcm"
+            steps = 2 if steps is None else steps
+        sampler = sampler or "ddim"
         steps = min(50, len(self.schedule)) if steps is None else steps
         shift = self.config.noise_shift if shift is None else shift
         options = dict(strength=strength, eta=eta, spacing=spacing, churn=churn, shift=shift)

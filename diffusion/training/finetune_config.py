@@ -56,6 +56,18 @@ USUAL = (
     "guidance_scale",
 )
 
+# of --consistency, unless given: levels of arXiv:2406.14548, float32 as its code
+TUNING = {
+    "noise_dist": "lognormal",
+    "noise_mean": -1.1,
+    "noise_std": 2.0,
+    "learning_rate": 5e-4,
+    "lr_schedule": "linear",
+    "amp": "no",
+    "sampler": "lcm",
+    "sample_steps": 2,
+}
+
 
 class Base(NamedTuple):
     """Hold the finished model that training begins with: what `load_weights` reads."""
@@ -111,6 +123,8 @@ def resolve_config(
                 f"--load_path {config.load_path} contradicts {', '.join(against)}: leave that out"
             )
         values |= {n: getattr(theirs, n) for n in USUAL}
+        if config.consistency:
+            values |= TUNING | {"condition_dropout": theirs.condition_dropout}
         decided = {n: getattr(theirs, n) for n in DECIDED}
     elif config.sd_path is not None:
         values |= {"condition": "text", "loss": "l2", "guidance_scale": 7.5}
@@ -118,7 +132,7 @@ def resolve_config(
         decided = {"mode": "latent"}
     else:
         raise UserError(
-            "an adapter or --instance_prompt needs a model to start from: give "
+            "an adapter, --instance_prompt or --consistency needs a model to start from: give "
             "--load_path FILE, or --sd_path PATH"
         )
     values = {n: v for n, v in values.items() if n not in given}

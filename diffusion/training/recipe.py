@@ -9,7 +9,9 @@
 The pipeline that makes the sample grids is put together from the same parts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from ..data.latents import EncodedBatches
 from ..models.cond import Cond
 from ..models.text_unet import networks_of
 from ..pictures.grid import grid_of_ranks
+from ..process.consistency import consistency_loss
 from ..process.objective import training_loss
 from ..process.schedule import NoisePath
 from ..runtime import distributed as dist
@@ -44,7 +47,7 @@ from . import finetune
 from .finetune import Adapter, Everything, start_from
 from .finetune_config import Base
 from .latent_batches import encode_batches, grid_prompts
-from .steps import Draw, draw, loss_coefficients
+from .steps import Draw, draw, loss_coefficients, total_steps
 
 
 @dataclass(eq=False)
@@ -89,8 +92,8 @@ class Recipe:
         networks = networks_of(model)
         conditioning = self.conditioning.of_networks(networks)
         scheduler = {} if self.stack is None else self.stack.scheduler
-        parts = (self.codec, conditioning, self.device, scheduler)
-        return Pipeline(self.config, model, self.schedule, *parts)
+        parts = (self.schedule, self.codec, conditioning, self.device, scheduler)
+        return Pipeline(self.config, model, *parts)
 
     def metadata(self, model: nn.Module) -> dict:
         """Describe in a checkpoint what its configuration does not."""
@@ -135,8 +138,11 @@ class Recipe:
         seeds = [self.config.seed]
         if self.prior is not None:
             seeds.append(seed_of(self.config.seed, "class"))
-        rest = (self.schedule, self.shape, step, self.device)
-        return [draw(self.config, *rest, seed) for seed in seeds]
+        progress = (step + 1) / total_steps(self.config, self.batches.length)
+        return [
+            draw(self.config, self.schedule, self.shape, step, self.device, seed, progress)
+            for seed in seeds
+        ]
 
     def loss(self, network, step: int, batch: Batch, draws: list[Draw], low: int, high: int):
         """Give (high - low,): the losses of samples low ... high-1 of a step, which are in batch.
@@ -145,11 +151,18 @@ class Recipe:
         """
         own = self.inputs(batch, draws[0][low:high])
         if self.prior is None:
-            return training_loss(network, *own, self.config.loss)
+            return self.criterion(network, *own)
         prior = self.inputs(self.prior(step, low, high), draws[1][low:high])
         both = own.beside(prior)
-        instance, prior_loss = training_loss(network, *both, self.config.loss).chunk(2)
+        instance, prior_loss = self.criterion(network, *both).chunk(2)
         return instance + self.config.prior_weight * prior_loss
+
+    @property
+    def criterion(self) -> Callable:
+        """Give what makes of a network and `Inputs` the loss of each sample."""
+        if self.config.consistency:
+            return consistency_loss
+        return partial(training_loss, loss=self.config.loss)
 
     def inputs(self, batch: Batch, draw: Draw) -> "Inputs":
         """Put together what the loss of the samples of a batch needs."""
@@ -169,7 +182,7 @@ class Recipe:
         drop = torch.zeros(high - low, dtype=torch.bool)
         fixed = Draw(levels.to(self.device), eps.to(self.device), drop)
         batch = self.batches.held_out_batch(low, high)
-        return training_loss(network, *self.inputs(batch, fixed), c.loss)
+        return self.criterion(network, *self.inputs(batch, fixed))
 
     def frames(self, model: nn.Module, indices):
         """Sample with the run's own settings: prompts in turn, or a block for each class."""
@@ -238,12 +251,11 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
         batches = encode_batches(c, batches, codec, stack.prompts)
         prompts = grid_prompts(c, batches, stack.prompts)
     conditioning = conditioning_of(c, batches.classes, device, stack and stack.prompts)
-    parts = (batches, codec, conditioning, trainable)
-    return Recipe(c, device, schedule, *parts, prompts, stack)
+    return Recipe(c, device, schedule, batches, codec, conditioning, trainable, prompts, stack)
 
 
 class Inputs(NamedTuple):
-    """Hold what `training_loss` takes beside the network: b samples, levels (7, b)."""
+    """Hold what `training_loss` takes beside the network: b samples, levels (7, b) or (7, 2, b)."""
 
     levels: Tensor
     x0: Tensor
@@ -254,7 +266,7 @@ class Inputs(NamedTuple):
         """Put other samples behind these."""
         pairs = zip(self.cond, other.cond)
         return Inputs(
-            torch.cat([self.levels, other.levels], 1),
+            torch.cat([self.levels, other.levels], -1),
             torch.cat([self.x0, other.x0]),
             torch.cat([self.eps, other.eps]),
             Cond(*(None if a is None else torch.cat([a, b]) for a, b in pairs)),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import UserError
 from ..config import Config
 from ..data.batches import move
+from ..process.consistency import consistency_coefficients
 from ..process.objective import training_coefficients
 from ..process.schedule import NoisePath
 from ..runtime import distributed as dist
@@ -60,8 +61,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 class Draw:
     """Hold the random numbers of B samples.
 
-    levels: (7, B), see `training_coefficients`; eps (B, C, h, w); drop (B,) bool on the CPU, whose
-    condition is dropped; vae_eps: eps's shape, what samples latents from the VAE's distribution.
+    levels: (7, B) or (7, 2, B), see `loss_coefficients`; eps (B, C, h, w); drop (B,) bool on the
+    CPU, whose condition is dropped; vae_eps: eps's shape, what samples latents from the VAE's
+    distribution.
     """
 
     levels: Tensor
@@ -71,12 +73,20 @@ class Draw:
 
     def __getitem__(self, part: slice) -> "Draw":
         vae_eps = None if self.vae_eps is None else self.vae_eps[part]
-        return Draw(self.levels[:, part], self.eps[part], self.drop[part], vae_eps)
+        return Draw(self.levels[..., part], self.eps[part], self.drop[part], vae_eps)
 
 
-def loss_coefficients(config: Config, schedule: NoisePath, t: Tensor) -> Tensor:
-    """Give the `training_coefficients` (7, B) of t (B,), with the loss that is configured."""
+def loss_coefficients(
+    config: Config, schedule: NoisePath, t: Tensor, progress: float = 1.0
+) -> Tensor:
+    """Give the `training_coefficients` (7, B) of t (B,), with the loss that is configured.
+
+    With --consistency its own, (7, 2, B). progress: how far the run is, from 0 to 1.
+    """
     c = config
+    if c.consistency:
+        stage = math.ceil(progress * c.consistency_stages)
+        return consistency_coefficients(schedule, c.objective, t, stage)
     power = 1 if c.loss == "l1" else 2
     return training_coefficients(schedule, c.objective, t, c.min_snr_gamma, c.space, c.t_eps, power)
 
@@ -88,26 +98,26 @@ def draw(
     step: int,
     device: torch.device,
     seed: int,
+    progress: float = 1.0,
 ) -> Draw:
     """Sample the random numbers of a step's global batch; each depends on (seed, step, j) only.
 
-    shape: (C, h, w) of x0.
+    shape: (C, h, w) of x0. progress: see `loss_coefficients`.
     """
     c = config
     B = c.batch_size
     t = schedule.sample_t(B, generator(seed, "t", step))
-    levels = loss_coefficients(c, schedule, t)
+    levels = loss_coefficients(c, schedule, t, progress)
     drop = torch.rand(B, generator=generator(seed, "hide", step)) < c.condition_dropout
-    g = generator(seed, "noise", step, device=device)
-    eps = torch.randn((B, *shape), generator=g, device=device)
+
+    def normal(what: str, *sizes: int) -> Tensor:
+        g = generator(seed, what, step, device=device)
+        return torch.randn((B, *sizes), generator=g, device=device)
+
+    eps = normal("noise", *shape)
     if c.noise_offset:
-        g = generator(seed, "noise offset", step, device=device)
-        offset = torch.randn((B, shape[0], 1, 1), generator=g, device=device)
-        eps = eps + c.noise_offset * offset
-    vae_eps = None
-    if c.mode == "latent":
-        g = generator(seed, "latents", step, device=device)
-        vae_eps = torch.randn(eps.shape, generator=g, device=device)
+        eps = eps + c.noise_offset * normal("noise offset", shape[0], 1, 1)
+    vae_eps = normal("latents", *shape) if c.mode == "latent" else None
     eps = eps.contiguous(memory_format=torch.channels_last)
     return Draw(move(levels, device), eps, drop, vae_eps)
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import CPU, same_runs
+from helpers import same_runs
 from test_training import one_step_gradients
 from torch import nn
 from torch.testing import assert_close

@@ -21,7 +21,7 @@ def consistency_coefficients(path: NoisePath, objective: str, t: Tensor, stage: 
     The rows: alpha, sigma, c_in, c_noise, c_x, c_out and the level itself, t or r (section 3.3;
     q = 2, k = 8, b = 1); an r below the path's first level is 0.
     """
-    alpha, sigma = path.at(t.double())
+    alpha, sigma = path.at(t)
     t = (sigma / alpha).clamp(max=1e6)  # infinite where alpha is 0
     r = t * (1 - 2.0**-stage * (1 + 8 * torch.sigmoid(-t)))
     rows = []

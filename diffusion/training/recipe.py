@@ -89,8 +89,7 @@ class Recipe:
 
     def pipeline(self, model: nn.Module) -> Pipeline:
         """Put together what samples from the network as it is now."""
-        networks = networks_of(model)
-        conditioning = self.conditioning.of_networks(networks)
+        conditioning = self.conditioning.of_networks(networks_of(model))
         scheduler = {} if self.stack is None else self.stack.scheduler
         parts = (self.schedule, self.codec, conditioning, self.device, scheduler)
         return Pipeline(self.config, model, *parts)
@@ -153,8 +152,7 @@ class Recipe:
         if self.prior is None:
             return self.criterion(network, *own)
         prior = self.inputs(self.prior(step, low, high), draws[1][low:high])
-        both = own.beside(prior)
-        instance, prior_loss = self.criterion(network, *both).chunk(2)
+        instance, prior_loss = self.criterion(network, *own.beside(prior)).chunk(2)
         return instance + self.config.prior_weight * prior_loss
 
     @property
@@ -177,10 +175,9 @@ class Recipe:
         n = len(self.batches.held_out)
         order = torch.randperm(n, generator=generator(c.seed, "held out t"))
         t = self.schedule.stratified_t(order, n)[low:high]
-        levels = loss_coefficients(c, self.schedule, t)
+        levels = loss_coefficients(c, self.schedule, t).to(self.device)
         eps = heldout_noise(c.seed, low, high, self.shape)
-        drop = torch.zeros(high - low, dtype=torch.bool)
-        fixed = Draw(levels.to(self.device), eps.to(self.device), drop)
+        fixed = Draw(levels, eps.to(self.device), torch.zeros(high - low, dtype=torch.bool))
         batch = self.batches.held_out_batch(low, high)
         return self.criterion(network, *self.inputs(batch, fixed))
 

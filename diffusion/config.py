@@ -228,7 +228,7 @@ class Config:
     perceptual_weight: float = opt(0.0, "weight of LPIPS in a VAE's loss (pip install lpips)", NOT_NEGATIVE, VAE)
     min_snr_gamma: float = opt(0.0, "gamma of min-SNR loss weights (5 in the paper); 0: equal weights", NOT_NEGATIVE, DENOISING)
     consistency: bool = opt(False, "tune the model of load_path to sample in two evaluations (easy consistency tuning)", requires=DIFFUSION & SCRATCH)
-    consistency_stages: int = opt(6, "number of stages of the tuning; in each r comes half as near to t as in the one before", between(1, 16), Rule("--consistency", lambda c: c.consistency))
+    consistency_stages: int = opt(3, "number of stages of the tuning; in each r comes half as near to t as in the one before", between(1, 16), Rule("--consistency", lambda c: c.consistency))
 
     adapter: str = opt("none", "adapter to train on the model of load_path or sd_path, which stays as it is", ("none", "lora", "textual_inversion"))
     rank: int = opt(4, "rank of the LoRA", between(1, 4096), LORA)

@@ -16,8 +16,9 @@ from diffusion.files import checkpoint
 from diffusion.process.consistency import consistency_coefficients, consistency_loss
 from diffusion.process.names import SAMPLERS
 from diffusion.process.objective import OBJECTIVES, Denoiser, x0_coefficients
-from diffusion.process.samplers import MAKERS
+from diffusion.process.samplers import D0, MAKERS, NOISE, make_table
 from diffusion.process.schedule import edm, make_path, spread
+from diffusion.training.steps import loss_coefficients
 from diffusion.training.trainer import train
 
 STD = 0.5  # of Gaussian data
@@ -167,8 +168,28 @@ def test_the_target_has_no_gradient_the_same_dropout_and_float32():
     assert layer.weight.grad.abs().sum() > 0
 
 
-def test_lcm_is_a_sampler():
+@pytest.mark.parametrize("path", [make_path("vp", 50, "v"), make_path("vp", 1000, "v", schedule="linear"),
+                                  make_path("edm", 50, "edm"), make_path("flow", 50, "flow")])  # fmt: skip
+def test_lcm_noises_x0_anew_from_the_same_levels_on_every_path(path):
+    """arXiv:2303.01469, algorithm 1; the levels between the first and 0 are evenly spaced in a flow's time."""
     assert "lcm" in SAMPLERS and "lcm" in MAKERS
+    table = make_table(path, "lcm", 4)
+    alpha, sigma = table.levels.T
+    last = torch.sigmoid(-path.lam[-1]).item()
+    u = (sigma / (alpha + sigma))[1:-1]
+    assert_close(u, torch.tensor([0.75, 0.5, 0.25]).double() * last, rtol=1e-6, atol=0)
+    expected = torch.zeros(4, 7).double()
+    expected[:, D0] = alpha[1:]
+    expected[:, NOISE] = sigma[1:]
+    assert_close(table.to_x, expected)
+
+
+def test_the_stage_is_a_function_of_the_step(tiny):
+    config = Config(**tiny | dict(condition="none", consistency=True, consistency_stages=4))
+    path, t = make_path("vp", 20, "v"), torch.arange(20)
+    for step in range(12):
+        expected = consistency_coefficients(path, "v", t, 1 + 4 * step // 12)
+        assert torch.equal(loss_coefficients(config, path, t, (step + 1) / 12), expected)
 
 
 # --- runs ------------------------------------------------------------------------------------------
@@ -282,4 +303,4 @@ def test_an_x0_model_is_refused(tiny, tmp_path):
 
 def test_stages_need_the_tuning(tiny):
     with pytest.raises(UserError, match="--consistency_stages"):
-        train(Config(**tiny | dict(consistency_stages=3)))
+        train(Config(**tiny | dict(consistency_stages=5)))

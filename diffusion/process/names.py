@@ -35,7 +35,7 @@ SAMPLERS = {
     "ipndm": SamplerInfo("IPNDM"),
     "heun": SamplerInfo("Heun"),
     "dpm2": SamplerInfo("DPM2"),
-    "lcm": SamplerInfo("LCM", 1.0, (1, 1)),
+    "lcm": SamplerInfo("LCM", 1.0, (1, 1), "flow"),
 }
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
 TITLES = {"euler": "Euler", "euler_a": "Euler a"}

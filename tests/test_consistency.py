@@ -225,6 +225,8 @@ def test_a_tuned_model_is_an_ordinary_one(tiny, model, tmp_path):
     pipeline = load(tmp_path / "run")
     table = pipeline.table()
     assert (table.sampler, len(table)) == ("lcm", 2)
+    assert_close((table.levels[1, 1] / table.levels[1, 0]).item(), 0.4, rtol=1e-2, atol=0)
+    assert torch.equal(pipeline.table("lcm").levels, table.levels)
     assert (pipeline.table("ddim").sampler, len(pipeline.table(steps=4))) == ("ddim", 4)
     assert load(model).table().sampler != "lcm"
     images = pipeline.sample(range(2), labels=torch.tensor([0, 1]), guidance_scale=2.0)

@@ -48,8 +48,8 @@ def consistency_loss(network, coefficients: Tensor, x0: Tensor, eps: Tensor, con
         return torch.where(level > 0, f, x0)
 
     at_t, at_r = coefficients.unbind(1)
-    whole = torch.autocast(x0.device.type, enabled=False)
-    with torch.no_grad(), torch.random.fork_rng([x0.device] * x0.is_cuda), whole:
-        target = predict(at_r)
-    square = (predict(at_t) - target).square().sum((1, 2, 3))
-    return ((square + HUBER_C**2).sqrt() - HUBER_C) / (at_t[6] - at_r[6])
+    with torch.no_grad(), torch.random.fork_rng([x0.device] * x0.is_cuda):
+        with torch.autocast(x0.device.type, enabled=False):
+            target = predict(at_r)
+    distance = ((predict(at_t) - target).square().sum((1, 2, 3)) + HUBER_C**2).sqrt() - HUBER_C
+    return distance / (at_t[6] - at_r[6])

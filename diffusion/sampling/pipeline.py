@@ -250,12 +250,13 @@ class Pipeline:
     ) -> Table:
         """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
 
-        sampler: None means ddim; for a model of --consistency lcm, in 2 steps unless given.
-        shift: None means that of training.
+        sampler: None means ddim, or lcm for a model of --consistency, which has 2 steps by default
+        and spends them at low levels. shift: None means that of training, but for those.
         """
-        if sampler is None and self.config.consistency:
+        if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
-            steps = 2 if steps is None else steps
+            steps = steps or 2
+            shift = shift or 0.4  # of two steps the second is then at sigma / alpha = 0.4
         sampler = sampler or "ddim"
         steps = min(50, len(self.schedule)) if steps is None else steps
         shift = self.config.noise_shift if shift is None else shift

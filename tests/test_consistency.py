@@ -103,8 +103,8 @@ def ideal(path, objective: str, std, levels_of):
     return network
 
 
-CASES = [("vp", "v", lambda path, c: c), ("edm", "edm", lambda path, c: path.inverse(-4 * c)),
-         ("flow", "flow", lambda path, c: path.inverse(torch.logit(1 - c / 1000)))]  # fmt: skip
+CASES = [("vp", "v", lambda path, c: c), ("edm", "edm", lambda path, c: path.t_of(-4 * c)),
+         ("flow", "flow", lambda path, c: path.t_of(torch.logit(1 - c / 1000)))]  # fmt: skip
 
 
 def gaussian(path, n: int, seed: int):

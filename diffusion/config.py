@@ -64,6 +64,8 @@ STEPS = between(1, 1_000_000)
 SIDE = between(1, 16_384)  # pixels
 WIDTH = between(1, 65_536)  # channels
 GUIDANCE = between(0, 1000, typed=True)  # far beyond it pictures saturate, then numbers overflow
+INTERVAL = Rule("two numbers from 0 on, the lower first", lambda v: not v or 0 <= v[0] <= v[-1])
+GUIDED = Rule("a --guidance_scale other than 1", lambda a: a.guidance_scale != 1)
 SEED = Rule("from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63, typed=True)
 SEEDS = Rule("whole numbers from 0 to 2**63 - 1", lambda v: v and all(map(SEED.holds, v)), True)
 COUNTS = Rule("whole numbers above 0, such as 1,2,4,8", lambda v: v and min(v) > 0)
@@ -268,6 +270,8 @@ class Config:
     fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file", requires=FID)
     validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT)
     guidance_scale: float = opt(1.0, "classifier-free guidance scale of the sample grids; 1: no guidance", GUIDANCE, DIFFUSION, free=True)
+    guidance_interval: tuple[float, ...] = opt((), "lowest and highest sigma / alpha that are guided; all other steps call the network once (default: all are guided)", INTERVAL, DIFFUSION & GUIDED, free=True)
+    guide: str | None = opt(None, "worse model of the same kind, such as an earlier checkpoint, that guidance leads away from (default: the model without its condition)", requires=DIFFUSION & GUIDED, free=True)
     # fmt: on
 
     def __post_init__(self):
@@ -335,10 +339,7 @@ class Config:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise UserError(f"configuration has unknown fields: {some(sorted(map(str, unknown)))}")
-        values = dict(values)
-        if isinstance(values.get("dim_mults"), list):
-            values["dim_mults"] = tuple(values["dim_mults"])
-        return cls(**values)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def differences(self, other: "Config") -> dict[str, tuple]:
         """Return {field: (mine, the other's)} of fields that a resumed run may not change."""
@@ -366,7 +367,7 @@ DEFAULTS = {f.name: f.default for f in fields(Config)}
 # files and folders, which may move: what is in them is compared (training/run_folder.py)
 PATHS = (
     "save_folder", "load_path", "sd_path", "sd_config", "vae", "data", "cache_dir", "class_data",
-    "fid_features", "validation_prompts",
+    "fid_features", "validation_prompts", "guide",
 )  # fmt: skip
 BOUNDS = {f.name: f.metadata["bounds"] for f in fields(Config)}
 REQUIRES = {f.name: f.metadata["requires"] for f in fields(Config)}
@@ -385,8 +386,8 @@ def _check_field(f: dataclasses.Field, value) -> None:
         raise UserError(
             f"{f.name} is {shown(value)}; expected {' or '.join(t.__name__ for t in allowed)}"
         )
-    if f.name == "dim_mults" and not all(type(v) is int for v in value):
-        raise UserError(f"{f.name} is {shown(value)}; expected whole numbers")
+    if isinstance(value, tuple) and not {*map(type, value)} <= {int, *typing.get_args(f.type)}:
+        raise UserError(f"{f.name} is {shown(value)}; expected numbers, whole ones in dim_mults")
     if f.metadata["choices"] and value not in (*f.metadata["choices"], f.default):
         raise UserError(f"{f.name} is {shown(value)}; {_choose(value, f.metadata['choices'])}")
 
@@ -606,13 +607,21 @@ def add_runtime_arguments(
     parser.option("--device", "device to compute on", default="auto", choices=DEVICES)
 
 
+def add_guidance_arguments(parser: Parser) -> None:
+    """Add --guidance_interval and --guide, which training has as well."""
+    # fmt: off
+    parser.option("--guidance_interval LO HI", "lowest and highest sigma / alpha that are guided; all other steps call the network once (default: all are guided)", INTERVAL, GUIDED, type=float)
+    parser.option("--guide MODEL", "worse model of the same kind, such as an earlier checkpoint, that guidance leads away from; also for models without condition (default: the model without its condition)", requires=GUIDED)
+    # fmt: on
+
+
 def add_config_arguments(parser: Parser) -> None:
     """Add an option per field, by sections; one that is not given is not in the namespace."""
     for f in fields(Config):
         row = f.metadata
         if f.name in SECTIONS:
             section = parser.add_argument_group(SECTIONS[f.name])
-        shown = ",".join(map(str, f.default)) if f.name == "dim_mults" else f.default
+        shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         notes = [] if f.default is None or shown == "" or f.type is bool else [f"default: {shown}"]
         notes += [f"requires {row['requires'].text}"] if row["requires"] else []
         text = row["help"].replace("%", "%%") + (f" ({'; '.join(notes)})" if notes else "")
@@ -623,9 +632,12 @@ def add_config_arguments(parser: Parser) -> None:
                 section.add_argument(name, action="store_const", const=value, **options)
             continue
         kind = int_list if f.name == "dim_mults" else _types(f)[0]
+        if kind is tuple:  # of guidance_interval
+            kind = float
+            options["nargs"] = 2
         metavar = "|".join(row["choices"]) or {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
         kind = PATH if f.name in PATHS else kind
-        kind = model_path if f.name == "load_path" else kind
+        kind = model_path if f.name in ("load_path", "guide") else kind
         names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])
         section.add_argument(*names, type=kind, metavar=metavar, help=text, **options)
 
@@ -656,7 +668,7 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     values = base | values
     if values.get("data", "") is None:
         raise UserError(f"preset {preset} has no data of its own: give --data FOLDER")
-    return Config(**values)
+    return Config.from_dict(values)
 
 
 def fail(text: str) -> typing.NoReturn:

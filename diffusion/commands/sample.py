@@ -14,6 +14,7 @@ from .. import UserError, shown
 from ..config import (
     FRACTION,
     GUIDANCE,
+    GUIDED,
     NOT_NEGATIVE,
     OBJECTIVES,
     PATH,
@@ -25,6 +26,7 @@ from ..config import (
     UTF8,
     Parser,
     Rule,
+    add_guidance_arguments,
     add_runtime_arguments,
     at_least,
 )
@@ -40,8 +42,9 @@ STRENGTH = Rule("above 0 and at most 1", lambda v: 0 < v <= 1)
 # what options require
 PROMPT = Rule("--prompt", lambda a: a.prompt)
 SYNTAX = Rule("--prompt, and beside --plain_prompts", lambda a: a.prompt and not a.plain_prompts)
-GUIDED = Rule("a --guidance_scale other than 1", lambda a: a.guidance_scale != 1)
 SHIFTS = Rule("--spacing flow", lambda a: a.spacing == "flow")
+# a guide stands in the place of the model without its condition, and is a call of its own
+UNGUIDED = GUIDED & Rule("without --guide", lambda a: a.guide is None)
 INIT_IMAGE = Rule("--init_image", lambda a: a.init_image is not None)
 # 0.8 was its default once
 STRENGTH_USE = Rule("--init_image", lambda a: a.init_image is not None or a.strength == 0.8)
@@ -63,6 +66,7 @@ def parse(args: list[str] | None = None):
     option("--shift X", "factor on sigma / alpha of the levels that --spacing flow visits (default: the model's noise_shift)", POSITIVE, SHIFTS)
     option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance (default: 7.5 with prompts, else 1)", GUIDANCE)
     option("--guidance_rescale X", "strength of the correction of the contrast that guidance raises, 0 to 1", FRACTION, GUIDED, default=0.0)
+    add_guidance_arguments(parser)
     option("--class_label NAME", "class of the images, by name or number; all: every class in turn (default: no label)")
     option("--seed N", "seed of the noise; image i of a seed is always the same", SEED, default=0)
     add_runtime_arguments(parser, weights=None, more=" (default: ema; raw of other programs' files, whose model_ema.* is often stale)")
@@ -78,12 +82,12 @@ def parse(args: list[str] | None = None):
     option("--vae PATH", "VAE to use instead of the one that the model was trained with")
     option("--prompt TEXT", "text that describes the image; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself", UTF8, action="append")
     option("--plain_prompts", "take prompts as they stand: no (word:1.4), [word], BREAK or <lora:name:0.8>", requires=PROMPT)
-    option("--negative_prompt TEXT", "text that guidance leads away from", UTF8, PROMPT & GUIDED, default="")
+    option("--negative_prompt TEXT", "text that guidance leads away from", UTF8, PROMPT & UNGUIDED, default="")
     option("--height N", "height in pixels (default: the model's own, or by the aspect of init_image)", SIDE)
     option("--width N", "width in pixels (default: the model's own, or by the aspect of init_image)", SIDE)
     option("--clip_skip N", "layer of the text encoder to read, counted from the end; 1: the last (default: the model's own)", POSITIVE)
     option("--vae_tiling", "decode in overlapping tiles: less memory for large images")
-    option("--sequential_guidance", "make two network calls per step, in half the memory", requires=GUIDED)
+    option("--sequential_guidance", "make two network calls per step, in half the memory", requires=UNGUIDED)
 
     parser.section("adapters")
     option("--lora FILE[:X]", "LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again", LORA_WEIGHTS, action="append", type=weighted, default=[])
@@ -178,9 +182,11 @@ def open_model(args, device):
         loras=[*args.lora, *args.lora_interpolate],
         embeddings=args.embedding,
         merged=not args.lora_interpolate,
+        guide=args.guide,
     )
-    pipeline.compiled = args.compile
-    if pipeline.reads_prompts and not args.prompt and args.guidance_scale != 1:
+    for one in filter(None, (pipeline, pipeline.guide)):
+        one.compiled = args.compile
+    if pipeline.reads_prompts and not args.prompt and UNGUIDED.holds(args):
         raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")
     return pipeline
 
@@ -211,6 +217,7 @@ def sampling_options(args, pipeline, device):
         "guidance_scale": args.guidance_scale,
         "amp": args.amp,
         "guidance_rescale": args.guidance_rescale,
+        "guidance_interval": args.guidance_interval,
         "batched": not args.sequential_guidance,
         "cuda_graph": args.cuda_graph == "on"
         or args.cuda_graph == "auto"
@@ -270,6 +277,8 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
         "Churn": args.churn or None,
         "Shift": args.shift,
         "Guidance rescale": (options["guidance_rescale"] or None) if guided else None,
+        "Guidance interval": args.guidance_interval,
+        "Guide": args.guide and short_name(args.guide),
         "Lora": ", ".join(map(lora_name, args.lora)) or None,
         "Lora interpolation": " to ".join(map(lora_name, args.lora_interpolate)) or None,
         "Embeddings": ", ".join(map(short_name, args.embedding)) or None,

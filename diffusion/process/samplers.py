@@ -54,11 +54,20 @@ class Table:
         return len(self.t)
 
     def guided(self, scale: float, interval: tuple[float, float] | None = None) -> "Table":
-        """Guide the rows whose sigma / alpha lies in the interval (arXiv:2404.07724); None: all."""
+        """Guide the rows whose sigma / alpha lies in the interval (arXiv:2404.07724); None: all.
+
+        Raises ValueError for an interval without a row.
+        """
         weight = torch.full_like(self.t, scale)
-        if interval is not None:
+        if interval:
             alpha, sigma = self.levels[:-1].T
-            inside = (alpha * interval[0] <= sigma) & (sigma <= alpha * interval[1])
+            inside = (alpha * interval[0] <= sigma) & (sigma <= alpha * interval[-1])
+            if not inside.any():
+                raise ValueError(
+                    f"guidance_interval {interval[0]:g} to {interval[-1]:g} holds none of the "
+                    f"{len(self)} steps, whose sigma / alpha goes from {sigma[0] / alpha[0]:.3g} "
+                    f"to {sigma[-1] / alpha[-1]:.3g}"
+                )
             weight = torch.where(inside, weight, 1.0)
         return replace(self, weight=weight)
 

@@ -71,7 +71,7 @@ class Unconditional(WithoutNetwork):
         if request.labels is not None or guided:
             raise UserError(
                 "this model was trained without --condition class: it takes no class label and "
-                "no guidance"
+                "no guidance but by another model, --guide"
             )
         return Cond(), Cond()
 

@@ -310,19 +310,24 @@ def check_digests(found: dict, saved: dict | None) -> list[str]:
 
 
 def load(
-    path: str | Path, weights: str | None = None, device: str | torch.device = "cpu", **options
+    path: str | Path,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+    sd_path: str | None = None,
+    **options,
 ) -> Pipeline:
     """Open any model as a `Pipeline`.
 
     path: a model.pt or ema.safetensors, the folder of a run, or Stable Diffusion 1.x as a
     diffusers folder or a single file.
     weights: "ema" or "raw"; None: EMA weights of a model that was trained here, and the plain ones
-    of Stable Diffusion. options: loras, embeddings, vae, height, ..., see `open_pipeline`.
+    of Stable Diffusion. sd_path: where the one is that the model was trained from.
+    options: guide, loras, embeddings, vae, height, ..., see `open_pipeline`.
     Raises UserError for files that are none, and for options that the model has no use for.
     """
     path = Path(model_path(path))
     foreign = path.is_dir() or (path.is_file() and not is_own(path))
-    where = (None, str(path)) if foreign else (str(path), None)
+    where = (None, str(path)) if foreign else (str(path), sd_path)
     return open_pipeline(*where, weights, torch.device(device), **options)
 
 
@@ -353,11 +358,13 @@ def open_pipeline(
     loras: Sequence[tuple[str | Path, float]] = (),
     embeddings: Sequence[str | Path] = (),
     merged: bool = True,
+    guide: str | None = None,
     **options,
 ) -> Pipeline:
     """Open a trained model, pixel or latent, or Stable Diffusion itself, with adapters put in.
 
-    weights: see `load`. loras, embeddings, merged: see `adapt`. options: see `Options`.
+    weights: see `load`. loras, embeddings, merged: see `adapt`. guide: the path of another model,
+    see `Pipeline`. options: see `Options`; the guide is opened with them, too.
     Raises UserError for options that the model has no use for.
     """
     wanted = Options(**options)
@@ -366,6 +373,7 @@ def open_pipeline(
     else:
         path = Path("results/model.pt" if load_path is None else load_path)
         pipeline = load_own(path, sd_path, weights or "ema", device, wanted)
+    pipeline.guide = guide and load(guide, None, device, sd_path, **options)
     return adapt(pipeline, loras, embeddings, merged)
 
 

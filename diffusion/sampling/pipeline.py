@@ -39,6 +39,8 @@ class Pipeline:
     scheduler: what a scheduler_config.json says of timesteps; {} without one.
     height, width: of the images, in pixels; None: the size that the model was trained on.
     compiled: whether to torch.compile the network.
+    guide: what guidance leads away from, in place of the model without its condition: a worse
+    model of the same kind (arXiv:2406.02507), see `check_guide`.
     Raises UserError for sizes that the codec cannot make.
     """
 
@@ -52,6 +54,7 @@ class Pipeline:
     height: int | None = None
     width: int | None = None
     compiled: bool = False
+    guide: "Pipeline | None" = None
     graphs: Graphs = field(default_factory=Graphs, repr=False)
     ready: dict[torch.dtype | None, nn.Module] = field(default_factory=dict, repr=False)
 
@@ -149,7 +152,6 @@ class Pipeline:
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
-        guide: "Pipeline | None" = None,
         batched: bool = True,
         eps: Tensor | None = None,
         init: Tensor | None = None,
@@ -164,10 +166,10 @@ class Pipeline:
         50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
         eta, churn, shift and strength.
         labels, prompts, negative_prompts, chunks, plain_prompts: see `conditioning.Request`.
-        guidance_interval: the lowest and the highest sigma / alpha that are guided.
-        guide: what guidance leads away from, in place of the model without its condition: a worse
-        model of the same kind (arXiv:2406.02507), see `check_guide`.
-        batched: guidance evaluates both in one call; else in two, in half the memory.
+        guidance_interval: the lowest and the highest sigma / alpha that are guided; all other rows
+        call the network once, with its condition (arXiv:2404.07724).
+        batched: guidance evaluates both in one call, unless there is a guide; else in two, in half
+        the memory.
         eps: the noise to start from instead, (B, C, h, w).
         init: what `encode` gives, noised for the last `strength` of the steps, SDEdit
         (arXiv:2108.01073); with a mask (B, 1, h, w) it stays where the mask is 0, and at
@@ -201,30 +203,29 @@ class Pipeline:
         dtype = amp_dtype(amp, self.device)
         request = Request(len(x), labels, prompts, negative_prompts, chunks, plain_prompts, dtype)
         guides = guidance_scale != 1
+        guide = self.guide if guides else None
         cond, uncond = self.conditioning.of_request(request, guides and guide is None)
-        if guides and guide is not None:
-            uncond = cond
+        if guide is not None:
+            check_guide(self, guide)
+            uncond, _ = guide.conditioning.of_request(request, False)
         if self.inpaints:
             image = torch.cat([mask, kept], 1).to(self.device).expand(len(x), -1, -1, -1)
             cond, uncond = (one._replace(image=image) for one in (cond, uncond))
         kind = (self.schedule, self.config.objective)
         network = self.network(cond, dtype)
-        with_guidance = None
-        if guides:
-            other = None if guide is None else guide.network(cond, dtype)
-            both = guided(network, other, guidance_rescale, batched)
-            with_guidance = Denoiser(both, *kind, weighted=True)
+        other = guide and guide.network(uncond, dtype)
+        both = guided(network, other, guidance_rescale, batched)
         capture = None
         if cuda_graph:
-            key = (amp, guidance_rescale, batched, id(guide))
+            key = (amp, guidance_rescale, batched, guide)
             capture = lambda run, what: self.graphs.wrap(run, (*key, *what))  # noqa: E731
         return sample_loop(
             Denoiser(network, *kind),
             x,
             table,
             cond=cond.tensors(),
-            guided=with_guidance,
-            uncond=uncond.tensors() if guides else (),
+            guided=Denoiser(both, *kind, weighted=True),
+            uncond=uncond.tensors(),
             noise=draw,
             clip=self.codec.clip,
             inpaint=inpaint,
@@ -355,6 +356,33 @@ class Pipeline:
                 return network(x.to(own), t, cond.refilled(cast))
 
         return call
+
+
+# what a model and its guide have in common, of their configurations
+KIND = (
+    "mode", "image_size", "condition", "objective", "path", "time_steps", "schedule", "zero_snr",
+    "sigma_data",
+)  # fmt: skip
+
+
+def check_guide(pipeline: Pipeline, guide: Pipeline) -> None:
+    """Raise UserError for a guide whose output means something else than the model's.
+
+    Sizes, weights and data may differ; what the networks are given and what they predict may not,
+    nor the classes of those with labels.
+    """
+    mine, others = (
+        {name: getattr(one.config, name) for name in KIND}
+        | {"channels": one.shape[0], "classes": one.conditional and list(one.classes)}
+        for one in (pipeline, guide)
+    )
+    for name, value in mine.items():
+        if others[name] != value:
+            raise UserError(
+                f"the guide's {name} is {shown(others[name])}, the model's {shown(value)}: a guide "
+                "is a model of the same kind, such as an earlier checkpoint, or a run with a "
+                "smaller --unet_dim"
+            )
 
 
 def is_number(text: str) -> bool:

@@ -27,6 +27,7 @@ from ..config import (
     UTF8,
     Parser,
     Rule,
+    add_guidance_arguments,
     at_least,
     between,
     int_list,
@@ -66,6 +67,7 @@ def parse(args: list[str] | None = None) -> tuple[Settings, Path, str | None, bo
     option("--class_prompt TEXT", "prompt of DreamBooth's prior preservation images (default: no prior preservation)", UTF8, EXPERIMENT_3)
     option("--init_word TEXT", "word whose embedding Textual Inversion starts from (default: the style's name)", UTF8, EXPERIMENT_3)
     option("--guidance_scale X", "guidance scale of all images (default: the base model's, 3 or 7.5)", GUIDANCE)
+    add_guidance_arguments(parser)
     option("--seed N", "seed of all random numbers", SEED, default=0)
     option("--device", "device to compute on", default="auto", choices=DEVICES)
     option("--amp", "mixed precision; no: float32", default="auto", choices=AMP)
@@ -148,6 +150,7 @@ def open_base(s: Settings, device):
         objective=s.objective,
         height=s.image_size,
         width=s.image_size,
+        guide=s.guide,
     )
     if not pipeline.reads_prompts:
         raise UserError(
@@ -159,6 +162,7 @@ def open_base(s: Settings, device):
         own = pipeline.config.guidance_scale
         s.guidance_scale = 7.5 if foreign else 3.0 if own == 1 else own
     given = {"sampler": s.sampler, "steps": s.sample_steps, "amp": s.amp}
+    given["guidance_interval"] = s.guidance_interval
     try:
         pipeline.frames([0], prompts=[""], guidance_scale=s.guidance_scale, **given)
     except ValueError as error:

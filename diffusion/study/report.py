@@ -184,7 +184,8 @@ def write_report(study) -> Path:
         f"Base model {Path(s.load_path or s.sd_path).resolve().name}, {s.image_size} px; "
         f"budget {s.budget}: "
         f"{s.steps} steps of {s.batch_size}, {s.num_images} images a cell, {s.sampler} with "
-        f"{s.sample_steps} steps, guidance {s.guidance_scale:g}, seed {s.seed}. "
+        f"{s.sample_steps} steps, guidance {s.guidance_scale:g}"
+        f"{f' away from {Path(s.guide).name}' if s.guide else ''}, seed {s.seed}. "
         f"{sum(map(study.done, study.cells))} of {len(study.cells)} cells are finished."
     )
     styles = {

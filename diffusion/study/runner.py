@@ -25,6 +25,7 @@ def base_arguments(s: Settings, prefix: str = "", model: Path | None = None) -> 
     prefix: of --config and --weights, which train.py calls --sd_...
     """
     options = {"load_path": model or s.load_path, "sd_path": s.sd_path, "vae": s.vae}
+    options["guide"] = None if prefix else s.guide
     options[f"{prefix}config"] = s.sd_config
     if model is None:
         if s.sd_weights == "ema":
@@ -89,6 +90,8 @@ def sample_arguments(
     elif cell.kind == "mix":
         weights = zip(trained, (1 - cell.share, cell.share))
         args += [f"--lora={file}:{weight:g}" for file, weight in weights if weight]
+    if s.guidance_interval:
+        args += ["--guidance_interval", *map(str, s.guidance_interval)]
     return args + [
         f"--prompt=@{prompts}",
         "--plain_prompts",

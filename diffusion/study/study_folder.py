@@ -20,7 +20,7 @@ from .plan import Settings
 from .report import definitions, texts_of
 from .styles import slugs_of, stamp, style_folders
 
-PATHS = set("data load_path sd_path sd_config vae features clip".split())
+PATHS = set("data load_path sd_path sd_config vae features clip guide".split())
 WAY = re.compile(rf'("({"|".join(PATHS)}|base)": )"[^"]*/')
 
 
@@ -31,7 +31,8 @@ def describe(s: Settings) -> dict:
     del settings["keep_images"]
     # older studies do not have these: they took the EMA weights of a file that held them
     weights = "ema" if s.load_path is None and has_averaged(base) else "raw"
-    for name, old in (("sd_weights", weights), ("objective", None), ("vae", None)):
+    new = dict.fromkeys(("objective", "vae", "guidance_interval", "guide"))
+    for name, old in (new | {"sd_weights": weights}).items():
         if settings[name] == old:
             del settings[name]
     for name in PATHS & settings.keys():

@@ -39,6 +39,7 @@ from ..sampling.load import (
     build_network,
     check_digests,
     conditioning_of,
+    load,
     open_stack,
     path_of,
 )
@@ -56,7 +57,7 @@ class Recipe:
 
     batches: (step, low, high, then) -> Batch, and the held-out images.
     prompts: those of the sample grids. stack: of a latent model, what is not trained.
-    prior: the class images of DreamBooth, one beside each sample.
+    prior: the class images of DreamBooth, one beside each sample. guide: of the sample grids.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class Recipe:
     prompts: list[str]
     stack: FrozenStack | None = None
     prior: EncodedBatches | None = None
+    guide: Pipeline | None = None
 
     # --- the network
 
@@ -185,6 +187,7 @@ class Recipe:
         """Sample with the run's own settings: prompts in turn, or a block for each class."""
         c = self.config
         pipeline = self.pipeline(model)
+        pipeline.guide = self.guide
         options = {}
         if pipeline.reads_prompts:
             options = pipeline.prompted(self.prompts, plain_prompts=True)(indices)
@@ -197,6 +200,7 @@ class Recipe:
             sampler=c.sampler,
             steps=min(c.sample_steps, len(self.schedule)),
             guidance_scale=c.guidance_scale,
+            guidance_interval=c.guidance_interval,
             amp=c.amp,
             **options,
         )
@@ -248,7 +252,9 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
         batches = encode_batches(c, batches, codec, stack.prompts)
         prompts = grid_prompts(c, batches, stack.prompts)
     conditioning = conditioning_of(c, batches.classes, device, stack and stack.prompts)
-    return Recipe(c, device, schedule, batches, codec, conditioning, trainable, prompts, stack)
+    guide = c.guide and load(c.guide, None, device, c.sd_path, vae=c.vae)
+    parts = (batches, codec, conditioning, trainable)
+    return Recipe(c, device, schedule, *parts, prompts, stack, guide=guide)
 
 
 class Inputs(NamedTuple):

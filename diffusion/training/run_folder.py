@@ -218,7 +218,7 @@ def check_overwrite(config: Config, folder: Path) -> None:
     if links and run_files(folder) and made_here(folder) is None:
         refuse(links[0], "is a link, which --overwrite follows in a run that was made here only")
     deleted = [path.resolve() for path in run_files(folder)]
-    for name in ("load_path", *checkpoint.NETWORKS):
+    for name in ("load_path", "guide", *checkpoint.NETWORKS):
         path = getattr(config, name)
         if path is not None and Path(model_path(path)).resolve() in deleted:
             raise UserError(f"--overwrite would delete the file of --{name}; copy it elsewhere")

@@ -611,7 +611,7 @@ def add_guidance_arguments(parser: Parser) -> None:
     """Add --guidance_interval and --guide, which training has as well."""
     # fmt: off
     parser.option("--guidance_interval LO HI", "lowest and highest sigma / alpha that are guided; all other steps call the network once (default: all are guided)", INTERVAL, GUIDED, type=float)
-    parser.option("--guide MODEL", "worse model of the same kind, such as an earlier checkpoint, that guidance leads away from; also for models without condition (default: the model without its condition)", requires=GUIDED)
+    parser.option("--guide MODEL", "worse model of the same kind, such as an earlier checkpoint, that guidance leads away from; also for models without condition; of the model's own file the raw weights (default: the model without its condition)", requires=GUIDED)
     # fmt: on
 
 

@@ -21,7 +21,7 @@ from diffusion.process.samplers import make_table
 from diffusion.process.schedule import make_path, make_schedule
 from diffusion.runtime import cuda_graph
 from diffusion.sampling.conditioning import Unconditional
-from diffusion.sampling.load import build_network, load, path_of
+from diffusion.sampling.load import build_network, load, open_pipeline, path_of
 from diffusion.sampling.pipeline import Pipeline, check_guide
 from diffusion.training.recipe import open_recipe
 
@@ -261,6 +261,15 @@ def test_mistakes_of_sample(model, tmp_path, call, args, named):
     with pytest.raises(UserError, match=named):
         call("--load_path", model, "--device", "cpu", "--save_folder", tmp_path / "s", *args)
     assert not (tmp_path / "s").exists()
+
+
+def test_the_raw_weights_may_guide(model):
+    file = str(model)
+    found = open_pipeline(file, None, None, CPU, guide=file).guide
+    raw, ema = load(model, "raw").model.state_dict(), load(model).model.state_dict()
+    assert_close(found.model.state_dict(), raw, rtol=0, atol=0)
+    found = open_pipeline(file, None, None, CPU, guide=str(model.parent / "ema.safetensors")).guide
+    assert_close(found.model.state_dict(), ema, rtol=0, atol=0)
 
 
 def test_options_of_training():

@@ -184,8 +184,7 @@ def open_model(args, device):
         merged=not args.lora_interpolate,
         guide=args.guide,
     )
-    for one in filter(None, (pipeline, pipeline.guide)):
-        one.compiled = args.compile
+    pipeline.compiled = args.compile
     if pipeline.reads_prompts and not args.prompt and UNGUIDED.holds(args):
         raise UserError("--guidance_scale leads towards a prompt: give --prompt as well")
     return pipeline

@@ -363,8 +363,9 @@ def open_pipeline(
 ) -> Pipeline:
     """Open a trained model, pixel or latent, or Stable Diffusion itself, with adapters put in.
 
-    weights: see `load`. loras, embeddings, merged: see `adapt`. guide: the path of another model,
-    see `Pipeline`. options: see `Options`; the guide is opened with them, too.
+    weights: see `load`. loras, embeddings, merged: see `adapt`. options: see `Options`.
+    guide: the path of another model, see `Pipeline`, which is opened with these options, too; that
+    of the model itself means its raw weights.
     Raises UserError for options that the model has no use for.
     """
     wanted = Options(**options)
@@ -373,7 +374,8 @@ def open_pipeline(
     else:
         path = Path("results/model.pt" if load_path is None else load_path)
         pipeline = load_own(path, sd_path, weights or "ema", device, wanted)
-    pipeline.guide = guide and load(guide, None, device, sd_path, **options)
+    raw = "raw" if guide == load_path else None
+    pipeline.guide = guide and load(guide, raw, device, sd_path, **options)
     return adapt(pipeline, loras, embeddings, merged)
 
 

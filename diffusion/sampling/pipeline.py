@@ -38,7 +38,7 @@ class Pipeline:
     model: what was trained: a U-Net, or one with its text encoder.
     scheduler: what a scheduler_config.json says of timesteps; {} without one.
     height, width: of the images, in pixels; None: the size that the model was trained on.
-    compiled: whether to torch.compile the network.
+    compiled: whether to torch.compile the network, and the guide's.
     guide: what guidance leads away from, in place of the model without its condition: a worse
     model of the same kind (arXiv:2406.02507), see `check_guide`.
     Raises UserError for sizes that the codec cannot make.
@@ -207,6 +207,7 @@ class Pipeline:
         cond, uncond = self.conditioning.of_request(request, guides and guide is None)
         if guide is not None:
             check_guide(self, guide)
+            guide.compiled = self.compiled
             uncond, _ = guide.conditioning.of_request(request, False)
         if self.inpaints:
             image = torch.cat([mask, kept], 1).to(self.device).expand(len(x), -1, -1, -1)

@@ -308,6 +308,27 @@ def test_sample_grids_are_guided(model, faces, tmp_path):
         open_recipe(other, CPU).check(network)
 
 
+def test_a_guide_reads_the_prompts_itself(scratch, model):
+    """The study's base model, with a text encoder that was trained along."""
+    from diffusion.study import __main__ as program
+
+    given = f"--load_path {scratch} --data x --guidance_scale 2 --guide {scratch}"
+    s, *_ = program.parse([*given.split(), "--guidance_interval", "0.1", "9"])
+    pipeline = program.open_base(s, CPU)
+    embed = pipeline.guide.conditioning.embed
+    read = []
+    object.__setattr__(
+        pipeline.guide.conditioning, "embed", lambda *given: read.append(given[0]) or embed(*given)
+    )
+    options = dict(prompts=["bald", "bob"], steps=3, amp="no")
+    own = pipeline.sample(range(2), **options)
+    away = pipeline.sample(range(2), guidance_scale=3.0, **options)
+    assert read == [["bald", "bob"]] and away.isfinite().all() and not torch.equal(own, away)
+    s, *_ = program.parse([*given.split()[:-1], str(model)])
+    with pytest.raises(UserError, match="cannot be sampled: the guide's mode is 'pixel'.*'latent'"):
+        program.open_base(s, CPU)
+
+
 def test_the_study_passes_them_on(tmp_path):
     from diffusion.commands import sample as command
     from diffusion.study import __main__ as program

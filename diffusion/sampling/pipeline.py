@@ -361,9 +361,16 @@ class Pipeline:
 
 # what a model and its guide have in common, of their configurations
 KIND = (
-    "mode", "image_size", "condition", "objective", "path", "time_steps", "schedule", "zero_snr",
+    "mode",
+    "image_size",
+    "condition",
+    "objective",
+    "path",
+    "time_steps",
+    "schedule",
+    "zero_snr",
     "sigma_data",
-)  # fmt: skip
+)
 
 
 def check_guide(pipeline: Pipeline, guide: Pipeline) -> None:

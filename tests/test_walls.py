@@ -24,7 +24,7 @@ FLOORS = [
     {"pictures"},
     {"evaluation"},
     {"training"},
-    {"commands", "study", "export"},
+    {"commands", "study", "export", "learn_table"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FOREIGN = {

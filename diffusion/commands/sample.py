@@ -58,7 +58,7 @@ def parse(args: list[str] | None = None):
     option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
-    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)} (default: ddim; lcm for a model of --consistency)")
+    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: ddim; lcm for a model of --consistency)")
     option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
     option("--eta X", "noise of the ddim sampler, 0 to 1 (default: the sampler's own)", FRACTION)
     option("--spacing NAME", f"spacing of the timesteps: {'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
@@ -110,6 +110,10 @@ def parse(args: list[str] | None = None):
             take_loras(args)
     if args.num_images is None:
         args.num_images = len(args.prompt or ()) or (4 if args.lora_interpolate else 16)
+    if args.guidance_scale is None and (args.sampler or "").endswith(".json"):
+        from ..files.table_files import read_table
+
+        args.guidance_scale = read_table(Path(args.sampler))[0].weight[0].item()
     if args.guidance_scale is None:
         args.guidance_scale = 7.5 if args.prompt else 1.0
     parser.check(args)
@@ -258,7 +262,9 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)
     settings = {
         "Steps": table.steps,
-        "Sampler": TITLES.get(args.sampler) or SAMPLERS[table.sampler].title,
+        "Sampler": short_name(table.sampler)
+        if table.spacing == "learned"
+        else TITLES.get(args.sampler) or SAMPLERS[table.sampler].title,
         "CFG scale": options["guidance_scale"],
         "Seed": options["seed"],
         "Image": index,

@@ -7,9 +7,11 @@ is always alpha_t x0 + sigma_t eps.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import UserError
 from .samplers import D0, HISTORY, NOISE, Table, X, Y
@@ -111,8 +113,7 @@ class Update:
         return (*made, x0)
 
 
-@torch.inference_mode()
-def sample_loop(
+def differentiable_loop(
     denoise,
     x: Tensor,
     table: Table,
@@ -125,7 +126,10 @@ def sample_loop(
     inpaint: Inpaint | None = None,
     capture: Callable | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run a table from x at its first level; yields (y', x0) after each row.
+    """Run a table from x at its first level; yields (y', x0) after each row, with gradients.
+
+    `sample_loop` is the same without them. Backward computes each row again, so that the memory
+    holds one at a time (arXiv:1604.06174).
 
     denoise(x, k, *cond) -> x0, each (B, C, H, W), for a row k of its `coefficients(t, alpha,
         sigma)` (N, 4), which are computed once, in float64 (`objective.Denoiser`), and the weight.
@@ -161,6 +165,8 @@ def sample_loop(
         if guided is None:
             raise ValueError("this table guides in its rows; pass guided=")
         runs[True] = (replace(update, denoise=guided), cond + uncond)
+    if k.requires_grad:
+        capture = lambda run, _: partial(checkpoint, run, use_reentrant=False)  # noqa: E731
     if capture is not None:
         runs = {
             key: (capture(run, (key, clip, update.columns)), c) for key, (run, c) in runs.items()
@@ -180,6 +186,9 @@ def sample_loop(
             y = inpaint.blend(y, *(levels[i + 1] if i + 1 < len(table) else (1.0, 0.0)))
             x = inpaint.blend(x, *levels[i]) if waits[i] else y
         yield y, x0
+
+
+sample_loop = torch.inference_mode()(differentiable_loop)
 
 
 def sample(denoise, x: Tensor, table: Table, **options) -> Tensor:

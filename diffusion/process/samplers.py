@@ -36,6 +36,7 @@ class Table:
     to_x, to_y: (N, 7), A and B. keep: (N, 2), p and q.
     t: (N,), levels: (N+1, 2) alpha and sigma, where y is evaluated, and at the end.
     weight: (N,), of guidance; 1 means none. The rest is what it was made of, see `make_table`.
+    spacing "learned": the table was, at this guidance, and `sampler` is its file.
     """
 
     t: Tensor
@@ -56,8 +57,14 @@ class Table:
     def guided(self, scale: float, interval: tuple[float, float] | None = None) -> "Table":
         """Guide the rows whose sigma / alpha lies in the interval (arXiv:2404.07724); None: all.
 
-        Raises ValueError for an interval without a row.
+        Raises ValueError for an interval without a row, and for other guidance than the table was
+        learned with.
         """
+        if self.spacing == "learned" and (interval or scale != self.weight[0]):
+            raise ValueError(
+                f"{self.sampler} was learned at guidance_scale {self.weight[0]:g}, without an "
+                f"interval; got {scale:g}: learn another table for that"
+            )
         weight = torch.full_like(self.t, scale)
         if interval:
             alpha, sigma = self.levels[:-1].T

@@ -154,7 +154,7 @@ class Prompts:
             return max(len(self.tokenizer.weighted_chunks(prompt)) for prompt in prompts), False
         return 1 if self.joint else self.tokenizer.count_chunks(prompts), True
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode: a table may be learned with what this gives
     def embed(
         self,
         prompts: Sequence[str],

@@ -6,18 +6,21 @@ images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown, some
 from ..config import Config
+from ..data.latents import weights_digest
 from ..files.sd_files import spacing_of
+from ..files.table_files import read_table
 from ..models.build import for_inference
 from ..models.cond import Cond
 from ..models.configs import MAX_SIDE
 from ..models.text_unet import networks_of
-from ..process.loop import Inpaint, guided, sample_loop
+from ..process.loop import Inpaint, differentiable_loop, guided, sample_loop
 from ..process.objective import Denoiser
 from ..process.samplers import Table, make_table
 from ..process.schedule import NoisePath
@@ -164,7 +167,7 @@ class Pipeline:
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
         50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
-        eta, churn, shift and strength.
+        eta, churn, shift and strength; with gradients, where its numbers require them.
         labels, prompts, negative_prompts, chunks, plain_prompts: see `conditioning.Request`.
         guidance_interval: the lowest and the highest sigma / alpha that are guided; all other rows
         call the network once, with its condition (arXiv:2404.07724).
@@ -220,7 +223,8 @@ class Pipeline:
         if cuda_graph:
             key = (amp, guidance_rescale, batched, guide)
             capture = lambda run, what: self.graphs.wrap(run, (*key, *what))  # noqa: E731
-        return sample_loop(
+        loop = differentiable_loop if table.to_x.requires_grad else sample_loop
+        return loop(
             Denoiser(network, *kind),
             x,
             table,
@@ -252,14 +256,29 @@ class Pipeline:
     ) -> Table:
         """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
 
-        sampler: None means ddim, or lcm for a model of --consistency, which has 2 steps by default
-        and spends them at low levels. shift: None means that of training, but for those.
+        sampler: a name, or the .json file of a learned table, which has all but its guidance; None
+        means ddim, or lcm for a model of --consistency, which has 2 steps by default and spends
+        them at low levels. shift: None means that of training, but for those.
+        Raises UserError for a table of another model, and for other options beside one.
         """
         if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
             steps = steps or 2
             shift = shift or 0.4  # of two steps the second is then at sigma / alpha = 0.4
         sampler = sampler or "ddim"
+        if sampler.endswith(".json"):
+            table, model = read_table(Path(sampler))
+            if (steps, spacing, eta, strength) != (None, None, None, 1.0):
+                raise UserError(
+                    f"{sampler} has its own {len(table)} steps from noise to picture: it takes no "
+                    "--steps, --spacing or --eta, and an --init_image at --strength 1 only"
+                )
+            if model != weights_digest(self.model):
+                raise UserError(
+                    f"{sampler} was learned for another model, or for other weights of this one "
+                    "(raw, or with a LoRA): learn one for it, python -m diffusion.learn_table"
+                )
+            return table
         steps = min(50, len(self.schedule)) if steps is None else steps
         shift = self.config.noise_shift if shift is None else shift
         options = dict(strength=strength, eta=eta, spacing=spacing, churn=churn, shift=shift)

@@ -171,13 +171,12 @@ def test_the_target_has_no_gradient_the_same_dropout_and_float32():
 @pytest.mark.parametrize("path", [make_path("vp", 50, "v"), make_path("vp", 1000, "v", schedule="linear"),
                                   make_path("edm", 50, "edm"), make_path("flow", 50, "flow")])  # fmt: skip
 def test_lcm_noises_x0_anew_from_the_same_levels_on_every_path(path):
-    """arXiv:2303.01469, algorithm 1; the levels between the first and 0 are evenly spaced in a flow's time."""
+    """arXiv:2303.01469, algorithm 1; 0.4 times levels that are evenly spaced in a flow's time."""
     assert "lcm" in SAMPLERS and "lcm" in MAKERS
     table = make_table(path, "lcm", 4)
     alpha, sigma = table.levels.T
-    last = torch.sigmoid(-path.lam[-1]).item()
-    u = (sigma / (alpha + sigma))[1:-1]
-    assert_close(u, torch.tensor([0.75, 0.5, 0.25]).double() * last, rtol=1e-6, atol=0)
+    u = 0.98 * torch.tensor([1, 0.75, 0.5, 0.25]).double()
+    assert_close((sigma / alpha)[:-1], 0.4 * u / (1 - u), rtol=1e-6, atol=0)
     expected = torch.zeros(4, 7).double()
     expected[:, D0] = alpha[1:]
     expected[:, NOISE] = sigma[1:]
@@ -225,7 +224,9 @@ def test_a_tuned_model_is_an_ordinary_one(tiny, model, tmp_path):
     pipeline = load(tmp_path / "run")
     table = pipeline.table()
     assert (table.sampler, len(table)) == ("lcm", 2)
-    assert_close((table.levels[1, 1] / table.levels[1, 0]).item(), 0.4, rtol=1e-2, atol=0)
+    assert_close(
+        (table.levels[1, 1] / table.levels[1, 0]).item(), 0.4 * 0.49 / 0.51, rtol=1e-6, atol=0
+    )
     assert torch.equal(pipeline.table("lcm").levels, table.levels)
     assert (pipeline.table("ddim").sampler, len(pipeline.table(steps=4))) == ("ddim", 4)
     assert load(model).table().sampler != "lcm"

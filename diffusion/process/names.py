@@ -26,20 +26,20 @@ SAMPLERS = {
     "ddim": SamplerInfo("DDIM", 0.0, (0, 1)),
     "dpmpp_2m": SamplerInfo("DPM++ 2M", extra=1),
     "dpmpp_2m_sde": SamplerInfo("DPM++ 2M SDE", 1.0, (0, 1), extra=1),
-    "dpmpp_3m": SamplerInfo("DPM++ 3M", extra=1),
-    "dpmpp_3m_sde": SamplerInfo("DPM++ 3M SDE", 1.0, (0, 1), extra=1),
-    "adams4": SamplerInfo("Adams 4"),
-    "deis": SamplerInfo("DEIS"),
-    "unipc2": SamplerInfo("UniPC"),
-    "unipc3": SamplerInfo("UniPC 3"),
-    "ipndm": SamplerInfo("IPNDM"),
-    "heun": SamplerInfo("Heun"),
-    "dpm2": SamplerInfo("DPM2"),
-    "lcm": SamplerInfo("LCM", 1.0, (1, 1), "flow"),
+    "dpmpp_3m": SamplerInfo("DPM++ 3M", spacing="flow", extra=1),
+    "dpmpp_3m_sde": SamplerInfo("DPM++ 3M SDE", 1.0, (0, 1), "flow", 1),
+    "adams4": SamplerInfo("Adams 4", spacing="flow"),
+    "deis": SamplerInfo("DEIS", spacing="flow"),
+    "unipc2": SamplerInfo("UniPC", spacing="flow"),
+    "unipc3": SamplerInfo("UniPC 3", spacing="flow"),
+    "ipndm": SamplerInfo("IPNDM", spacing="flow"),
+    "heun": SamplerInfo("Heun", spacing="karras"),
+    "dpm2": SamplerInfo("DPM2", spacing="karras"),
+    "lcm": SamplerInfo("LCM", 1.0, (1, 1), "consistency"),
 }
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
 TITLES = {"euler": "Euler", "euler_a": "Euler a"}
-SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow")
+SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow", "consistency")
 PATHS = ("vp", "edm", "flow")
 SCHEDULES = ("cosine", "linear", "sigmoid", "scaled_linear")
 NOISE_DISTS = ("uniform", "lognormal", "logit_normal")

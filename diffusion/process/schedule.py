@@ -303,14 +303,19 @@ def _logsnr(schedule: NoisePath, points: int, power: int | None = None) -> Tenso
     return torch.cat([t, t.new_tensor([last + 1.0])]) if infinite else t
 
 
-def _flow(schedule: NoisePath, points: int, shift: float = 1.0) -> Tensor:
-    """Space the flow's u = sigma / (alpha + sigma) uniformly from its last value to 0, shifted."""
+def _flow(schedule: NoisePath, points: int, shift: float = 1.0, highest: float = 1.0) -> Tensor:
+    """Space the flow's u = sigma / (alpha + sigma) uniformly from its last value to 0, shifted.
+
+    highest: a bound of u, above which the path's levels are left out.
+    """
     ends = torch.sigmoid(-schedule.lam[[0, -1]])
     first, last = (ends / (shift - (shift - 1) * ends)).tolist()  # what is shifted to the ends
-    u = torch.linspace(max(first, last / points), last, points, dtype=torch.float64)
+    top = min(last, highest)
+    u = torch.linspace(max(first, top / points), top, points, dtype=torch.float64)
     u = shift * u / (1 + (shift - 1) * u)  # arXiv:2403.03206, eq. 23
     t = schedule.nearest_t(-torch.logit(u))
-    t[-1] = len(schedule) - 1.0
+    if top == last:
+        t[-1] = len(schedule) - 1.0
     return t
 
 
@@ -323,8 +328,10 @@ SPACINGS: dict[str, Callable] = {  # (path, points) -> t, rising
     "logsnr": _logsnr,
     "karras": partial(_logsnr, power=7),  # arXiv:2206.00364, eq. 5
     "flow": _flow,
+    # starts at sigma / alpha = 20, where x is noise; the second of two levels is 0.4
+    "consistency": partial(_flow, shift=0.4, highest=0.98),
 }
-REAL = ("logsnr", "karras", "flow")  # whose t are no whole numbers
+REAL = ("logsnr", "karras", "flow", "consistency")  # whose t are no whole numbers
 
 
 def timesteps(
@@ -339,7 +346,8 @@ def timesteps(
 
     spacing: leading (t = 0 is visited, the last T/steps are not), trailing (T-1 is visited),
         linspace (both are), logsnr and karras (both are; real-valued t, uniform in log-SNR, or in
-        the seventh root of the noise level), flow (uniform in a flow's time, which ends at 0).
+        the seventh root of the noise level), flow (uniform in a flow's time, which ends at 0),
+        consistency (the same, at lower levels).
         More points than T are spread evenly over all of t.
     offset: added to every t of `leading` (Stable Diffusion's steps_offset is 1).
     extra: the spacing is computed for steps + extra points and its lowest points dropped;

@@ -257,14 +257,13 @@ class Pipeline:
         """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
 
         sampler: a name, or the .json file of a learned table, which has all but its guidance; None
-        means ddim, or lcm for a model of --consistency, which has 2 steps by default and spends
-        them at low levels. shift: None means that of training, but for those.
+        means ddim, or lcm for a model of --consistency, which has 2 steps by default. shift: None
+        means that of training.
         Raises UserError for a table of another model, and for other options beside one.
         """
         if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
             steps = steps or 2
-            shift = shift or 0.4  # of two steps the second is then at sigma / alpha = 0.4
         sampler = sampler or "ddim"
         if sampler.endswith(".json"):
             table, model = read_table(Path(sampler))

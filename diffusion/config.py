@@ -22,7 +22,15 @@ from typing import NamedTuple
 
 from . import UserError, printable, shown, some
 from .presets import PRESET_OF_DATA, PRESETS, PROCESSES
-from .process.names import ALIASES, LOSSES, NOISE_DISTS, OBJECTIVES, SCHEDULES
+from .process.names import (
+    ALIASES,
+    DEFAULT_SAMPLER,
+    DEFAULT_STEPS,
+    LOSSES,
+    NOISE_DISTS,
+    OBJECTIVES,
+    SCHEDULES,
+)
 from .process.names import PATHS as NOISE_PATHS
 from .process.names import SAMPLERS as SAMPLER_TABLE
 
@@ -262,8 +270,8 @@ class Config:
     log_every: int = opt(10, "number of steps between lines of metrics.jsonl", POSITIVE, free=True)
     keep_last: int = opt(3, "number of checkpoints to keep", POSITIVE, free=True)
     num_samples: int = opt(64, "number of images in a sample grid; 0: no sample grids", NOT_NEGATIVE, free=True)
-    sampler: str = opt("ddim", "sampler of the sample grids", SAMPLERS, DIFFUSION, free=True)
-    sample_steps: int = opt(50, "number of network evaluations per sample of a grid, at most time_steps", POSITIVE, DIFFUSION, free=True)
+    sampler: str = opt(DEFAULT_SAMPLER, "sampler of the sample grids", SAMPLERS, DIFFUSION, free=True)
+    sample_steps: int = opt(DEFAULT_STEPS, "number of network evaluations per sample of a grid, at most time_steps", POSITIVE, DIFFUSION, free=True)
     fid: bool = opt(False, "measure FID during training", requires=DIFFUSION, free=True)
     fid_every: int = opt(5000, "number of steps between FID measurements", POSITIVE, free=True)
     fid_num_images: int = opt(10_000, "number of samples of an FID measurement", at_least(2), free=True)

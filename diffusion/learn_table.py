@@ -4,9 +4,9 @@ python -m diffusion.learn_table results/model.pt --steps 6                  resu
 python sample.py --load_path results/model.pt --sampler results/table_6.json
 
 A table of N rows has 6 N numbers: its levels, and each row's weights of x and of the last four x0.
-They start as DPM-Solver++(2M)'s and descend the squared distance to the teacher's pictures from the same noise,
-by gradients through the whole loop (arXiv:2305.14502, arXiv:2405.15506). Images that it did not
-learn from judge it.
+They start as UniPC's, at the spacing that suits the model, and descend the squared distance to the
+teacher's pictures from the same noise, by gradients through the whole loop (arXiv:2305.14502,
+arXiv:2405.15506). Images that it did not learn from judge it.
 """
 
 from dataclasses import replace
@@ -18,14 +18,35 @@ from torch import Tensor
 from .config import GUIDANCE, STEPS, Parser, add_runtime_arguments, model_path, run_script
 from .data.latents import weights_digest
 from .files.sd_files import write_json
-from .process.samplers import Table, ancestral
+from .process.samplers import D0, NOISE, Table, X, Y, ancestral
 from .process.schedule import NoisePath
 from .runtime.distributed import log, progress, setup
+from .runtime.seeding import permutation
 from .sampling.load import load
 
 TEACHER = ("unipc2", 60)  # the nearest to 240 evaluations
-SEED = 1_000_000  # images 0 to 63 of it teach, the others judge
-BATCHES = [range(i, i + 8) for i in range(0, 96, 8)]
+SEED = 1_000_000  # its first TAUGHT images teach, the others judge
+STARTS = ("flow", "logsnr", "trailing")  # spacings
+TAUGHT = 64
+JUDGED = 32
+BATCH = 8
+EPOCHS = 30
+
+
+def with_one_state(table: Table) -> Table:
+    """Make the same table with one state, of one like UniPC's: x is y but for the history.
+
+    Row i leaves y' = k x' + rest . (d0, d1, ...), so that in the next one x = (y - rest . (d1, ...)) / k.
+    """
+    rows = table.to_y.clone()
+    for row, a, b in zip(rows[1:], table.to_x, table.to_y):
+        k = (b[X] + b[Y]) / (a[X] + a[Y])
+        rest = (b - k * a)[D0 : NOISE - 1]
+        row[D0 + 1 : NOISE] -= row[X] / k * rest
+        row[X] /= k
+    rows[:, X] += rows[:, Y]
+    rows[:, Y] = 0
+    return replace(table, to_x=rows, to_y=rows)
 
 
 def learn(student, targets: Tensor, start: Table, path: NoisePath, batches) -> Table:
@@ -83,16 +104,20 @@ def main() -> None:
         *_, (x, _) = pipeline.frames(indices, table=table, **given)
         return x
 
-    def ends(table: Table) -> Tensor:
-        return torch.cat([end(table, batch) for batch in progress(BATCHES)])
+    def ends(table: Table, low: int, high: int) -> Tensor:
+        batches = [range(i, i + BATCH) for i in range(low, high, BATCH)]
+        return torch.cat([end(table, batch) for batch in progress(batches, leave=False)])
 
-    def psnr(table: Table) -> float:
-        error = (ends(table) - targets)[64:].square().mean()
-        return 10 * (4 / error).log10().item()
+    def psnr(table: Table, low: int = TAUGHT, high: int = TAUGHT + JUDGED) -> float:
+        error = ends(table, low, high) - targets[low:high]
+        return 10 * (4 / error.square().mean()).log10().item()
 
-    targets = ends(pipeline.table(*TEACHER))
-    start = pipeline.table("dpmpp_2m", args.steps, "flow")
-    table = learn(end, targets, start, pipeline.schedule, progress(BATCHES[:8] * 10))
+    targets = ends(pipeline.table(*TEACHER), 0, TAUGHT + JUDGED)
+    made = [pipeline.table("unipc2", args.steps, spacing) for spacing in STARTS]
+    start = with_one_state(max(made, key=lambda table: psnr(table, 0, BATCH)))
+    orders = [permutation(TAUGHT, SEED, epoch).tolist() for epoch in range(EPOCHS)]
+    batches = [order[i : i + BATCH] for order in orders for i in range(0, TAUGHT, BATCH)]
+    table = learn(end, targets, start, pipeline.schedule, progress(batches))
     table = table.guided(args.guidance_scale)
     about = dict(teacher=TEACHER, seed=SEED, psnr_before=psnr(start), psnr=psnr(table))
     rows = torch.column_stack([table.t, table.levels[:-1], table.weight, table.to_x])

@@ -16,7 +16,7 @@ from diffusion.commands import sample as sample_command
 from diffusion.config import Config
 from diffusion.files.checkpoint import save_weights
 from diffusion.files.table_files import read_table
-from diffusion.learn_table import learn
+from diffusion.learn_table import learn, with_one_state
 from diffusion.models.build import build_pixel_unet
 from diffusion.process.loop import differentiable_loop, sample
 from diffusion.process.names import SAMPLERS
@@ -78,6 +78,17 @@ def test_a_learned_table_beats_every_sampler_on_noise_that_it_did_not_see(name, 
     assert learned < most * min(by_name), (learned, min(by_name))
 
 
+@pytest.mark.parametrize("path", ["vp", "flow", "edm"])
+def test_unipcs_two_states_are_one(path):
+    """The corrected state is the predicted one and differences of past x0."""
+    table = make_table(make_path(path, 1000, "v"), "unipc2", 7, spacing="flow")
+    one = with_one_state(table)
+    assert torch.equal(one.to_x, one.to_y)
+    x = noise(8, 0) * table.levels[0, 1]
+    ends = [sample(Mixture(), x, t, clip=False) for t in (table, one)]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_the_loop_are_finite_differences():
     path = make_path("vp", 1000, "v")
     start = make_table(path, "adams4", 5, spacing="logsnr")
@@ -119,7 +130,8 @@ def learned(tmp_path_factory):
     command = ["learn_table", str(model), "--steps", "3", "--guidance_scale", "2", "--amp", "no"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learn_table, "TEACHER", ("unipc2", 8))
-        patch.setattr(learn_table, "BATCHES", [range(i, i + 8) for i in range(0, 72, 8)])
+        patch.setattr(learn_table, "JUDGED", 8)
+        patch.setattr(learn_table, "EPOCHS", 5)
         patch.setattr(sys, "argv", command)
         learn_table.main()
     assert sorted(folder.iterdir()) == [model, folder / "table_3.json"]

@@ -30,7 +30,7 @@ from ..config import (
     add_runtime_arguments,
     at_least,
 )
-from ..process.names import SPACINGS
+from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS, SPACINGS
 
 MAX_LORA_WEIGHT = 1000  # far beyond it pictures saturate, then numbers overflow
 LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
@@ -58,8 +58,8 @@ def parse(args: list[str] | None = None):
     option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
-    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: ddim; lcm for a model of --consistency)")
-    option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
+    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
+    option("--steps N", f"number of network evaluations per image (default: {DEFAULT_STEPS}, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
     option("--eta X", "noise of the ddim sampler, 0 to 1 (default: the sampler's own)", FRACTION)
     option("--spacing NAME", f"spacing of the timesteps: {'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
     option("--churn X", "S_churn of the heun and dpm2 samplers: noise that is added before each step but the first", NOT_NEGATIVE, default=0.0)

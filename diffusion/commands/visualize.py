@@ -20,6 +20,7 @@ from ..config import (
     add_runtime_arguments,
     between,
 )
+from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS
 
 PROMPT = Rule("--prompt", lambda a: a.prompt)
 MODEL = Rule("--load_path, a model", lambda a: a.load_path is not None)
@@ -34,8 +35,8 @@ def parse(args: list[str] | None = None):
     option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
     option("--data TEXT", type=PATH, help="images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
     option("--num_images N", "number of images in each picture", between(1, 16), default=4)
-    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}", default="ddim")
-    option("--steps N", "number of network evaluations per image (default: 50, or all of a shorter schedule)", STEPS)
+    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)} (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
+    option("--steps N", f"number of network evaluations per image (default: {DEFAULT_STEPS}, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
     option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance", GUIDANCE, MODEL, default=1.0)
     option("--class_label NAME", "class of the images, by name or number (default: every class in turn)", requires=MODEL)
     option("--prompt TEXT", "text for a model that reads prompts; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself (default: the data's captions)", UTF8, MODEL, action="append")

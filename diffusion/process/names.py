@@ -37,6 +37,8 @@ SAMPLERS = {
     "dpm2": SamplerInfo("DPM2", spacing="karras"),
     "lcm": SamplerInfo("LCM", 1.0, (1, 1), "consistency"),
 }
+DEFAULT_SAMPLER = "unipc2"  # the best of docs/solvers.md
+DEFAULT_STEPS = 20
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
 TITLES = {"euler": "Euler", "euler_a": "Euler a"}
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow", "consistency")

@@ -21,6 +21,7 @@ from ..models.cond import Cond
 from ..models.configs import MAX_SIDE
 from ..models.text_unet import networks_of
 from ..process.loop import Inpaint, differentiable_loop, guided, sample_loop
+from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS
 from ..process.objective import Denoiser
 from ..process.samplers import Table, make_table
 from ..process.schedule import NoisePath
@@ -166,7 +167,7 @@ class Pipeline:
         """Sample the images with these indices; yields (x_s, x0) after each step.
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
-        50, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
+        20, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,
         eta, churn, shift and strength; with gradients, where its numbers require them.
         labels, prompts, negative_prompts, chunks, plain_prompts: see `conditioning.Request`.
         guidance_interval: the lowest and the highest sigma / alpha that are guided; all other rows
@@ -257,14 +258,14 @@ class Pipeline:
         """Make what `frames` runs; a model's own scheduler, if any, spaces the timesteps.
 
         sampler: a name, or the .json file of a learned table, which has all but its guidance; None
-        means ddim, or lcm for a model of --consistency, which has 2 steps by default. shift: None
-        means that of training.
+        means the best that was measured, in 20 steps unless given; for a model of --consistency
+        lcm, in 2. shift: None means that of training.
         Raises UserError for a table of another model, and for other options beside one.
         """
         if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
             steps = steps or 2
-        sampler = sampler or "ddim"
+        sampler = sampler or DEFAULT_SAMPLER
         if sampler.endswith(".json"):
             table, model = read_table(Path(sampler))
             if (steps, spacing, eta, strength) != (None, None, None, 1.0):
@@ -278,7 +279,7 @@ class Pipeline:
                     "(raw, or with a LoRA): learn one for it, python -m diffusion.learn_table"
                 )
             return table
-        steps = min(50, len(self.schedule)) if steps is None else steps
+        steps = steps or min(DEFAULT_STEPS, len(self.schedule))
         shift = self.config.noise_shift if shift is None else shift
         options = dict(strength=strength, eta=eta, spacing=spacing, churn=churn, shift=shift)
         if spacing is None and self.scheduler:

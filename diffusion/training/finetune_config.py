@@ -61,7 +61,7 @@ TUNING = {
     "noise_dist": "lognormal",
     "noise_mean": -1.1,
     "noise_std": 2.0,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_schedule": "linear",
     "amp": "no",
     "sampler": "lcm",

@@ -26,11 +26,12 @@ from .sampling.load import load
 
 TEACHER = ("unipc2", 60)  # the nearest to 240 evaluations
 SEED = 1_000_000  # its first TAUGHT images teach, the others judge
-STARTS = ("flow", "logsnr", "trailing")  # spacings
+STARTS = ("flow", "logsnr", "trailing", "consistency")  # spacings
 TAUGHT = 64
 JUDGED = 32
 BATCH = 8
 EPOCHS = 30
+RATE = 0.02  # of Adam
 
 
 def with_one_state(table: Table) -> Table:
@@ -74,7 +75,7 @@ def learn(student, targets: Tensor, start: Table, path: NoisePath, batches) -> T
         rows = ancestral(levels, 0.0).to_x + known + more
         return replace(start, t=t, levels=levels, to_x=rows, to_y=rows)
 
-    optimizer = torch.optim.Adam([lam, weights], 0.05)
+    optimizer = torch.optim.Adam([lam, weights], RATE)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for batch in batches:
         optimizer.zero_grad()

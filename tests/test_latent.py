@@ -441,7 +441,7 @@ def test_image_to_image_and_inpainting(sd_folder, tmp_path, monkeypatch):
     assert (last[..., 8:] - start["init"][..., 8:]).abs().mean() > 0.1
     for args, named in (
         (("--mask", mask), "--mask.*--init_image"),
-        (("--init_image", tmp_path / "none.png"), "no such file"),
+        (("--init_image", tmp_path / "none.png"), "none.png"),
         (("--init_image", photo, "--strength", 0.01), "strength"),
         (("--height", 33), "height is 33.* 2"),
         (("--clip_skip", 9), "clip_skip is 9"),

@@ -288,7 +288,7 @@ def test_models_that_have_moved_are_measured_and_shown(latent, vae, faces, tmp_p
     (dict(mode="latent", vae="x", sd_config="y"), "--sd_config:.*--sd_path FILE"),
     (dict(mode="latent", vae="x", text_dim=64), "--text_dim:.*--condition text"),
     (dict(validation_prompts="x"), "--validation_prompts:.*--condition text"),
-    (dict(sd_path="x", schedule="linear", time_steps=20), "--time_steps, --schedule:.* from scratch"),
+    (dict(sd_path="x", schedule="linear", time_steps=20), "--time_steps: .* from scratch"),
     (dict(sd_path="x", text_encoder="scratch"), "--text_encoder:"),
     (dict(sd_path="x", unet_dim=32), "--unet_dim:"),
     (dict(sd_path="x", layers_per_block=1), "--layers_per_block:"),

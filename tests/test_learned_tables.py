@@ -57,25 +57,29 @@ def rms(a, b) -> float:
     return (a - b).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "most"), [("vp", 4, 0.6), ("vp", 6, 0.6), ("vp", 8, 0.75), ("flow", 6, 0.75)]
-)
-def test_a_learned_table_beats_every_sampler_on_noise_that_it_did_not_see(name, steps, most):
+@pytest.mark.parametrize(("name", "steps"), [("vp", 4), ("vp", 6), ("vp", 8), ("flow", 6)])
+def test_a_learned_table_beats_every_sampler_on_noise_that_it_did_not_see(name, steps):
     path = make_path(name, 1000, "v")
     taught, unseen = noise(256, 1), noise(512, 2)
     exact = make_table(path, "unipc3", 200, spacing="logsnr")
     targets, ends = (sample(Mixture(), x, exact, clip=False) for x in (taught, unseen))
-    by_name = [
-        rms(sample(Mixture(), unseen, make_table(path, name, steps, spacing=spacing), clip=False), ends)
-        for name, info in SAMPLERS.items() if info.eta == 0
+    by_name = {
+        (name, spacing): rms(
+            sample(Mixture(), unseen, make_table(path, name, steps, spacing=spacing), clip=False),
+            ends,
+        )
+        for name, info in SAMPLERS.items()
+        if info.eta == 0
         for spacing in SPACINGS
-    ]  # fmt: skip
+    }
+    best = min(by_name, key=by_name.get)
+    assert best[0] == "unipc2"
     batches = [range(i, i + 64) for i in range(0, 256, 64)] * 20
-    start = make_table(path, "dpmpp_2m", steps, spacing="flow")
+    start = with_one_state(make_table(path, best[0], steps, spacing=best[1]))
     table = learn(lambda table, batch: end(taught[batch], table), targets, start, path, batches)
     assert len(table) == steps
     learned = rms(sample(Mixture(), unseen, table, clip=False), ends)
-    assert learned < most * min(by_name), (learned, min(by_name))
+    assert learned < 0.75 * by_name[best], (learned, by_name[best])
 
 
 @pytest.mark.parametrize("path", ["vp", "flow", "edm"])

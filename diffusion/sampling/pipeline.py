@@ -264,7 +264,7 @@ class Pipeline:
         """
         if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
-            steps = steps or 2
+            steps = 2 if steps is None else steps
         sampler = sampler or DEFAULT_SAMPLER
         if sampler.endswith(".json"):
             table, model = read_table(Path(sampler))
@@ -279,7 +279,7 @@ class Pipeline:
                     "(raw, or with a LoRA): learn one for it, python -m diffusion.learn_table"
                 )
             return table
-        steps = steps or min(DEFAULT_STEPS, len(self.schedule))
+        steps = min(DEFAULT_STEPS, len(self.schedule)) if steps is None else steps
         shift = self.config.noise_shift if shift is None else shift
         options = dict(strength=strength, eta=eta, spacing=spacing, churn=churn, shift=shift)
         if spacing is None and self.scheduler:

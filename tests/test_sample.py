@@ -192,8 +192,8 @@ def test_foreign_and_broken_files(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args, named", [
-    (["--steps", "21"], "20"),
-    (["--sampler", "euler"], "ddpm, ddpm_large"),
+    (["--steps", "0"], "steps"),
+    (["--sampler", "rk45"], "ddpm, ddpm_large"),
     (["--spacing", "evenly"], "leading, trailing"),
     (["--class_label", "cat"], "0 bald, 1 bob, 2 spiky"),
     (["--num_images", "0"], "num_images"),

@@ -133,8 +133,15 @@ def test_spacing(steps, spacing, offset, expected):
 def test_steps_are_exact_distinct_and_inside(spacing, zero_snr, steps):
     t = timesteps(make_schedule("cosine", 50, zero_snr), steps, spacing)
     assert len(t) == steps and (t.diff() < 0).all() and t[0] <= 49 and t[-1] >= 0
-    if spacing not in ("leading", "linspace"):
+    if spacing not in ("leading", "linspace", "consistency"):
         assert t[0] == 49
+
+
+def test_the_consistency_spacing_starts_where_x_is_noise():
+    """0.4 times the noise levels of u = 0.98 (1, 1/2)."""
+    s = make_schedule("cosine", 1000)
+    alpha, sigma = s.at(timesteps(s, 2, "consistency"))
+    assert_close(sigma / alpha, torch.tensor([19.6, 0.4 * 0.49 / 0.51]).double(), rtol=1e-6, atol=0)
 
 
 def test_logsnr_is_uniform():
@@ -155,7 +162,8 @@ def test_impossible_spacings_are_refused():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_more_steps_than_t(spacing):
     t = timesteps(make_schedule("linear", 100), 150, spacing)
-    assert len(t) == 150 and t[0] == 99 and t[-1] >= 0 and (t.diff() < 0).all()
+    assert len(t) == 150 and t[-1] >= 0 and (t.diff() < 0).all()
+    assert t[0] == 99 or spacing == "consistency"
 
 
 # --- the forward process -----------------------------------------------------------------------

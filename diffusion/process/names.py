@@ -25,7 +25,7 @@ SAMPLERS = {
     "ddpm_large": SamplerInfo("DDPM large", 1.0, (1, 1)),
     "ddim": SamplerInfo("DDIM", 0.0, (0, 1)),
     "dpmpp_2m": SamplerInfo("DPM++ 2M", extra=1),
-    "dpmpp_2m_sde": SamplerInfo("DPM++ 2M SDE", 1.0, (0, 1), extra=1),
+    "dpmpp_2m_sde": SamplerInfo("DPM++ 2M SDE", 1.0, (0, 1), "flow", 1),
     "dpmpp_3m": SamplerInfo("DPM++ 3M", spacing="flow", extra=1),
     "dpmpp_3m_sde": SamplerInfo("DPM++ 3M SDE", 1.0, (0, 1), "flow", 1),
     "adams4": SamplerInfo("Adams 4", spacing="flow"),
@@ -37,7 +37,7 @@ SAMPLERS = {
     "dpm2": SamplerInfo("DPM2", spacing="karras"),
     "lcm": SamplerInfo("LCM", 1.0, (1, 1), "consistency"),
 }
-DEFAULT_SAMPLER = "unipc2"  # the best of docs/solvers.md
+DEFAULT_SAMPLER = "dpmpp_2m_sde"  # the best of docs/solvers.md
 DEFAULT_STEPS = 20
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
 TITLES = {"euler": "Euler", "euler_a": "Euler a"}

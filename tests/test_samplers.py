@@ -410,7 +410,9 @@ def test_inpainting_blends_each_state_at_its_own_level(x, name):
 @pytest.mark.parametrize("steps", [9, 10])
 def test_two_stages_start_later_at_a_step(name, steps):
     s = make_schedule("linear", 1000)
-    complete, late = (make_table(s, name, steps, strength=strength) for strength in (1.0, 0.5))
+    complete, late = (
+        make_table(s, name, steps, strength=strength, spacing="trailing") for strength in (1.0, 0.5)
+    )
     start = make_table(s, "ddim", steps // 2 + 1, strength=0.5).levels[0]
     assert_close(late.levels[0], start, rtol=0, atol=0)
     assert 0 < len(late) < steps

@@ -490,7 +490,7 @@ def test_options_at_their_defaults_are_no_mistake(model, tmp_path, call):
 @pytest.mark.parametrize("args, name", [
     ("--seed -1", "seed is"), ("--guidance_scale nan", "guidance_scale is"), ("--steps 0", "steps is"),
     ("--num_images 17", "num_images is"), ("--prompt a", "no text"), ("--sd_path x", "sd_path"),
-    ("--sampler euler", "ddpm, ddpm_large"),
+    ("--sampler rk45", "ddpm, ddpm_large"),
 ])  # fmt: skip
 def test_options_of_visualize(model, tmp_path, call, args, name):
     with pytest.raises(UserError, match=name):
@@ -565,8 +565,8 @@ def test_prompts_that_are_left_over_are_named(sd_folder, tmp_path, call, capsys)
 
 
 @pytest.mark.parametrize("args, expected", [
-    ("--steps 25 --spacing logsnr", {"Steps": "25", "Spacing": "logsnr", "Eta": "0.0", "Sampler": "DDIM"}),
-    ("--sampler dpmpp_2m_sde --steps 3", {"Steps": "3", "Spacing": "trailing", "Eta": "1.0", "Sampler": "DPM++ 2M SDE"}),
+    ("--steps 25 --spacing logsnr", {"Steps": "25", "Spacing": "logsnr", "Eta": "1.0", "Sampler": "DPM++ 2M SDE"}),
+    ("--sampler dpmpp_2m_sde --steps 3", {"Steps": "3", "Spacing": "flow", "Eta": "1.0", "Sampler": "DPM++ 2M SDE"}),
     ("--sampler ddim --eta 0.5 --steps 4 --spacing leading", {"Eta": "0.5", "Spacing": "leading", "Steps": "4"}),
     ("", {"Steps": "20", "CFG scale": "1.0", "Seed": "0", "Size": "16x16", "Model": "model0/model", "Weights": "ema"}),
     ("--class_label bob --guidance_scale 2 --guidance_rescale 0.7 --weights raw",

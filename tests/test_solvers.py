@@ -115,7 +115,8 @@ def test_multistep_is_diffusers(x, name, steps):
     final_sigmas = {} if kind == "DEISMultistep" else {"final_sigmas_type": final}
     theirs = diffusers(kind, timestep_spacing="trailing", **options, **final_sigmas)
     theirs.set_timesteps(steps)
-    table = make_table(make_schedule("scaled_linear", 1000), name, steps, final=final)
+    schedule = make_schedule("scaled_linear", 1000)
+    table = make_table(schedule, name, steps, spacing="trailing", final=final)
     assert table.t.tolist() == theirs.timesteps.tolist()
     noise = draws(steps, x)
     ours = run(table, x, noise)
@@ -139,7 +140,8 @@ def test_in_sigma_over_alpha_is_diffusers(x, name, kind, monkeypatch):
     steps = 10
     theirs.set_timesteps(steps)
     evaluations = len(theirs.timesteps)
-    table = make_table(make_schedule("scaled_linear", 1000), name, evaluations)
+    schedule = make_schedule("scaled_linear", 1000)
+    table = make_table(schedule, name, evaluations, spacing="trailing")
     assert table.t.tolist() == theirs.timesteps.tolist()
     noise = draws(evaluations, x)
     if name == "ddpm":
@@ -189,7 +191,7 @@ def table_of(levels, rows) -> Table:
 def test_lcm_is_diffusers(x, monkeypatch):
     theirs = diffusers("LCM")
     theirs.set_timesteps(timesteps=[999, 799, 599, 399, 199])
-    table = make_table(make_schedule("scaled_linear", 1000), "lcm", 5)
+    table = make_table(make_schedule("scaled_linear", 1000), "lcm", 5, spacing="trailing")
     assert table.t.tolist() == theirs.timesteps.tolist()
     noise = draws(5, x)
     queue = iter(noise)

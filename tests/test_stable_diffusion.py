@@ -16,6 +16,7 @@ from diffusion.files import (
     sd_names as rules,
 )
 from diffusion.files.tensors import find_weights, read_tensors
+from diffusion.process.samplers import NOISE
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import open_pipeline
 
@@ -71,7 +72,7 @@ def test_ddpm_is_diffusers(theirs, monkeypatch):
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for sampler in ("ddpm", "ddpm_large"):
         table = ours.table(sampler, 7)
-        assert table.levels[-1].tolist() == [1, 0] and table.rows[-1, 3] == 0
+        assert table.levels[-1].tolist() == [1, 0] and table.to_x[-1, NOISE] == 0
     with pytest.raises(ValueError, match="--spacing trailing"):
         ours.table("ddim", 1000)
     assert len(ours.table("ddim", 1000, spacing="trailing")) == 1000

@@ -398,8 +398,8 @@ def poison(monkeypatch, steps):
     """Make the loss of these steps NaN."""
     real, count = recipe_module.training_loss, iter(range(10**6))
 
-    def loss(*args):
-        value = real(*args)
+    def loss(*args, **options):
+        value = real(*args, **options)
         # held-out losses come without gradients and do not count
         return value * float("nan") if value.requires_grad and next(count) in steps else value
 

@@ -66,9 +66,7 @@ def test_as_a_user_calls_it(tmp_path):
 
 
 def test_a_model(model, tmp_path, show):
-    show(
-        "--load_path", model, "--save_folder", tmp_path, "--html", "--num_images", 2, "--steps", 10
-    )
+    show("--load_path", model, "--save_folder", tmp_path, "--html", "--num_images", 2, "--sampler", "ddim", "--steps", 10)  # fmt: skip
     viz = tmp_path / "viz"
     assert {p.name for p in viz.iterdir()} == FORWARD | REVERSE | {"index.html"}
     # the page: the runs that fit into T = 20 steps
@@ -202,7 +200,7 @@ def test_interpolations_end_at_the_samples(pipeline, tmp_path):
     np.testing.assert_array_equal(rows[:, 0], to_uint8(data.images[:2]))
     np.testing.assert_array_equal(rows[:, -1], to_uint8(data.images[2:]))
     # half of the steps from the image's own q_sample
-    [*_, (x, _)] = pipeline.frames([0], init=data.images[:1], strength=0.5, steps=10, eps=ImageNoise(3, [0], pipeline.shape)(), **own)  # fmt: skip
+    [*_, (x, _)] = pipeline.frames([0], init=data.images[:1], strength=0.5, sampler="ddim", steps=10, eps=ImageNoise(3, [0], pipeline.shape)(), **own)  # fmt: skip
     assert abs(rows[0, 1].astype(int) - to_uint8(x)[0]).max() <= 1
 
 

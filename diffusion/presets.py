@@ -30,7 +30,7 @@ PRESETS: dict[str, dict] = {
         text_encoder="scratch", text_length=112, text_layers=3, unet_dim=64, dim_mults=(1, 2),
         layers_per_block=1, batch_size=32, train_steps=3500, lr_schedule="cosine",
         lr_warmup_steps=100, loss="l2", save_and_sample_every=500, num_samples=16,
-        sampler="dpmpp_2m", sample_steps=20, guidance_scale=3.0, save_folder="results/sd_tiny",
+        sampler="dpmpp_2m", guidance_scale=3.0, save_folder="results/sd_tiny",
     ),
     # what --sd_path means where neither --preset nor --adapter is given; the size is the model's
     "fine_tune": dict(

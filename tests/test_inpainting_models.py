@@ -64,7 +64,7 @@ def sample(monkeypatch, tmp_path):
     def run(folder, *args, count=2):
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         given = ["--sd_path", folder, "--save_folder", out, "--prompt", PROMPT, "--device", "cpu",
-                 "--num_images", count, "--steps", 5, "--amp", "no", *args]  # fmt: skip
+                 "--num_images", count, "--sampler", "ddim", "--steps", 5, "--amp", "no", *args]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, given)])
         runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
         files = sorted((out / "images").glob("*.png"))
@@ -114,7 +114,7 @@ def test_the_latents_are_diffusers(theirs, pictures, monkeypatch):
     ours = open_pipeline(None, str(theirs[1]), None, CPU, amp="no")
     start = read_init_image(ours, *map(str, pictures))
     start = {name: value.expand(2, -1, -1, -1) for name, value in start.items()}
-    found = ours.sample(range(2), steps=5, prompts=[PROMPT] * 2, guidance_scale=4.0, amp="no", **start)  # fmt: skip
+    found = ours.sample(range(2), sampler="ddim", steps=5, prompts=[PROMPT] * 2, guidance_scale=4.0, amp="no", **start)  # fmt: skip
     want = torch.from_numpy(expected(theirs, pictures, monkeypatch, 4.0, 1.0)) / 127.5 - 1
     assert_close(found.clamp(-1, 1).permute(0, 2, 3, 1), want.float(), rtol=0, atol=1e-4)
 

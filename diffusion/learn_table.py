@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import GUIDANCE, STEPS, Parser, add_runtime_arguments, model_path, run_script
 from .data.latents import weights_digest
 from .files.sd_files import write_json
-from .process.samplers import D0, NOISE, Table, X, Y, ancestral
+from .process.samplers import D0, NOISE, Table, X, Y, one_state
 from .process.schedule import NoisePath
 from .runtime.distributed import log, progress, setup
 from .runtime.seeding import permutation
@@ -50,6 +50,14 @@ def with_one_state(table: Table) -> Table:
     return replace(table, to_x=rows, to_y=rows)
 
 
+def euler(levels: Tensor) -> Tensor:
+    """Make the rows (N, 7) of DDIM, with gradients also where a step ends at sigma = 0."""
+    alpha_t, sigma_t = levels[:-1].T
+    alpha_s, sigma_s = levels[1:].T
+    k_x = sigma_s / sigma_t
+    return one_state(k_x, alpha_s - k_x * alpha_t, 0.0).to_x
+
+
 def learn(student, targets: Tensor, start: Table, path: NoisePath, batches) -> Table:
     """Move the levels and weights of a table so that the student ends at the targets (M, ...).
 
@@ -60,7 +68,7 @@ def learn(student, targets: Tensor, start: Table, path: NoisePath, batches) -> T
     differences the weights can be learned one by one.
     """
     lam = (start.levels[:-1, 0] / start.levels[:-1, 1]).log().requires_grad_()
-    known = start.to_x - ancestral(start.levels, 0.0).to_x
+    known = start.to_x - euler(start.levels)
     # a hair more than 0: no column is dropped
     weights = torch.full((len(start), 5), 1e-9).double().requires_grad_()
 
@@ -72,7 +80,7 @@ def learn(student, targets: Tensor, start: Table, path: NoisePath, batches) -> T
         k_x = k_eps / sigma
         k_x0 = k_x0 - k_x * alpha + c1
         more = torch.stack([k_x, 0 * k_x, k_x0, c2 - c1, c3 - c2, -c3, 0 * k_x], 1)
-        rows = ancestral(levels, 0.0).to_x + known + more
+        rows = euler(levels) + known + more
         return replace(start, t=t, levels=levels, to_x=rows, to_y=rows)
 
     optimizer = torch.optim.Adam([lam, weights], RATE)

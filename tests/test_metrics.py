@@ -398,7 +398,7 @@ def test_quality_against_evaluations(real, pooled, tmp_path, measure, model):
     assert Image.open(tmp_path / "metrics" / "quality.png").size == (640, 400)
     assert "ddpm    20 steps  pooled" in told
     # it is the distance of what sample.py writes
-    done = warm.script("sample.py", "--load_path", model, "--save_folder", tmp_path / "s", "--steps", 3,
+    done = warm.script("sample.py", "--load_path", model, "--save_folder", tmp_path / "s", "--sampler", "ddim", "--steps", 3,
                   "--num_images", 12, "--batch_size", 5, "--class_label", "all", "--seed", 1,
                   "--amp", "no", "--device", "cpu", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -134,3 +134,19 @@ def sd_unet() -> SDUNet:
     for p in unet.parameters():  # its zeros would hide what branches do
         nn.init.normal_(p, std=0.1) if p.ndim > 1 else None
     return unet.eval()
+
+
+def stand_in_for_graphs(monkeypatch) -> list:
+    """Put a stand-in for the capture of CUDA graphs; the functions that it is given are listed."""
+    captured = []
+
+    class Recorded:
+        def __init__(self, function, inputs):
+            captured.append(function)
+            self.function = function
+
+        def __call__(self, *inputs):
+            return self.function(*inputs)
+
+    monkeypatch.setattr("diffusion.runtime.cuda_graph.Graph", Recorded)
+    return captured

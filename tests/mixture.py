@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from diffusion.process import samplers
+from diffusion.process.samplers import Table
+
 WIDTH = 0.15
 _centres = torch.randn(12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 CENTRES = 2 * _centres / _centres.norm(dim=1, keepdim=True)  # (12, 16)
@@ -41,3 +44,17 @@ def solve(x: Tensor, first: float, last: float, steps: int = 3000) -> Tensor:
         k4 = slope(x + h * k3, sigma[i + 2])
         x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return x
+
+
+def run(table: Table, x: Tensor, noise=None, denoiser=x0_mean) -> list[Tensor]:
+    """The table in float64, straight from the definition in samplers.py: every y."""
+    zero = torch.zeros_like(x)
+    y, history, states = x, [zero] * samplers.HISTORY, [x]
+    for i, (alpha, sigma) in enumerate(table.levels[:-1]):
+        d0 = denoiser(y, alpha, sigma)
+        p, q = table.keep[i]
+        known = [x, y, d0, *history, zero if noise is None else noise[i]]
+        history = [p * y + q * d0, *history][: samplers.HISTORY]
+        x, y = (sum(map(torch.mul, row, known)) for row in (table.to_x[i], table.to_y[i]))
+        states.append(y)
+    return states

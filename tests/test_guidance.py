@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_run
+from helpers import stand_in_for_graphs, tiny_run
 from PIL import Image
 from torch.testing import assert_close
 
@@ -19,7 +19,6 @@ from diffusion.process.loop import guided, sample
 from diffusion.process.objective import Denoiser
 from diffusion.process.samplers import make_table
 from diffusion.process.schedule import make_path, make_schedule
-from diffusion.runtime import cuda_graph
 from diffusion.sampling.conditioning import Unconditional
 from diffusion.sampling.load import build_network, load, open_pipeline, path_of
 from diffusion.sampling.pipeline import Pipeline, check_guide
@@ -161,17 +160,7 @@ def test_an_interval_of_all_levels_is_none(model):
 
 def test_graphs_of_plain_and_guided_steps(model, monkeypatch):
     """With a stand-in for the capture: two functions for a guide, none again for another scale."""
-    captured = []
-
-    class Recorded:
-        def __init__(self, function, inputs):
-            captured.append(function)
-            self.function = function
-
-        def __call__(self, *inputs):
-            return self.function(*inputs)
-
-    monkeypatch.setattr(cuda_graph, "Graph", Recorded)
+    captured = stand_in_for_graphs(monkeypatch)
     plain, pipeline, guide = load(model), load(model), load(model, "raw")
     options = dict(steps=6, labels=torch.tensor([1, 0]), guidance_interval=(0.3, 3.0))
     other = load(model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import warm
 from conftest import script
+from helpers import stand_in_for_graphs
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,7 +19,6 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import checkpoint
 from diffusion.pictures import grid as viz
-from diffusion.runtime import cuda_graph as graph
 from diffusion.runtime.precision import amp_dtype
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import build_network, load
@@ -271,17 +271,7 @@ def test_null_label_is_beyond_the_classes():
 
 def test_graphs_are_captured_once_and_used_again(model, monkeypatch):
     """With a stand-in for the capture: frames of equal settings and shapes share one."""
-    captured = []
-
-    class Recorded:
-        def __init__(self, function, inputs):
-            captured.append(function)
-            self.function = function
-
-        def __call__(self, *inputs):
-            return self.function(*inputs)
-
-    monkeypatch.setattr(graph, "Graph", Recorded)
+    captured = stand_in_for_graphs(monkeypatch)
     plain, pipeline = load(model), load(model)
     options = dict(sampler="dpmpp_2m_sde", steps=4, labels=torch.tensor([1, 0, 2]))
     for seed, scale, count in ((0, 1.0, 1), (1, 1.0, 1), (1, 3.0, 2), (2, 3.0, 2)):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from functools import partial
 
+import mixture
 import pytest
 import torch
 from torch.testing import assert_close
@@ -25,18 +27,7 @@ def toy_x0(x, alpha, sigma, mean=0.3, std=0.5):
     return mean + gain * (x - alpha * mean)
 
 
-def run(table: Table, x, denoiser=toy_x0, noise=None):
-    """The table in float64, straight from the definition in samplers.py: every y."""
-    zero = torch.zeros_like(x)
-    y, history, states = x, [zero] * samplers.HISTORY, [x]
-    for i, (alpha, sigma) in enumerate(table.levels[:-1]):
-        d0 = denoiser(y, alpha, sigma)
-        p, q = table.keep[i]
-        known = [x, y, d0, *history, zero if noise is None else noise[i]]
-        history = [p * y + q * d0, *history][: samplers.HISTORY]
-        x, y = (sum(map(torch.mul, row, known)) for row in (table.to_x[i], table.to_y[i]))
-        states.append(y)
-    return states
+run = partial(mixture.run, denoiser=toy_x0)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import math
 import mixture
 import pytest
 import torch
-from mixture import x0_mean
+from mixture import run, x0_mean
 from torch.testing import assert_close
 
 from diffusion.process import samplers
@@ -17,20 +17,6 @@ from diffusion.process.schedule import make_path, make_schedule
 
 EXACT = dict(rtol=1e-11, atol=1e-11)
 NEAR = dict(rtol=2e-4, atol=2e-4)  # of diffusers, whose levels are in float32
-
-
-def run(table: Table, x, noise=None):
-    """The table in float64, straight from the definition in samplers.py: every y."""
-    zero = torch.zeros_like(x)
-    y, history, states = x, [zero] * samplers.HISTORY, [x]
-    for i, (alpha, sigma) in enumerate(table.levels[:-1]):
-        d0 = x0_mean(y, alpha, sigma)
-        p, q = table.keep[i]
-        known = [x, y, d0, *history, zero if noise is None else noise[i]]
-        history = [p * y + q * d0, *history][: samplers.HISTORY]
-        x, y = (sum(map(torch.mul, row, known)) for row in (table.to_x[i], table.to_y[i]))
-        states.append(y)
-    return states
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def ancestral(levels: Tensor, eta: float = 1.0, large: bool = False) -> Rows:
 
 
 def consistency(levels: Tensor, eta: float = 1.0) -> Rows:
-    """Make the rows that noise every x0 anew to the next level (arXiv:2303.01469, algorithm 1)."""
+    """Make the rows that noise each x0 to the next level (arXiv:2303.01469, algorithm 1)."""
     alpha_s, sigma_s = levels[1:].T
     return one_state(torch.zeros_like(alpha_s), alpha_s, sigma_s)
 

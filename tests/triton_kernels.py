@@ -1,0 +1,123 @@
+"""Compare Triton kernels with the plain layers: `python triton_kernels.py cpu` or `cuda`.
+
+Run in a process of its own: on the CPU TRITON_INTERPRET=1 has to be set before triton is imported.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import triton.language as tl
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from diffusion.models.layers import WSConv3x3
+from diffusion.models.unet import LinearAttention
+
+HALVES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # how far a dtype's result may be off
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Compare within a fraction of the largest number: small ones are differences of large ones."""
+    assert got.dtype != torch.float64 and got.shape == want.shape
+    atol = tolerance * max(want.abs().max().item(), 0.1)
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=atol)
+
+
+def plain_attention(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """LinearAttention.attend, in float64."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, 2))
+    context = k.softmax(2).mT @ v
+    return (q.softmax(3) @ context).transpose(1, 2).flatten(2)
+
+
+def check_linear_attention(device: str) -> None:
+    from diffusion.models.triton_attention import linear_attention
+
+    def compare(B, N, heads, D, dtype, spread=1.0):
+        torch.manual_seed(N)
+        qkv = torch.randn(B, N, 3 * heads * D) * spread
+        qkv[..., -heads * D :] = torch.randn(B, N, heads * D) + 0.5  # v, not centred
+        grad = torch.randn(B, N, heads * D).to(dtype)
+        x = qkv.to(dtype).to(device).requires_grad_()
+        want_x = x.detach().cpu().double().requires_grad_()
+        out = linear_attention(x, heads)
+        want = plain_attention(want_x, heads)
+        out.backward(grad.to(device))
+        want.backward(grad.double())
+        assert out.dtype == x.grad.dtype == dtype
+        tolerance = HALVES.get(dtype, 1e-5)
+        assert_near(out.detach().cpu(), want.detach(), tolerance)
+        parts = zip("qkv", x.grad.cpu().chunk(3, 2), want_x.grad.chunk(3, 2))
+        for name, got, expected in parts:
+            try:
+                assert_near(got, expected, tolerance)
+            except AssertionError as error:
+                raise AssertionError(f"gradient of {name}, {(B, N, heads, D, dtype)}") from error
+
+    compare(2, 37, 2, 16, torch.float32)  # fewer rows than a tile
+    compare(1, 1, 1, 32, torch.float32)
+    compare(1, 600, 2, 16, torch.float32)  # two parts, the last not full
+    compare(1, 1111, 1, 32, torch.float32, spread=50)  # exponentials overflow
+    compare(1, 333, 1, 64, torch.bfloat16)
+    compare(1, 600, 2, 16, torch.bfloat16)
+    compare(1, 256, 2, 32, torch.float16)
+    compare(1, 64, 1, 128, torch.bfloat16)
+
+
+def check_weights(device: str) -> None:
+    from diffusion.models.triton_weights import standardised
+
+    def compare(C_out, C_in, dtype, layout, mean=0.01, std=0.01):
+        torch.manual_seed(C_in)
+        conv = WSConv3x3(C_in, C_out)
+        weight = (conv.weight.detach() / 0.01 * std + mean).to(memory_format=layout)
+        weight[0] = mean  # a filter without variance
+        weight = weight.to(device).requires_grad_()
+        conv.weight = torch.nn.Parameter(weight.detach().cpu())
+        grad = torch.randn(conv.weight.shape).to(dtype)
+        out = standardised(weight, dtype)
+        out.backward(grad.to(device))
+        want = conv.standardised()
+        want.backward(grad.float())
+        assert out.dtype == dtype and weight.grad.dtype == torch.float32
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert weight.grad.is_contiguous(memory_format=layout)
+        tolerance = HALVES.get(dtype, 2e-5)
+        assert_near(out.detach().cpu(), want.detach(), tolerance)
+        for got, expected in zip(weight.grad.cpu(), conv.weight.grad):
+            assert_near(got, expected, 2e-5)
+
+    compare(3, 8, torch.float32, torch.channels_last)
+    compare(3, 5, torch.float32, torch.contiguous_format)
+    compare(2, 7, torch.float16, torch.channels_last)
+    compare(2, 500, torch.bfloat16, torch.channels_last, mean=1.0)  # more than one block
+
+
+def teach_bfloat16() -> None:
+    """Let the interpreter round to bfloat16, not cut off, and multiply it, not its bits."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def convert(x, source, target, rounding):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            halves = torch.tensor(np.ascontiguousarray(x)).bfloat16()
+            return halves.view(torch.int16).numpy().view(np.uint16)
+        return plain_convert(x, source, target, rounding)
+
+    def dot(self, a, b, *args):
+        if a.dtype == b.dtype == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return plain_dot(self, a, b, *args)
+
+    plain_convert = interpreter._convert_float
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "cpu":
+        teach_bfloat16()
+    for check in (check_linear_attention, check_weights):
+        check(sys.argv[1])

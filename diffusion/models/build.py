@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import cpu
+from . import cpu, cuda
 from .clip import CLIPModel, CLIPTextModel
 from .configs import CLIPConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from .layers import Conv3x3, WSConv3x3
@@ -34,13 +34,14 @@ NETWORKS = {
 
 
 def build(name: str, config) -> nn.Module:
-    """Build a network of NETWORKS, with the faster forwards for CPUs."""
-    return cpu.install(NETWORKS[name][1](config))
+    """Build a network of NETWORKS, with the faster forwards."""
+    return cuda.install(cpu.install(NETWORKS[name][1](config)))
 
 
 def build_pixel_unet(dim: int, dim_mults: tuple[int, ...], **options) -> UNet:
-    """Build the pixel U-Net, channels_last, with the faster forwards for CPUs."""
-    return cpu.install(UNet(dim, dim_mults, **options)).to(memory_format=torch.channels_last)
+    """Build the pixel U-Net, channels_last, with the faster forwards."""
+    network = cuda.install(cpu.install(UNet(dim, dim_mults, **options)))
+    return network.to(memory_format=torch.channels_last)
 
 
 # --- sizes of networks trained from scratch ------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Run a network faster on CUDA GPUs: `install` replaces forwards of its layers by these.
+
+A network computes the same without them, and elsewhere they do nothing. Most time that is not
+convolutions goes into what moves memory: each kernel here reads and writes channels_last tensors
+once where torch's chain of operations casts and transposes them. They are written in Triton, which
+comes with torch for CUDA. torch.compile sees the plain layers and makes kernels of its own.
+"""
+
+import functools
+import warnings
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import cpu, unet
+from .sd_blocks import ResnetBlock2D
+
+
+def install(network: nn.Module) -> nn.Module:
+    """Replace the forwards of a network's layers; returns the network."""
+    for module in network.modules():
+        for kind, name, fast in FAST:
+            if isinstance(module, kind):
+                setattr(module, name, MethodType(fast, module))
+    return network
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Tell whether kernels can be compiled for a GPU and run, by trying one."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from .triton_norm import norm_act
+
+        norm_act(torch.zeros(1, 8, 1, 1, device=device), nn.GroupNorm(1, 8, device=device))
+    except Exception as error:  # no triton, no compiler, no Python.h ...
+        warnings.warn(
+            f"training and sampling are slower without Triton's kernels: {error}", stacklevel=1
+        )
+        return False
+    return True
+
+
+def fits(x: Tensor) -> bool:
+    """Tell whether a kernel takes this tensor."""
+    return x.is_cuda and not torch.compiler.is_compiling() and works(x.device)
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Normalise without leaving channels_last."""
+    if fits(x) and x.dim() == 4:
+        from .triton_norm import norm_act
+
+        return norm_act(x, norm, silu=False)
+    if isinstance(norm, unet.GroupNorm):
+        return cpu.group_norm(norm, x)
+    return type(norm).forward(norm, x)
+
+
+def block(
+    layer: unet.Block, x: Tensor, film: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """Normalise, FiLM, SiLU, and add a residual, in one go."""
+    if not fits(x):
+        return type(layer).forward(layer, x, film)
+    from .triton_norm import norm_act
+
+    return norm_act(layer.conv(x), layer.norm, film, residual)
+
+
+def res_block(layer: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:
+    """Let the second block add the skip."""
+    if not fits(x):
+        return type(layer).forward(layer, x, emb)
+    h = layer.block1(x, layer.film(F.silu(emb)))
+    return layer.block2(layer.dropout(h), None, layer.skip(x))
+
+
+def resnet_block(layer: ResnetBlock2D, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    """Run Stable Diffusion's block with SiLU as a part of its norms."""
+    if not fits(x):
+        return type(layer).forward(layer, x, emb)
+    from .triton_norm import norm_act
+
+    h = layer.conv1(norm_act(x, layer.norm1))
+    if emb is not None:
+        h = h + layer.time_emb_proj(emb)[:, :, None, None]
+    return layer.conv_shortcut(x) + layer.conv2(norm_act(h, layer.norm2))
+
+
+FAST = [  # what is replaced: the layer, its method, and by what
+    (nn.GroupNorm, "forward", group_norm),
+    (unet.Block, "forward", block),
+    (unet.ResBlock, "forward", res_block),
+    (ResnetBlock2D, "forward", resnet_block),
+]

@@ -187,6 +187,7 @@ class Config:
     device: str = opt("auto", "device to compute on", DEVICES, free=True)
     amp: str = opt("auto", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs, else no", AMP)
     compile: bool = opt(False, "torch.compile the network: minutes of start-up, then faster on GPUs")
+    cuda_graph: str = opt("auto", "run each training step as one CUDA graph; auto: on one GPU, in bf16 or float32, without checkpointing or consistency", ("auto", "on", "off"), free=True)
     num_workers: int = opt(2, "number of threads that decode images", NOT_NEGATIVE, free=True)
     rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
     wandb: bool = opt(False, "log to Weights & Biases, too (pip install wandb)", free=True)

@@ -181,7 +181,7 @@ def test_dreambooth_preserves_the_class(scratch, options, tmp_path):
     batch, draws, prior = recipe.batches(0, 0, 2), recipe.draw(0), recipe.prior(0, 0, 2)
     kind = recipe.config.loss
     with torch.no_grad():
-        found = recipe.loss(network, 0, batch, draws, 0, 2)
+        found = recipe.loss(network, recipe.inputs_of(0, batch, draws, 0, 2))
         own = training_loss(network, *recipe.inputs(batch, draws[0][:2]), kind)
         preserved = training_loss(network, *recipe.inputs(prior, draws[1][:2]), kind)
     assert_close(found, own + 0.3 * preserved)
@@ -386,7 +386,8 @@ def test_the_average_shares_what_is_not_trained():
     with torch.no_grad():
         for p in ema.weights:
             p.add_(1)
-    ema.update(0, torch.tensor(True))
+    ema.begin(0)
+    ema.update(torch.tensor(True))
     assert_close(ema.ema[0], ema.weights[0] - 0.1)  # the first decay is 1/10
 
 

@@ -25,7 +25,7 @@ from diffusion.files import checkpoint
 from diffusion.files.tensors import write_tensors
 from diffusion.models.vae import sample as draw_latent
 from diffusion.sampling.load import load, load_vae, open_pipeline, open_stack
-from diffusion.training.autoencoder import AutoencoderRecipe
+from diffusion.training.autoencoder import AutoencoderRecipe, Images
 from diffusion.training.finetune_config import resolve_config
 from diffusion.training.recipe import open_recipe
 from diffusion.training.trainer import train
@@ -60,7 +60,7 @@ def test_the_loss_is_its_formula(tiny):
     z = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     kl = torch.distributions.kl_divergence(z, torch.distributions.Normal(0, 1)).sum((1, 2, 3))
     expected = (x - decoded).abs().mean((1, 2, 3)) + 0.3 * kl / (3 * 16 * 16)
-    assert_close(recipe.losses(model, x, eps), expected)
+    assert_close(recipe.loss(model, Images(x, eps)), expected)
     assert_close(decoded, model.vae.decode(mean + (0.5 * logvar).exp() * eps))
 
 

@@ -45,7 +45,7 @@ def test_classes_are_learnt_and_drawn(latent, tmp_path):
     for p in network.parameters():  # a new network's output is zero
         torch.nn.init.normal_(p, std=0.05)
     batch, [draw] = recipe.batches(0, 0, 8), recipe.draw(0)
-    recipe.loss(network, 0, batch, [draw], 0, 8).mean().backward()
+    recipe.loss(network, recipe.inputs_of(0, batch, [draw], 0, 8)).mean().backward()
     moved = network.class_embedding.weight.grad.abs().amax(1) > 0
     labels = batch.labels.masked_fill(draw.drop, 3).unique()
     assert moved.nonzero().flatten().tolist() == labels.tolist() and len(labels) > 1

@@ -381,7 +381,8 @@ def test_ema_follows_its_formula():
     for n in range(200):
         with torch.no_grad():
             model.weight.add_(torch.randn(2, 3))
-        ema.update(n, torch.tensor(n != 50))
+        ema.begin(n)
+        ema.update(torch.tensor(n != 50))
         decay = min(0.9, (1 + n) / (10 + n)) if n != 50 else 1
         expected = decay * expected + (1 - decay) * model.weight.detach()
     assert_close(ema.model.weight, expected, rtol=1e-4, atol=1e-5)

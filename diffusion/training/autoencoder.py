@@ -5,6 +5,8 @@
 per value of the image, z sampled from q (arXiv:2112.10752, section 3.1 and appendix G).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from PIL import Image
@@ -44,6 +46,21 @@ class KLAutoencoder(nn.Module):
 def build_autoencoder(c: Config) -> KLAutoencoder:
     """Build the network that is trained, with new weights."""
     return KLAutoencoder(vae_config(c.unet_dim, c.dim_mults, c.latent_channels, c.image_size))
+
+
+class Images(NamedTuple):
+    """Hold images x (b, 3, H, W) and the noise of their latents, (b, Z, h, w)."""
+
+    x: Tensor
+    eps: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """List both."""
+        return tuple(self)
+
+    def refilled(self, tensors: tuple[Tensor, ...]) -> "Images":
+        """Hold others."""
+        return Images(*tensors)
 
 
 class AutoencoderRecipe:
@@ -116,11 +133,13 @@ class AutoencoderRecipe:
         g = generator(self.config.seed, "noise", step, device=self.device)
         return torch.randn(shape, generator=g, device=self.device)
 
-    def loss(self, network, step: int, batch: Batch, draw: Tensor, low: int, high: int) -> Tensor:
-        """Give (high - low,): the losses of samples low ... high-1 of a step."""
-        return self.losses(network, to_unit(batch.pixels, self.device), draw[low:high])
+    def inputs_of(self, step: int, batch: Batch, draw: Tensor, low: int, high: int) -> "Images":
+        """Put together what the loss of samples low ... high-1 of a step, in batch, needs."""
+        return Images(to_unit(batch.pixels, self.device), draw[low:high])
 
-    def losses(self, network, x: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, network, inputs: "Images") -> Tensor:
+        """Give the loss of each image, (b,)."""
+        x, eps = inputs
         decoded, mean, logvar = (v.float() for v in network(x, eps))
         values = x[0].numel()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1) / values
@@ -134,7 +153,7 @@ class AutoencoderRecipe:
     def heldout_losses(self, network, low: int, high: int) -> Tensor:
         x = to_unit(self.batches.held_out_batch(low, high).pixels, self.device)
         eps = heldout_noise(self.config.seed, low, high, self.latent_shape)
-        return self.losses(network, x, eps.to(self.device))
+        return self.loss(network, Images(x, eps.to(self.device)))
 
     @torch.inference_mode()
     def sample_grid(self, model: nn.Module, micro: int) -> Image.Image | None:

@@ -23,14 +23,19 @@ class EMA:
         self.weights = [w for _, w in pairs]
         self.model = copied.eval().requires_grad_(False)
         self.decay = decay
+        self.weight = torch.zeros((), device=self.ema[0].device)
+
+    def begin(self, n: int) -> None:
+        """Set how much the weights after step n, from 0, will count."""
+        self.weight.fill_(1 - min(self.decay, (1 + n) / (10 + n)))
 
     @torch.no_grad()
-    def update(self, n: int, ok: Tensor) -> None:
-        """Follow the weights after step n, from 0.
+    def update(self, ok: Tensor) -> None:
+        """Follow the weights after a step.
 
         ok: () bool on the device; where it is False nothing happens.
         """
-        weight = ok * (1 - min(self.decay, (1 + n) / (10 + n)))
+        weight = ok * self.weight
         if weight.device.type == "cpu":
             for e, w in zip(self.ema, self.weights):
                 e.lerp_(w, weight)

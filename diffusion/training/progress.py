@@ -52,9 +52,14 @@ class StopSignal:
 
 
 def announce(
-    recipe, model: nn.Module, dtype: torch.dtype | None, split: BatchSplit, total: int
+    recipe,
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    split: BatchSplit,
+    total: int,
+    eager: str | None,
 ) -> None:
-    """Print what is about to be trained."""
+    """Print what is about to be trained. eager: why steps are no CUDA graphs, None if they are."""
     parameters, trained = count_parameters(model)
     precision = str(dtype).removeprefix("torch.") if dtype else "float32"
     dist.log(f"{recipe.config.data}: {recipe.batches.describe()}")
@@ -64,6 +69,8 @@ def announce(
         f"{recipe.config.batch_size} = {split.ranks} ranks x {split.accum} x {split.micro}; "
         f"{total} steps"
     )
+    if recipe.device.type == "cuda":
+        dist.log("each step is one CUDA graph" if eager is None else f"no CUDA graphs: {eager}")
 
 
 def measure_fid(fid: Fid, state: TrainState, total: int, logs: RunLog, stop: StopSignal) -> bool:

@@ -145,17 +145,25 @@ class Recipe:
             for seed in seeds
         ]
 
-    def loss(self, network, step: int, batch: Batch, draws: list[Draw], low: int, high: int):
-        """Give (high - low,): the losses of samples low ... high-1 of a step, which are in batch.
+    def inputs_of(
+        self, step: int, batch: Batch, draws: list[Draw], low: int, high: int
+    ) -> "Inputs":
+        """Put together what the loss of samples low ... high-1 of a step, in batch, needs.
 
-        With a prior a class image stands beside each sample, and its loss is added.
+        With a prior a class image stands beside each sample.
         """
         own = self.inputs(batch, draws[0][low:high])
         if self.prior is None:
-            return self.criterion(network, *own)
-        prior = self.inputs(self.prior(step, low, high), draws[1][low:high])
-        instance, prior_loss = self.criterion(network, *own.beside(prior)).chunk(2)
-        return instance + self.config.prior_weight * prior_loss
+            return own
+        return own.beside(self.inputs(self.prior(step, low, high), draws[1][low:high]))
+
+    def loss(self, network, inputs: "Inputs") -> Tensor:
+        """Give the loss of each sample, (b,); with a prior its class image's is added."""
+        losses = self.criterion(network, *inputs)
+        if self.prior is None:
+            return losses
+        instance, prior = losses.chunk(2)
+        return instance + self.config.prior_weight * prior
 
     @property
     def criterion(self) -> Callable:
@@ -264,6 +272,14 @@ class Inputs(NamedTuple):
     x0: Tensor
     eps: Tensor
     cond: Cond
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """List what is there."""
+        return (*self[:3], *self.cond.tensors())
+
+    def refilled(self, tensors: tuple[Tensor, ...]) -> "Inputs":
+        """Put other tensors, in the order of `tensors`, in place of these."""
+        return Inputs(*tensors[:3], self.cond.refilled(tensors[3:]))
 
     def beside(self, other: "Inputs") -> "Inputs":
         """Put other samples behind these."""

@@ -41,8 +41,9 @@ from .run_folder import (
     logged,
     resume,
 )
-from .steps import BatchSplit, StepStats, clip_factor, learning_rate, split_batch, total_steps
+from .steps import BatchSplit, StepStats, learning_rate, split_batch, total_steps
 from .train_state import DIVERGED_HINT, TrainState
+from .train_step import TrainStep, not_captured
 
 # what a checkpoint of other contents than ours raises
 DAMAGES = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -122,7 +123,9 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         del saved
     if config.compile:
         model.compile()
-    parallel = dist.wrap(model)
+    eager = not_captured(config, device, dtype)
+    parts = (recipe, dist.wrap(model), optimizer, scaler, ema, stats, dtype)
+    train_step = TrainStep(*parts, graph=eager is None)
     recipe.check(ema.model)
     fid = Fid(config, batches, device) if config.fid else None
 
@@ -134,7 +137,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         loss = state.best_loss
         best = loss is not None and logged(logs.path, state.step, "heldout_loss", loss)
         state.publish(folder, recipe.metadata(ema.model), best)
-    announce(recipe, model, dtype, split, total)
+    announce(recipe, model, dtype, split, total, eager)
 
     with (
         friendly_errors(config, split.micro, lambda: state.step),
@@ -150,37 +153,20 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
             step = state.step
             # the random numbers of this step's global batch, of which this rank takes its part
             draw = recipe.draw(step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, total)
+            optimizer.set_learning_rate(learning_rate(config, step, total))
+            ema.begin(step)
             if config.dropout or config.lora_dropout:
                 torch.manual_seed(seed_of(config.seed, "dropout", step, dist.rank()))
 
-            # forward, backward
+            # forward, backward, update
             parts = split.micro_batches(dist.rank())
+            inputs = []
             for i, (low, high) in enumerate(parts):
                 more = i + 1 < len(parts)
                 then = (step, *parts[i + 1]) if more else (step + 1, *parts[0])
                 batch = batches(step, low, high, then if more or step + 1 < total else None)
-                with dist.no_sync(parallel, more):
-                    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                        losses = recipe.loss(parallel, step, batch, draw, low, high)
-                        loss = losses.mean() / len(parts)
-                    scaler.scale(loss).backward()
-                stats.add_loss(loss)
-
-            # update; a non-finite gradient is the same on all ranks, and changes nothing
-            gradients = optimizer.take_gradients()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm(gradients)
-            ok = torch.isfinite(norm)
-            if config.grad_clip:
-                torch._foreach_mul_(gradients, clip_factor(norm, config.grad_clip))
-            optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(step, ok)
-            stats.add_step(norm, ok)
+                inputs.append(recipe.inputs_of(step, batch, draw, low, high))
+            train_step(inputs)
             state.step = step = step + 1
             bar.update()
 

@@ -1,0 +1,96 @@
+"""What a training step computes on the device: forward, backward, the update of weights and EMA.
+
+It reads nothing back and has no branch on values, so that it may run as one CUDA graph: a small
+network's step is hundreds of short kernels, and Python launches them more slowly than they run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import UserError
+from ..config import Config
+from ..runtime import distributed as dist
+from ..runtime.cuda_graph import StepGraph
+from .ema import EMA
+from .optimizer import AdamW
+from .steps import StepStats, clip_factor
+
+
+def not_captured(config: Config, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Say why a run's steps are not CUDA graphs; None if they are.
+
+    Raises UserError where --cuda_graph on cannot be.
+    """
+    reason = None
+    if config.cuda_graph == "off":
+        reason = "--cuda_graph off"
+    elif device.type != "cuda":
+        reason = f"they need a CUDA device, and this is {device.type}"
+    elif dist.world_size() > 1:
+        reason = "several ranks add up their gradients, outside of a graph"
+    elif dtype == torch.float16:
+        reason = "float16 needs a scaled loss; bf16 and float32 do not"
+    elif config.checkpointing or config.consistency:
+        reason = "--checkpointing and --consistency bring random numbers back, to use them twice"
+    if config.cuda_graph == "on" and reason is not None:
+        raise UserError(f"--cuda_graph on: {reason}")
+    return reason
+
+
+@dataclass(eq=False)
+class TrainStep:
+    """Run one optimizer step. network: the model, in DistributedDataParallel where there are ranks.
+
+    graph: whether it is captured, from the fourth step on.
+    """
+
+    recipe: object
+    network: nn.Module
+    optimizer: AdamW
+    scaler: torch.amp.GradScaler
+    ema: EMA
+    stats: StepStats
+    dtype: torch.dtype | None
+    graph: bool = False
+
+    def __post_init__(self):
+        self.captured = StepGraph(self.run_tensors) if self.graph else None
+
+    def __call__(self, parts: Sequence) -> None:
+        """Step on the `inputs` of each micro-batch."""
+        if self.captured is None:
+            self.run(parts)
+            return
+        self.like = parts[0]
+        self.captured(*(tensor for part in parts for tensor in part.tensors()))
+
+    def run_tensors(self, *tensors: Tensor) -> None:
+        n = len(self.like.tensors())
+        self.run([self.like.refilled(tensors[i : i + n]) for i in range(0, len(tensors), n)])
+
+    def run(self, parts: Sequence) -> None:
+        """Step, and count what happened in stats."""
+        device = self.recipe.device.type
+        for i, inputs in enumerate(parts):
+            with dist.no_sync(self.network, i + 1 < len(parts)):
+                with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
+                    loss = self.recipe.loss(self.network, inputs).mean() / len(parts)
+                self.scaler.scale(loss).backward()
+            self.stats.add_loss(loss)
+
+        # a non-finite gradient is the same on all ranks, and changes nothing
+        gradients = self.optimizer.take_gradients()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        ok = torch.isfinite(norm)
+        if self.recipe.config.grad_clip:
+            torch._foreach_mul_(gradients, clip_factor(norm, self.recipe.config.grad_clip))
+        self.optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(ok)
+        self.stats.add_step(norm, ok)

@@ -36,7 +36,7 @@ class Graph:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, **options):
-            self.outputs = function(*self.inputs)
+            self.outputs = function(*self.inputs) or ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         for static, given in zip(self.inputs, inputs, strict=True):

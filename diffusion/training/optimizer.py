@@ -14,18 +14,18 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, parameters, learning_rate: float, **options):
         self.parameters: list[nn.Parameter] = list(parameters)
         views = [flat(p.detach(), p).view(-1) for p in self.parameters]
-        if views[0].is_cuda:  # a CUDA graph reads it where it is
-            learning_rate = torch.tensor(learning_rate, device=views[0].device)
-            options |= {"capturable": True}
-        super().__init__(views, learning_rate, fused=True, **options)
+        on_gpu = views[0].is_cuda
+        super().__init__(views, learning_rate, fused=True, capturable=on_gpu, **options)
+        if on_gpu:  # where a CUDA graph reads it
+            self.param_groups[0]["lr"] = torch.tensor(learning_rate, device=views[0].device)
 
     def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the next steps."""
-        for group in self.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
+        group = self.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
     def take_gradients(self) -> list[Tensor]:
         """Take the gradients off the parameters; to be called before each step."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu, unet
-from .sd_blocks import ResnetBlock2D
+from .sd_blocks import ResnetBlock2D, Upsample2D
 
 
 def install(network: nn.Module) -> nn.Module:
@@ -91,9 +91,29 @@ def resnet_block(layer: ResnetBlock2D, x: Tensor, emb: Tensor | None = None) -> 
     return layer.conv_shortcut(x) + layer.conv2(norm_act(h, layer.norm2))
 
 
+def upsample(layer: nn.Upsample, x: Tensor) -> Tensor:
+    """Repeat pixels in their own type, of which autocast makes float32."""
+    if not x.is_cuda:
+        return type(layer).forward(layer, x)
+    with torch.autocast("cuda", enabled=False):
+        return type(layer).forward(layer, x)
+
+
+def upsample_2d(layer: Upsample2D, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Repeat pixels in their own type."""
+    if not x.is_cuda:
+        return type(layer).forward(layer, x, size)
+    H, W = x.shape[-2:]
+    with torch.autocast("cuda", enabled=False):
+        x = F.interpolate(x, size or (2 * H, 2 * W), mode="nearest")
+    return layer.conv(x)
+
+
 FAST = [  # what is replaced: the layer, its method, and by what
     (nn.GroupNorm, "forward", group_norm),
     (unet.Block, "forward", block),
     (unet.ResBlock, "forward", res_block),
     (ResnetBlock2D, "forward", resnet_block),
+    (nn.Upsample, "forward", upsample),
+    (Upsample2D, "forward", upsample_2d),
 ]

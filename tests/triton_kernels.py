@@ -3,16 +3,17 @@
 Run in a process of its own: on the CPU TRITON_INTERPRET=1 has to be set before triton is imported.
 """
 
+import copy
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diffusion.models.layers import WSConv3x3
-from diffusion.models.unet import LinearAttention
 
 HALVES = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # how far a dtype's result may be off
 
@@ -63,6 +64,62 @@ def check_linear_attention(device: str) -> None:
     compare(1, 600, 2, 16, torch.bfloat16)
     compare(1, 256, 2, 32, torch.float16)
     compare(1, 64, 1, 128, torch.bfloat16)
+
+
+def plain_norm(x, norm, film, residual, silu):
+    """GroupNorm, FiLM, SiLU and the sum, as unet.Block does them."""
+    x = norm(x)
+    if film is not None:
+        scale, shift = film[:, :, None, None].chunk(2, 1)
+        x = x * (1 + scale) + shift
+    x = F.silu(x) if silu else x
+    return x if residual is None else x + residual
+
+
+def check_norm(device: str) -> None:
+    from diffusion.models.triton_norm import norm_act
+
+    def compare(shape, groups, dtype, film=False, residual=False, silu=True, offset=0.0):
+        torch.manual_seed(shape[1])
+        B, C = shape[:2]
+        norm = torch.nn.GroupNorm(groups, C)
+        for p in norm.parameters():
+            torch.nn.init.normal_(p)
+        given = [torch.randn(shape) + offset]
+        given += [torch.randn(B, 2 * C)] if film else []
+        given += [torch.randn(shape)] if residual else []
+        given = [v.to(dtype) for v in given]
+        given = [v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for v in given]
+        grad = torch.randn(shape).to(dtype)
+
+        def both(function, inputs, norm, grad):
+            x, *rest = inputs = [v.requires_grad_() for v in inputs]
+            options = dict(
+                film=rest.pop(0) if film else None, residual=rest.pop() if residual else None
+            )
+            y = function(x, norm, silu=silu, **options)
+            return y, *torch.autograd.grad(y, (*inputs, *norm.parameters()), grad)
+
+        on_device = [v.detach().to(device) for v in given]
+        got = both(norm_act, on_device, copy.deepcopy(norm).to(device), grad.to(device))
+        exact = [v.double() for v in given]
+        want = both(plain_norm, exact, norm.double(), grad.double())
+        assert got[0].dtype == dtype and got[0].is_contiguous(memory_format=torch.channels_last)
+        tolerance = HALVES.get(dtype, 2e-5)
+        for name, a, b in zip(("y", *"abcde"), got, want, strict=False):
+            try:
+                assert_near(a.detach().cpu(), b.detach(), tolerance)
+            except AssertionError as error:
+                raise AssertionError(f"{name} of {(shape, groups, dtype)}") from error
+
+    compare((2, 16, 6, 7), 8, torch.float32, film=True, residual=True)
+    compare((3, 20, 5, 6), 2, torch.float32, film=True, offset=50)  # a mean far from 0
+    compare((1, 24, 9, 10), 1, torch.float32, silu=False)
+    compare((2, 320, 3, 4), 32, torch.float32, residual=True)  # groups of 10
+    compare((5, 8, 33, 34), 8, torch.float32, film=True)  # more than one part
+    compare((2, 64, 1, 1), 8, torch.float32)
+    compare((2, 128, 8, 8), 8, torch.bfloat16, film=True, residual=True)
+    compare((2, 32, 8, 8), 8, torch.float16, film=True, residual=True)
 
 
 def check_weights(device: str) -> None:
@@ -119,5 +176,5 @@ def teach_bfloat16() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "cpu":
         teach_bfloat16()
-    for check in (check_linear_attention, check_weights):
+    for check in (check_norm, check_linear_attention, check_weights):
         check(sys.argv[1])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu, unet
+from .layers import WSConv3x3, to_image, to_tokens
 from .sd_blocks import ResnetBlock2D, Upsample2D
 
 
@@ -79,6 +80,29 @@ def res_block(layer: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     return layer.block2(layer.dropout(h), None, layer.skip(x))
 
 
+def ws_conv(layer: WSConv3x3, x: Tensor) -> Tensor:
+    """Standardise and cast the weights in one go."""
+    if not fits(x):
+        return type(layer).forward(layer, x)
+    from .triton_weights import standardised
+
+    return layer._conv_forward(x, standardised(layer.weight, x.dtype), layer.bias)
+
+
+def linear_attention(layer: unet.LinearAttention, x: Tensor) -> Tensor:
+    """Attend without a copy of q, k and v."""
+    B, _, H, W = x.shape
+    width = layer.to_qkv.out_features // 3
+    if fits(x):
+        from . import triton_attention
+
+        if triton_attention.fits(B, H * W, layer.heads, width // layer.heads):
+            qkv = layer.to_qkv(to_tokens(layer.norm(x)))
+            out = triton_attention.linear_attention(qkv, layer.heads)
+            return x + to_image(layer.to_out(out), H)
+    return type(layer).forward(layer, x)
+
+
 def resnet_block(layer: ResnetBlock2D, x: Tensor, emb: Tensor | None = None) -> Tensor:
     """Run Stable Diffusion's block with SiLU as a part of its norms."""
     if not fits(x):
@@ -113,6 +137,8 @@ FAST = [  # what is replaced: the layer, its method, and by what
     (nn.GroupNorm, "forward", group_norm),
     (unet.Block, "forward", block),
     (unet.ResBlock, "forward", res_block),
+    (WSConv3x3, "forward", ws_conv),
+    (unet.LinearAttention, "forward", linear_attention),
     (ResnetBlock2D, "forward", resnet_block),
     (nn.Upsample, "forward", upsample),
     (Upsample2D, "forward", upsample_2d),

@@ -96,7 +96,18 @@ def attend(
 
 @triton.jit
 def attend_backward(
-    q, k, v, dq, dk, dv, grad, kept, N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    q,
+    k,
+    v,
+    dq,
+    dk,
+    dv,
+    grad,
+    kept,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sum the context's gradient, then write those of q, k and v.
 

@@ -12,14 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 
-def fits(B: int, N: int, heads: int, D: int) -> bool:
-    """Tell where the kernels are faster than the plain layer, and can be compiled.
+def fits(qkv: Tensor, heads: int) -> bool:
+    """Tell whether the kernels take qkv (B, N, 3 heads D), and are faster than the plain layer.
 
-    Few programs that read many tiles, one after the other, leave most of the chip idle: up to
-    there, two launches beat the plain layer's dozen. Beyond D = 128 a (D, D) matrix fills the
-    registers.
+    float32 and D > 128 need more registers than there are. A program goes through its tiles one
+    after the other, about a microsecond each, while the plain layer's dozen launches use all of
+    the chip: they are faster for one image of more than 32 px, four of more than 64.
     """
-    return D in (16, 32, 64, 128) and N <= 1024 * B * heads
+    B, N, width = qkv.shape
+    D = width // 3 // heads
+    simple = qkv.dtype.itemsize == 2 and qkv.is_contiguous()
+    return simple and D in (16, 32, 64, 128) and N <= 256 * B * heads
 
 
 def linear_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -36,7 +39,8 @@ class LinearAttention(torch.autograd.Function):
         D = width // 3 // heads
         out = qkv.new_empty(B, N, heads * D)
         kept = qkv.new_empty(B * heads, D + 1, D, dtype=torch.float32)  # log sums last
-        ctx.options = {"N": N, "HEADS": heads, "D": D, "BLOCK": 8192 // D, "num_warps": 8}
+        ctx.options = {"N": N, "HEADS": heads, "D": D, "BLOCK": min(4096 // D, 128)}
+        ctx.options |= {"num_warps": 8, "num_stages": 2}
         attend[(B * heads,)](*qkv.chunk(3, 2), out, kept, **ctx.options)
         ctx.save_for_backward(qkv, kept)
         return out
@@ -60,38 +64,49 @@ def softmax(q):
 
 @triton.jit
 def attend(
-    q, k, v, out, kept, N: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    q,
+    k,
+    v,
+    out,
+    kept,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sum the context with an online softmax over the tiles of N, then multiply each q by it."""
     head = tl.program_id(0).to(tl.int64)
-    start = head // HEADS * N * HEADS * D
-    inside = head % HEADS * D + tl.arange(0, D)
+    start = (head // HEADS * 3 * N * HEADS + head % HEADS) * D
+    q += start
+    k += start
+    v += start
+    out += (head // HEADS * N * HEADS + head % HEADS) * D
+    channels = tl.arange(0, D)
     tile = tl.arange(0, BLOCK)[:, None]
     highest = tl.full((D,), float("-inf"), tl.float32)
     total = tl.zeros((D,), tl.float32)
     context = tl.zeros((D, D), tl.float32)
     for first in range(0, N, BLOCK):
-        mask = first + tile < N
-        at = 3 * start + (first + tile) * 3 * HEADS * D + inside
-        key = tl.load(k + at, mask, float("-inf")).to(tl.float32)
-        value = tl.load(v + at, mask, 0.0)
+        row = first + tile
+        at = row * 3 * HEADS * D + channels
+        key = tl.load(k + at, row < N, float("-inf")).to(tl.float32)
+        value = tl.load(v + at, row < N, 0.0)
         higher = tl.maximum(highest, tl.max(key, 0))
         key = tl.exp(key - higher).to(value.dtype)  # the total is of what is multiplied
         shrink = tl.exp(highest - higher)
         total = total * shrink + tl.sum(key.to(tl.float32), 0)
         context = tl.dot(tl.trans(key), value, context * shrink[:, None], input_precision="ieee")
         highest = higher
-    channels = tl.arange(0, D)
     kept += head * (D + 1) * D + channels
     context /= total[:, None]
     tl.store(kept + channels[:, None] * D, context)
     tl.store(kept + D * D, highest + tl.log(total))
     context = context.to(q.dtype.element_ty)
     for first in range(0, N, BLOCK):
-        mask = first + tile < N
-        at = start + (first + tile) * HEADS * D + inside
-        query = softmax(tl.load(q + 3 * at - 2 * inside, mask, 0.0)).to(context.dtype)
-        tl.store(out + at, tl.dot(query, context, input_precision="ieee"), mask)
+        row = first + tile
+        query = softmax(tl.load(q + row * 3 * HEADS * D + channels, row < N, 0.0))
+        mixed = tl.dot(query.to(context.dtype), context, input_precision="ieee")
+        tl.store(out + row * HEADS * D + channels, mixed, row < N)
 
 
 @triton.jit
@@ -116,17 +131,22 @@ def attend_backward(
     may be far smaller than what rows have in common: that is taken off before they are rounded.
     """
     head = tl.program_id(0).to(tl.int64)
-    start = head // HEADS * N * HEADS * D
-    inside = head % HEADS * D + tl.arange(0, D)
+    start = (head // HEADS * 3 * N * HEADS + head % HEADS) * D
+    q += start
+    k += start
+    v += start
+    dq += start
+    dk += start
+    dv += start
+    grad += (head // HEADS * N * HEADS + head % HEADS) * D
+    channels = tl.arange(0, D)
     tile = tl.arange(0, BLOCK)[:, None]
     change = tl.zeros((D, D), tl.float32)
     for first in range(0, N, BLOCK):
-        mask = first + tile < N
-        at = start + (first + tile) * HEADS * D + inside
-        query = softmax(tl.load(q + 3 * at - 2 * inside, mask, 0.0))
-        g = tl.load(grad + at, mask, 0.0)
+        row = first + tile
+        query = softmax(tl.load(q + row * 3 * HEADS * D + channels, row < N, 0.0))
+        g = tl.load(grad + row * HEADS * D + channels, row < N, 0.0)
         change = tl.dot(tl.trans(query.to(g.dtype)), g, change, input_precision="ieee")
-    channels = tl.arange(0, D)
     kept += head * (D + 1) * D + channels
     context = tl.load(kept + channels[:, None] * D)
     log_sum = tl.load(kept + D * D)
@@ -134,16 +154,15 @@ def attend_backward(
     centre = tl.sum(change.to(tl.float32) * context, 1)
     context = (context - tl.sum(context, 0) / D).to(change.dtype)
     for first in range(0, N, BLOCK):
-        mask = first + tile < N
-        at = start + (first + tile) * HEADS * D + inside
-        g = tl.load(grad + at, mask, 0.0)
-        at = 3 * at - 2 * inside
-        query = softmax(tl.load(q + at, mask, 0.0))
+        row = first + tile
+        at = row * 3 * HEADS * D + channels
+        g = tl.load(grad + row * HEADS * D + channels, row < N, 0.0)
+        query = softmax(tl.load(q + at, row < N, 0.0))
         along = query * tl.dot(g, tl.trans(context), input_precision="ieee")
-        tl.store(dq + at, along - query * tl.sum(along, 1)[:, None], mask)
-        key = tl.exp(tl.load(k + at, mask, 0.0).to(tl.float32) - log_sum) * N
-        value = tl.load(v + at, mask, 0.0)
+        tl.store(dq + at, along - query * tl.sum(along, 1)[:, None], row < N)
+        key = tl.exp(tl.load(k + at, row < N, 0.0).to(tl.float32) - log_sum) * N
+        value = tl.load(v + at, row < N, 0.0)
         along = tl.dot(value, tl.trans(change), input_precision="ieee") - centre
-        tl.store(dk + at, key * along, mask)
+        tl.store(dk + at, key * along, row < N)
         key = key.to(value.dtype)
-        tl.store(dv + at, tl.dot(key, change, input_precision="ieee"), mask)
+        tl.store(dv + at, tl.dot(key, change, input_precision="ieee"), row < N)

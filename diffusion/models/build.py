@@ -10,9 +10,10 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import cpu, cuda
@@ -144,6 +145,30 @@ def blank() -> Iterator[None]:
         yield
 
 
+def state_of(network: nn.Module) -> tuple[list, list[Tensor]]:
+    """List what `for_inference` copies of a network; two equal lists mean that nothing has changed.
+
+    Where its tensors lie and how often torch has changed them in place, the numbers that its
+    modules hold (whether they train, the weights of LoRAs), and its hooks. Also gives views of the
+    tensors: while these live, no other tensor gets their addresses. What changes values without
+    torch, a kernel of another library or a replayed CUDA graph, does not show, nor does `.data`.
+    Tensors made in inference mode do not count their changes: they are taken to change always.
+    """
+    found = []
+    views = []
+    for module in network.modules():
+        own = vars(module)
+        found += [value for value in own.values() if isinstance(value, int | float)]
+        found += [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
+        for tensor in chain(own["_parameters"].values(), own["_buffers"].values()):
+            if tensor is not None:
+                changes = object() if tensor.is_inference() else tensor._version
+                found += [id(tensor), tensor.data_ptr(), changes]
+                views.append(tensor.detach())
+    return found, views
+
+
+@torch.inference_mode(False)  # what it makes may be differentiated through later
 @torch.no_grad()
 def for_inference(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Copy a network to the same function, which does once what the network does at every call.

@@ -28,14 +28,16 @@ class Graph:
             raise ValueError(f"CUDA graphs need a CUDA device; these are on {inputs[0].device}")
         self.function = function  # keeps its weights alive, whose addresses the graph knows
         self.inputs = tuple(v.clone() for v in inputs)
-        stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        # other threads, which read ahead, may allocate meanwhile
+        capture = torch.cuda.graph(self.graph, capture_error_mode="thread_local", **options)
+        stream = capture.capture_stream  # one of all graphs: cuBLAS keeps 32 MB for each stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(warm_up):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, **options):
+        with capture:
             self.outputs = function(*self.inputs) or ()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:

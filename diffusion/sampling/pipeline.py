@@ -16,7 +16,7 @@ from ..config import Config
 from ..data.latents import weights_digest
 from ..files.sd_files import spacing_of
 from ..files.table_files import read_table
-from ..models.build import for_inference
+from ..models.build import for_inference, state_of
 from ..models.cond import Cond
 from ..models.configs import MAX_SIDE
 from ..models.text_unet import networks_of
@@ -60,7 +60,7 @@ class Pipeline:
     compiled: bool = False
     guide: "Pipeline | None" = None
     graphs: Graphs = field(default_factory=Graphs, repr=False)
-    ready: dict[torch.dtype | None, nn.Module] = field(default_factory=dict, repr=False)
+    ready: dict[tuple, tuple] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         size = self.config.image_size
@@ -180,8 +180,7 @@ class Pipeline:
         strength 1 nothing of it is in the noise that the rest starts from.
         kept: what `encode` gives for the image without what the mask repaints; a model that
         inpaints needs all three, and decides itself what stays.
-        cuda_graph: each step is one launch, captured at the first call with its settings; the
-        network is then as it was at that call.
+        cuda_graph: each step is one launch, captured at the first call with its settings.
         Raises ValueError for settings that do not go together.
         """
         if table is None:
@@ -222,7 +221,8 @@ class Pipeline:
         both = guided(network, other, guidance_rescale, batched)
         capture = None
         if cuda_graph:
-            key = (amp, guidance_rescale, batched, guide)
+            # a network that has changed is another one
+            key = (network.network, other and other.network, guidance_rescale, batched)
             capture = lambda run, what: self.graphs.wrap(run, (*key, *what))  # noqa: E731
         loop = differentiable_loop if table.to_x.requires_grad else sample_loop
         return loop(
@@ -344,20 +344,29 @@ class Pipeline:
     # --- the network, ready for sampling
 
     def forget(self) -> None:
-        """Drop what was captured or compiled of the model: it has changed."""
+        """Drop what was folded, compiled or captured of the model: it has changed."""
         self.graphs.graphs.clear()
         self.ready.clear()
 
     def inference_network(self, dtype: torch.dtype | None) -> nn.Module:
-        """Prepare the network that runs at every step; a compiled one as when first asked for."""
+        """Prepare the network that runs at every step, once for as long as its weights stay.
+
+        All calls, batch sizes and graphs share it. What changes weights behind torch's back, such
+        as a training step that is replayed as a CUDA graph (see `build.state_of`), must be followed
+        by `forget`, or by a new pipeline: the trainer makes one for each of its sample grids.
+        """
         unet = networks_of(self.model)["unet"]
-        if not self.compiled:
-            return for_inference(unet, dtype)
-        if dtype not in self.ready:
-            compiler.prepare(self.device)
-            self.ready[dtype] = for_inference(unet, dtype)
-            self.ready[dtype].compile(dynamic=False)
-        return self.ready[dtype]
+        state, views = state_of(unet)
+        key = (dtype, self.compiled)
+        if key in self.ready and self.ready[key][0] != state:
+            self.forget()
+        if key not in self.ready:
+            network = for_inference(unet, dtype)
+            if self.compiled:
+                compiler.prepare(self.device)
+                network.compile(dynamic=False)
+            self.ready[key] = (state, views, network)
+        return self.ready[key][-1]
 
     def network(self, cond: Cond, dtype: torch.dtype | None) -> Callable[..., Tensor]:
         """Make the network a function (x, t, *tensors) of tensors like those in cond.
@@ -375,6 +384,7 @@ class Pipeline:
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 return network(x.to(own), t, cond.refilled(cast))
 
+        call.network = network
         return call
 
 

@@ -152,11 +152,17 @@ def add_device(parser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
 
 
+def commit() -> str:
+    """The commit that runs; empty where git or its folder is missing."""
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
 def report(bench: str, device, results: dict) -> None:
     """The last line: JSON, with the machine and the commit."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True).stdout.strip()  # fmt: skip
     cpu = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     print(json.dumps({"bench": bench, "device": device.type, "machine": machine,
-                      "torch": torch.__version__, "commit": commit, **results}))  # fmt: skip
+                      "torch": torch.__version__, "commit": commit(), **results}))  # fmt: skip

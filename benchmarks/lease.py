@@ -1,0 +1,822 @@
+#!/usr/bin/env python3
+"""One lease of one GPU: what each fast path brings, measured beside the plain one in one run.
+
+python benchmarks/lease.py [--seconds 480] [--only train,profile] [--tiny]
+
+Sections run in one process, in the order of their worth; each may fail without the others, and none
+begins that would not end within --seconds. After each, all results so far are in $OUT/lease.json
+(default /tmp/lease). --tiny tries the program out, also on a device that computes nothing
+(tests/nullcuda). `plain` is the network of models/ without what models/cuda.py puts in it; `graph`
+is a whole step as one CUDA graph. Peers need pip install denoising-diffusion-pytorch diffusers.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import MethodType
+
+import common
+import torch
+from sd_step import fill
+
+sys.path.insert(0, str(common.ROOT))
+
+from diffusion.config import Config  # noqa: E402
+from diffusion.models.build import NETWORKS, build_pixel_unet  # noqa: E402
+from diffusion.models.cond import NOTHING, Cond  # noqa: E402
+from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
+from diffusion.models.tokenizer import byte_level  # noqa: E402
+from diffusion.models.unet import UNet  # noqa: E402
+from diffusion.process.names import DEFAULT_SAMPLER, DEFAULT_STEPS  # noqa: E402
+from diffusion.process.objective import training_coefficients, training_loss  # noqa: E402
+from diffusion.process.schedule import make_schedule  # noqa: E402
+from diffusion.runtime.cuda_graph import Graph  # noqa: E402
+from diffusion.runtime.distributed import setup  # noqa: E402
+from diffusion.sampling.codec import LatentCodec, PixelCodec  # noqa: E402
+from diffusion.sampling.conditioning import Prompts, Unconditional  # noqa: E402
+from diffusion.sampling.pipeline import Pipeline  # noqa: E402
+from diffusion.training.ema import EMA  # noqa: E402
+from diffusion.training.optimizer import AdamW  # noqa: E402
+from diffusion.training.steps import StepStats, clip_factor  # noqa: E402
+
+try:
+    from diffusion.models import cuda
+except ImportError:
+    cuda = None
+
+BEGAN = time.time()
+CUDA = torch.device("cuda")
+CHANNELS_LAST = torch.channels_last
+BF16 = torch.bfloat16
+OUT = Path(os.environ.get("OUT", "/tmp/lease"))
+SHAPES = {  # what is trained: width, multiples, pixels a side, batch
+    "64px_dim128_B64": (128, (1, 2, 4, 8), 64, 64),
+    "32px_dim64_B512": (64, (1, 2, 4, 8), 32, 512),
+    "32px_dim64_B128": (64, (1, 2, 4, 8), 32, 128),
+}
+SMALL = (16, (1, 2), 16, 2)
+LARGEST = "64px_dim128_B64"
+FLOPS = {(128, 64): 73.59e9, (64, 32): 4.60e9}  # forward, an image of a width and a side: --dry_run
+SD_FLOPS = 0.803e12  # forward, a latent of 64x64; docs/scale.md
+args = argparse.Namespace(seconds=480.0, tiny=False)
+results: dict = {}
+
+
+def say(text: str) -> None:
+    print(f"[{time.time() - BEGAN:4.0f}] {text}", flush=True)
+
+
+def left() -> float:
+    """Give the seconds that are left."""
+    return args.seconds - (time.time() - BEGAN)
+
+
+def shape_of(name: str) -> tuple:
+    return SMALL if args.tiny else SHAPES[name]
+
+
+def flops_of(name: str) -> float:
+    dim, _, size, _ = SHAPES[name]
+    return FLOPS[dim, size]
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+def clock(call: Callable, calls: int = 12, warm_up: int = 3) -> dict[str, float]:
+    """Give milliseconds of a call, where the host runs ahead of the device.
+
+    ms: of each of many calls. device_ms: between events around one, the median; what the host holds
+    up counts. host_ms: until one call returns to an idle device; the driver holds it up once about
+    a thousand kernels are waiting, so that large batches make it look longer than it is.
+    """
+    for _ in range(warm_up):
+        call()
+    alone = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        alone.append(time.perf_counter() - began)
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    began = time.perf_counter()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    device = [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+    return {
+        "ms": 1e3 * seconds / calls,
+        "device_ms": statistics.median(device),
+        "host_ms": 1e3 * min(alone),
+    }
+
+
+def seconds_of(call: Callable, calls: int = 3) -> float:
+    """Give the median seconds of a call that is waited for, after a first one."""
+    call()
+    return statistics.median(common.timed(call, CUDA) for _ in range(calls))
+
+
+def fresh() -> None:
+    """Give back the memory of what went before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+@contextlib.contextmanager
+def failing_alone(name: str, found: dict):
+    """Keep an error of one side from ending the others: it is said, and is its result."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        found[name] = {"error": repr(error)[:400]}
+        say(f"{name} FAILED: {error!r:.300}")
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def families() -> list[str]:
+    """Name what models/cuda.py replaces: the functions of its table."""
+    return [] if cuda is None else sorted({fast.__name__ for _, _, fast in cuda.FAST})
+
+
+def install(network: torch.nn.Module, chosen: Iterable[str]) -> torch.nn.Module:
+    """Replace some families of forwards only; returns the network."""
+    for module in network.modules():
+        for kind, name, fast in cuda.FAST if cuda else ():
+            if isinstance(module, kind) and fast.__name__ in chosen:
+                setattr(module, name, MethodType(fast, module))
+    return network
+
+
+def pixel_unet(shape: tuple, chosen: Iterable[str] | None = None) -> torch.nn.Module:
+    """Make a pixel U-Net on the GPU; chosen: its families of kernels, None: as users get it."""
+    torch.manual_seed(0)
+    with CUDA:
+        if chosen is None:
+            return build_pixel_unet(*shape[:2])
+        return install(UNet(*shape[:2]), chosen).to(memory_format=CHANNELS_LAST)
+
+
+def stable_diffusion_network(name: str, config, dtype: torch.dtype, plain: bool):
+    """Make a network of NETWORKS with random weights; plain: without models/cuda.py's kernels."""
+    with torch.device("meta"):
+        network = NETWORKS[name][1](config)
+    network = fill(network, CUDA, dtype).to(memory_format=CHANNELS_LAST)
+    return network if plain or cuda is None else cuda.install(network)
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """Give the stream for captures: each new one would keep 32 MiB of cuBLAS's for itself."""
+    return torch.cuda.Stream()
+
+
+class Step:
+    """A training step as trainer.py makes it, of synthetic images."""
+
+    def __init__(self, network: torch.nn.Module, x0: torch.Tensor, cond: Cond = NOTHING):
+        self.network = network
+        self.cond = cond
+        self.batch = len(x0)
+        self.amp = BF16
+        g = torch.Generator().manual_seed(1)
+        t = torch.randint(1000, (self.batch,), generator=g)
+        self.levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(CUDA)
+        self.x0 = x0.contiguous(memory_format=CHANNELS_LAST)
+        self.eps = torch.randn(x0.shape, generator=g).to(CUDA, memory_format=CHANNELS_LAST)
+        self.optimizer = AdamW(network.parameters(), 1e-4, betas=(0.9, 0.99))
+        self.ema = EMA(network, 0.9999)
+        self.stats = StepStats(CUDA)
+
+    def loss(self) -> torch.Tensor:
+        with torch.autocast("cuda", self.amp, enabled=self.amp is not None):
+            losses = training_loss(self.network, self.levels, self.x0, self.eps, self.cond)
+            return losses.mean()
+
+    def update(self, loss: torch.Tensor) -> None:
+        self.stats.add_loss(loss)
+        gradients = self.optimizer.take_gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        ok = torch.isfinite(norm)
+        torch._foreach_mul_(gradients, clip_factor(norm, 1.0))
+        self.optimizer.found_inf = (~ok).float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(10**6, ok)
+        self.stats.add_step(norm, ok)
+
+    def __call__(self) -> None:
+        loss = self.loss()
+        loss.backward()
+        self.update(loss)
+
+    def update_alone(self) -> Callable:
+        """Make a call that is the update, of gradients that are zero."""
+        gradients = [torch.zeros_like(p) for p in self.network.parameters()]
+        loss = torch.zeros((), device=CUDA)
+
+        def call() -> None:
+            for p, gradient in zip(self.network.parameters(), gradients):
+                p.grad = gradient
+            self.update(loss)
+
+        return call
+
+    def captured(self) -> Callable:
+        """Make a call that replays the whole step as one CUDA graph; it is run three times first."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+        stream = side_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self()
+        return self.graph.replay
+
+
+def pixel_step(shape: tuple, chosen: Iterable[str] | None = None) -> Step:
+    size, batch = shape[2:]
+    g = torch.Generator().manual_seed(2)
+    x0 = torch.randn((batch, 3, size, size), generator=g).to(CUDA)
+    return Step(pixel_unet(shape, chosen), x0)
+
+
+def measure(name: str, call: Callable, batch: int, flops: float) -> dict:
+    """Time a training step of `batch` images of `flops` forward each."""
+    found = clock(call)
+    rate = batch / found["ms"] * 1e3
+    used = 3 * flops * rate
+    share = used / ceiling()
+    found |= {"img_s": rate, "tflops": used / 1e12, "mfu": share, "peak_gib": peak()}
+    say(
+        f"{name}: {found['ms']:.1f} ms a step (device {found['device_ms']:.1f}, host "
+        f"{found['host_ms']:.1f}), {rate:.0f} img/s, MFU {share:.1%}, {found['peak_gib']:.1f} GiB"
+    )
+    return found
+
+
+def ceiling() -> float:
+    """Give the FLOP/s of a large matrix product here; an H100's before it is measured."""
+    return results.get("ceilings", {}).get("matmul_tflops", 798.0) * 1e12
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def tests() -> dict:
+    """The tests for GPUs; beside them, untimed, what torch.compile keeps for `compiled`."""
+    seconds = min(150.0, left() - 30)
+    commands = {
+        "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
+                  "--tb=short", "tests"],
+        "prewarm": [sys.executable, __file__, "--prewarm", *["--tiny"] * args.tiny],
+    }  # fmt: skip
+    if not runs("compiled"):
+        del commands["prewarm"]
+    running = {}
+    for name, command in commands.items():
+        with open(OUT / f"{name}.txt", "w") as log:
+            running[name] = subprocess.Popen(
+                command, cwd=common.ROOT, stdout=log, stderr=log, start_new_session=True
+            )
+    found, deadline = {}, time.time() + seconds
+    for name, process in running.items():
+        try:
+            found[name] = process.wait(max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            found[name] = f"not done in {seconds:.0f} s"
+        lines = (OUT / f"{name}.txt").read_text().splitlines()
+        say(f"{name}: {found[name]}; {' / '.join(lines[-2:])[:300]}")
+        for line in [line for line in lines if line.startswith(("E  ", "FAILED"))][:16]:
+            say(f"    {line[:200]}")
+    return found
+
+
+def ceilings() -> dict:
+    """What the device can do: copy, multiply matrices, convolve at the network's shapes."""
+    a = torch.ones(1 << (20 if args.tiny else 28), device=CUDA)
+    b = torch.empty_like(a)
+    found = {"copy_gb_s": 2 * a.nbytes / clock(lambda: b.copy_(a))["device_ms"] / 1e6}
+    n = 256 if args.tiny else 8192
+    a, b = (torch.randn(n, n, device=CUDA, dtype=BF16) for _ in range(2))
+    found["matmul_tflops"] = 2 * n**3 / clock(lambda: a @ b)["device_ms"] / 1e9
+    say(f"copy {found['copy_gb_s']:.0f} GB/s, matrix product {found['matmul_tflops']:.0f} TFLOP/s")
+    for B, C, H in ((64, 128, 64), (64, 256, 32), (64, 512, 16), (64, 1024, 8), (2, 320, 64)):
+        if args.tiny:
+            B, C, H = 2, 16, 8
+        x, y = (
+            torch.randn(B, C, H, H, device=CUDA, dtype=BF16).to(memory_format=CHANNELS_LAST)
+            for _ in range(2)
+        )
+        w = torch.randn(C, C, 3, 3, device=CUDA, dtype=BF16).to(memory_format=CHANNELS_LAST)
+
+        def backward(x_too: bool, w_too: bool) -> None:
+            torch.ops.aten.convolution_backward(
+                y, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [x_too, w_too, False]
+            )
+
+        calls = (
+            lambda: torch.nn.functional.conv2d(x, w, padding=1),
+            lambda: backward(True, False),
+            lambda: backward(False, True),
+        )
+        work = 2 * B * H * H * C * C * 9 / 1e9
+        rates = [work / clock(call, 6, 2)["device_ms"] for call in calls]
+        found[f"conv {B}x{C}@{H}"] = rates
+        say(
+            f"3x3 convolution, {B}x{C} @ {H}, forward / to x / to w: "
+            f"{' / '.join(f'{rate:.0f}' for rate in rates)} TFLOP/s"
+        )
+    return found
+
+
+def numbers() -> dict:
+    """Loss and gradients against float32 on the CPU; the same bits twice, and as a graph."""
+    found: dict = {}
+    shape = (32, (1, 2, 4), 32, 8)
+    side = pixel_step(shape, ())
+
+    def gradients(chosen: Iterable[str], device: torch.device, amp: torch.dtype | None):
+        network = pixel_unet(shape, chosen).to(device)
+        g = torch.Generator().manual_seed(3)
+        for p in network.parameters():  # layers that start at zero would hide those before them
+            p.data += 0.02 * torch.randn(p.shape, generator=g).to(device)
+        inputs = (v.to(device) for v in (side.levels, side.x0, side.eps))
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            loss = training_loss(network, *inputs, NOTHING).mean()
+        loss.backward()
+        return float(loss.detach()), torch.cat(
+            [p.grad.double().cpu().flatten() for p in network.parameters()]
+        )
+
+    loss, wanted = gradients((), torch.device("cpu"), None)
+    for which, chosen in both():
+        for precision, amp, tf32 in (
+            ("float32", None, False), ("float32, TF32", None, True), ("bf16", BF16, True),
+        ):  # fmt: skip
+            name = f"{which}, {precision}"
+            with failing_alone(name, found):
+                torch.backends.cudnn.allow_tf32 = tf32
+                other, got = gradients(chosen, CUDA, amp)
+                errors = [abs(other - loss) / loss, float((got - wanted).norm() / wanted.norm())]
+                found[name] = errors
+                say(f"{name}: loss differs by {errors[0]:.1e}, gradients by {errors[1]:.1e}")
+    torch.backends.cudnn.allow_tf32 = True
+
+    def after(chosen: Iterable[str], graph: bool) -> list[torch.Tensor]:
+        """Give the weights after six steps."""
+        step = pixel_step(shape, chosen)
+        call = step.captured() if graph else step
+        for _ in range(3 if graph else 6):
+            call()
+        return list(step.network.parameters())
+
+    def compare(name: str, chosen: Iterable[str], graph: bool) -> None:
+        with failing_alone(name, found):
+            pairs = list(zip(after(chosen, False), after(chosen, graph)))
+            differing = sum(not torch.equal(a, b) for a, b in pairs)
+            largest = max(float((a - b).detach().abs().max()) for a, b in pairs)
+            found[name] = {"differing": differing, "of": len(pairs), "largest": largest}
+            say(f"{name}: {differing} of {len(pairs)} weights differ, by {largest:.1e} at most")
+
+    for which, chosen in both():
+        compare(f"{which}, eager twice", chosen, False)
+        compare(f"{which}, eager and graph", chosen, True)
+    torch.backends.cudnn.deterministic = True
+    compare("plain, eager twice, cudnn.deterministic", (), False)
+    torch.backends.cudnn.deterministic = False
+    return found
+
+
+def both() -> list[tuple[str, Iterable[str]]]:
+    """List the sides: without kernels, and with all that are there."""
+    return [("plain", ()), *([("kernels", families())] if cuda else [])]
+
+
+def train() -> dict:
+    """Training steps of the pixel U-Net: plain and with kernels, eager and as a graph."""
+    found: dict = {}
+    for name in SHAPES:
+        shape = shape_of(name)
+        flops = flops_of(name)
+        for which, chosen in both():
+            if left() < 20:
+                return found
+            side = f"{name} {which}"
+            with failing_alone(side, found):
+                fresh()
+                step = pixel_step(shape, chosen)
+                found[f"{side} eager"] = measure(f"{side} eager", step, step.batch, flops)
+                alone = clock(step.update_alone(), 6, 2)
+                found[f"{side} eager"]["update_ms"] = alone["device_ms"]
+                fresh()
+                call = step.captured()
+                found[f"{side} graph"] = measure(f"{side} graph", call, step.batch, flops)
+                say(f"    of which clip, optimizer and EMA, eager: {alone['device_ms']:.2f} ms")
+            step = call = None
+    return found
+
+
+def switches() -> dict:
+    """Each family of kernels alone, and all but it, in the largest training step."""
+    found: dict = {}
+    shape = shape_of(LARGEST)
+    flops = flops_of(LARGEST)
+    sides = {"none": []}
+    for family in families():
+        sides[f"{family} alone"] = [family]
+    for family in families():
+        sides[f"all but {family}"] = [name for name in families() if name != family]
+    sides["all"] = families()
+    sides["as users get it"] = None
+    for name, chosen in sides.items():
+        if left() < 10:
+            break
+        with failing_alone(name, found):
+            fresh()
+            step = pixel_step(shape, chosen)
+            found[name] = measure(f"{LARGEST}, {name}", step, step.batch, flops)
+        step = None
+    return found
+
+
+def profile() -> dict:
+    """A training step by kernel, plain and with kernels: the device's own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    found = {}
+    for name, rows_shown in ((LARGEST, 14), ("32px_dim64_B128", 5)):
+        for which, chosen in both():
+            fresh()
+            step = pixel_step(shape_of(name), chosen)
+            for _ in range(3):
+                step()
+            torch.cuda.synchronize()
+            with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
+                step()
+                torch.cuda.synchronize()
+            rows: dict[str, list] = {}
+            for event in recorded.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    row = rows.setdefault(event.name, [0, 0.0])
+                    row[0] += 1
+                    row[1] += event.self_device_time_total / 1e3
+            ordered = sorted(rows.items(), key=lambda item: -item[1][1])
+            busy, count = (sum(row[i] for row in rows.values()) for i in (1, 0))
+            kept = {kernel[:160]: row for kernel, row in ordered[:80]}
+            found[f"{name} {which}"] = {"busy_ms": busy, "kernels": count, "rows": kept}
+            say(f"{name} {which}: device busy {busy:.1f} ms in {count} kernels and copies")
+            for kernel, (calls, ms) in ordered[:rows_shown]:
+                say(f"    {ms:7.2f} ms x{calls:4d} {kernel[:100]}")
+            step = None
+    return found
+
+
+def pipeline(network, config: Config, codec, conditioning) -> Pipeline:
+    schedule = make_schedule("cosine", 1000)
+    return Pipeline(
+        config, network.eval().requires_grad_(False), schedule, codec, conditioning, CUDA
+    )
+
+
+def sampling() -> dict:
+    """Pictures a second of the pixel U-Net, from noise to pixels in the host's memory."""
+    found: dict = {}
+    dim, mults, size, _ = shape_of("32px_dim64_B128")
+    config = Config(image_size=size, unet_dim=dim, dim_mults=mults)
+    pipelines = {
+        which: pipeline(pixel_unet((dim, mults), chosen), config, PixelCodec(CUDA), Unconditional())
+        for which, chosen in both()
+    }
+    one = pipelines["plain"]
+    found["first_ms"] = 1e3 * seconds_of(lambda: one.network(NOTHING, BF16), 5)
+    say(f"preparing the network, at each call of sample(): {found['first_ms']:.1f} ms")
+    for n in (1, 16, 128):
+        for sampler, steps in (("ddim", 50), (DEFAULT_SAMPLER, DEFAULT_STEPS)):
+            row = found[f"{n} {sampler} {steps}"] = {}
+            for which, one in pipelines.items():
+                for how, graph in (("eager", False), ("graph", True)):
+                    if left() < 15:
+                        return found
+                    with failing_alone(f"{which} {how}", row):
+                        options = dict(sampler=sampler, steps=steps, cuda_graph=graph)
+                        call = lambda: one.sample(range(n), **options).cpu()
+                        row[f"{which} {how}"] = n / seconds_of(call)
+            say(f"{n} images, {sampler} at {steps} steps, img/s: {rates(row)}")
+    for one in pipelines.values():
+        one.forget()
+    return found
+
+
+def rates(row: dict) -> str:
+    numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+
+
+def small_stable_diffusion() -> tuple[UNetConfig, VAEConfig, CLIPTextConfig]:
+    """Give the sizes to try the program out with."""
+    return (
+        UNetConfig(
+            block_out_channels=(32, 32), norm_num_groups=8, layers_per_block=1, sample_size=8,
+            cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        VAEConfig(block_out_channels=(16, 16), norm_num_groups=8, layers_per_block=1),
+        CLIPTextConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=514, eos_token_id=513,
+        ),
+    )  # fmt: skip
+
+
+def full_stable_diffusion() -> tuple[UNetConfig, VAEConfig, CLIPTextConfig]:
+    return UNetConfig(), VAEConfig(), CLIPTextConfig()
+
+
+def sd_sampling() -> dict:
+    """Stable Diffusion 1.5 at 512 px with random weights: its parts, and whole pictures."""
+    found: dict = {}
+    sizes = small_stable_diffusion() if args.tiny else full_stable_diffusion()
+    side = sizes[0].side
+    for which, plain in (("plain", True), ("kernels", False))[: 2 if cuda else 1]:
+        with failing_alone(which, found), torch.inference_mode():
+            fresh()
+            unet, vae, text = (
+                stable_diffusion_network(name, config, BF16, plain)
+                for name, config in zip(("unet", "vae", "text_encoder"), sizes)
+            )
+            row = found[which] = {}
+            for B in (2, 8):
+                x = torch.randn(B, 4, side, side, device=CUDA, dtype=BF16)
+                x = x.to(memory_format=CHANNELS_LAST)
+                t = torch.full((B,), 500.0, device=CUDA)
+                context = torch.randn(B, 77, sizes[0].cross_attention_dim, device=CUDA, dtype=BF16)
+                run = lambda x, t, context: (unet(x, t, Cond(context)),)
+                eager = clock(lambda: run(x, t, context))
+                graph = Graph(run, (x, t, context))
+                replay = clock(graph.graph.replay)["device_ms"]
+                rate = SD_FLOPS * B / replay / 1e9
+                row[f"unet, batch {B}"] = {"eager": eager, "graph_ms": replay, "tflops": rate}
+                say(
+                    f"{which}: U-Net, batch {B}: eager {eager['ms']:.2f} ms (host "
+                    f"{eager['host_ms']:.2f}), graph {replay:.2f} ms, {rate:.0f} TFLOP/s"
+                )
+                del graph
+            z = torch.randn(1, 4, side, side, device=CUDA, dtype=BF16)
+            row["vae"] = clock(lambda: vae.decode(z))
+            say(f"{which}: VAE, one picture decoded: {row['vae']['ms']:.2f} ms")
+            config = Config(
+                mode="latent", condition="text", objective="eps", sd_path="none",
+                image_size=side * vae.factor,
+            )  # fmt: skip
+            prompts = Prompts(byte_level(77), text, device=CUDA)
+            whole = pipeline(unet, config, LatentCodec(vae, CUDA), prompts)
+            for steps in (20, 50):
+                options = dict(
+                    sampler="ddim", steps=steps, prompts=["a"], guidance_scale=7.5, cuda_graph=True
+                )
+                seconds = seconds_of(lambda: whole.sample(range(1), **options).cpu())
+                row[f"picture, {steps} steps"] = {"seconds": seconds, "it_s": steps / seconds}
+                say(
+                    f"{which}: a picture of {steps} guided steps as graphs, from the prompt to "
+                    f"pixels: {seconds:.2f} s, {steps / seconds:.1f} it/s"
+                )
+            whole.forget()
+        unet = vae = text = whole = None
+    return found
+
+
+def sd_training() -> dict:
+    """Stable Diffusion 1.5's U-Net trained on latents, batch 8: AdamW and EMA, bf16 autocast."""
+    found: dict = {}
+    sizes = small_stable_diffusion() if args.tiny else full_stable_diffusion()
+    config = sizes[0]
+    B = 2 if args.tiny else 8
+    for which, plain in (("plain", True), ("kernels", False))[: 2 if cuda else 1]:
+        if left() < 20:
+            break
+        with failing_alone(which, found):
+            fresh()
+            unet = stable_diffusion_network("unet", config, torch.float32, plain)
+            unet.train().requires_grad_(True)
+            x0 = torch.randn(B, 4, config.side, config.side, device=CUDA)
+            context = torch.randn(B, 77, config.cross_attention_dim, device=CUDA)
+            step = Step(unet, x0, Cond(context))
+            name = f"SD 1.5, batch {B}, {which}"
+            found[f"{which} eager"] = measure(f"{name} eager", step, B, SD_FLOPS)
+            fresh()
+            call = step.captured()
+            found[f"{which} graph"] = measure(f"{name} graph", call, B, SD_FLOPS)
+        unet = step = call = None
+    return found
+
+
+def compiled() -> dict:
+    """The largest training step through torch.compile, plain and with kernels."""
+    found: dict = {}
+    shape = shape_of(LARGEST)
+    flops = flops_of(LARGEST)
+    for which, chosen in both():
+        if left() < 30:
+            break
+        with failing_alone(which, found):
+            fresh()
+            step = pixel_step(shape, chosen)
+            step.network.compile(dynamic=False)
+            began = time.time()
+            step()
+            torch.cuda.synchronize()
+            took = time.time() - began
+            name = f"{LARGEST} {which} compiled"
+            found[which] = {"compile_s": took} | measure(name, step, step.batch, flops)
+            say(f"    compiled in {took:.0f} s, from what the tests' time left in the cache")
+        step = None
+    return found
+
+
+def prewarm() -> None:
+    """Fill the caches of Triton and torch.compile; prints what each takes."""
+    for which, chosen in both():
+        began = time.time()
+        step = pixel_step(shape_of(LARGEST), chosen)
+        step.network.compile(dynamic=False)
+        step.loss().backward()
+        torch.cuda.synchronize()
+        print(f"{which} compiled in {time.time() - began:.0f} s", flush=True)
+
+
+def end_to_end() -> dict:
+    """train.py and sample.py as users run them, on the toy set that comes with the program."""
+    found: dict = {}
+    small = args.tiny
+    with tempfile.TemporaryDirectory() as folder:
+        run = f"{folder}/run"
+        training = ["train.py", "--save_folder", run, "--cache_dir", f"{folder}/cache",
+                    "--train_steps", "6" if small else "600", "--log_every", "2" if small else "50"]  # fmt: skip
+        drawing = ["sample.py", "--load_path", f"{run}/model.pt", "--save_folder", f"{folder}/out",
+                   "--num_images", "4" if small else "512", "--batch_size", "4" if small else "128"]  # fmt: skip
+        for name, command in (("train", training), ("sample", drawing)):
+            began = time.time()
+            done = subprocess.run([sys.executable, *command], cwd=common.ROOT, text=True,
+                                  capture_output=True, timeout=max(10.0, left()))  # fmt: skip
+            printed = (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+            first = [line for line in printed if line.strip() and "step/s" not in line][:8]
+            found[name] = {
+                "seconds": time.time() - began,
+                "status": done.returncode,
+                "first": first,
+            }
+            say(f"{command[0]}: {found[name]['seconds']:.1f} s, status {done.returncode}")
+            for line in first if not done.returncode else printed[-6:]:
+                say(f"    {line[:160]}")
+            if name == "train" and Path(run, "metrics.jsonl").exists():
+                lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+                found["lines"] = [
+                    {k: line.get(k) for k in ("step", "loss", "img_per_s")} for line in lines
+                ]
+                say(f"    {found['lines'][0]} ... {found['lines'][-1]}")
+            with contextlib.suppress(OSError):
+                shutil.copy(f"{folder}/out/grid.png", OUT / "grid.png")
+    return found
+
+
+def peers() -> dict:
+    """lucidrains' and diffusers' training steps and sampling, as they come and tuned as ours is."""
+    import train_step
+
+    sys.path.insert(0, str(Path(__file__).parent))  # before the scripts: one is named alike
+    import sample
+
+    found: dict = {}
+    dim, mults, size, batch = shape_of(LARGEST)
+    size = 32 if args.tiny else size  # diffusers' network halves it five times
+    told = argparse.Namespace(
+        device="cuda", dim=dim, mults=mults, size=size, batch_size=batch, compile=False, steps=50
+    )
+    width = 32 if args.tiny else 168  # of diffusers', for equal FLOPs: common.diffusers_width
+    drawn = argparse.Namespace(**vars(told) | dict(dim=64, size=32))
+    if args.tiny:
+        drawn.dim, drawn.steps = 8, 2
+    width_drawn = 32 if args.tiny else 88
+    for how in ("tuned", "shipped"):
+        tuned = how == "tuned"
+        dtype = BF16 if tuned else None
+        sides = {
+            f"lucidrains {how}": lambda: train_step.lucidrains(told, tuned),
+            f"diffusers {how}": lambda: train_step.diffusers(told, width, tuned),
+            f"lucidrains {how}, 16 images": lambda: sample.lucidrains(drawn, 16, dtype),
+            f"diffusers {how}, 16 images": lambda: sample.diffusers(drawn, width_drawn, 16, dtype),
+        }
+        for name, build in sides.items():
+            if left() < 20:
+                return found
+            with failing_alone(name, found):
+                fresh()
+                call = build()
+                drawing = name.endswith("images")
+                seconds = seconds_of(call, 1) if drawing else clock(call, 5, 2)["ms"] / 1e3
+                rate = (16 if drawing else batch) / seconds
+                found[name] = {"seconds": seconds, "img_s": rate, "peak_gib": peak()}
+                say(f"{name}: {1e3 * seconds:.1f} ms, {rate:.1f} img/s, {peak():.1f} GiB")
+            call = None
+    return found
+
+
+SECTIONS: dict[str, tuple[Callable, int]] = {  # by worth; the seconds that each needs at least
+    "tests": (tests, 100),
+    "ceilings": (ceilings, 10),
+    "numbers": (numbers, 15),
+    "train": (train, 40),
+    "switches": (switches, 20),
+    "sampling": (sampling, 40),
+    "sd_sampling": (sd_sampling, 30),
+    "sd_training": (sd_training, 25),
+    "profile": (profile, 20),  # here, as launches are slower after it
+    "end_to_end": (end_to_end, 40),
+    "compiled": (compiled, 40),
+    "peers": (peers, 25),
+}
+
+
+def runs(name: str) -> bool:
+    return not args.only or name in args.only
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=480.0, help="in all, at most")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[],
+                        help=f"sections, of {','.join(SECTIONS)}")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="try the program out")
+    parser.add_argument("--prewarm", action="store_true", help="compile only, to fill the caches")
+    parser.parse_args(namespace=args)
+    unknown = set(args.only) - set(SECTIONS)
+    if unknown:
+        parser.error(f"unknown sections {unknown}; there are {', '.join(SECTIONS)}")
+    setup("cuda")
+    if args.prewarm:
+        prewarm()
+        return
+    OUT.mkdir(parents=True, exist_ok=True)
+    results["machine"] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "commit": common.commit(),
+        "kernels": families(),
+    }
+    say(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    for name, (section, needed) in SECTIONS.items():
+        if not runs(name):
+            continue
+        if left() < needed:
+            say(f"--- {name}: left out, it needs {needed} s and {left():.0f} are left")
+            continue
+        began = time.time()
+        with failing_alone(name, results):
+            fresh()
+            results[name] = section()
+        took = time.time() - began
+        say(f"--- {name}: {took:.0f} s")
+        results.setdefault("seconds", {})[name] = took
+        (OUT / "lease.json").write_text(json.dumps(results, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

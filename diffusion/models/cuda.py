@@ -91,16 +91,16 @@ def ws_conv(layer: WSConv3x3, x: Tensor) -> Tensor:
 
 def linear_attention(layer: unet.LinearAttention, x: Tensor) -> Tensor:
     """Attend without a copy of q, k and v."""
-    B, _, H, W = x.shape
-    width = layer.to_qkv.out_features // 3
-    if fits(x):
-        from . import triton_attention
+    if not fits(x):
+        return type(layer).forward(layer, x)
+    from . import triton_attention
 
-        if triton_attention.fits(B, H * W, layer.heads, width // layer.heads):
-            qkv = layer.to_qkv(to_tokens(layer.norm(x)))
-            out = triton_attention.linear_attention(qkv, layer.heads)
-            return x + to_image(layer.to_out(out), H)
-    return type(layer).forward(layer, x)
+    qkv = layer.to_qkv(to_tokens(layer.norm(x)))
+    if triton_attention.fits(qkv, layer.heads):
+        out = triton_attention.linear_attention(qkv, layer.heads)
+    else:
+        out = layer.attend(*qkv.chunk(3, -1))
+    return x + to_image(layer.to_out(out), x.shape[2])
 
 
 def resnet_block(layer: ResnetBlock2D, x: Tensor, emb: Tensor | None = None) -> Tensor:

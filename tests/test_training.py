@@ -29,6 +29,7 @@ from diffusion.training.ema import EMA
 from diffusion.training.optimizer import AdamW, flat
 from diffusion.training.recipe import heldout_loss, open_recipe
 from diffusion.training.steps import BatchSplit, draw, learning_rate, split_batch, total_steps
+from diffusion.training.train_step import not_captured
 from diffusion.training.trainer import train
 
 # --- what a run writes -----------------------------------------------------------------------------
@@ -541,6 +542,34 @@ def test_gpu_training_and_resume(tiny, tmp_path, amp):
     train(Config(**options))
     train(Config(**options | dict(train_steps=16)))
     assert all(math.isfinite(line["loss"]) for line in run_lines(tmp_path / "run"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gpu_steps_as_graphs_are_the_steps_without(tiny, tmp_path, dropout):
+    options = tiny | dict(device="cuda", amp="bf16", dropout=dropout, train_steps=8)
+    options["grad_accum"] = 2
+    for name in ("on", "off"):
+        folder = str(tmp_path / name)
+        train(Config(**options | dict(cuda_graph=name, save_folder=folder)))
+    graph, eager = (run_lines(tmp_path / name) for name in ("on", "off"))
+    for a, b in zip(graph, eager, strict=True):
+        assert_close(a["loss"], b["loss"], rtol=1e-3, atol=0)
+    on, off = (checkpoint.read(tmp_path / n / "model.pt")["ema"] for n in ("on", "off"))
+    for name, weight in on.items():
+        assert_close(weight, off[name], rtol=1e-2, atol=1e-4)
+
+
+def test_where_steps_are_no_graphs(tiny):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    reason = lambda device, dtype, **o: not_captured(Config(**tiny | o), device, dtype)  # noqa: E731
+    assert reason(cuda, torch.bfloat16) is None and reason(cuda, None) is None
+    assert "cpu" in reason(cpu, None)
+    assert "float16" in reason(cuda, torch.float16)
+    assert "checkpointing" in reason(cuda, None, checkpointing=True)
+    assert "off" in reason(cuda, None, cuda_graph="off")
+    with pytest.raises(UserError, match="cuda_graph"):
+        reason(cpu, None, cuda_graph="on")
 
 
 def test_overwrite_deletes_nothing_before_all_is_checked(tiny, tmp_path):

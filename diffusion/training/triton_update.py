@@ -11,164 +11,129 @@ from torch import Tensor
 from .ema import EMA
 from .optimizer import AdamW
 
-BLOCK = 1024  # weights that a program changes
+PROGRAMS = tl.constexpr(128)  # of each weight
+BLOCK = tl.constexpr(1024)  # numbers that a program changes at once
 
 
 class Update:
-    """Do the steps of an AdamW and of an EMA of the same weights, all in float32.
+    """Do the steps of an AdamW and of an EMA of the same weights.
 
     36 bytes a weight are moved; clipping, AdamW and EMA by themselves move 68, and EMA makes a copy
-    of all weights. The optimizer's state is what it would be without, but that the step counts are
-    parts of one tensor.
+    of all weights. What the optimizer keeps, and a checkpoint holds, is the same.
     """
 
     def __init__(self, optimizer: AdamW, ema: EMA):
-        self.optimizer = optimizer
         self.ema = ema
-        self.weights = optimizer.param_groups[0]["params"]
-        sizes = torch.tensor([w.numel() for w in self.weights])
-        blocks = (sizes + BLOCK - 1) // BLOCK
-        firsts = blocks.cumsum(0) - blocks
-        self.layout = [sizes.tolist(), firsts.tolist()]
-        self.device = self.weights[0].device
-        self.owners = torch.arange(len(sizes)).repeat_interleave(blocks).to(self.device)
-        betas = torch.tensor(optimizer.defaults["betas"], dtype=torch.float64)
-        self.betas = betas.view(2, 1).to(self.device)
-        self.steps = None
-        self.spare: list[Tensor] = []
-        self.kept: list[Tensor] = []
+        self.find(optimizer)
+        optimizer.register_load_state_dict_post_hook(self.find)
 
-    def fits(self, gradients: list[Tensor]) -> bool:
-        """Say whether it can be called: all is float32, and of each weight is there all."""
-        pairs = zip(self.ema.ema, self.ema.weights)
-        mine = [id(p) for p in self.optimizer.parameters]
-        return (
-            mine == [id(p) for p in self.ema.weights]
-            and len(gradients) == len(mine)
-            and all(e.stride() == p.stride() for e, p in pairs)
-            and all(x.dtype == torch.float32 for x in [*self.weights, *gradients, *self.ema.ema])
-        )
+    def find(self, optimizer: AdamW) -> None:
+        """Make what the optimizer's state lacks, and note where all lies that stays there.
 
-    @torch.no_grad()
-    def __call__(
-        self, gradients: list[Tensor], ok: Tensor, lr: Tensor, clip: Tensor, ema_weight: Tensor
-    ) -> None:
-        """Change weights, moments, step counts and averages, or nothing where ok is False.
-
-        All are () on the device: ok bool, the others float32. gradients: of `take_gradients`; they
-        are multiplied with clip. ema_weight: the part of the new weights in the averages.
-        In a CUDA graph the first calls must come before the capture.
+        table: (N, 6) of N weights: the addresses of gradients (in each step others), weights,
+        moments and averages; the sizes.
         """
-        self._open_state()
-        self.steps += ok
-        settings = self.optimizer.param_groups[0]
-        table, aligned = self._table(gradients)
-        update_kernel[len(self.owners),](
-            table,
-            self.owners,
-            1 - self.betas**self.steps,
-            lr,
-            clip,
-            ok,
-            ema_weight,
-            len(gradients),
-            *settings["betas"],
-            settings["eps"],
-            settings["weight_decay"],
-            16 if aligned else 4,
-            BLOCK,
-        )
-
-    def _open_state(self) -> None:
-        """Make the optimizer's state, if there is none, and gather the step counts in a tensor."""
-        states = [self.optimizer.state[w] for w in self.weights]
-        if self.steps is not None and states[0]["step"].data_ptr() == self.steps.data_ptr():
-            return
-        for weight, state in zip(self.weights, states):
-            if not state:
-                state["step"] = torch.zeros((), device=self.device)
+        self.settings = optimizer.param_groups[0]
+        weights = self.settings["params"]
+        self.steps = torch.zeros(len(weights), device=weights[0].device)
+        rows = []
+        for step, weight, average in zip(self.steps, weights, self.ema.ema):
+            state = optimizer.state[weight]
+            if state:
+                step.copy_(state["step"])
+            else:
                 state["exp_avg"] = torch.zeros_like(weight)
                 state["exp_avg_sq"] = torch.zeros_like(weight)
-        self.steps = torch.stack([state["step"].view(()) for state in states])
-        for state, step in zip(states, self.steps):
             state["step"] = step
+            tensors = (weight, state["exp_avg"], state["exp_avg_sq"], average)
+            rows.append([0, *(x.data_ptr() for x in tensors), weight.numel()])
+        self.table = torch.tensor(rows, device=step.device)
 
-    def _table(self, gradients: list[Tensor]) -> tuple[Tensor, bool]:
-        """Copy to the device, without a wait, where all lies; are these multiples of 16 bytes?
+    def __call__(self, gradients: list[Tensor], ok: Tensor, clip: Tensor) -> None:
+        """Change weights, moments, step counts and averages, or nothing where ok, () bool, is False.
 
-        A captured graph copies at every replay, so what it copies from is kept.
+        gradients: of `take_gradients`, of every weight; they count times clip (). Nothing waits,
+        and a CUDA graph can hold it.
         """
-        states = [self.optimizer.state[w] for w in self.weights]
-        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        tensors = (self.weights, *moments, self.ema.ema, gradients)
-        addresses = [[x.data_ptr() for x in row] for row in tensors]
-        values = torch.tensor(addresses + self.layout)
-        cuda = self.device.type == "cuda"  # else Triton's interpreter
-        if cuda and torch.cuda.is_current_stream_capturing():
-            source = self.spare.pop()  # nothing may be allocated now; earlier copies have ended
-            self.kept.append(source)
-        else:
-            source = torch.empty_like(values, pin_memory=cuda)
-            self.spare = [source]
-        source.copy_(values)
-        return source.to(self.device, non_blocking=True), not (values[:5] % 16).any()
+        addresses = [g.data_ptr() for g in gradients]
+        # as arguments of a kernel they come to the device without a copy from memory
+        places = self.table[:, 0].unbind()
+        torch._foreach_zero_(places)
+        torch._foreach_add_(places, addresses)
+        self.steps += ok
+        beta1, beta2 = self.settings["betas"]
+        update_kernel[PROGRAMS.value, len(addresses)](
+            self.table,
+            1 - beta1**self.steps,
+            1 - beta2**self.steps,
+            self.settings["lr"],
+            clip,
+            ok,
+            self.ema.weight,
+            1 - beta1,
+            1 - beta2,
+            self.settings["eps"],
+            self.settings["weight_decay"],
+            4 if any(a % 16 for a in addresses) else 16,
+        )
 
 
 @triton.jit
 def update_kernel(
     table,
-    owners,
-    corrections,
+    correction1,
+    correction2,
     lr,
     clip,
     ok,
     ema_weight,
-    N,
-    beta1: tl.constexpr,
-    beta2: tl.constexpr,
-    eps: tl.constexpr,
-    decay: tl.constexpr,
+    new1,
+    new2,
+    eps,
+    decay,
     ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Update a block of one of N weights.
+    """Update a part of a weight.
 
-    table (7, N): addresses of weights, moments, averages and gradients; sizes; first blocks.
-    owners: the weight of each block. corrections (2, N): of the moments. The others: see `Update`.
+    correction1, correction2: (N,) what the moments are divided by. new1, new2: the parts of the
+    gradient in them. ALIGNED: what addresses are multiples of.
     """
-    block = tl.program_id(0)
-    owner = tl.load(owners + block)
-    row = table + owner
-    start = (block - tl.load(row + 6 * N)) * BLOCK
-    left = (tl.load(row + 5 * N) - start) * tl.load(ok)
-    weights = memory(row, start, ALIGNED)
-    firsts = memory(row + N, start, ALIGNED)
-    seconds = memory(row + 2 * N, start, ALIGNED)
-    averages = memory(row + 3 * N, start, ALIGNED)
-    gradients = memory(row + 4 * N, start, ALIGNED)
+    owner = tl.program_id(1)
+    row = table + 6 * owner
+    size = tl.load(row + 5) * tl.load(ok)
     rate = tl.load(lr)
-    step = (rate / tl.load(corrections + owner)).to(tl.float32)
-    root = tl.sqrt_rn(tl.load(corrections + N + owner).to(tl.float32))
-    places = tl.arange(0, BLOCK)
-    for whole in tl.static_range(2):
-        if (left >= BLOCK) == whole:  # without a mask, 16 bytes are read at once
-            mask = None if whole else places < left
-            gradient = tl.load(gradients + places, mask) * tl.load(clip)
-            first = beta1 * tl.load(firsts + places, mask) + (1 - beta1) * gradient
-            second = beta2 * tl.load(seconds + places, mask) + (1 - beta2) * gradient * gradient
-            weight = tl.load(weights + places, mask)
-            weight -= rate * decay * weight
-            weight -= tl.div_rn(step * first, tl.div_rn(tl.sqrt_rn(second), root) + eps)
-            average = tl.load(averages + places, mask)
-            average += tl.load(ema_weight) * (weight - average)
-            tl.store(weights + places, weight, mask)
-            tl.store(firsts + places, first, mask)
-            tl.store(seconds + places, second, mask)
-            tl.store(averages + places, average, mask)
+    step = rate / tl.load(correction1 + owner)
+    root = tl.sqrt_rn(tl.load(correction2 + owner))
+    start = tl.program_id(0) * BLOCK
+    while start < size:
+        places = start + tl.arange(0, BLOCK)
+        gradients = memory(row, places, ALIGNED)
+        weights = memory(row + 1, places, ALIGNED)
+        firsts = memory(row + 2, places, ALIGNED)
+        seconds = memory(row + 3, places, ALIGNED)
+        averages = memory(row + 4, places, ALIGNED)
+        for whole in tl.static_range(2):
+            if (start + BLOCK <= size) == whole:  # without a mask, 16 bytes are read at once
+                mask = None if whole else places < size
+                gradient = tl.load(gradients, mask) * tl.load(clip)
+                first = tl.load(firsts, mask)
+                first += new1 * (gradient - first)
+                second = tl.load(seconds, mask)
+                second += new2 * (gradient * gradient - second)
+                weight = tl.load(weights, mask)
+                weight -= rate * decay * weight
+                weight -= step * first / (tl.sqrt_rn(second) / root + eps)
+                average = tl.load(averages, mask)
+                average += tl.load(ema_weight) * (weight - average)
+                tl.store(weights, weight, mask)
+                tl.store(firsts, first, mask)
+                tl.store(seconds, second, mask)
+                tl.store(averages, average, mask)
+        start += PROGRAMS * BLOCK
 
 
 @triton.jit
-def memory(address, start, ALIGNED: tl.constexpr):
-    """Point to the float32 number `start` of what lies at an address, a multiple of ALIGNED."""
-    pointer = tl.load(address).to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(pointer, ALIGNED) + start
+def memory(address, places, ALIGNED: tl.constexpr):
+    """Point to places in the float32 numbers that lie at an address."""
+    numbers = tl.load(address).to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(numbers, ALIGNED) + places

@@ -4,6 +4,7 @@ It reads nothing back and has no branch on values, so that it may run as one CUD
 network's step is hundreds of short kernels, and Python launches them more slowly than they run.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
+from ..models.cuda import works
 from ..runtime import distributed as dist
 from ..runtime.cuda_graph import StepGraph
 from .ema import EMA
@@ -58,6 +60,13 @@ class TrainStep:
 
     def __post_init__(self):
         self.captured = StepGraph(self.run_tensors) if self.graph else None
+        self.one_pass = None
+        weights = self.optimizer.parameters
+        simple = not self.scaler.is_enabled() and {p.dtype for p in weights} == {torch.float32}
+        if simple and weights[0].is_cuda and works(weights[0].device):
+            from .triton_update import Update
+
+            self.one_pass = Update(self.optimizer, self.ema)
 
     def __call__(self, parts: Sequence) -> None:
         """Step on the `inputs` of each micro-batch."""
@@ -86,11 +95,15 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         ok = torch.isfinite(norm)
-        if self.recipe.config.grad_clip:
-            torch._foreach_mul_(gradients, clip_factor(norm, self.recipe.config.grad_clip))
-        self.optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        limit = self.recipe.config.grad_clip or math.inf
+        if self.one_pass is not None and len(gradients) == len(self.optimizer.parameters):
+            self.one_pass(gradients, ok, clip_factor(norm, limit))
+        else:
+            if limit < math.inf:
+                torch._foreach_mul_(gradients, clip_factor(norm, limit))
+            self.optimizer.found_inf = (~ok).float()  # read by the fused kernel, on the device
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.ema.update(ok)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(ok)
         self.stats.add_step(norm, ok)

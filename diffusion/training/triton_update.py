@@ -50,7 +50,7 @@ class Update:
         self.table = torch.tensor(rows, device=step.device)
 
     def __call__(self, gradients: list[Tensor], ok: Tensor, clip: Tensor) -> None:
-        """Change weights, moments, step counts and averages, or nothing where ok, () bool, is False.
+        """Change weights, moments, step counts and averages; where ok, () bool, is False, nothing.
 
         gradients: of `take_gradients`, of every weight; they count times clip (). Nothing waits,
         and a CUDA graph can hold it.

@@ -12,7 +12,6 @@ is a whole step as one CUDA graph. Peers need pip install denoising-diffusion-py
 
 import argparse
 import contextlib
-import functools
 import gc
 import json
 import os
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 
@@ -36,6 +35,7 @@ from sd_step import fill
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import Config  # noqa: E402
+from diffusion.models import cuda  # noqa: E402
 from diffusion.models.build import NETWORKS, build_pixel_unet  # noqa: E402
 from diffusion.models.cond import NOTHING, Cond  # noqa: E402
 from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig  # noqa: E402
@@ -51,12 +51,9 @@ from diffusion.sampling.conditioning import Prompts, Unconditional  # noqa: E402
 from diffusion.sampling.pipeline import Pipeline  # noqa: E402
 from diffusion.training.ema import EMA  # noqa: E402
 from diffusion.training.optimizer import AdamW  # noqa: E402
-from diffusion.training.steps import StepStats, clip_factor  # noqa: E402
-
-try:
-    from diffusion.models import cuda
-except ImportError:
-    cuda = None
+from diffusion.training.recipe import Inputs  # noqa: E402
+from diffusion.training.steps import StepStats  # noqa: E402
+from diffusion.training.train_step import TrainStep  # noqa: E402
 
 BEGAN = time.time()
 CUDA = torch.device("cuda")
@@ -67,6 +64,10 @@ SHAPES = {  # what is trained: width, multiples, pixels a side, batch
     "64px_dim128_B64": (128, (1, 2, 4, 8), 64, 64),
     "32px_dim64_B512": (64, (1, 2, 4, 8), 32, 512),
     "32px_dim64_B128": (64, (1, 2, 4, 8), 32, 128),
+}
+FAMILIES = {  # of models/cuda.py's functions; one that is named nowhere is a family of its own
+    "norms": {"group_norm", "block", "res_block", "resnet_block"},
+    "upsampling": {"upsample", "upsample_2d"},
 }
 SMALL = (16, (1, 2), 16, 2)
 LARGEST = "64px_dim128_B64"
@@ -97,7 +98,7 @@ def flops_of(name: str) -> float:
 # --- clocks --------------------------------------------------------------------------------------
 
 
-def clock(call: Callable, calls: int = 12, warm_up: int = 3) -> dict[str, float]:
+def clock(call: Callable, calls: int = 12, warm_up: int = 5) -> dict[str, float]:
     """Give milliseconds of a call, where the host runs ahead of the device.
 
     ms: of each of many calls. device_ms: between events around one, the median; what the host holds
@@ -160,22 +161,29 @@ def failing_alone(name: str, found: dict):
 # --- what is measured ----------------------------------------------------------------------------
 
 
-def families() -> list[str]:
-    """Name what models/cuda.py replaces: the functions of its table."""
-    return [] if cuda is None else sorted({fast.__name__ for _, _, fast in cuda.FAST})
+def families() -> dict[str, set[str]]:
+    """Name the families of what models/cuda.py puts in place of forwards, by its functions."""
+    functions = {fast.__name__ for _, _, fast in cuda.FAST}
+    known = {name: members & functions for name, members in FAMILIES.items()}
+    others = functions - set().union(*known.values())
+    return {name: m for name, m in known.items() if m} | {name: {name} for name in sorted(others)}
 
 
-def install(network: torch.nn.Module, chosen: Iterable[str]) -> torch.nn.Module:
-    """Replace some families of forwards only; returns the network."""
+def all_kernels() -> set[str]:
+    return set().union(*families().values())
+
+
+def install(network: torch.nn.Module, chosen: set[str]) -> torch.nn.Module:
+    """Replace some forwards only: by these functions of models/cuda.py; returns the network."""
     for module in network.modules():
-        for kind, name, fast in cuda.FAST if cuda else ():
+        for kind, name, fast in cuda.FAST:
             if isinstance(module, kind) and fast.__name__ in chosen:
                 setattr(module, name, MethodType(fast, module))
     return network
 
 
-def pixel_unet(shape: tuple, chosen: Iterable[str] | None = None) -> torch.nn.Module:
-    """Make a pixel U-Net on the GPU; chosen: its families of kernels, None: as users get it."""
+def pixel_unet(shape: tuple, chosen: set[str] | None = None) -> torch.nn.Module:
+    """Make a pixel U-Net on the GPU; chosen: its kernels, None: as users get it."""
     torch.manual_seed(0)
     with CUDA:
         if chosen is None:
@@ -188,83 +196,52 @@ def stable_diffusion_network(name: str, config, dtype: torch.dtype, plain: bool)
     with torch.device("meta"):
         network = NETWORKS[name][1](config)
     network = fill(network, CUDA, dtype).to(memory_format=CHANNELS_LAST)
-    return network if plain or cuda is None else cuda.install(network)
+    return network if plain else cuda.install(network)
 
 
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    """Give the stream for captures: each new one would keep 32 MiB of cuBLAS's for itself."""
-    return torch.cuda.Stream()
+class Synthetic:
+    """What a training step asks a recipe: here images, or latents, of noise, the same in each step."""
+
+    config = Config(data="toy")
+    device = CUDA
+
+    def __init__(self, x0: torch.Tensor, cond: Cond = NOTHING):
+        g = torch.Generator().manual_seed(1)
+        t = torch.randint(1000, (len(x0),), generator=g)
+        levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(CUDA)
+        eps = torch.randn(x0.shape, generator=g).to(CUDA)
+        x0, eps = (v.contiguous(memory_format=CHANNELS_LAST) for v in (x0, eps))
+        self.inputs = Inputs(levels, x0, eps, cond)
+
+    @staticmethod
+    def loss(network, inputs: Inputs) -> torch.Tensor:
+        return training_loss(network, *inputs)
 
 
 class Step:
-    """A training step as trainer.py makes it, of synthetic images."""
+    """A training step of the trainer's, of synthetic images or latents."""
 
     def __init__(self, network: torch.nn.Module, x0: torch.Tensor, cond: Cond = NOTHING):
         self.network = network
-        self.cond = cond
         self.batch = len(x0)
-        self.amp = BF16
-        g = torch.Generator().manual_seed(1)
-        t = torch.randint(1000, (self.batch,), generator=g)
-        self.levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(CUDA)
-        self.x0 = x0.contiguous(memory_format=CHANNELS_LAST)
-        self.eps = torch.randn(x0.shape, generator=g).to(CUDA, memory_format=CHANNELS_LAST)
+        self.recipe = Synthetic(x0, cond)
         self.optimizer = AdamW(network.parameters(), 1e-4, betas=(0.9, 0.99))
         self.ema = EMA(network, 0.9999)
-        self.stats = StepStats(CUDA)
+        self.ema.begin(10**6)
+        self.use_graph(False)
 
-    def loss(self) -> torch.Tensor:
-        with torch.autocast("cuda", self.amp, enabled=self.amp is not None):
-            losses = training_loss(self.network, self.levels, self.x0, self.eps, self.cond)
-            return losses.mean()
-
-    def update(self, loss: torch.Tensor) -> None:
-        self.stats.add_loss(loss)
-        gradients = self.optimizer.take_gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        ok = torch.isfinite(norm)
-        torch._foreach_mul_(gradients, clip_factor(norm, 1.0))
-        self.optimizer.found_inf = (~ok).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(10**6, ok)
-        self.stats.add_step(norm, ok)
+    def use_graph(self, graph: bool) -> None:
+        """Choose how it runs: kernel by kernel, or as a CUDA graph from the fourth call on."""
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        parts = (self.network, self.optimizer, scaler, self.ema, StepStats(CUDA))
+        self.step = None  # before another is made: a graph holds its memory
+        self.step = TrainStep(self.recipe, *parts, BF16, graph=graph)
 
     def __call__(self) -> None:
-        loss = self.loss()
-        loss.backward()
-        self.update(loss)
-
-    def update_alone(self) -> Callable:
-        """Make a call that is the update, of gradients that are zero."""
-        gradients = [torch.zeros_like(p) for p in self.network.parameters()]
-        loss = torch.zeros((), device=CUDA)
-
-        def call() -> None:
-            for p, gradient in zip(self.network.parameters(), gradients):
-                p.grad = gradient
-            self.update(loss)
-
-        return call
-
-    def captured(self) -> Callable:
-        """Make a call that replays the whole step as one CUDA graph; it is run three times first."""
-        for group in self.optimizer.param_groups:
-            group["capturable"] = True
-        stream = side_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self()
-        return self.graph.replay
+        self.step([self.recipe.inputs])
 
 
-def pixel_step(shape: tuple, chosen: Iterable[str] | None = None) -> Step:
+def pixel_step(shape: tuple, chosen: set[str] | None = None) -> Step:
     size, batch = shape[2:]
     g = torch.Generator().manual_seed(2)
     x0 = torch.randn((batch, 3, size, size), generator=g).to(CUDA)
@@ -366,22 +343,22 @@ def numbers() -> dict:
     """Loss and gradients against float32 on the CPU; the same bits twice, and as a graph."""
     found: dict = {}
     shape = (32, (1, 2, 4), 32, 8)
-    side = pixel_step(shape, ())
+    side = pixel_step(shape, set())
 
-    def gradients(chosen: Iterable[str], device: torch.device, amp: torch.dtype | None):
+    def gradients(chosen: set[str], device: torch.device, amp: torch.dtype | None):
         network = pixel_unet(shape, chosen).to(device)
         g = torch.Generator().manual_seed(3)
         for p in network.parameters():  # layers that start at zero would hide those before them
             p.data += 0.02 * torch.randn(p.shape, generator=g).to(device)
-        inputs = (v.to(device) for v in (side.levels, side.x0, side.eps))
+        inputs = [v.to(device) for v in side.recipe.inputs.tensors()]
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            loss = training_loss(network, *inputs, NOTHING).mean()
+            loss = training_loss(network, *inputs).mean()
         loss.backward()
         return float(loss.detach()), torch.cat(
             [p.grad.double().cpu().flatten() for p in network.parameters()]
         )
 
-    loss, wanted = gradients((), torch.device("cpu"), None)
+    loss, wanted = gradients(set(), torch.device("cpu"), None)
     for which, chosen in both():
         for precision, amp, tf32 in (
             ("float32", None, False), ("float32, TF32", None, True), ("bf16", BF16, True),
@@ -390,20 +367,20 @@ def numbers() -> dict:
             with failing_alone(name, found):
                 torch.backends.cudnn.allow_tf32 = tf32
                 other, got = gradients(chosen, CUDA, amp)
-                errors = [abs(other - loss) / loss, float((got - wanted).norm() / wanted.norm())]
+                errors = [abs(other / loss - 1), float((got - wanted).norm() / wanted.norm())]
                 found[name] = errors
                 say(f"{name}: loss differs by {errors[0]:.1e}, gradients by {errors[1]:.1e}")
     torch.backends.cudnn.allow_tf32 = True
 
-    def after(chosen: Iterable[str], graph: bool) -> list[torch.Tensor]:
+    def after(chosen: set[str], graph: bool) -> list[torch.Tensor]:
         """Give the weights after six steps."""
         step = pixel_step(shape, chosen)
-        call = step.captured() if graph else step
-        for _ in range(3 if graph else 6):
-            call()
+        step.use_graph(graph)
+        for _ in range(6):
+            step()
         return list(step.network.parameters())
 
-    def compare(name: str, chosen: Iterable[str], graph: bool) -> None:
+    def compare(name: str, chosen: set[str], graph: bool) -> None:
         with failing_alone(name, found):
             pairs = list(zip(after(chosen, False), after(chosen, graph)))
             differing = sum(not torch.equal(a, b) for a, b in pairs)
@@ -415,14 +392,14 @@ def numbers() -> dict:
         compare(f"{which}, eager twice", chosen, False)
         compare(f"{which}, eager and graph", chosen, True)
     torch.backends.cudnn.deterministic = True
-    compare("plain, eager twice, cudnn.deterministic", (), False)
+    compare("plain, eager twice, cudnn.deterministic", set(), False)
     torch.backends.cudnn.deterministic = False
     return found
 
 
-def both() -> list[tuple[str, Iterable[str]]]:
-    """List the sides: without kernels, and with all that are there."""
-    return [("plain", ()), *([("kernels", families())] if cuda else [])]
+def both() -> list[tuple[str, set[str] | None]]:
+    """List the sides: without the kernels, and as users get it."""
+    return [("plain", set()), ("kernels", None)]
 
 
 def train() -> dict:
@@ -438,14 +415,11 @@ def train() -> dict:
             with failing_alone(side, found):
                 fresh()
                 step = pixel_step(shape, chosen)
-                found[f"{side} eager"] = measure(f"{side} eager", step, step.batch, flops)
-                alone = clock(step.update_alone(), 6, 2)
-                found[f"{side} eager"]["update_ms"] = alone["device_ms"]
-                fresh()
-                call = step.captured()
-                found[f"{side} graph"] = measure(f"{side} graph", call, step.batch, flops)
-                say(f"    of which clip, optimizer and EMA, eager: {alone['device_ms']:.2f} ms")
-            step = call = None
+                for how in ("eager", "graph"):
+                    step.use_graph(how == "graph")
+                    fresh()
+                    found[f"{side} {how}"] = measure(f"{side} {how}", step, step.batch, flops)
+            step = None
     return found
 
 
@@ -454,13 +428,10 @@ def switches() -> dict:
     found: dict = {}
     shape = shape_of(LARGEST)
     flops = flops_of(LARGEST)
-    sides = {"none": []}
-    for family in families():
-        sides[f"{family} alone"] = [family]
-    for family in families():
-        sides[f"all but {family}"] = [name for name in families() if name != family]
-    sides["all"] = families()
-    sides["as users get it"] = None
+    sides: dict[str, set[str] | None] = {"none": set()}
+    sides |= {f"{name} alone": members for name, members in families().items()}
+    sides |= {f"all but {name}": all_kernels() - one for name, one in families().items()}
+    sides |= {"all": all_kernels(), "as users get it": None}
     for name, chosen in sides.items():
         if left() < 10:
             break
@@ -571,7 +542,7 @@ def sd_sampling() -> dict:
     found: dict = {}
     sizes = small_stable_diffusion() if args.tiny else full_stable_diffusion()
     side = sizes[0].side
-    for which, plain in (("plain", True), ("kernels", False))[: 2 if cuda else 1]:
+    for which, plain in (("plain", True), ("kernels", False)):
         with failing_alone(which, found), torch.inference_mode():
             fresh()
             unet, vae, text = (
@@ -625,7 +596,7 @@ def sd_training() -> dict:
     sizes = small_stable_diffusion() if args.tiny else full_stable_diffusion()
     config = sizes[0]
     B = 2 if args.tiny else 8
-    for which, plain in (("plain", True), ("kernels", False))[: 2 if cuda else 1]:
+    for which, plain in (("plain", True), ("kernels", False)):
         if left() < 20:
             break
         with failing_alone(which, found):
@@ -635,12 +606,12 @@ def sd_training() -> dict:
             x0 = torch.randn(B, 4, config.side, config.side, device=CUDA)
             context = torch.randn(B, 77, config.cross_attention_dim, device=CUDA)
             step = Step(unet, x0, Cond(context))
-            name = f"SD 1.5, batch {B}, {which}"
-            found[f"{which} eager"] = measure(f"{name} eager", step, B, SD_FLOPS)
-            fresh()
-            call = step.captured()
-            found[f"{which} graph"] = measure(f"{name} graph", call, B, SD_FLOPS)
-        unet = step = call = None
+            for how in ("eager", "graph"):
+                step.use_graph(how == "graph")
+                fresh()
+                name = f"SD 1.5, batch {B}, {which} {how}"
+                found[f"{which} {how}"] = measure(name, step, B, SD_FLOPS)
+        unet = step = None
     return found
 
 
@@ -673,7 +644,7 @@ def prewarm() -> None:
         began = time.time()
         step = pixel_step(shape_of(LARGEST), chosen)
         step.network.compile(dynamic=False)
-        step.loss().backward()
+        step()
         torch.cuda.synchronize()
         print(f"{which} compiled in {time.time() - began:.0f} s", flush=True)
 
@@ -799,7 +770,7 @@ def main() -> None:
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "commit": common.commit(),
-        "kernels": families(),
+        "kernels": list(families()),
     }
     say(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     for name, (section, needed) in SECTIONS.items():

@@ -47,7 +47,9 @@ RUN = dict(
 )  # fmt: skip
 SIZES = dict(image_size=32, unet_dim=16)
 PIXEL = SIZES | dict(heads=4, sample_steps=5)
-LATENT = SIZES | dict(after="vae", mode="latent", dim_mults=(1, 2), layers_per_block=1, sample_steps=5)
+LATENT = SIZES | dict(
+    after="vae", mode="latent", dim_mults=(1, 2), layers_per_block=1, sample_steps=5
+)
 TEXT = dict(condition="text", text_encoder="scratch", text_dim=32, text_layers=1, text_length=64)
 LORA = dict(adapter="lora", targets="all", rank=4, sample_steps=5)
 MODES: dict[str, dict] = {  # options; `after`: the mode whose model it starts from

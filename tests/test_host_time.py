@@ -1,5 +1,10 @@
 """What a GPU would wait for the host for: folding, noise, files, features."""
 
+import errno
+import math
+import os
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,7 +12,12 @@ import torch
 from helpers import stand_in_for_graphs
 from torch import nn
 
+from diffusion.evaluation import fid
+from diffusion.evaluation.features import open_features
+from diffusion.evaluation.fid import Fid
 from diffusion.models import lora
+from diffusion.pictures import samples
+from diffusion.pictures.samples import Samples, behind
 from diffusion.runtime.cuda_graph import Graphs
 from diffusion.runtime.seeding import ImageNoise, generator
 from diffusion.sampling import pipeline as module
@@ -143,3 +153,108 @@ def test_gpu_no_row_waits_for_the_device(model, graph):
         assert len(list(rows)) == 5
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# --- files and features, behind the sampling ------------------------------------------------------
+
+GPU = torch.device("cuda")  # its name is all that `behind` asks for
+
+
+@pytest.fixture
+def in_a_thread(monkeypatch) -> None:
+    """Let what a GPU's host does in a thread be done in one here."""
+    for where in (samples, fid):
+        monkeypatch.setattr(where, "behind", lambda function, device: behind(function, GPU))
+
+
+def test_calls_behind_keep_their_order_and_their_errors():
+    done = []
+
+    def work(i: int) -> None:
+        time.sleep(0.01)
+        if i == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done.append((i, threading.current_thread() is threading.main_thread()))
+
+    for device, thread in ((torch.device("cpu"), True), (GPU, False)):
+        done.clear()
+        with pytest.raises(OSError, match="No space"), behind(work, device) as call:
+            for i in (0, 1, 2):
+                call(i)
+        with behind(work, device) as call:
+            call(3)
+        assert done == [(0, thread), (1, thread), (3, thread)]
+
+
+def written(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}
+
+
+def make(model, folder, count: int = 5) -> Samples:
+    pipeline = load(model)
+    options = {"sampler": "ddim", "steps": 2, "amp": "no"}
+    give = lambda indices: {"labels": pipeline.labels("all", indices), **options}
+    return Samples(
+        pipeline, give, lambda options, row, i, image: f"{row} {i}", folder, count, 2, False
+    )
+
+
+def test_pictures_are_written_while_the_next_are_sampled(model, tmp_path, monkeypatch, in_a_thread):
+    make(model, tmp_path / "threaded").write_images()
+    monkeypatch.setattr(samples, "behind", behind)
+    make(model, tmp_path / "plain").write_images()
+    got = written(tmp_path / "threaded")
+    assert got == written(tmp_path / "plain") and len(got) == 6
+
+
+def test_a_full_disk_and_ctrl_c_leave_the_pictures_before(
+    model, tmp_path, monkeypatch, in_a_thread
+):
+    def full(image, path, text=None):
+        if text["parameters"] == "0 2":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(image, path, text)
+
+    write = samples.write_png
+    with monkeypatch.context() as patched:
+        patched.setattr(samples, "write_png", full)
+        with pytest.raises(OSError, match="No space"):
+            make(model, tmp_path / "full").write_images()
+    assert list(written(tmp_path / "full")) == ["images/000000.png", "images/000001.png"]
+
+    made = make(model, tmp_path / "stopped")
+    decode = made.pipeline.codec.decode
+    calls = []
+
+    def stop(codec, x):
+        calls.append(x)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(x)
+
+    monkeypatch.setattr(type(made.pipeline.codec), "decode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        made.write_images()
+    assert len(written(tmp_path / "stopped")) == 4
+    left = [f.name for f in tmp_path.rglob(".*") if f.suffix == ".tmp" or "images_" in f.name]
+    assert not left
+
+
+def test_fid_is_the_same_behind_the_sampling(model, pooled, tmp_path, in_a_thread, monkeypatch):
+    pipeline = load(model)
+    features = open_features(str(pooled), torch.device("cpu"))
+    config = replace(pipeline.config, fid_num_images=7, fid_features=str(pooled))
+    found = object.__new__(Fid)
+    reference = (torch.zeros(24, dtype=torch.float64), torch.eye(24, dtype=torch.float64))
+    parts = dict(config=config, features=features, name="pooled", steps=3, reference=reference)
+    vars(found).update(parts, conditioning=lambda i: {"labels": pipeline.labels_in_turn(i)})
+    threaded = found.measure(pipeline, 2, lambda: False)
+    monkeypatch.setattr(fid, "behind", behind)
+    assert threaded["pooled"] == found.measure(pipeline, 2, lambda: False)["pooled"] > 0
+    for p in pipeline.model.parameters():
+        p.data.fill_(torch.nan)
+    pipeline.forget()
+    for thread in (fid.behind, lambda function, device: behind(function, GPU)):
+        monkeypatch.setattr(fid, "behind", thread)
+        assert math.isnan(found.measure(pipeline, 2, lambda: False)["pooled"])
+    assert found.measure(pipeline, 2, lambda: True) is None

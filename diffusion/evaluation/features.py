@@ -60,7 +60,7 @@ class Features:
     def __call__(self, images: np.ndarray) -> Tensor:
         """Map (N, H, W, 3) uint8 to (N, D) float64 on the CPU. Raises UserError for no features."""
         x = channels_first(clean_resize(images) if self.is_inception else images)
-        x = x.contiguous().to(self.device)
+        x = x.to(self.device).contiguous()
         try:
             out = self.network(x)
         except (RuntimeError, torch.jit.Error) as error:

@@ -21,7 +21,7 @@ from ..data.images import TRANSFORM
 from ..files.tensors import read_safetensors, write_tensors
 from ..files.validate import is_finite
 from ..pictures.grid import NonFinite
-from ..pictures.samples import sample_batches
+from ..pictures.samples import behind, sample_batches
 from ..runtime.distributed import any_rank, is_main, log, progress, rank, world_size
 from ..runtime.seeding import permutation
 from ..sampling.pipeline import Pipeline
@@ -83,18 +83,23 @@ class Fid:
         count = c.fid_num_images
         micro = min(64, micro)
         sampling = dict(sampler=SAMPLER, steps=self.steps, amp=c.amp, seed=c.seed)
+        device = pipeline.device
+        sampling["cuda_graph"] = device.type == "cuda"
         options = lambda indices: self.conditioning(indices) | sampling
         batches = sample_batches(pipeline, options, count, micro, self.name)
         found = Moments(len(self.reference[0]))
         value = math.nan  # null in the run's metrics
-        for _ in range(0, count, micro * world_size()):  # as many turns on each rank
-            try:
-                for _, _, images in islice(batches, 1):
-                    found.add(self.features(images))
-            except NonFinite:  # black pictures would count as pictures
-                found.n += math.nan
-            if any_rank(stopped()):
-                return None
+        broken = 0.0
+        with behind(lambda images: found.add(self.features(images)), device) as add:
+            for _ in range(0, count, micro * world_size()):  # as many turns on each rank
+                try:
+                    for _, _, images in islice(batches, 1):
+                        add(images)
+                except NonFinite:  # black pictures would count as pictures
+                    broken = math.nan
+                if any_rank(stopped()):
+                    return None
+        found.n += broken
         statistics = found.reduce()
         if not all(map(is_finite, statistics)):
             log(f"warning: {self.name} is not measured: pictures or features are not finite")

@@ -3,10 +3,12 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from ..files.output import drop_others, reserve, write_free
@@ -39,6 +41,28 @@ def sample_batches(
             given = options(indices)
             yield indices, given, to_uint8(pipeline.sample(indices, **given), indices)
             bar.update(min(turn, count - bar.n))
+
+
+@contextlib.contextmanager
+def behind(function: Callable[..., None], device: torch.device) -> Iterator[Callable[..., None]]:
+    """Call a function in a thread while a GPU samples: one call at a time, in their order.
+
+    An error of it is raised at the next call, or in the end, which waits for the last. Where the
+    device is the CPU the caller waits: it would only lose the cores that the function takes.
+    """
+    if device.type == "cpu":
+        yield function
+        return
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(int)
+
+        def call(*args) -> None:
+            nonlocal last
+            last.result()
+            last = pool.submit(function, *args)
+
+        yield call
+        last.result()
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +100,16 @@ class Samples:
                     f"{folder} holds {numbers.older} pictures from before: these are numbered "
                     f"from {numbers.first}"
                 )
-            for indices, options, images in sample_batches(
-                self.pipeline, self.options, self.count, self.batch_size
-            ):
+
+            def save(indices: range, options: dict, images: np.ndarray) -> None:
                 for row, (i, image) in enumerate(zip(indices, images)):
                     text = {"parameters": self.describe(options, row, i, image)}
                     numbers.save(i, lambda path: write_png(image, path, text))
+
+            parts = (self.pipeline, self.options, self.count, self.batch_size)
+            with behind(save, self.pipeline.device) as save_batch:
+                for batch in sample_batches(*parts):
+                    save_batch(*batch)
             dist.barrier()
             if dist.is_main():
                 if self.overwrite and (dropped := numbers.drop_older()):

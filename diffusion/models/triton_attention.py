@@ -20,14 +20,13 @@ def fits(qkv: Tensor, heads: int) -> bool:
     the chip: they are faster for one image of more than 32 px, four of more than 64.
     """
     B, N, width = qkv.shape
-    D = width // 3 // heads
-    simple = qkv.dtype.itemsize == 2 and qkv.is_contiguous()
-    return simple and D in (16, 32, 64, 128) and N <= 256 * B * heads
+    narrow = width // 3 // heads in (16, 32, 64, 128)
+    return narrow and qkv.dtype.itemsize == 2 and N <= 256 * B * heads
 
 
 def linear_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attend from contiguous qkv (B, N, 3 heads D) -> (B, N, heads D), of its dtype."""
-    return LinearAttention.apply(qkv, heads)
+    """Attend from qkv (B, N, 3 heads D) -> (B, N, heads D), of its dtype."""
+    return LinearAttention.apply(qkv.contiguous(), heads)
 
 
 class LinearAttention(torch.autograd.Function):
@@ -38,20 +37,20 @@ class LinearAttention(torch.autograd.Function):
         B, N, width = qkv.shape
         D = width // 3 // heads
         out = qkv.new_empty(B, N, heads * D)
-        kept = qkv.new_empty(B * heads, D + 1, D, dtype=torch.float32)  # log sums last
-        ctx.options = {"N": N, "HEADS": heads, "D": D, "BLOCK": min(4096 // D, 128)}
-        ctx.options |= {"num_warps": 8, "num_stages": 2}
-        attend[(B * heads,)](*qkv.chunk(3, 2), out, kept, **ctx.options)
+        kept = qkv.new_empty(B, D + 1, heads * D, dtype=torch.float32)  # log sums last
+        ctx.options = {"D": D, "BLOCK": min(4096 // D, 128), "num_warps": 8, "num_stages": 2}
+        attend[heads, B](qkv, out, kept, N, heads * D, **ctx.options)
         ctx.save_for_backward(qkv, kept)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         qkv, kept = ctx.saved_tensors
-        grad_qkv = torch.empty_like(qkv)
-        tensors = *qkv.chunk(3, 2), *grad_qkv.chunk(3, 2), grad.contiguous(), kept
-        attend_backward[(len(kept),)](*tensors, **ctx.options)
-        return grad_qkv, None
+        out = torch.empty_like(qkv)
+        B, N, width = grad.shape
+        grid = width // ctx.options["D"], B
+        attend_backward[grid](qkv, grad.contiguous(), kept, out, N, width, **ctx.options)
+        return out, None
 
 
 @triton.jit
@@ -64,23 +63,19 @@ def softmax(q):
 
 @triton.jit
 def attend(
-    q,
-    k,
-    v,
+    qkv,
     out,
     kept,
     N: tl.constexpr,
-    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum the context with an online softmax over the tiles of N, then multiply each q by it."""
-    head = tl.program_id(0).to(tl.int64)
-    start = (head // HEADS * 3 * N * HEADS + head % HEADS) * D
-    q += start
-    k += start
-    v += start
-    out += (head // HEADS * N * HEADS + head % HEADS) * D
+    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * D
+    qkv += batch * N * WIDTH * 3 + head
+    out += batch * N * WIDTH + head
     channels = tl.arange(0, D)
     tile = tl.arange(0, BLOCK)[:, None]
     highest = tl.full((D,), float("-inf"), tl.float32)
@@ -88,39 +83,35 @@ def attend(
     context = tl.zeros((D, D), tl.float32)
     for first in range(0, N, BLOCK):
         row = first + tile
-        at = row * 3 * HEADS * D + channels
-        key = tl.load(k + at, row < N, float("-inf")).to(tl.float32)
-        value = tl.load(v + at, row < N, 0.0)
+        at = qkv + row * WIDTH * 3 + channels
+        key = tl.load(at + WIDTH, row < N, float("-inf")).to(tl.float32)
+        value = tl.load(at + WIDTH * 2, row < N, 0.0)
         higher = tl.maximum(highest, tl.max(key, 0))
         key = tl.exp(key - higher).to(value.dtype)  # the total is of what is multiplied
         shrink = tl.exp(highest - higher)
         total = total * shrink + tl.sum(key.to(tl.float32), 0)
-        context = tl.dot(tl.trans(key), value, context * shrink[:, None], input_precision="ieee")
+        context = tl.dot(tl.trans(key), value, context * shrink[:, None])
         highest = higher
-    kept += head * (D + 1) * D + channels
+    kept += batch * (D + 1) * WIDTH + head + channels
     context /= total[:, None]
-    tl.store(kept + channels[:, None] * D, context)
-    tl.store(kept + D * D, highest + tl.log(total))
-    context = context.to(q.dtype.element_ty)
+    tl.store(kept + channels[:, None] * WIDTH, context)
+    tl.store(kept + D * WIDTH, highest + tl.log(total))
+    context = context.to(qkv.dtype.element_ty)
     for first in range(0, N, BLOCK):
         row = first + tile
-        query = softmax(tl.load(q + row * 3 * HEADS * D + channels, row < N, 0.0))
-        mixed = tl.dot(query.to(context.dtype), context, input_precision="ieee")
-        tl.store(out + row * HEADS * D + channels, mixed, row < N)
+        query = softmax(tl.load(qkv + row * WIDTH * 3 + channels, row < N, 0.0))
+        mixed = tl.dot(query.to(context.dtype), context)
+        tl.store(out + row * WIDTH + channels, mixed, row < N)
 
 
 @triton.jit
 def attend_backward(
-    q,
-    k,
-    v,
-    dq,
-    dk,
-    dv,
+    qkv,
     grad,
     kept,
+    out,
     N: tl.constexpr,
-    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -130,39 +121,35 @@ def attend_backward(
     N, so that float16 holds both. For dq only differences of the context's rows count, and they
     may be far smaller than what rows have in common: that is taken off before they are rounded.
     """
-    head = tl.program_id(0).to(tl.int64)
-    start = (head // HEADS * 3 * N * HEADS + head % HEADS) * D
-    q += start
-    k += start
-    v += start
-    dq += start
-    dk += start
-    dv += start
-    grad += (head // HEADS * N * HEADS + head % HEADS) * D
+    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) * D
+    qkv += batch * N * WIDTH * 3 + head
+    out += batch * N * WIDTH * 3 + head
+    grad += batch * N * WIDTH + head
     channels = tl.arange(0, D)
     tile = tl.arange(0, BLOCK)[:, None]
     change = tl.zeros((D, D), tl.float32)
     for first in range(0, N, BLOCK):
         row = first + tile
-        query = softmax(tl.load(q + row * 3 * HEADS * D + channels, row < N, 0.0))
-        g = tl.load(grad + row * HEADS * D + channels, row < N, 0.0)
-        change = tl.dot(tl.trans(query.to(g.dtype)), g, change, input_precision="ieee")
-    kept += head * (D + 1) * D + channels
-    context = tl.load(kept + channels[:, None] * D)
-    log_sum = tl.load(kept + D * D)
-    change = (change / N).to(q.dtype.element_ty)
+        query = softmax(tl.load(qkv + row * WIDTH * 3 + channels, row < N, 0.0))
+        g = tl.load(grad + row * WIDTH + channels, row < N, 0.0)
+        change = tl.dot(tl.trans(query.to(g.dtype)), g, change)
+    kept += batch * (D + 1) * WIDTH + head + channels
+    context = tl.load(kept + channels[:, None] * WIDTH)
+    log_sum = tl.load(kept + D * WIDTH)
+    change = (change / N).to(qkv.dtype.element_ty)
     centre = tl.sum(change.to(tl.float32) * context, 1)
     context = (context - tl.sum(context, 0) / D).to(change.dtype)
     for first in range(0, N, BLOCK):
         row = first + tile
-        at = row * 3 * HEADS * D + channels
-        g = tl.load(grad + row * HEADS * D + channels, row < N, 0.0)
-        query = softmax(tl.load(q + at, row < N, 0.0))
-        along = query * tl.dot(g, tl.trans(context), input_precision="ieee")
-        tl.store(dq + at, along - query * tl.sum(along, 1)[:, None], row < N)
-        key = tl.exp(tl.load(k + at, row < N, 0.0).to(tl.float32) - log_sum) * N
-        value = tl.load(v + at, row < N, 0.0)
-        along = tl.dot(value, tl.trans(change), input_precision="ieee") - centre
-        tl.store(dk + at, key * along, row < N)
-        key = key.to(value.dtype)
-        tl.store(dv + at, tl.dot(key, change, input_precision="ieee"), row < N)
+        at = row * WIDTH * 3 + channels
+        g = tl.load(grad + row * WIDTH + channels, row < N, 0.0)
+        query = softmax(tl.load(qkv + at, row < N, 0.0))
+        along = query * tl.dot(g, tl.trans(context))
+        tl.store(out + at, along - query * tl.sum(along, 1)[:, None], row < N)
+        at += WIDTH
+        key = tl.exp(tl.load(qkv + at, row < N, 0.0).to(tl.float32) - log_sum) * N
+        value = tl.load(qkv + at + WIDTH, row < N, 0.0)
+        along = tl.dot(value, tl.trans(change)) - centre
+        tl.store(out + at, key * along, row < N)
+        tl.store(out + at + WIDTH, tl.dot(key.to(value.dtype), change), row < N)

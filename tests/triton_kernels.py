@@ -155,6 +155,9 @@ def check_weights(device: str) -> None:
         for got, expected in zip(weight.grad.cpu(), conv.weight.grad):
             assert_near(got, expected, 2e-5)
 
+    conv = WSConv3x3(64, 2).to(torch.bfloat16)
+    got = standardised(conv.weight.to(device), torch.float32).cpu()
+    assert_near(got, conv.standardised(), 2e-5)  # weights of 16 bits, sums of 32
     compare(3, 8, torch.float32, torch.channels_last)
     compare(3, 5, torch.float32, torch.contiguous_format)
     compare(2, 7, torch.float16, torch.channels_last)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def standardised(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Standardise float32 weights (C_out, C_in, 3, 3) as WSConv3x3 does: channels_last, of dtype.
+    """Standardise weights (C_out, C_in, 3, 3) as WSConv3x3 does: channels_last, of dtype.
 
     Weights in another memory format are copied first.
     """
@@ -46,7 +46,7 @@ def standardise(weight, grad, out, FAN_IN, BLOCK: tl.constexpr):
     """Divide a filter, less its mean, by its length: its variance is then 1 / FAN_IN."""
     at = tl.program_id(0) * FAN_IN + tl.arange(0, BLOCK)
     mask = tl.arange(0, BLOCK) < FAN_IN
-    w = tl.load(weight + at, mask, 0.0)
+    w = tl.load(weight + at, mask, 0.0).to(tl.float32)
     w = tl.where(mask, w - tl.sum(w) / FAN_IN, 0.0)
     scale = tl.rsqrt(tl.sum(w * w) + 1e-5)
     w *= scale

@@ -1,6 +1,8 @@
 """Train and sample on the null device; print, as JSON, what was launched and waited for.
 
-Run by tests/test_nullcuda.py:  run python watch.py NAME ...  with names of MODES, or "sampling".
+    tests/nullcuda/run python3 tests/nullcuda/watch.py [--plain] pixel class sample:class
+
+Names are those of MODES, and sample:MODE after it. --plain: as where Triton is missing.
 """
 
 import collections
@@ -22,6 +24,7 @@ from PIL import Image  # noqa: E402
 from diffusion import load  # noqa: E402
 from diffusion.config import Config  # noqa: E402
 from diffusion.data import toy  # noqa: E402
+from diffusion.models import cuda  # noqa: E402
 from diffusion.training.autoencoder import AutoencoderRecipe  # noqa: E402
 from diffusion.training.recipe import Recipe  # noqa: E402
 from diffusion.training.steps import StepStats  # noqa: E402
@@ -78,6 +81,7 @@ class Watch:
         self.where: collections.Counter = collections.Counter()
         self.began = None
         self.lines = 0
+        self.violations = counts()["violations"]
 
     def begin_step(self) -> None:
         now = counts()
@@ -94,10 +98,15 @@ class Watch:
         if "synchronizing" in str(message) and self.began is not None:
             frames = [f for f in traceback.extract_stack() if f"{ROOT}/diffusion" in f.filename]
             self.where[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"] += 1
+        elif "without Triton" in str(message):
+            raise RuntimeError(str(message))
 
     def report(self) -> dict:
+        """Give the most that a step did, and the kernels of the last graph that was captured."""
         most = {name: max(step[name] for step in self.steps) for name in COUNTED}
-        return most | {"steps": len(self.steps), "where": dict(self.where)}
+        most["violations"] = counts()["violations"] - self.violations  # in all: who knows when
+        captured = DEVICE.nullcuda_get(len(COUNTED))
+        return most | {"steps": len(self.steps), "where": dict(self.where), "captured": captured}
 
 
 watch = Watch()
@@ -157,24 +166,26 @@ def per_step(pipeline, **options) -> dict:
     return {name: made[-1][name] for name in COUNTED}
 
 
-def sample_from(name: str, root: Path, told: dict) -> dict:
+def sample_from(name: str, root: Path) -> dict:
+    """Sample from a mode's model, kernel by kernel and as graphs, of two batch sizes."""
     found = {}
     for sampler in ("ddim", "dpmpp_2m_sde"):
         for how in ("eager", "graph"):
             pipeline = load(str(root / name / "model.pt"), device="cuda")
-            options = dict(sampler=sampler, steps=6, cuda_graph=how == "graph", **told)
-            violations = counts()["violations"]
-            found[f"{sampler} {how}"] = per_step(pipeline, **options)
-            pipeline.sample(range(4), **options)
-            pipeline.sample(range(2), **{k: v[:2] if k != "guidance_scale" else v for k, v in options.items() if k in told} | dict(sampler=sampler, steps=6, cuda_graph=how == "graph"))  # fmt: skip
-            found[f"{sampler} {how}"]["violations"] = counts()["violations"] - violations
+            options = dict(sampler=sampler, steps=6, cuda_graph=how == "graph")
+            before = counts()
+            steps = per_step(pipeline, **options, **TOLD[name](4))
+            captured = DEVICE.nullcuda_get(len(COUNTED))
+            pipeline.sample(range(2), **options, **TOLD[name](2))
+            violations = (counts() - before)["violations"]
+            found[f"{sampler} {how}"] = steps | {"violations": violations, "captured": captured}
     return found
 
 
-TOLD = {
-    "pixel": {},
-    "class": dict(labels=torch.zeros(4, dtype=torch.long), guidance_scale=3.0),
-    "latent text": dict(prompts=["a face"] * 4, guidance_scale=3.0),
+TOLD = {  # what a model is told with n images
+    "pixel": lambda n: {},
+    "class": lambda n: dict(labels=torch.zeros(n, dtype=torch.long), guidance_scale=3.0),
+    "latent text": lambda n: dict(prompts=["a face"] * n, guidance_scale=3.0),
 }
 
 
@@ -193,14 +204,18 @@ def main() -> None:
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(toy.draw(i, 32)).save(place / f"{i:03d}.png")
             (place / f"{i:03d}.txt").write_text(toy.caption(i))
-        for name in sys.argv[1:]:
+        names = sys.argv[1:]
+        if "--plain" in names:
+            names.remove("--plain")
+            cuda.works = lambda device: False
+        for name in names:
             kind, _, of = name.partition(":")
             try:
                 if kind == "sample":
-                    found[name] = sample_from(of, root, TOLD[of])
+                    found[name] = sample_from(of, root)
                 else:
                     found[name] = train_as(name, root)
-            except BaseException as error:
+            except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
     print(json.dumps(found))

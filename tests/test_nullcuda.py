@@ -1,0 +1,134 @@
+"""CUDA's paths without a GPU: what training and sampling launch, wait for, allocate and capture.
+
+tests/nullcuda is a CUDA device that computes nothing. What torch does on the host is real there:
+its dispatch, autograd, allocator, capture of graphs, and Triton's compilation to machine code.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "nullcuda"
+
+# what was measured, and about 3 % more: launches of a step, kernels in its graph (0: it has none)
+STEPS = {
+    "pixel": (13, 1130),
+    "eager": (1140, 0),
+    "class": (15, 1170),
+    "fp16": (1390, 0),
+    "accumulated": (20, 2440),
+    "vae": (10, 630),
+    "latent": (17, 640),
+    "latent class": (19, 660),
+    "latent text": (19, 1220),
+    "lora": (13, 1660),
+    "text lora": (19, 2110),
+    "inversion": (19, 800),
+}
+SAMPLES = {
+    ("pixel", "ddim eager"): (285, 0),
+    ("pixel", "ddim graph"): (5, 285),
+    ("pixel", "dpmpp_2m_sde eager"): (290, 0),
+    ("pixel", "dpmpp_2m_sde graph"): (10, 290),
+    ("class", "ddim eager"): (310, 0),
+    ("class", "ddim graph"): (7, 310),
+    ("class", "dpmpp_2m_sde eager"): (320, 0),
+    ("class", "dpmpp_2m_sde graph"): (12, 320),
+    ("latent text", "ddim eager"): (300, 0),
+    ("latent text", "ddim graph"): (7, 300),
+    ("latent text", "dpmpp_2m_sde eager"): (305, 0),
+    ("latent text", "dpmpp_2m_sde graph"): (12, 305),
+}
+PLAIN = {"pixel": (13, 2320), "ddim graph": (5, 685)}  # without Triton
+
+
+def why_not() -> str | None:
+    """Say what is missing to build the device."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        return "needs Linux and g++ (apt install g++)"
+    if not (torch.version.cuda or "").startswith("13."):
+        return f"needs torch for CUDA 13; this is {torch.__version__}"
+    site = Path(torch.__file__).parents[1]
+    headers = (
+        site / "nvidia/cu13/include/cuda_runtime_api.h",
+        site / "triton/backends/nvidia/include/cuda_runtime_api.h",
+    )
+    if importlib.util.find_spec("triton") is None or not any(map(Path.exists, headers)):
+        return "needs triton, with CUDA's headers, as torch for CUDA brings it"
+    return None
+
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A function that runs watch.py with these arguments, and gives what it found."""
+    build = tmp_path_factory.mktemp("nullcuda")
+    known = (
+        "PATH",
+        "HOME",
+        "LANG",
+        "XDG_CACHE_HOME",
+        "TRITON_CACHE_DIR",
+        "LD_LIBRARY_PATH",
+        "TMPDIR",
+    )
+    env = {k: v for k, v in os.environ.items() if k in known}
+    env |= {"PYTHON": sys.executable, "NULLCUDA_BUILD": str(build), "OMP_NUM_THREADS": "1"}
+
+    def run(*names: str) -> dict:
+        command = [FOLDER / "run", sys.executable, FOLDER / "watch.py", *names]
+        done = subprocess.run(
+            command, cwd=build, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]) | {"printed": done.stderr}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def everything(watched) -> dict:
+    return watched(*STEPS, *{f"sample:{name}" for name, _ in SAMPLES})
+
+
+def check_step(found: dict, launches: int, captured: int, printed: str) -> None:
+    """Compare what was found of a step with what it may do."""
+    assert "error" not in found, f"{found['error']}\n{printed[-3000:]}"
+    assert found["waits"] == found["waiting_copies"] == 0, found
+    assert not found.get("where"), found
+    assert found["mallocs"] == found["host_mallocs"] == found["violations"] == 0, found
+    assert 0.9 * launches < found["launches"] <= launches, found
+    assert found["replays"] == (1 if captured else 0)
+    if captured:
+        assert 0.9 * captured < found["captured"] <= captured, found
+
+
+def test_a_step_without_triton_is_one_launch_that_waits_for_nothing(watched):
+    found = watched("--plain", "pixel", "sample:pixel")
+    assert found["pixel"]["steps"] >= 5
+    check_step(found["pixel"], *PLAIN["pixel"], found["printed"])
+    check_step(found["sample:pixel"]["ddim graph"], *PLAIN["ddim graph"], found["printed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_training_step(everything, name):
+    check_step(everything[name], *STEPS[name], everything["printed"])
+    assert everything[name]["steps"] >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how"), SAMPLES)
+def test_a_step_of_sampling(everything, name, how):
+    found = everything[f"sample:{name}"]
+    assert "error" not in found, f"{found['error']}\n{everything['printed'][-3000:]}"
+    check_step(found[how], *SAMPLES[name, how], everything["printed"])

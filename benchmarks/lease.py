@@ -65,9 +65,11 @@ SHAPES = {  # what is trained: width, multiples, pixels a side, batch
     "32px_dim64_B512": (64, (1, 2, 4, 8), 32, 512),
     "32px_dim64_B128": (64, (1, 2, 4, 8), 32, 128),
 }
+ONE_PASS = "one_pass"  # training/train_step.py's update of weights, moments and averages
 FAMILIES = {  # of models/cuda.py's functions; one that is named nowhere is a family of its own
     "norms": {"group_norm", "block", "res_block", "resnet_block"},
     "upsampling": {"upsample", "upsample_2d"},
+    "update": {ONE_PASS},
 }
 SMALL = (16, (1, 2), 16, 2)
 LARGEST = "64px_dim128_B64"
@@ -162,8 +164,8 @@ def failing_alone(name: str, found: dict):
 
 
 def families() -> dict[str, set[str]]:
-    """Name the families of what models/cuda.py puts in place of forwards, by its functions."""
-    functions = {fast.__name__ for _, _, fast in cuda.FAST}
+    """Name the families of kernels, and the functions that bring them."""
+    functions = {ONE_PASS} | {fast.__name__ for _, _, fast in cuda.FAST}
     known = {name: members & functions for name, members in FAMILIES.items()}
     others = functions - set().union(*known.values())
     return {name: m for name, m in known.items() if m} | {name: {name} for name in sorted(others)}
@@ -221,8 +223,11 @@ class Synthetic:
 class Step:
     """A training step of the trainer's, of synthetic images or latents."""
 
-    def __init__(self, network: torch.nn.Module, x0: torch.Tensor, cond: Cond = NOTHING):
+    def __init__(
+        self, network: torch.nn.Module, one_pass: bool, x0: torch.Tensor, cond: Cond = NOTHING
+    ):
         self.network = network
+        self.one_pass = one_pass
         self.batch = len(x0)
         self.recipe = Synthetic(x0, cond)
         self.optimizer = AdamW(network.parameters(), 1e-4, betas=(0.9, 0.99))
@@ -236,6 +241,8 @@ class Step:
         parts = (self.network, self.optimizer, scaler, self.ema, StepStats(CUDA))
         self.step = None  # before another is made: a graph holds its memory
         self.step = TrainStep(self.recipe, *parts, BF16, graph=graph)
+        if not self.one_pass:
+            self.step.one_pass = None
 
     def __call__(self) -> None:
         self.step([self.recipe.inputs])
@@ -245,7 +252,8 @@ def pixel_step(shape: tuple, chosen: set[str] | None = None) -> Step:
     size, batch = shape[2:]
     g = torch.Generator().manual_seed(2)
     x0 = torch.randn((batch, 3, size, size), generator=g).to(CUDA)
-    return Step(pixel_unet(shape, chosen), x0)
+    one_pass = chosen is None or ONE_PASS in chosen
+    return Step(pixel_unet(shape, chosen), one_pass, x0)
 
 
 def measure(name: str, call: Callable, batch: int, flops: float) -> dict:
@@ -606,7 +614,7 @@ def sd_training() -> dict:
             unet.train().requires_grad_(True)
             x0 = torch.randn(B, 4, config.side, config.side, device=CUDA)
             context = torch.randn(B, 77, config.cross_attention_dim, device=CUDA)
-            step = Step(unet, x0, Cond(context))
+            step = Step(unet, not plain, x0, Cond(context))
             for how in ("eager", "graph"):
                 step.use_graph(how == "graph")
                 fresh()

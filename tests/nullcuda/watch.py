@@ -215,9 +215,8 @@ def main() -> None:
                     found[name] = sample_from(of, root)
                 else:
                     found[name] = train_as(name, root)
-            except (Exception, SystemExit) as error:
-                traceback.print_exc()
-                found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            except (Exception, SystemExit):
+                found[name] = {"error": traceback.format_exc()[-2000:]}
     print(json.dumps(found))
 
 

@@ -55,7 +55,7 @@ from diffusion.training.recipe import Inputs  # noqa: E402
 from diffusion.training.steps import StepStats  # noqa: E402
 from diffusion.training.train_step import TrainStep  # noqa: E402
 
-BEGAN = time.time()
+BEGAN = float(os.environ.setdefault("LEASE_BEGAN", str(time.time())))
 CUDA = torch.device("cuda")
 CHANNELS_LAST = torch.channels_last
 BF16 = torch.bfloat16
@@ -755,6 +755,22 @@ def runs(name: str) -> bool:
     return not args.only or name in args.only
 
 
+def alive() -> bool:
+    """Tell whether the device still answers: after a kernel's bad access no call of this process does."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.synchronize()
+        return torch.ones(1, device=CUDA).cpu() is not None
+    return False
+
+
+def start_again(rest: list[str]) -> None:
+    """Run what is left in a new process, in place of this one; returns if nothing is left."""
+    say(f"the device answers no more: a new process for {', '.join(rest) or 'nothing'}")
+    if rest:
+        told = ["--seconds", str(args.seconds), "--only", ",".join(rest), *["--tiny"] * args.tiny]
+        os.execv(sys.executable, [sys.executable, __file__, *told, "--append"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -763,6 +779,7 @@ def main() -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[],
                         help=f"sections, of {','.join(SECTIONS)}")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="try the program out")
+    parser.add_argument("--append", action="store_true", help="to the results that are there")
     parser.add_argument("--prewarm", action="store_true", help="compile only, to fill the caches")
     parser.parse_args(namespace=args)
     unknown = set(args.only) - set(SECTIONS)
@@ -773,6 +790,8 @@ def main() -> None:
         prewarm()
         return
     OUT.mkdir(parents=True, exist_ok=True)
+    if args.append and (OUT / "lease.json").exists():
+        results.update(json.loads((OUT / "lease.json").read_text()))
     results["machine"] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -782,9 +801,9 @@ def main() -> None:
         "kernels": list(families()),
     }
     say(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    for name, (section, needed) in SECTIONS.items():
-        if not runs(name):
-            continue
+    chosen = [name for name in SECTIONS if runs(name)]
+    for i, name in enumerate(chosen):
+        section, needed = SECTIONS[name]
         if left() < needed:
             say(f"--- {name}: left out, it needs {needed} s and {left():.0f} are left")
             continue
@@ -796,6 +815,9 @@ def main() -> None:
         say(f"--- {name}: {took:.0f} s")
         results.setdefault("seconds", {})[name] = took
         (OUT / "lease.json").write_text(json.dumps(results, indent=1, default=str))
+        if not alive():
+            start_again(chosen[i + 1 :])
+            return
 
 
 if __name__ == "__main__":

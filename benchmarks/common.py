@@ -60,9 +60,14 @@ def in_turn(
             print(f"{name} cannot run here", flush=True)
             processes[-1].join()
     for i in range(repeats + warm_up):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            seconds, memory[name] = pipe.recv()
+        for name, pipe in list(pipes.items()):
+            try:
+                pipe.send(True)
+                seconds, memory[name] = pipe.recv()
+            except (EOFError, OSError):  # its error has been printed; the others go on
+                print(f"{name} has ended", flush=True)
+                del pipes[name]
+                continue
             times[name] += [seconds] if i >= warm_up else []
             if device.type == "cpu":
                 time.sleep(0.3)  # until its threads no longer spin
@@ -145,6 +150,25 @@ def diffusers_width(target: int, size: int) -> int:
         if costs[width] > 1.5 * target:
             break
     return min(costs, key=lambda w: abs(costs[w] - target))
+
+
+def equal_costs(dim: int, mults, size: int) -> tuple[int, int, dict[str, int]]:
+    """Our width and diffusers' whose forward passes cost nearest to lucidrains' of width dim, and the
+    FLOPs of each side. A peer that is not installed has none; without lucidrains' dim is our width."""
+    from diffusion.models.build import build_pixel_unet
+
+    x, t, flops, ours, theirs = torch.zeros(1, 3, size, size), torch.zeros(1), {}, dim, 0
+    with contextlib.suppress(ImportError):
+        flops["lucidrains"] = lucidrains_flops(dim, mults, size)
+        ours, flops["ours"] = our_width(flops["lucidrains"], mults, size)
+    if "ours" not in flops:
+        unet = build_pixel_unet(ours, mults)
+        flops["ours"] = flops_of(lambda: unet(x, t))
+    with contextlib.suppress(ImportError):
+        theirs = diffusers_width(flops.get("lucidrains", flops["ours"]), size)
+        model = diffusers_model(theirs, size)
+        flops["diffusers"] = flops_of(lambda: model(x, 1))
+    return ours, theirs, flops
 
 
 def add_device(parser) -> None:

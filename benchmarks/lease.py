@@ -31,6 +31,7 @@ from types import MethodType
 import common
 import torch
 from sd_step import fill
+from step import Step
 
 sys.path.insert(0, str(common.ROOT))
 
@@ -42,18 +43,13 @@ from diffusion.models.configs import CLIPTextConfig, UNetConfig, VAEConfig  # no
 from diffusion.models.tokenizer import byte_level  # noqa: E402
 from diffusion.models.unet import UNet  # noqa: E402
 from diffusion.process.names import DEFAULT_SAMPLER, DEFAULT_STEPS  # noqa: E402
-from diffusion.process.objective import training_coefficients, training_loss  # noqa: E402
+from diffusion.process.objective import training_loss  # noqa: E402
 from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.runtime.cuda_graph import Graph  # noqa: E402
 from diffusion.runtime.distributed import setup  # noqa: E402
 from diffusion.sampling.codec import LatentCodec, PixelCodec  # noqa: E402
 from diffusion.sampling.conditioning import Prompts, Unconditional  # noqa: E402
 from diffusion.sampling.pipeline import Pipeline  # noqa: E402
-from diffusion.training.ema import EMA  # noqa: E402
-from diffusion.training.optimizer import AdamW  # noqa: E402
-from diffusion.training.recipe import Inputs  # noqa: E402
-from diffusion.training.steps import StepStats  # noqa: E402
-from diffusion.training.train_step import TrainStep  # noqa: E402
 
 BEGAN = float(os.environ.setdefault("LEASE_BEGAN", str(time.time())))
 CUDA = torch.device("cuda")
@@ -201,59 +197,12 @@ def stable_diffusion_network(name: str, config, dtype: torch.dtype, plain: bool)
     return network if plain else cuda.install(network)
 
 
-class Synthetic:
-    """What a training step asks a recipe: here images, or latents, of noise, the same in each step."""
-
-    config = Config(data="toy")
-    device = CUDA
-
-    def __init__(self, x0: torch.Tensor, cond: Cond = NOTHING):
-        g = torch.Generator().manual_seed(1)
-        t = torch.randint(1000, (len(x0),), generator=g)
-        levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(CUDA)
-        eps = torch.randn(x0.shape, generator=g).to(CUDA)
-        x0, eps = (v.contiguous(memory_format=CHANNELS_LAST) for v in (x0, eps))
-        self.inputs = Inputs(levels, x0, eps, cond)
-
-    @staticmethod
-    def loss(network, inputs: Inputs) -> torch.Tensor:
-        return training_loss(network, *inputs)
-
-
-class Step:
-    """A training step of the trainer's, of synthetic images or latents."""
-
-    def __init__(
-        self, network: torch.nn.Module, one_pass: bool, x0: torch.Tensor, cond: Cond = NOTHING
-    ):
-        self.network = network
-        self.one_pass = one_pass
-        self.batch = len(x0)
-        self.recipe = Synthetic(x0, cond)
-        self.optimizer = AdamW(network.parameters(), 1e-4, betas=(0.9, 0.99))
-        self.ema = EMA(network, 0.9999)
-        self.ema.begin(10**6)
-        self.use_graph(False)
-
-    def use_graph(self, graph: bool) -> None:
-        """Choose how it runs: kernel by kernel, or as a CUDA graph from the fourth call on."""
-        scaler = torch.amp.GradScaler("cuda", enabled=False)
-        parts = (self.network, self.optimizer, scaler, self.ema, StepStats(CUDA))
-        self.step = None  # before another is made: a graph holds its memory
-        self.step = TrainStep(self.recipe, *parts, BF16, graph=graph)
-        if not self.one_pass:
-            self.step.one_pass = None
-
-    def __call__(self) -> None:
-        self.step([self.recipe.inputs])
-
-
 def pixel_step(shape: tuple, chosen: set[str] | None = None) -> Step:
     size, batch = shape[2:]
     g = torch.Generator().manual_seed(2)
     x0 = torch.randn((batch, 3, size, size), generator=g).to(CUDA)
     one_pass = chosen is None or ONE_PASS in chosen
-    return Step(pixel_unet(shape, chosen), one_pass, x0)
+    return Step(pixel_unet(shape, chosen), x0, one_pass=one_pass)
 
 
 def measure(name: str, call: Callable, batch: int, flops: float) -> dict:
@@ -428,6 +377,10 @@ def train() -> dict:
                     step.use_graph(how == "graph")
                     fresh()
                     found[f"{side} {how}"] = measure(f"{side} {how}", step, step.batch, flops)
+                step.use_graph(False)
+                alone = clock(step.update_alone())
+                found[f"{side} update"] = alone
+                say(f"    of which the update, eager: {alone['device_ms']:.2f} ms")
             step = None
     return found
 
@@ -614,7 +567,7 @@ def sd_training() -> dict:
             unet.train().requires_grad_(True)
             x0 = torch.randn(B, 4, config.side, config.side, device=CUDA)
             context = torch.randn(B, 77, config.cross_attention_dim, device=CUDA)
-            step = Step(unet, not plain, x0, Cond(context))
+            step = Step(unet, x0, Cond(context), one_pass=not plain)
             for how in ("eager", "graph"):
                 step.use_graph(how == "graph")
                 fresh()

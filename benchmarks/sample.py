@@ -90,12 +90,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also ours with torch.compile")
     args = parser.parse_args()
     device, bf16 = torch.device(args.device), torch.bfloat16
-    target = common.lucidrains_flops(args.dim, args.mults, args.size)
-    dim, flops = common.our_width(target, args.mults, args.size)
-    width = common.diffusers_width(target, args.size)
-    x = torch.zeros(1, 3, args.size, args.size)
-    cost = {"ours": flops, "lucidrains": target,
-            "diffusers": common.flops_of(lambda: common.diffusers_model(width, args.size)(x, 1))}  # fmt: skip
+    dim, width, cost = common.equal_costs(args.dim, args.mults, args.size)
     print("GFLOP of a forward pass:", {k: round(v / 1e9, 2) for k, v in cost.items()})
     images, ratio = {}, {}
     for n in args.counts:
@@ -108,6 +103,7 @@ def main() -> None:
             "diffusers_shipped": partial(diffusers, args, width, n),
             "diffusers_bf16": partial(diffusers, args, width, n, bf16),
         }  # fmt: skip
+        sides = {name: side for name, side in sides.items() if name.split("_")[0] in cost}
         if args.compile:
             sides["ours_compiled"] = partial(mine, compiled=True)
         if device.type == "cuda":
@@ -116,7 +112,7 @@ def main() -> None:
         median, _ = common.in_turn(sides, device, repeats, warm_up=1)
         images[n] = {name: n / s for name, s in median.items()}
         ratio[n] = {name: s / median["ours"] for name, s in median.items() if name != "ours"}
-        for name in sides:
+        for name in median:
             print(f"{n:4d} images, {name:>18}: {images[n][name]:8.3f} img/s; ours / this "
                   f"{median[name] / median['ours']:.2f}", flush=True)  # fmt: skip
     common.report("sample", device, {

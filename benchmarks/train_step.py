@@ -19,61 +19,26 @@ from functools import partial
 
 import common
 import torch
+from step import Step
 
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.config import int_list  # noqa: E402
 from diffusion.models.build import build_pixel_unet  # noqa: E402
-from diffusion.models.cond import NOTHING  # noqa: E402
-from diffusion.process.objective import training_coefficients, training_loss  # noqa: E402
-from diffusion.process.schedule import make_schedule  # noqa: E402
 from diffusion.runtime.distributed import setup  # noqa: E402
-from diffusion.training.ema import EMA  # noqa: E402
-from diffusion.training.optimizer import AdamW  # noqa: E402
-from diffusion.training.steps import clip_factor  # noqa: E402
 
-BYTES = 52  # of a parameter: norm 4, clip 8, AdamW 16 + 12, EMA 12
+# of a parameter: norm 4, clip 8, AdamW 16 + 12, EMA 12; on a GPU norm 4, and 36 in one pass
+BYTES = {"cpu": 52, "cuda": 40}
 
 
 def ours(args, dim: int, update_only: bool = False):
     device = setup(args.device)
     torch.manual_seed(0)
     model = build_pixel_unet(dim, args.mults).to(device)
-    optimizer = AdamW(model.parameters(), 1e-4, betas=(0.9, 0.99))
-    ema, n = EMA(model, 0.9999), [0]
-    x0, eps = images(args), images(args)
-    t = torch.randint(1000, (args.batch_size,))
-    levels = training_coefficients(make_schedule("cosine", 1000), "v", t).to(device)
     if args.compile:
         model.compile()
-
-    def update() -> None:
-        gradients = optimizer.take_gradients()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        ok = torch.isfinite(norm)
-        torch._foreach_mul_(gradients, clip_factor(norm, 1.0))
-        optimizer.found_inf = (~ok).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(n[0], ok)
-        n[0] += 1
-
-    def step() -> None:
-        with torch.autocast(args.device, torch.bfloat16):
-            loss = training_loss(model, levels, x0, eps, NOTHING).mean()
-        loss.backward()
-        update()
-
-    if not update_only:
-        return step
-    gradients = [torch.randn_like(p) for p in model.parameters()]
-
-    def only() -> None:
-        for p, g in zip(model.parameters(), gradients):
-            p.grad = g
-        update()
-
-    return only
+    step = Step(model, images(args))
+    return step.update_alone() if update_only else step
 
 
 def images(args) -> torch.Tensor:
@@ -148,17 +113,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="all sides with torch.compile")
     args = parser.parse_args()
     device = torch.device(args.device)
-    target = common.lucidrains_flops(args.dim, args.mults, args.size)
-    dim, flops = common.our_width(target, args.mults, args.size)
-    width = common.diffusers_width(target, args.size)
-    x, theirs = torch.zeros(1, 3, args.size, args.size), common.diffusers_model(width, args.size)
-    flops = {
-        "ours": flops,
-        "lucidrains": target,
-        "diffusers": common.flops_of(lambda: theirs(x, 1)),
-    }
+    dim, width, flops = common.equal_costs(args.dim, args.mults, args.size)
     sides = {"ours": partial(ours, args, dim), "ours_update": partial(ours, args, dim, True)}
-    for name, build in (("lucidrains", lucidrains), ("diffusers", partial(diffusers, width=width))):
+    peers = {"lucidrains": lucidrains, "diffusers": partial(diffusers, width=width)}
+    for name, build in peers.items():
+        if name not in flops:
+            print(f"{name}: not installed")
+            continue
         for how in ("shipped", "tuned"):
             sides[f"{name}_{how}"] = partial(build, args, tuned=how == "tuned")
     seconds, memory = common.in_turn(sides, device, args.repeats)
@@ -173,7 +134,7 @@ def main() -> None:
         print(f"{name:>20}: {args.batch_size / s:7.1f} img/s, {cost / 1e9:.2f} GFLOP forward, MFU "
               f"{mfu[name]:.1%}, {memory[name] / 2**30:.1f} GiB; ours / this "
               f"{s / seconds['ours']:.2f}")  # fmt: skip
-    bound = parameters * BYTES / speed
+    bound = parameters * BYTES[device.type] / speed
     print(f"clip, optimizer and EMA: {update / seconds['ours']:.1%} of our step, {update * 1e3:.0f} ms, "
           f"{update / bound:.2f} times what their bytes take at {speed / 1e9:.0f} GB/s")  # fmt: skip
     common.report("train_step", device, {

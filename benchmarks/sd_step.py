@@ -9,8 +9,11 @@ above 1 means that ours is faster. The last line is JSON.
 """
 
 import argparse
+import contextlib
+import math
 import statistics
 import sys
+from importlib.metadata import version
 
 import common
 import torch
@@ -38,20 +41,26 @@ def fill(model: torch.nn.Module, device, dtype) -> torch.nn.Module:
 
 
 def pair(part: str, device, dtype):
-    """(ours, theirs) with the same weights."""
-    import diffusers
-    import transformers
+    """(ours, theirs) with the same weights; theirs is None where they are not installed."""
+    sizes = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}[part]()
+    try:
+        import diffusers
+        import transformers
+    except ImportError:
+        with torch.device("meta"):
+            ours = build({"text": "text_encoder"}.get(part, part), sizes)
+        return fill(ours, device, dtype), None
 
     with torch.device("meta"):
         if part == "unet":
-            ours = build("unet", UNetConfig())
+            ours = build("unet", sizes)
             theirs = diffusers.UNet2DConditionModel.from_config(ours.config.to_dict())
         elif part == "vae":
-            ours = build("vae", VAEConfig())
+            ours = build("vae", sizes)
             theirs = diffusers.AutoencoderKL.from_config(ours.config.to_dict())
         else:
-            ours = build("text_encoder", CLIPTextConfig())
-            config = transformers.CLIPTextConfig(**CLIPTextConfig().to_dict())
+            ours = build("text_encoder", sizes)
+            config = transformers.CLIPTextConfig(**sizes.to_dict())
             theirs = transformers.CLIPTextModel(config)
     theirs = fill(theirs, device, dtype)
     state = theirs.state_dict()
@@ -81,12 +90,17 @@ def run_part(part: str, repeats: int, device, dtype) -> tuple[dict[str, float], 
     else:
         ids = torch.randint(0, 49406, (1, 77), device=device)
         calls = {"ours": lambda: ours(ids), "diffusers": lambda: theirs(ids).last_hidden_state}
-    a, b = (calls[name]().float() for name in calls)
+    difference = math.nan
+    if theirs is None:
+        del calls["diffusers"]
+    else:
+        a, b = (calls[name]().float() for name in calls)
+        difference = float((a - b).norm() / b.norm())
     times = {name: [] for name in calls}
     for i in range(repeats + 1):  # in turn, in one process: both sides hold the same weights
         for name, call in calls.items():
             times[name] += [common.timed(call, device)][not i :]
-    return {k: statistics.median(t) for k, t in times.items()}, float((a - b).norm() / b.norm())
+    return {k: statistics.median(t) for k, t in times.items()}, difference
 
 
 @torch.inference_mode()
@@ -100,14 +114,15 @@ def main() -> None:
     ours, theirs, ratio, difference = {}, {}, {}, {}
     for part in args.parts.split(","):
         found, difference[part] = run_part(part, args.repeats, device, dtype)
-        ours[part], theirs[part] = found["ours"], found["diffusers"]
-        ratio[part] = found["diffusers"] / found["ours"]
+        ours[part], theirs[part] = found["ours"], found.get("diffusers", math.nan)
+        ratio[part] = theirs[part] / ours[part]
         print(f"{part:>5}: ours {ours[part]:.3f} s, diffusers {theirs[part]:.3f} s, ratio "
               f"{ratio[part]:.2f}, relative difference {difference[part]:.1e}", flush=True)  # fmt: skip
-    import diffusers
-
+    peer = None
+    with contextlib.suppress(ImportError):
+        peer = version("diffusers")
     common.report("sd_step", device, {
-        "dtype": args.dtype, "diffusers": diffusers.__version__, "repeats": args.repeats,
+        "dtype": args.dtype, "diffusers": peer, "repeats": args.repeats,
         "seconds": ours, "diffusers_seconds": theirs, "relative_difference": difference,
         "ratio": ratio,
     })  # fmt: skip

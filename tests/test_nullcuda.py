@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parent / "nullcuda"
 STEPS = {
     "pixel": (13, 1130),
     "eager": (1140, 0),
+    "dropout": (15, 1170),
     "class": (15, 1170),
     "fp16": (1390, 0),
     "accumulated": (20, 2440),

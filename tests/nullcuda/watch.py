@@ -58,6 +58,7 @@ LORA = dict(adapter="lora", targets="all", rank=4, sample_steps=5)
 MODES: dict[str, dict] = {  # options; `after`: the mode whose model it starts from
     "pixel": PIXEL,
     "class": PIXEL | dict(condition="class"),
+    "dropout": PIXEL | dict(dropout=0.1),
     "fp16": PIXEL | dict(amp="fp16"),
     "accumulated": PIXEL | dict(grad_accum=2),
     "eager": PIXEL | dict(cuda_graph="off"),

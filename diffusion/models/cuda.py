@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu, unet
-from .layers import WSConv3x3, to_image, to_tokens
+from .layers import Conv3x3, WSConv3x3, to_image, to_tokens
 from .sd_blocks import ResnetBlock2D, Upsample2D
 
 
@@ -117,23 +117,36 @@ def resnet_block(layer: ResnetBlock2D, x: Tensor, emb: Tensor | None = None) -> 
 
 def upsample(layer: nn.Upsample, x: Tensor) -> Tensor:
     """Repeat pixels in their own type, of which autocast makes float32."""
-    if not x.is_cuda:
+    if not fits(x):
         return type(layer).forward(layer, x)
-    with torch.autocast("cuda", enabled=False):
-        return type(layer).forward(layer, x)
+    from . import triton_images
+
+    return triton_images.upsample(x)
 
 
 def upsample_2d(layer: Upsample2D, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """Repeat pixels in their own type."""
-    if not x.is_cuda:
+    if not fits(x) or size not in (None, (2 * x.shape[2], 2 * x.shape[3])):
         return type(layer).forward(layer, x, size)
-    H, W = x.shape[-2:]
-    with torch.autocast("cuda", enabled=False):
-        x = F.interpolate(x, size or (2 * H, 2 * W), mode="nearest")
-    return layer.conv(x)
+    from . import triton_images
+
+    return layer.conv(triton_images.upsample(x))
+
+
+def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the bias, and sum its gradient, by kernels for channels_last images."""
+    if bias is None or not fits(x):
+        if isinstance(layer, Conv3x3):
+            return cpu.convolve(layer, x, weight, bias)
+        return type(layer)._conv_forward(layer, x, weight, bias)
+    from . import triton_images
+
+    y = type(layer)._conv_forward(layer, x, weight, None)
+    return triton_images.add(y.contiguous(memory_format=torch.channels_last), bias)
 
 
 FAST = [  # what is replaced: the layer, its method, and by what
+    (nn.Conv2d, "_conv_forward", convolve),
     (nn.GroupNorm, "forward", group_norm),
     (unet.Block, "forward", block),
     (unet.ResBlock, "forward", res_block),

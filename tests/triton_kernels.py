@@ -126,7 +126,8 @@ def check_norm(device: str) -> None:
     compare((3, 20, 5, 6), 2, torch.float32, film=True, offset=50)  # a mean far from 0
     compare((1, 24, 9, 10), 1, torch.float32, silu=False)
     compare((2, 320, 3, 4), 32, torch.float32, residual=True)  # groups of 10
-    compare((5, 8, 33, 34), 8, torch.float32, film=True)  # more than one part
+    compare((5, 8, 33, 34), 8, torch.float32, film=True)
+    compare((2, 16, 90, 92), 2, torch.float32, film=True, residual=True)  # more than one part
     compare((2, 64, 1, 1), 8, torch.float32)
     compare((2, 128, 8, 8), 8, torch.bfloat16, film=True, residual=True)
     compare((2, 32, 8, 8), 8, torch.float16, film=True, residual=True)

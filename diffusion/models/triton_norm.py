@@ -24,6 +24,8 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 TILE = 4096  # elements that a program holds at a time
+WARPS = 4
+MAX_WHOLE = 16384  # elements of a group that a program holds as a whole
 PROGRAMS = 1024  # that fill the multiprocessors of a large GPU
 MAX_PARTS = 16  # of a group, whose sums are added up where they are used
 
@@ -49,6 +51,19 @@ def _sums(x, out, N, C, rows, width: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_
     out += (group * tl.num_programs(1) + part) * 2
     tl.store(out, tl.sum(tl.sum(total, 1), 0))
     tl.store(out + 1, tl.sum(tl.sum(square, 1), 0))
+
+
+@triton.jit
+def _scale_shift(weight, bias, film, b, column, inside, C, FILM: tl.constexpr):
+    """Give a and d of some channels."""
+    a = tl.load(weight + column, inside, 0.0).to(tl.float32)
+    d = tl.load(bias + column, inside, 0.0).to(tl.float32)
+    if FILM:
+        film += b * 2 * C + column
+        gain = 1 + tl.load(film, inside, 0.0).to(tl.float32)
+        a *= gain
+        d = d * gain + tl.load(film + C, inside, 0.0).to(tl.float32)
+    return a, d
 
 
 @triton.jit
@@ -78,13 +93,7 @@ def _channels(
     offset = tl.sum(tl.load(sums, known, 0.0), 0) / (N * width)
     square = tl.sum(tl.load(sums + 1, known, 0.0), 0) / (N * width)
     rstd = 1 / tl.sqrt(tl.maximum(square - offset * offset, 0.0) + eps)
-    a = tl.load(weight + column, inside, 0.0).to(tl.float32)
-    d = tl.load(bias + column, inside, 0.0).to(tl.float32)
-    if FILM:
-        film += b * 2 * C + column
-        gain = 1 + tl.load(film, inside, 0.0).to(tl.float32)
-        a *= gain
-        d = d * gain + tl.load(film + C, inside, 0.0).to(tl.float32)
+    a, d = _scale_shift(weight, bias, film, b, column, inside, C, FILM)
     return pivot + offset, rstd, a, d
 
 
@@ -117,12 +126,17 @@ def _forward(
         x, sums, weight, bias, film, b, column, N, C, width, parts, eps, FILM, MAX_PARTS
     )
     a *= rstd
+    image = b.to(tl.int64) * N * C
+    x += image
+    y += image
+    if RESIDUAL:
+        residual += image
     start = tl.program_id(1) * rows
     end = tl.minimum(start + rows, N)
     for first in range(start, end, BLOCK_N):
         row = (first + tl.arange(0, BLOCK_N))[:, None]
         inside = (row < end) & (column < C)[None, :]
-        at = b.to(tl.int64) * N * C + row * C + column[None, :]
+        at = row * C + column[None, :]
         z = tl.load(x + at, inside, 0.0).to(tl.float32)
         z = (z - mean[None, :]) * a[None, :] + d[None, :]
         if SILU:
@@ -169,11 +183,14 @@ def _backward(
         means += (b * (C // width) + column // width) * 2
         mean_one = tl.load(means, column < C, 0.0)[None, :]
         mean_two = tl.load(means + 1, column < C, 0.0)[None, :]
+        out += b.to(tl.int64) * N * C
+    x += b.to(tl.int64) * N * C
+    dy += b.to(tl.int64) * N * C
     end = tl.minimum(part * rows + rows, N)
     for first in range(part * rows, end, BLOCK_N):
         row = (first + tl.arange(0, BLOCK_N))[:, None]
         inside = (row < end) & (column < C)[None, :]
-        at = b.to(tl.int64) * N * C + row * C + column[None, :]
+        at = row * C + column[None, :]
         xhat = (tl.load(x + at, inside, 0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
         dz = tl.load(dy + at, inside, 0.0).to(tl.float32)  # 0 outside
         if SILU:
@@ -190,6 +207,97 @@ def _backward(
         out += (b * tl.num_programs(1) + part) * 2 * C + column
         tl.store(out, tl.sum(one, 0), column < C)
         tl.store(out + C, tl.sum(two, 0), column < C)
+
+
+@triton.jit
+def _forward_whole(
+    x,
+    stats,
+    weight,
+    bias,
+    film,
+    residual,
+    y,
+    N,
+    C,
+    eps,
+    width: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write y for a group of an image that fits into registers; stats (B, G, 2): mean, 1 / std."""
+    group = tl.program_id(0)
+    b = tl.program_id(1)
+    row = tl.arange(0, BLOCK_N)[:, None]
+    place = tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < N) & (place < width)
+    column = group * width + place
+    at = row * C + column
+    image = b.to(tl.int64) * N * C
+    z = tl.load(x + image + at, inside, 0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(z, 1), 0) / (N * width)
+    z = tl.where(inside, z - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(tl.sum(z * z, 1), 0) / (N * width) + eps)
+    stats += (b * tl.num_programs(0) + group) * 2
+    tl.store(stats, mean)
+    tl.store(stats + 1, rstd)
+    a, d = _scale_shift(weight, bias, film, b, column, place < width, C, FILM)
+    z = z * (a * rstd) + d
+    if SILU:
+        z *= tl.sigmoid(z)
+    if RESIDUAL:
+        z += tl.load(residual + image + at, inside, 0.0).to(tl.float32)
+    tl.store(y + image + at, z.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward_whole(
+    x,
+    stats,
+    weight,
+    bias,
+    film,
+    dy,
+    partial,
+    dx,
+    N,
+    C,
+    width: tl.constexpr,
+    FILM: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Write dx, and S1 and S2, partial (B, 2, C), for a group of an image."""
+    group = tl.program_id(0)
+    b = tl.program_id(1)
+    row = tl.arange(0, BLOCK_N)[:, None]
+    place = tl.arange(0, BLOCK_C)[None, :]
+    inside = (row < N) & (place < width)
+    column = group * width + place
+    at = row * C + column
+    image = b.to(tl.int64) * N * C
+    stats += (b * tl.num_programs(0) + group) * 2
+    rstd = tl.load(stats + 1)
+    xhat = (tl.load(x + image + at, inside, 0.0).to(tl.float32) - tl.load(stats)) * rstd
+    dz = tl.load(dy + image + at, inside, 0.0).to(tl.float32)  # 0 outside
+    a, d = _scale_shift(weight, bias, film, b, column, place < width, C, FILM)
+    if SILU:
+        z = xhat * a + d
+        s = tl.sigmoid(z)
+        dz *= s * (1 + z * (1 - s))
+    one = tl.sum(dz, 0)[None, :]
+    two = tl.sum(dz * xhat, 0)[None, :]
+    partial += b * 2 * C + column
+    tl.store(partial, one, place < width)
+    tl.store(partial + C, two, place < width)
+    mean_one = tl.sum(tl.sum(a * one, 1), 0) / (N * width)
+    mean_two = tl.sum(tl.sum(a * two, 1), 0) / (N * width)
+    value = (dz * a - mean_one - xhat * mean_two) * rstd
+    tl.store(dx + image + at, value.to(dx.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -234,9 +342,10 @@ def _small(
         gain = 1 + tl.load(film + at, inside, 0.0).to(tl.float32)
         one *= gain
         two *= gain
-    means += (b * tl.num_programs(0) + group) * 2
-    tl.store(means, (tl.sum(w * one, 1) / (N * width))[:, None], b < B)
-    tl.store(means + 1, (tl.sum(w * two, 1) / (N * width))[:, None], b < B)
+    if means is not None:
+        means += (b * tl.num_programs(0) + group) * 2
+        tl.store(means, (tl.sum(w * one, 1) / (N * width))[:, None], b < B)
+        tl.store(means + 1, (tl.sum(w * two, 1) / (N * width))[:, None], b < B)
     daffine += tl.program_id(1) * 2 * C + column
     tl.store(daffine, tl.sum(two, 0), place < width)
     tl.store(daffine + C, tl.sum(one, 0), place < width)
@@ -257,17 +366,23 @@ class Call:
         self.N = H * W
         self.width = self.C // groups
         self.group_block = next_power_of_2(self.width)
-        self.block = min(next_power_of_2(self.C), 128)
-        columns = cdiv(self.C, self.block)
-        self.parts, self.rows = split(self.B * columns, self.N, TILE // self.block)
+        rows = next_power_of_2(self.N)
+        self.whole = rows * self.group_block <= MAX_WHOLE
+        if self.whole:
+            self.parts = 1
+            warps = min(16, max(4, rows * self.group_block // 1024))
+            self.blocks = dict(BLOCK_N=rows, BLOCK_C=self.group_block, num_warps=warps)
+            return
+        block = min(next_power_of_2(self.C), 128)
+        columns = cdiv(self.C, block)
+        self.parts, self.rows = split(self.B * columns, self.N, TILE // block)
         self.grid = (columns, self.parts, self.B)
+        self.blocks = dict(
+            BLOCK_N=TILE // block, BLOCK_C=block, MAX_PARTS=MAX_PARTS, num_warps=WARPS
+        )
 
     def sizes(self, sums: Tensor, eps: float) -> tuple:
         return self.N, self.C, self.width, sums.shape[1], self.rows, eps
-
-    @property
-    def blocks(self) -> dict:
-        return dict(BLOCK_N=TILE // self.block, BLOCK_C=self.block, MAX_PARTS=MAX_PARTS)
 
 
 class NormAct(torch.autograd.Function):
@@ -276,15 +391,22 @@ class NormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, film, residual, groups, eps, silu):
         call = Call(x, groups)
-        units = call.B * groups
-        block = max(1, TILE // call.group_block)
-        parts, rows = split(units, call.N, block)
-        sums = x.new_empty((units, parts, 2), dtype=torch.float32)
-        _sums[(units, parts)](x, sums, call.N, call.C, rows, call.width, block, call.group_block)
         y = torch.empty_like(x)
         flags = (film is not None, silu, residual is not None)
-        tensors = (x, sums, weight, bias, film, residual, y)
-        _forward[call.grid](*tensors, *call.sizes(sums, eps), *flags, **call.blocks)
+        units = call.B * groups
+        if call.whole:
+            sums = x.new_empty((units, 1, 2), dtype=torch.float32)  # mean and 1 / std
+            tensors = (x, sums, weight, bias, film, residual, y)
+            sizes = (call.N, call.C, eps, call.width)
+            _forward_whole[(groups, call.B)](*tensors, *sizes, *flags, **call.blocks)
+        else:
+            block = max(1, TILE // call.group_block)
+            parts, rows = split(units, call.N, block)
+            sums = x.new_empty((units, parts, 2), dtype=torch.float32)
+            sizes = (call.N, call.C, rows, call.width, block, call.group_block)
+            _sums[(units, parts)](x, sums, *sizes)
+            tensors = (x, sums, weight, bias, film, residual, y)
+            _forward[call.grid](*tensors, *call.sizes(sums, eps), *flags, **call.blocks)
         ctx.save_for_backward(x, sums, weight, bias, film)
         ctx.settings = (groups, eps, silu)
         return y
@@ -295,14 +417,21 @@ class NormAct(torch.autograd.Function):
         groups, eps, silu = ctx.settings
         call = Call(x, groups)
         dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(x)
         given = (x, sums, weight, bias, film, dy)
-        sizes = call.sizes(sums, eps)
         flags = (film is not None, silu)
         partial = sums.new_empty((call.B, call.parts, 2, call.C))
-        _backward[call.grid](*given, None, partial, *sizes, *flags, True, **call.blocks)
+        means = None
+        if call.whole:
+            _backward_whole[(groups, call.B)](
+                *given, partial, dx, call.N, call.C, call.width, *flags, **call.blocks
+            )
+        else:
+            means = sums.new_empty((call.B, groups, 2))
+            sizes = call.sizes(sums, eps)
+            _backward[call.grid](*given, means, partial, *sizes, *flags, True, **call.blocks)
         block = min(next_power_of_2(call.B), max(1, TILE // call.group_block))
         blocks = cdiv(call.B, block)
-        means = sums.new_empty((call.B, groups, 2))
         daffine = sums.new_empty((blocks, 2, call.C))
         dfilm = None if film is None else torch.empty_like(film)
         _small[(groups, blocks)](
@@ -314,14 +443,16 @@ class NormAct(torch.autograd.Function):
             dfilm,
             daffine,
             call.B,
-            *sizes[:3],
+            call.N,
+            call.C,
+            call.width,
             call.parts,
             film is not None,
             block,
             call.group_block,
         )
-        dx = torch.empty_like(x)
-        _backward[call.grid](*given, means, dx, *sizes, *flags, False, **call.blocks)
+        if means is not None:
+            _backward[call.grid](*given, means, dx, *sizes, *flags, False, **call.blocks)
         dweight, dbias = daffine[0] if blocks == 1 else daffine.sum(0)
         return dx, dweight, dbias, dfilm, dy if ctx.needs_input_grad[4] else None, None, None, None
 

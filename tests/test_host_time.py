@@ -16,8 +16,11 @@ from diffusion.evaluation import fid
 from diffusion.evaluation.features import open_features
 from diffusion.evaluation.fid import Fid
 from diffusion.models import lora
+from diffusion.models.build import build_pixel_unet
+from diffusion.models.cond import Cond
 from diffusion.pictures import samples
 from diffusion.pictures.samples import Samples, behind
+from diffusion.runtime import distributed as dist
 from diffusion.runtime.cuda_graph import Graphs
 from diffusion.runtime.seeding import ImageNoise, generator
 from diffusion.sampling import pipeline as module
@@ -266,3 +269,24 @@ def test_fid_is_the_same_behind_the_sampling(model, pooled, tmp_path, in_a_threa
 
     monkeypatch.setattr(type(pipeline.codec), "decode", second_overflows)
     assert math.isnan(found.measure(pipeline, 2, lambda: False)["pooled"])
+
+
+# --- several ranks --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_compiled_network_with_checkpointing_trains_on_several_ranks():
+    """Of more than a bucket of gradients, of which the checkpoints of torch 2.6 allow no cut."""
+    model = build_pixel_unet(24, (1, 2, 4, 8))
+    assert sum(p.numel() for p in model.parameters()) * 4 > 25e6
+    model.checkpointing = True
+    model.train().compile(backend="aot_eager")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # fmt: skip
+    before = torch._dynamo.config.optimize_ddp
+    try:
+        parallel = dist.wrap(model)
+        parallel(torch.randn(2, 3, 8, 8), torch.rand(2), Cond()).sum().backward()
+        assert any(p.grad.abs().sum() > 0 for p in model.parameters())
+    finally:
+        torch._dynamo.config.optimize_ddp = before
+        dist.cleanup()

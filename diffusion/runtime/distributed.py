@@ -237,9 +237,15 @@ def describe_comm_error(error: RuntimeError) -> str | None:
 
 
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
-    """Wrap a model so that its gradients are averaged over ranks in backward."""
+    """Wrap a model so that its gradients are averaged over ranks in backward.
+
+    A compiled one is cut where a bucket of 25 MB of gradients is complete, so that these are sent
+    during backward; not with checkpointing, whose graphs torch 2.6 cannot cut.
+    """
     if not dist.is_initialized():
         return model
+    if any(getattr(module, "checkpointing", False) for module in model.modules()):
+        torch._dynamo.config.optimize_ddp = False
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

@@ -249,14 +249,24 @@ def test_a_full_disk_and_ctrl_c_leave_the_pictures_before(
     assert not left
 
 
-def test_fid_is_the_same_behind_the_sampling(model, pooled, tmp_path, in_a_thread, monkeypatch):
-    pipeline = load(model)
-    features = open_features(str(pooled), torch.device("cpu"))
-    config = replace(pipeline.config, fid_num_images=7, fid_features=str(pooled))
-    found = object.__new__(Fid)
+def fid_of(pipeline, pooled) -> Fid:
+    """A measurement of 7 images against made-up statistics."""
     reference = (torch.zeros(24, dtype=torch.float64), torch.eye(24, dtype=torch.float64))
-    parts = dict(config=config, features=features, name="pooled", steps=3, reference=reference)
-    vars(found).update(parts, conditioning=lambda i: {"labels": pipeline.labels_in_turn(i)})
+    found = object.__new__(Fid)
+    vars(found).update(
+        config=replace(pipeline.config, fid_num_images=7, fid_features=str(pooled)),
+        features=open_features(str(pooled), pipeline.device),
+        name="pooled",
+        steps=3,
+        reference=reference,
+        conditioning=lambda indices: {"labels": pipeline.labels_in_turn(indices)},
+    )
+    return found
+
+
+def test_fid_is_the_same_behind_the_sampling(model, pooled, in_a_thread, monkeypatch):
+    pipeline = load(model)
+    found = fid_of(pipeline, pooled)
     threaded = found.measure(pipeline, 2, lambda: False)
     monkeypatch.setattr(fid, "behind", behind)
     assert threaded["pooled"] == found.measure(pipeline, 2, lambda: False)["pooled"] > 0
@@ -269,6 +279,15 @@ def test_fid_is_the_same_behind_the_sampling(model, pooled, tmp_path, in_a_threa
 
     monkeypatch.setattr(type(pipeline.codec), "decode", second_overflows)
     assert math.isnan(found.measure(pipeline, 2, lambda: False)["pooled"])
+
+
+@pytest.mark.gpu
+def test_gpu_fid_by_graphs_and_in_a_thread(model, pooled):
+    values = []
+    for device in ("cpu", "cuda"):
+        pipeline = load(model, device=device)
+        values.append(fid_of(pipeline, pooled).measure(pipeline, 2, lambda: False)["pooled"])
+    assert values[1] == pytest.approx(values[0], rel=1e-2)
 
 
 # --- several ranks --------------------------------------------------------------------------------

@@ -83,14 +83,13 @@ class Fid:
         count = c.fid_num_images
         micro = min(64, micro)
         sampling = dict(sampler=SAMPLER, steps=self.steps, amp=c.amp, seed=c.seed)
-        device = pipeline.device
-        sampling["cuda_graph"] = device.type == "cuda"
+        sampling["cuda_graph"] = pipeline.device.type == "cuda"
         options = lambda indices: self.conditioning(indices) | sampling
         batches = sample_batches(pipeline, options, count, micro, self.name)
         found = Moments(len(self.reference[0]))
         value = math.nan  # null in the run's metrics
         broken = 0.0
-        with behind(lambda images: found.add(self.features(images)), device) as add:
+        with behind(lambda images: found.add(self.features(images)), pipeline.device) as add:
             for _ in range(0, count, micro * world_size()):  # as many turns on each rank
                 try:
                     for _, _, images in islice(batches, 1):

@@ -106,9 +106,9 @@ class Samples:
                     text = {"parameters": self.describe(options, row, i, image)}
                     numbers.save(i, lambda path: write_png(image, path, text))
 
-            parts = (self.pipeline, self.options, self.count, self.batch_size)
-            with behind(save, self.pipeline.device) as save_batch:
-                for batch in sample_batches(*parts):
+            pipeline = self.pipeline
+            with behind(save, pipeline.device) as save_batch:
+                for batch in sample_batches(pipeline, self.options, self.count, self.batch_size):
                     save_batch(*batch)
             dist.barrier()
             if dist.is_main():

@@ -121,15 +121,6 @@ def watched(function, note):
     return call
 
 
-def watched_finite(function):
-    """Make Tensor.isfinite say yes: what the device would answer is 0, as all that is read there."""
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        return torch.ones(x.shape, dtype=torch.bool) if x.is_cuda else function(x)
-
-    return call
-
-
 def options_of(name: str, root: Path) -> dict:
     options = RUN | MODES[name]
     after = options.pop("after", None)
@@ -191,7 +182,6 @@ TOLD = {  # what a model is told with n images
 
 
 def main() -> None:
-    torch.Tensor.isfinite = watched_finite(torch.Tensor.isfinite)
     for recipe in (Recipe, AutoencoderRecipe):
         recipe.draw = watched(recipe.draw, "begin_step")
     StepStats.read = watched(StepStats.read, "write_line")

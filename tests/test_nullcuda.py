@@ -17,37 +17,38 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent / "nullcuda"
 
-# what was measured, and about 3 % more: launches of a step, kernels in its graph (0: it has none)
+# what was measured: launches of a step, kernels in its graph (0: it has none). A step may have a few
+# more; where it has far fewer, write the new numbers here.
 STEPS = {
-    "pixel": (13, 1130),
-    "eager": (1140, 0),
-    "dropout": (15, 1170),
-    "class": (15, 1170),
-    "fp16": (1390, 0),
-    "accumulated": (20, 2440),
-    "vae": (10, 630),
-    "latent": (17, 640),
-    "latent class": (19, 660),
-    "latent text": (19, 1220),
-    "lora": (13, 1660),
-    "text lora": (19, 2110),
-    "inversion": (19, 800),
+    "pixel": (13, 975),
+    "eager": (984, 0),
+    "dropout": (15, 1013),
+    "class": (15, 1018),
+    "fp16": (1227, 0),
+    "accumulated": (20, 2145),
+    "vae": (10, 521),
+    "latent": (17, 553),
+    "latent class": (19, 572),
+    "latent text": (19, 1096),
+    "lora": (13, 1493),
+    "text lora": (19, 1968),
+    "inversion": (19, 707),
 }
 SAMPLES = {
-    ("pixel", "ddim eager"): (285, 0),
-    ("pixel", "ddim graph"): (5, 285),
-    ("pixel", "dpmpp_2m_sde eager"): (290, 0),
-    ("pixel", "dpmpp_2m_sde graph"): (10, 290),
-    ("class", "ddim eager"): (310, 0),
-    ("class", "ddim graph"): (7, 310),
-    ("class", "dpmpp_2m_sde eager"): (320, 0),
-    ("class", "dpmpp_2m_sde graph"): (12, 320),
-    ("latent text", "ddim eager"): (300, 0),
-    ("latent text", "ddim graph"): (7, 300),
-    ("latent text", "dpmpp_2m_sde eager"): (305, 0),
-    ("latent text", "dpmpp_2m_sde graph"): (12, 305),
+    ("pixel", "ddim eager"): (228, 0),
+    ("pixel", "ddim graph"): (5, 228),
+    ("pixel", "dpmpp_2m_sde eager"): (235, 0),
+    ("pixel", "dpmpp_2m_sde graph"): (10, 233),
+    ("class", "ddim eager"): (255, 0),
+    ("class", "ddim graph"): (7, 255),
+    ("class", "dpmpp_2m_sde eager"): (262, 0),
+    ("class", "dpmpp_2m_sde graph"): (12, 260),
+    ("latent text", "ddim eager"): (269, 0),
+    ("latent text", "ddim graph"): (7, 269),
+    ("latent text", "dpmpp_2m_sde eager"): (276, 0),
+    ("latent text", "dpmpp_2m_sde graph"): (12, 274),
 }
-PLAIN = {"pixel": (13, 2320), "ddim graph": (5, 685)}  # without Triton
+PLAIN = {"pixel": (13, 2266), "ddim graph": (5, 671)}  # without Triton
 
 
 def why_not() -> str | None:
@@ -101,16 +102,20 @@ def everything(watched) -> dict:
     return watched(*STEPS, *{f"sample:{name}" for name, _ in SAMPLES})
 
 
+def near(count: int, measured: int) -> bool:
+    return 0.5 * measured < count <= 1.03 * measured + 2
+
+
 def check_step(found: dict, launches: int, captured: int) -> None:
     """Compare what was found of a step with what it may do."""
     assert "error" not in found, found["error"]
     assert found["waits"] == found["waiting_copies"] == 0, found
     assert not found.get("where"), found
     assert found["mallocs"] == found["host_mallocs"] == found["violations"] == 0, found
-    assert 0.5 * launches < found["launches"] <= launches, found
+    assert near(found["launches"], launches), found
     assert found["replays"] == (1 if captured else 0)
     if captured:
-        assert 0.5 * captured < found["captured"] <= captured, found
+        assert near(found["captured"], captured), found
 
 
 def test_a_step_without_triton_is_one_launch_that_waits_for_nothing(watched):

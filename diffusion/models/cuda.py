@@ -3,10 +3,9 @@
 A network computes the same without them, and elsewhere they do nothing. Most time that is not
 convolutions goes into what moves memory: each kernel here reads and writes channels_last tensors
 once where torch's chain of operations casts and transposes them. They are written in Triton, which
-comes with torch for CUDA. torch.compile sees the plain layers and makes kernels of its own.
+comes with torch for CUDA. torch.compile leaves them as they are, and fuses what is between them.
 """
 
-import functools
 import warnings
 from types import MethodType
 
@@ -28,9 +27,21 @@ def install(network: nn.Module) -> nn.Module:
     return network
 
 
-@functools.cache
+WORKING: dict[int, bool] = {}  # whether kernels run, by the number of the GPU
+COMPILABLE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # as was tried
+
+
 def works(device: torch.device) -> bool:
-    """Tell whether kernels can be compiled for a GPU and run, by trying one."""
+    """Tell whether kernels can be compiled for a GPU and run, by trying one.
+
+    To be called before torch.compile, which goes the way that is known by then.
+    """
+    if device.index not in WORKING:
+        WORKING[device.index] = device.type == "cuda" and tried(device)
+    return WORKING[device.index]
+
+
+def tried(device: torch.device) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -47,7 +58,7 @@ def works(device: torch.device) -> bool:
 
 def fits(x: Tensor) -> bool:
     """Tell whether a kernel takes this tensor."""
-    return x.is_cuda and not torch.compiler.is_compiling() and works(x.device)
+    return x.is_cuda and (COMPILABLE or not torch.compiler.is_compiling()) and works(x.device)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..files.table_files import read_table
 from ..models.build import for_inference, state_of
 from ..models.cond import Cond
 from ..models.configs import MAX_SIDE
+from ..models.cuda import works
 from ..models.text_unet import networks_of
 from ..process.loop import Inpaint, differentiable_loop, guided, sample_loop
 from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS
@@ -364,6 +365,7 @@ class Pipeline:
             network = for_inference(unet, dtype)
             if self.compiled:
                 compiler.prepare(self.device)
+                works(next(network.parameters()).device)
                 network.compile(dynamic=False)
             self.ready[key] = (state, views, network)
         return self.ready[key][-1]

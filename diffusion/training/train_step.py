@@ -62,8 +62,9 @@ class TrainStep:
         self.captured = StepGraph(self.run_tensors) if self.graph else None
         self.one_pass = None
         weights = self.optimizer.parameters
+        kernels = weights[0].is_cuda and works(weights[0].device)
         simple = not self.scaler.is_enabled() and {p.dtype for p in weights} == {torch.float32}
-        if simple and weights[0].is_cuda and works(weights[0].device):
+        if kernels and simple:
             from .triton_update import Update
 
             self.one_pass = Update(self.optimizer, self.ema)

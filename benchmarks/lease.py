@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import shutil
@@ -75,7 +76,7 @@ SMALL = (16, (1, 2), 16, 2)
 LARGEST = "64px_dim128_B64"
 FLOPS = {(128, 64): 73.59e9, (64, 32): 4.60e9}  # forward, an image of a width and a side: --dry_run
 SD_FLOPS = 0.803e12  # forward, a latent of 64x64; docs/scale.md
-args = argparse.Namespace(seconds=480.0, tiny=False)
+args = argparse.Namespace(seconds=480.0, tiny=False, prewarm=None)
 results: dict = {}
 
 
@@ -107,6 +108,9 @@ def clock(call: Callable, calls: int = 12, warm_up: int = 5) -> dict[str, float]
     up counts. host_ms: until one call returns to an idle device; the driver holds it up once about
     a thousand kernels are waiting, so that large batches make it look longer than it is.
     """
+    if args.prewarm:
+        call()
+        return dict.fromkeys(("ms", "device_ms", "host_ms"), math.nan)
     for _ in range(warm_up):
         call()
     alone = []
@@ -135,6 +139,8 @@ def clock(call: Callable, calls: int = 12, warm_up: int = 5) -> dict[str, float]
 def seconds_of(call: Callable, calls: int = 3) -> float:
     """Give the median seconds of a call that is waited for, after a first one."""
     call()
+    if args.prewarm:
+        return math.nan
     return statistics.median(common.timed(call, CUDA) for _ in range(calls))
 
 
@@ -232,15 +238,16 @@ def ceiling() -> float:
 
 
 def tests() -> dict:
-    """The tests for GPUs; beside them, untimed, what torch.compile keeps for `compiled`."""
+    """The tests for GPUs; beside them, untimed, what Triton and torch.compile keep for the rest."""
     seconds = min(150.0, left() - 30)
     commands = {
         "tests": [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
                   "--tb=short", "tests"],
-        "prewarm": [sys.executable, __file__, "--prewarm", *["--tiny"] * args.tiny],
     }  # fmt: skip
-    if not runs("compiled"):
-        del commands["prewarm"]
+    for what in ("kernels", "compiled"):
+        if what == "kernels" or runs(what):
+            tiny = ["--tiny"] * args.tiny
+            commands[what] = [sys.executable, __file__, "--prewarm", what, *tiny]
     running = {}
     for name, command in commands.items():
         with open(OUT / f"{name}.txt", "w") as log:
@@ -596,7 +603,7 @@ def compiled() -> dict:
     found: dict = {}
     shape = shape_of(LARGEST)
     flops = flops_of(LARGEST)
-    ready = results.get("tests", {}).get("prewarm") == 0
+    ready = args.prewarm or results.get("tests", {}).get("compiled") == 0
     for which, chosen in reversed(both()):
         if left() < (30 if ready else 130):  # what is in no cache takes a minute or two
             say(f"{which}: left out, {left():.0f} s are left")
@@ -618,15 +625,11 @@ def compiled() -> dict:
     return found
 
 
-def prewarm() -> None:
-    """Fill the caches of Triton and torch.compile; prints what each takes."""
-    for which, chosen in reversed(both()):
-        began = time.time()
-        step = pixel_step(shape_of(LARGEST), chosen)
-        step.network.compile(dynamic=False)
-        step()
-        torch.cuda.synchronize()
-        print(f"{which} compiled in {time.time() - began:.0f} s", flush=True)
+def prewarm(what: str) -> None:
+    """Fill the caches of Triton, or of torch.compile: run what is measured once, with no clock."""
+    sections = {"kernels": (numbers, train, sampling, sd_sampling, sd_training)}
+    for section in sections.get(what, (compiled,)):
+        section()
 
 
 def end_to_end() -> dict:
@@ -765,14 +768,14 @@ def main() -> None:
                         help=f"sections, of {','.join(SECTIONS)}")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="try the program out")
     parser.add_argument("--append", action="store_true", help="to the results that are there")
-    parser.add_argument("--prewarm", action="store_true", help="compile only, to fill the caches")
+    parser.add_argument("--prewarm", choices=("kernels", "compiled"), help="only fill the caches")
     parser.parse_args(namespace=args)
     unknown = set(args.only) - set(SECTIONS)
     if unknown:
         parser.error(f"unknown sections {unknown}; there are {', '.join(SECTIONS)}")
     setup("cuda")
     if args.prewarm:
-        prewarm()
+        prewarm(args.prewarm)
         return
     signal.alarm(max(1, int(left()) + 20))  # the end of whatever hangs
     OUT.mkdir(parents=True, exist_ok=True)

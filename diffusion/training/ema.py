@@ -36,5 +36,10 @@ class EMA:
         ok: () bool on the device; where it is False nothing happens.
         """
         weight = ok * self.weight
-        for e, w in zip(self.ema, self.weights):
-            e.lerp_(w, weight)
+        if weight.device.type == "cpu":
+            for e, w in zip(self.ema, self.weights):
+                e.lerp_(w, weight)
+            return
+        change = torch._foreach_sub(self.weights, self.ema)  # three launches, not one a weight
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(self.ema, change)

@@ -242,7 +242,7 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
     A compiled one is cut where a bucket of 25 MB of gradients is complete, so that these are sent
     during backward; not with checkpointing, whose graphs torch 2.6 cannot cut.
     """
-    if not dist.is_initialized():
+    if world_size() == 1:
         return model
     if any(getattr(module, "checkpointing", False) for module in model.modules()):
         torch._dynamo.config.optimize_ddp = False

@@ -1,5 +1,6 @@
 """Training as a user runs it: what it writes, how it stops, resumes, splits and fails."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -22,6 +23,7 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import checkpoint
 from diffusion.process.schedule import make_schedule
+from diffusion.runtime import cuda_graph
 from diffusion.sampling.load import build_network
 from diffusion.training import recipe as recipe_module
 from diffusion.training import steps
@@ -29,7 +31,7 @@ from diffusion.training.ema import EMA
 from diffusion.training.optimizer import AdamW, flat
 from diffusion.training.recipe import heldout_loss, open_recipe
 from diffusion.training.steps import BatchSplit, draw, learning_rate, split_batch, total_steps
-from diffusion.training.train_step import not_captured
+from diffusion.training.train_step import TrainStep, not_captured
 from diffusion.training.trainer import train
 
 # --- what a run writes -----------------------------------------------------------------------------
@@ -558,6 +560,64 @@ def test_gpu_steps_as_graphs_are_the_steps_without(tiny, tmp_path, dropout):
     on, off = (checkpoint.read(tmp_path / n / "model.pt")["ema"] for n in ("on", "off"))
     for name, weight in on.items():
         assert_close(weight, off[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_steps_are_a_graph_from_the_fourth_on_where_memory_suffices(monkeypatch, memory):
+    calls, graphs = [], []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Recorded:
+        def __init__(self, function, inputs, **options):
+            assert options["warm_up"] == 0
+            graphs.append(inputs[0].shape)
+            if not memory:
+                try:
+                    raise torch.cuda.OutOfMemoryError("full")
+                finally:  # as torch does where the capture it ends has failed
+                    raise RuntimeError("the capture failed")
+            self.function = function
+
+        def __call__(self, *inputs):
+            self.function(*inputs)
+
+    monkeypatch.setattr("diffusion.runtime.cuda_graph.Graph", Recorded)
+    for name, stand_in in (
+        ("Stream", Stream),
+        ("current_stream", Stream),
+        ("stream", lambda _: contextlib.nullcontext()),
+        ("graph_pool_handle", lambda: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    step = cuda_graph.StepGraph(lambda x: calls.append(x.sum().item()))
+    for i in range(6):
+        step(torch.full((2,), float(i)))
+    step(torch.ones(3))  # other shapes: from the start
+    assert calls == [0, 2, 4, 6, 8, 10, 3]
+    assert graphs == [(2,)]
+    assert len(step.graphs) == memory
+
+
+def test_a_step_forgets_gradients_that_a_capture_left(tiny):
+    recipe = open_recipe(Config(**tiny), CPU)
+    moved = []
+    for stale in (False, True):
+        torch.manual_seed(0)
+        model = recipe.build()
+        optimizer = AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        parts = (model, optimizer, scaler, EMA(model, 0.9), steps.StepStats(CPU), None)
+        draws = recipe.draw(0)
+        inputs = recipe.inputs_of(0, recipe.batches(0, 0, 8), draws, 0, 8)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if stale else None
+        torch.manual_seed(1)
+        TrainStep(recipe, *parts)([inputs])
+        moved.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *moved))
 
 
 def test_where_steps_are_no_graphs(tiny):

@@ -57,8 +57,9 @@ def tried(device: torch.device) -> bool:
 
 
 def fits(x: Tensor) -> bool:
-    """Tell whether a kernel takes this tensor."""
-    return x.is_cuda and (COMPILABLE or not torch.compiler.is_compiling()) and works(x.device)
+    """Tell whether a kernel takes this tensor. They compute in float32."""
+    takes = x.is_cuda and x.dtype != torch.float64
+    return takes and (COMPILABLE or not torch.compiler.is_compiling()) and works(x.device)
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ class StepGraph:
         options = dict(warm_up=0, pool=self.pool, stream=self.stream)
         try:
             self.graphs[shapes] = Graph(self.function, inputs, **options)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if torch.cuda.OutOfMemoryError not in (type(error), type(error.__context__)):
+                raise
             self.calls[shapes] = -math.inf  # not again
             log("too little memory for steps as CUDA graphs: they run without, more slowly")
         return shapes in self.graphs

@@ -84,6 +84,8 @@ class TrainStep:
     def run(self, parts: Sequence) -> None:
         """Step, and count what happened in stats."""
         device = self.recipe.device.type
+        for p in self.optimizer.parameters:
+            p.grad = None  # what a capture without enough memory left
         for i, inputs in enumerate(parts):
             with dist.no_sync(self.network, i + 1 < len(parts)):
                 with torch.autocast(device, self.dtype, enabled=self.dtype is not None):

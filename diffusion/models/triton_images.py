@@ -30,12 +30,10 @@ def _place(rows, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _add(x, bias, residual, y, M, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _add(x, bias, y, M, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     row, column, inside = _place(M, C, BLOCK_N, BLOCK_C)
     at = row * C + column
     value = tl.load(x + at, inside).to(tl.float32) + tl.load(bias + column, column < C)
-    if residual is not None:
-        value += tl.load(residual + at, inside).to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
 
@@ -56,13 +54,13 @@ class Add(torch.autograd.Function):
     """See `add`."""
 
     @staticmethod
-    def forward(ctx, x, bias, residual):
+    def forward(ctx, x, bias):
         C = len(bias)
         M = x.numel() // C
         y = torch.empty_like(x)
         sizes = tile(C)
         grid = (cdiv(M, sizes["BLOCK_N"]), cdiv(C, sizes["BLOCK_C"]))
-        _add[grid](x, bias, residual, y, M, C, **sizes)
+        _add[grid](x, bias, y, M, C, **sizes)
         ctx.C = C
         return y
 
@@ -70,10 +68,7 @@ class Add(torch.autograd.Function):
     def backward(ctx, dy):
         dbias = None
         if ctx.needs_input_grad[1]:
-            if dy.dim() == 4:
-                dy = dy.contiguous(memory_format=torch.channels_last)
-            else:
-                dy = dy.contiguous()
+            dy = dy.contiguous(memory_format=torch.channels_last)
             sizes = tile(ctx.C)
             M = dy.numel() // ctx.C
             columns = cdiv(ctx.C, sizes["BLOCK_C"])
@@ -82,12 +77,12 @@ class Add(torch.autograd.Function):
             sums = dy.new_empty((parts, ctx.C), dtype=torch.float32)
             _column_sums[(columns, parts)](dy, sums, M, ctx.C, tiles, **sizes)
             dbias = sums.sum(0)
-        return dy, dbias, dy if ctx.needs_input_grad[2] else None
+        return dy, dbias
 
 
-def add(x: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Add a bias (C,) and a residual to x: channels_last images, or contiguous tokens (B, N, C)."""
-    return Add.apply(x, bias, residual)
+def add(x: Tensor, bias: Tensor) -> Tensor:
+    """Add a bias (C,) to channels_last images (B, C, H, W)."""
+    return Add.apply(x, bias)
 
 
 @triton.jit

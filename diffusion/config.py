@@ -70,6 +70,10 @@ FRACTION = between(0, 1)
 BELOW_ONE = Rule("from 0 to below 1", lambda v: 0 <= v < 1)
 STEPS = between(1, 1_000_000)
 SIDE = between(1, 16_384)  # pixels
+SIZE = Rule(
+    "from 1 to 16,384 pixels, or such a height and width, as in 96x128",
+    lambda v: len(sides(v)) == 2 and all(map(SIDE.holds, sides(v))),
+)
 WIDTH = between(1, 65_536)  # channels
 GUIDANCE = between(0, 1000, typed=True)  # far beyond it pictures saturate, then numbers overflow
 INTERVAL = Rule("two numbers from 0 on, the lower first", lambda v: not v or 0 <= v[0] <= v[-1])
@@ -197,7 +201,7 @@ class Config:
     split: str | None = opt(None, "part of the data to use: a folder such as valid, a hub set's split, or all (default: train where there are splits)", requires=OTHER_DATA)
     image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
     caption_column: str | None = opt(None, "column of a hub set's captions, or of the captions in a folder's metadata.* (default: text, caption or prompt)", requires=OTHER_DATA)
-    image_size: int = opt(64, "height and width of the images, in pixels", SIDE)
+    image_size: int | tuple[int, ...] = opt(64, "height and width of the images, in pixels, or HEIGHTxWIDTH, such as 96x128", SIZE)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
     cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
@@ -383,9 +387,9 @@ REQUIRES = {f.name: f.metadata["requires"] for f in fields(Config)}
 
 
 def _types(f: dataclasses.Field) -> tuple[type, ...]:
-    if isinstance(f.type, types.UnionType):
-        return typing.get_args(f.type)
-    return (typing.get_origin(f.type) or f.type,)
+    union = isinstance(f.type, types.UnionType)
+    kinds = typing.get_args(f.type) if union else (f.type,)
+    return tuple(typing.get_origin(kind) or kind for kind in kinds)
 
 
 def _check_field(f: dataclasses.Field, value) -> None:
@@ -502,7 +506,26 @@ def model_path(path: str | Path) -> str:
     return file if os.path.isfile(file) else str(path)
 
 
-KINDS = {"N": int, "X": float, "MODEL": model_path}
+Size = int | tuple[int, ...]  # a side, or height and width, in pixels
+
+
+def sides(size: Size) -> tuple[int, ...]:
+    """Give (height, width) of a size, which is a side or both."""
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def size(text: str) -> Size:
+    """Read a size: N, or HEIGHTxWIDTH; two equal sides are one."""
+    both = tuple(map(int, text.split("x")))
+    return both[0] if len({*both}) == 1 else both
+
+
+def size_text(size: Size) -> str:
+    """Write a size as `size` reads it."""
+    return "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+
+
+KINDS = {"N": int, "X": float, "MODEL": model_path, "SIZE": size}
 KINDS |= dict.fromkeys(("FILE", "FOLDER", "PATH", "STYLES"), PATH)
 
 
@@ -640,11 +663,12 @@ def add_config_arguments(parser: Parser) -> None:
                 options["help"] = argparse.SUPPRESS if value == f.default else text
                 section.add_argument(name, action="store_const", const=value, **options)
             continue
-        kind = int_list if f.name == "dim_mults" else _types(f)[0]
+        kind = {"dim_mults": int_list, "image_size": size}.get(f.name, _types(f)[0])
         if kind is tuple:  # of guidance_interval
             kind = float
             options["nargs"] = 2
-        metavar = "|".join(row["choices"]) or {str: "TEXT", int: "N", float: "X"}.get(kind, "N,N")
+        words = {str: "TEXT", int: "N", float: "X", size: "SIZE"}
+        metavar = "|".join(row["choices"]) or words.get(kind, "N,N")
         kind = PATH if f.name in PATHS else kind
         kind = model_path if f.name in ("load_path", "guide") else kind
         names = [f"--{f.name}"] + (["--data_path"] if f.name == "data" else [])

@@ -152,7 +152,7 @@ def test_large_pictures_are_reduced_to_fit(tmp_path, monkeypatch):
     data = Picked(torch.zeros(2, 3, 64, 64), ["a"] * 2, [""] * 2)
     write_page(tmp_path / "index.html", pipeline, forward, data, [Trajectory("r", t, noise, noise)])
     page = (tmp_path / "index.html").read_text()
-    assert len(page) < 150_000 and '"size": 32' in page
+    assert len(page) < 150_000 and '"size": [32, 32]' in page
 
 
 def test_a_strip_holds_its_frames():

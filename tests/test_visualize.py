@@ -74,7 +74,7 @@ def test_a_model(model, tmp_path, show):
     data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
     names = [run["name"] for run in data["runs"]]
     assert names == ["ddim, 10 steps", "ddpm, 20 steps", "ddim, 20 steps", "dpmpp_2m, 20 steps", "dpmpp_2m, 10 steps"]  # fmt: skip
-    assert data["T"] == 20 and data["size"] == 16 and len(data["forward"]["x"]) == 2
+    assert data["T"] == 20 and data["size"] == [16, 16] and len(data["forward"]["x"]) == 2
     # animations: one frame per timestep, and the last one stays
     moving = Image.open(viz / "backward.webp")
     assert moving.n_frames == 11 and Image.open(viz / "forward.webp").n_frames == 20

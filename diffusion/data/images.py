@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from .. import shown
+from ..config import Size, sides
 from ..files.atomic import open_regular, reason
 from ..runtime.distributed import log
 from . import colour, depth
@@ -77,7 +78,7 @@ class ImageLog:
 image_log = ImageLog()
 
 
-def read_image(file: Path | bytes, size: int | None, note: Note | None = None) -> np.ndarray:
+def read_image(file: Path | bytes, size: Size | None, note: Note | None = None) -> np.ndarray:
     """Read an image as (size, size, 3) uint8; size None: as large as it is.
 
     note: called with what is odd about it; else that is logged. Raises BadImage with the reason if
@@ -205,22 +206,24 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted(FORMATS & Image.OPEN.keys()))
 
 
-def to_pixels(image: Image.Image, size: int | None, note: Note = image_log.note) -> np.ndarray:
+def to_pixels(image: Image.Image, size: Size | None, note: Note = image_log.note) -> np.ndarray:
     """Turn by EXIF, cut the central square, make RGB, resize (LANCZOS): (size, size, 3) uint8.
 
-    size None: neither cut nor resized, (H, W, 3).
+    size: a side, or (height, width), whose aspect is cut; None: neither cut nor resized, (H, W, 3).
     """
     image = _upright(image)
     if size is None or image.mode == "F":  # the whole of a float image is asked for its range
         image = to_rgb(image, note)
     if size is None:
         return np.array(image)
-    side = min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    return np.array(to_rgb(image, note).resize((size, size), Image.LANCZOS))
+    height, width = sides(size)
+    W = min(image.width, max(1, round(image.height * width / height)))
+    H = min(image.height, max(1, round(image.width * height / width)))
+    left = (image.width - W) // 2
+    top = (image.height - H) // 2
+    if image.size != (W, H):
+        image = image.crop((left, top, left + W, top + H))
+    return np.array(to_rgb(image, note).resize((width, height), Image.LANCZOS))
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
+from ..config import Size, sides, size_text
 from ..runtime.distributed import log
 from .cache import Cache
 from .folder import report
@@ -25,7 +26,7 @@ class Pixels:
     be read, the next that can stands in for it. Raises UserError if no image can be used.
     """
 
-    def __init__(self, images: ImageSet, size: int, cache_dir: Path | None, workers: int = 2):
+    def __init__(self, images: ImageSet, size: Size, cache_dir: Path | None, workers: int = 2):
         self.images = images
         self.size = size
         self.workers = max(1, workers)
@@ -58,7 +59,7 @@ class Pixels:
     def _open_cache(self, cache_dir: Path) -> None:
         every = self.images
         n = len(every)
-        shape = (self.size, self.size, 3)
+        shape = (*sides(self.size), 3)
         notes = {}  # by index: a text says why it is skipped, a list what is odd about it
 
         def read(i):
@@ -77,7 +78,7 @@ class Pixels:
                 return np.stack(list(pool.map(read, indices)))
 
         folder = cache_dir / digest(every.stamp, TRANSFORM, self.size, *every.names)
-        what = f"images of {every.name} at {self.size} px"
+        what = f"images of {every.name} at {size_text(self.size)} px"
         self.cache = Cache(folder, n, shape, np.uint8, decode, CHUNK, what, notes, SHARD)
         bad = {i for i, note in notes.items() if isinstance(note, str)}
         skipped = [(every.names[i], notes[i]) for i in sorted(bad)]
@@ -90,7 +91,7 @@ class Pixels:
             usable = sorted(notes.keys() - bad)
             odd = [(every.names[i], text) for i in usable for text in notes[i]]
             report("images are used, but may not be what was meant", odd, n)
-            log(f"decoded {len(self)} images of {every.name} to {self.size} px")
+            log(f"decoded {len(self)} images of {every.name} to {size_text(self.size)} px")
 
     def _read(self, index: int) -> np.ndarray:
         """Read image `index`, or in place of one that cannot be read the next that can."""

@@ -23,12 +23,14 @@ from ..config import (
     GUIDANCE,
     POSITIVE,
     SEEDS,
+    SIZE,
     Parser,
     Rule,
     add_runtime_arguments,
     at_least,
     int_list,
     run_script,
+    size_text,
 )
 from ..data.captions import read_captions
 from ..data.folder import scan_split, walk
@@ -60,7 +62,7 @@ def parse(args: list[str] | None = None):
     parser.add_argument("real", metavar="REAL", help="folder of real images")
     parser.add_argument("fake", metavar="FAKE", help="folder of generated images (PNG), or a model.pt or .safetensors file")
     option("--split NAME", "split of REAL; all: every image (default: train where there are splits)")
-    option("--size N", "cut and resize all images to N pixels as training does (default: a model's own size)", POSITIVE)
+    option("--size SIZE", "cut and resize all images to N pixels, or to HEIGHTxWIDTH, as training does (default: a model's own size)", SIZE)
     option("--fid_features FILE", "TorchScript network instead of Inception: uint8 NCHW to (N, D)")
     option("--clip FOLDER", "CLIP model as transformers writes it: also measure the CLIP score of FAKE with its prompts")
     option("--lpips", "also measure the diversity of FAKE: mean LPIPS of pairs (pip install lpips)")
@@ -221,7 +223,8 @@ def check_settings(args, pipeline: Pipeline, samplers: list[tuple[str, int]]) ->
         raise UserError(f"--clip measures images against their prompts, and {args.fake} reads none")
     size = pipeline.config.image_size
     if args.size not in (None, size):
-        raise UserError(f"--size {args.size}: the model's images have {size} pixels")
+        text = size_text(size)
+        raise UserError(f"--size {size_text(args.size)}: the model's images have {text} pixels")
     given = {"labels": pipeline.labels_in_turn([0]), "guidance_scale": args.guidance_scale}
     for sampler, steps in samplers:
         try:

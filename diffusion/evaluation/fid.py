@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from ..config import Config
+from ..config import Config, size_text
 from ..data.image_set import digest
 from ..data.images import TRANSFORM
 from ..files.tensors import read_safetensors, write_tensors
@@ -58,7 +58,7 @@ class Fid:
             f"{self.name} every {config.fid_every} steps: {self.features.about}, "
             f"{config.fid_num_images} samples of the EMA weights by {SAMPLER} in "
             f"{self.steps} steps, against {len(data.train)} training images at "
-            f"{config.image_size} px{few if config.fid_num_images < MIN_IMAGES else ''}"
+            f"{size_text(config.image_size)} px{few if config.fid_num_images < MIN_IMAGES else ''}"
         )
 
     def due(self, step: int, total: int) -> bool:

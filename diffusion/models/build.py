@@ -54,7 +54,7 @@ def unet_config(
     layers_per_block: int,
     *,
     channels: int,
-    sample_size: int,
+    sample_size: int | tuple[int, int],
     num_classes: int = 0,
     text: bool = False,
     text_dim: int,
@@ -102,7 +102,7 @@ def text_config(dim: int, layers: int, tokenizer: Tokenizer) -> CLIPTextConfig:
 
 
 def vae_config(
-    dim: int, dim_mults: Sequence[int], latent_channels: int, sample_size: int
+    dim: int, dim_mults: Sequence[int], latent_channels: int, sample_size: int | tuple[int, int]
 ) -> VAEConfig:
     """Choose the sizes of a VAE. Its groups are not narrow, which is slow on CPUs."""
     return VAEConfig(

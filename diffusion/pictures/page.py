@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..config import size_text
 from ..process.names import SAMPLERS, SPACINGS
 from ..sampling.pipeline import Pipeline
 from .grid import Picked, Trajectory, data_uri
@@ -31,9 +32,15 @@ EXACT = ("adams4", 200, "logsnr")  # its end is within 2e-5 of that of 1,600 ste
 
 def frame_strip(frames: np.ndarray, side: int, options: dict) -> str:
     """Make the data URI of a WebP of (F, H, W, 3) uint8, reduced to `side`, below each other."""
-    side = min(side, frames.shape[1])
-    small = [Image.fromarray(frame).resize((side, side), Image.BOX) for frame in frames]
+    height, width = reduced(*frames.shape[1:3], side)
+    small = [Image.fromarray(frame).resize((width, height), Image.BOX) for frame in frames]
     return data_uri(Image.fromarray(np.concatenate(small)), "WEBP", **options)
+
+
+def reduced(height: int, width: int, side: int) -> tuple[int, int]:
+    """Give the size of a picture whose longer side is at most `side`."""
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def embed(values: dict) -> str:
@@ -71,9 +78,10 @@ def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked
     schedule = pipeline.schedule
     T = len(schedule)
     at = np.unique(np.linspace(0, T - 1, min(T, 201)).round().astype(int))
-    count, size = forward.x.shape[1:3]
+    count, height, width = forward.x.shape[1:4]
     laboratory = tables(pipeline)
-    for side, options in QUALITIES if size > LOSSLESS[0] else (LOSSLESS, *QUALITIES):
+    px = size_text(pipeline.config.image_size)
+    for side, options in QUALITIES if max(height, width) > LOSSLESS[0] else (LOSSLESS, *QUALITIES):
 
         def encode(process: Trajectory) -> dict:
             """Make the page's data of a process: a strip of frames for each image."""
@@ -86,7 +94,7 @@ def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked
 
         values = {
             "T": T,
-            "size": min(size, side),
+            "size": reduced(height, width, side),
             "schedule": {
                 "t": at.tolist(),
                 "log_snr": (2 * schedule.lam[at]).clamp(-30, 30).tolist(),
@@ -98,7 +106,7 @@ def write_page(path: Path, pipeline: Pipeline, forward: Trajectory, data: Picked
             "captions": data.captions[:count],
             "runs": list(map(encode, runs)),
             "laboratory": laboratory,
-            "about": f"{Path(pipeline.config.data).name}, {pipeline.config.image_size} px, T = {T}",
+            "about": f"{Path(pipeline.config.data).name}, {px} px, T = {T}",
         }
         text = template.replace("@@LABORATORY@@", script).replace("@@DATA@@", embed(values))
         if len(text) <= MAX_BYTES:

@@ -1,5 +1,6 @@
 """Images to start from: an init image and its mask, read as `Pipeline.frames` takes them."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
 from .. import UserError
-from ..config import SIDE, check_bounds
+from ..config import SIDE, check_bounds, sides
 from ..data.images import BadImage, read_image, read_mask
 from ..runtime.distributed import log
 from .pipeline import INPAINTS, Pipeline
@@ -94,7 +95,7 @@ def size_like(image, pipeline, height: int | None, width: int | None) -> tuple[i
     """
     aspect = image.width / image.height
     factor = pipeline.codec.factor
-    side = pipeline.config.image_size
+    side = math.sqrt(math.prod(sides(pipeline.config.image_size)))
     h = side / aspect**0.5 if width is None else width / aspect
     w = side * aspect**0.5 if height is None else height * aspect
     if height is None:

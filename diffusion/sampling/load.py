@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown
-from ..config import Config, model_path
+from ..config import Config, model_path, sides
 from ..data.latents import settings_digest
 from ..files.atomic import blame
 from ..files.checkpoint import is_own, load_weights
@@ -232,12 +232,13 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
         unet = stack.unet.float().requires_grad_(True).train()
     else:
         codec = stack.codec
+        h, w = (side // codec.factor for side in sides(config.image_size))
         sizes = networks.unet_config(
             config.unet_dim,
             config.dim_mults,
             config.layers_per_block,
             channels=codec.channels,
-            sample_size=config.image_size // codec.factor,
+            sample_size=h if h == w else (h, w),
             num_classes=classes,
             text=config.condition == "text",
             text_dim=config.text_dim,

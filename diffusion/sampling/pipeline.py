@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown, some
-from ..config import Config
+from ..config import Config, sides
 from ..data.latents import weights_digest
 from ..files.sd_files import spacing_of
 from ..files.table_files import read_table
@@ -64,13 +64,14 @@ class Pipeline:
     ready: dict[tuple, tuple] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        size = self.config.image_size
-        if size > MAX_SIDE and not (self.height and self.width):
+        height, width = sides(self.config.image_size)
+        side = max(height, width)
+        if side > MAX_SIDE and not (self.height and self.width):
             raise UserError(
-                f"the model says that its images have {size:,} pixels a side; expected at most "
+                f"the model says that its images have {side:,} pixels a side; expected at most "
                 f"{MAX_SIDE:,}, or --height and --width"
             )
-        self.set_size(self.height or size, self.width or size)
+        self.set_size(self.height or height, self.width or width)
 
     def set_size(self, height: int, width: int) -> None:
         """Choose the images' size in pixels. Raises UserError for what the codec cannot make."""

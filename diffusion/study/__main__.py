@@ -157,6 +157,8 @@ def open_base(s: Settings, device):
             f"the base model {s.load_path or s.sd_path} reads no prompts: a style study needs one "
             "of --mode latent --condition text"
         )
+    if pipeline.height != pipeline.width:
+        raise UserError("a style study is of square pictures: give --image_size N")
     s.image_size = pipeline.height
     if s.guidance_scale is None:
         own = pipeline.config.guidance_scale

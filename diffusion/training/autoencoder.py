@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..config import Config
+from ..config import Config, sides, size_text
 from ..data.batch import Batch
 from ..data.batches import open_batches, to_unit
 from ..evaluation.diversity import open_lpips
@@ -70,10 +70,10 @@ class AutoencoderRecipe:
         self.config = config
         self.device = device
         self.factor = 2 ** (len(config.dim_mults) - 1)
-        if config.image_size % self.factor:
+        if any(side % self.factor for side in sides(config.image_size)):
             raise UserError(
-                f"image_size {config.image_size} is no multiple of {self.factor}, what a "
-                f"VAE of {len(config.dim_mults)} levels divides it by"
+                f"image_size {size_text(config.image_size)} is no multiple of {self.factor}, what "
+                f"a VAE of {len(config.dim_mults)} levels divides it by"
             )
         self.batches = open_batches(config)
         self.trainable = Everything(config)
@@ -124,8 +124,8 @@ class AutoencoderRecipe:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.config.image_size // self.factor
-        return (self.config.latent_channels, side, side)
+        h, w = sides(self.config.image_size)
+        return (self.config.latent_channels, h // self.factor, w // self.factor)
 
     def draw(self, step: int) -> Tensor:
         """Sample the noise of a step's latents, (B, Z, h, w)."""

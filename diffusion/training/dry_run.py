@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import UserError
-from ..config import Config
+from ..config import Config, sides
 from ..data.batches import open_batches
 from ..models.cond import Cond
 from ..sampling.load import FrozenStack, build_network, open_stack
@@ -26,28 +26,28 @@ def network(config: Config, num_classes: int) -> tuple[nn.Module, tuple, FrozenS
     All is without memory, on the meta device, but for the pixel network, whose attention turns
     autocast off.
     """
-    side = config.image_size
+    H, W = sides(config.image_size)
     if config.mode == "vae":
         with torch.device("meta"):
             model = build_autoencoder(config)
-            small = side // model.vae.factor
-            latent = torch.zeros(1, config.latent_channels, small, small)
-            return model, (torch.zeros(1, 3, side, side), latent), None
+            factor = model.vae.factor
+            latent = torch.zeros(1, config.latent_channels, H // factor, W // factor)
+            return model, (torch.zeros(1, 3, H, W), latent), None
     if config.mode == "pixel":
-        inputs = (torch.zeros(1, 3, side, side), torch.zeros(1))
+        inputs = (torch.zeros(1, 3, H, W), torch.zeros(1))
         return build_network(config, num_classes), inputs, None
     stack = open_stack(config, torch.device("cpu"))
     prompts = stack.prompts
     with torch.device("meta"):
         model = build_network(config, num_classes, stack).to("meta")
-        side //= stack.codec.factor
+        factor = stack.codec.factor
         cond = Cond()
         if prompts is not None:
             length = prompts.tokenizer.context_length
             width = () if prompts.joint else (prompts.encoder.config.hidden_size,)
             dtype = torch.long if prompts.joint else torch.float32
             cond = Cond(context=torch.zeros(1, length, *width, dtype=dtype))
-        x = torch.zeros(1, stack.codec.channels, side, side)
+        x = torch.zeros(1, stack.codec.channels, H // factor, W // factor)
         return model, (x, torch.zeros(1), cond), stack
 
 

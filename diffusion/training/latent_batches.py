@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import UserError
-from ..config import Config
+from ..config import Config, sides
 from ..data.batches import Batches, Pixels
 from ..data.cache import Cache
 from ..data.image_set import digest
@@ -43,12 +43,12 @@ def encode_images(
 ) -> EncodedBatches:
     """Encode images, and their captions where the network reads texts; both are cached."""
     c = config
-    side = c.image_size // codec.factor
+    h, w = sides(c.image_size)
     latents = image_latents(
         pixels,
         codec.moments,
         f"{codec.digests['VAE']} {codec.amp}",
-        (codec.channels, side, side),
+        (codec.channels, h // codec.factor, w // codec.factor),
         c.flip,
         Path(c.cache_dir),
         codec.device,

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..config import Config
+from ..config import Config, sides, size_text
 from ..data.batch import Batch
 from ..data.batches import open_batches
 from ..data.latents import EncodedBatches
@@ -131,8 +131,8 @@ class Recipe:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Give (C, h, w) of x0."""
-        side = self.config.image_size // self.codec.factor
-        return (self.codec.channels, side, side)
+        h, w = sides(self.config.image_size)
+        return (self.codec.channels, h // self.codec.factor, w // self.codec.factor)
 
     def draw(self, step: int) -> list[Draw]:
         """Sample the random numbers of a step's global batch; with a prior those of both."""
@@ -247,10 +247,10 @@ def open_recipe(config: Config, device: torch.device, base: Base | None = None) 
         # the VAE's activations overflow float16
         codec = replace(stack.codec, amp=None if dtype == torch.float16 else dtype)
     trainable = finetune.open_trainable(c, stack)
-    if c.image_size % codec.factor:
+    if any(side % codec.factor for side in sides(c.image_size)):
         raise UserError(
-            f"image_size {c.image_size} is no multiple of {codec.factor}, what this VAE divides "
-            "it by"
+            f"image_size {size_text(c.image_size)} is no multiple of {codec.factor}, what this "
+            "VAE divides it by"
         )
     batches = open_batches(c)
     if c.adapts and not c.streaming:

@@ -334,6 +334,7 @@ def test_loras_by_name(tiny, call, loras):
     (["--prompt", "a <lora:sub/fox.v1>", "--lora_dir", "{}"], "sub/fox.v1.*none"),
     (["--prompt", "a <lora:*>", "--lora_dir", "{}"], r"'\*'.*none"),
     (["--prompt", "<lora:fox.v1:5000>", "--lora_dir", "{}"], "lora is .*5000"),
+    (["--prompt", "a fox", "--lora_dir", "{}"], "no effect.*lora:NAME"),
     (["--prompt", "<lora:fox.v1:1:0.5>", "--lora_dir", "{}"], "lora:fox.v1:1:0.5"),
     (["--prompt", "<lora:fox.v1:1e3>", "--lora_dir", "{}"], "lora:fox.v1:1e3"),
     (["--prompt", "<hypernet:fox.v1:1>", "--lora_dir", "{}"], "hypernet"),

@@ -149,6 +149,9 @@ def take_loras(args) -> None:
             f"--prompt: one names the LoRAs {shown(tags[0])}, another {shown(different[0])}; all "
             "pictures of a call are of one model: give each prompt the same <lora:NAME:WEIGHT>"
         )
+    texts = (*args.prompt, args.negative_prompt)
+    if not args.plain_prompts and not any("<" in text for text in texts):
+        raise UserError("--lora_dir: no effect without <lora:NAME:WEIGHT> in --prompt")
     files = sorted(Path(args.lora_dir).rglob("*"))
     for name, weight in tags[0]:
         named = [f for f in files if f.stem == name and f.suffix.lower() in LORA_SUFFIXES]

@@ -204,6 +204,7 @@ class Config:
     image_size: int | tuple[int, ...] = opt(64, "height and width of the images, in pixels, or HEIGHTxWIDTH, such as 96x128", SIZE)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
+    augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, of which the network is told, so that samples do not show them; for few images, 0.12 (--flip is separate: the network is not told, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
     cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
     cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents")
     streaming: bool = opt(False, "read a hub set as a stream instead of downloading it", requires=HUB)
@@ -280,7 +281,7 @@ class Config:
     fid: bool = opt(False, "measure FID during training", requires=DIFFUSION, free=True)
     fid_every: int = opt(5000, "number of steps between FID measurements", POSITIVE, FID, free=True)
     fid_num_images: int = opt(10_000, "number of samples of an FID measurement", at_least(2), FID, free=True)
-    fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file", requires=FID)
+    fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file; or pixels, the images' own at 16x16", requires=FID)
     validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT)
     guidance_scale: float = opt(1.0, "classifier-free guidance scale of the sample grids; 1: no guidance", GUIDANCE, DIFFUSION, free=True)
     guidance_interval: tuple[float, ...] = opt((), "lowest and highest sigma / alpha that are guided; all other steps call the network once (default: all are guided)", INTERVAL, DIFFUSION & GUIDED, free=True)
@@ -432,6 +433,7 @@ ema_decay: ema_rate ema ema_beta ema_halflife
 embedding: embeddings embedding_path textual_inversion
 epochs: num_train_epochs max_train_epochs num_epochs max_epochs n_epochs
 eta: ddim_eta
+augment: augment_prob aug
 flip: random_flip flip_aug augment_horizontal_flip mirror xflip
 grad_accum, the number of micro-batches: microbatch
 grad_accum: gradient_accumulation_steps gradient_accumulate_every accumulate_grad_batches

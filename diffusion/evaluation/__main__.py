@@ -4,6 +4,8 @@ python -m diffusion.evaluation REAL FAKE                  two folders
 python -m diffusion.evaluation REAL results/model.pt      a folder, and a model's samples
 python -m diffusion.evaluation REAL results/model.pt --samplers ddim:10,ddim:50,dpmpp_2m:10
 python -m diffusion.evaluation REAL FAKE --clip FOLDER    with the prompts' CLIP score
+python -m diffusion.evaluation REAL FAKE --size 64 --copies TRAIN
+                                                          and how many are training images
 
 With clean-fid's Inception the Fréchet distance is FID; with any other network (--fid_features) it
 is named after that network. The last line is JSON.
@@ -24,6 +26,7 @@ from ..config import (
     POSITIVE,
     SEEDS,
     SIZE,
+    Config,
     Parser,
     Rule,
     add_runtime_arguments,
@@ -32,6 +35,7 @@ from ..config import (
     run_script,
     size_text,
 )
+from ..data.batches import open_batches
 from ..data.captions import read_captions
 from ..data.folder import scan_split, walk
 from ..files.output import create, write_free
@@ -44,11 +48,14 @@ from ..runtime.distributed import cleanup, is_main, log, setup
 from ..sampling.load import open_pipeline
 from ..sampling.pipeline import Pipeline
 from .clip_score import read_prompts
+from .copies import find_copies
 from .distances import MIN_IMAGES
 from .image_batches import collect, folder_batches
 from .metrics import Metrics, open_metrics
 
 MODEL = Rule("a model in place of the folder FAKE", lambda a: not Path(a.fake).is_dir())
+SIZED = Rule("a folder FAKE and --size N", lambda a: a.size and not MODEL.holds(a))
+PICTURES = Rule(f"{MODEL.text}, or --copies", lambda a: a.copies or MODEL.holds(a))
 NAMES_WITH_STEPS = Rule(
     "names with steps, such as ddim:50,dpmpp_2m:10",
     lambda text: re.fullmatch(r"\w+:\d+(,\w+:\d+)*", text),
@@ -63,9 +70,10 @@ def parse(args: list[str] | None = None):
     parser.add_argument("fake", metavar="FAKE", help="folder of generated images (PNG), or a model.pt or .safetensors file")
     option("--split NAME", "split of REAL; all: every image (default: train where there are splits)")
     option("--size SIZE", "cut and resize all images to N pixels, or to HEIGHTxWIDTH, as training does (default: a model's own size)", SIZE)
-    option("--fid_features FILE", "TorchScript network instead of Inception: uint8 NCHW to (N, D)")
+    option("--fid_features FILE", "TorchScript network instead of Inception: uint8 NCHW to (N, D); or pixels, the images' own at 16x16")
     option("--clip FOLDER", "CLIP model as transformers writes it: also measure the CLIP score of FAKE with its prompts")
     option("--lpips", "also measure the diversity of FAKE: mean LPIPS of pairs (pip install lpips)")
+    option("--copies TRAIN", "also look for copies of training images, those of TRAIN (a folder, or what else --data of training takes) that training does not hold out: the fraction of FAKE nearer to one of them than 99 % of REAL's images that are not trained on. Without --fid_features FILE all is measured in pixels. metrics/copies.png shows the nearest pairs", requires=SIZED)
     option("--num_images N", "number of images to sample from a model", at_least(2), MODEL, default=10_000)
     option("--batch_size N", "images that a model samples at a time", POSITIVE, default=64)
     option("--samplers NAME:N,...", "samplers of a model, each with its steps", NAMES_WITH_STEPS, MODEL, default="dpmpp_2m:20")
@@ -74,8 +82,8 @@ def parse(args: list[str] | None = None):
     option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from", requires=MODEL)
     option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
     add_runtime_arguments(parser, requires=MODEL)
-    option("--save_folder FOLDER", "folder for metrics/quality.json and quality.png; where these exist, quality_2.json and so on are written", requires=MODEL, default="results")
-    option("--overwrite", "replace the quality.json and quality.png that this program wrote there", requires=MODEL)
+    option("--save_folder FOLDER", "folder for metrics/quality.json and quality.png, or copies.png; where these exist, quality_2.json and so on are written", requires=PICTURES, default="results")
+    option("--overwrite", "replace the quality.json, quality.png and copies.png that this program wrote there", requires=PICTURES)
     # fmt: on
     args = parser.parse_args(args)
     parser.check(args)
@@ -129,13 +137,20 @@ def measure_folder(args, real: list[Path], fake: Path, device: torch.device) -> 
     if any(file.suffix.lower() in (".jpg", ".jpeg") for file in files):
         log(f"warning: {fake} holds JPEG files, whose artefacts count; save as PNG")
     prompts = read_prompts(scan) if args.clip is not None else None
-    metrics = open_metrics(args.fid_features, args.clip, args.lpips, device)
+    features = args.fid_features or (args.copies and "pixels")
+    metrics = open_metrics(features, args.clip, args.lpips, device)
+    data = args.copies and open_batches(Config(data=args.copies, image_size=args.size, cache=False))
     reference = read_real(args, real, args.size, metrics, len(files))
     generated = collect(folder_batches(fake, files, args.size, prompts), metrics.rows, fake)
     if reference is None:
         return None
     check_sizes(torch.cat([reference["size"], generated["size"]]), metrics)
     found = metrics.compare(reference, generated)
+    if data is not None:
+        found["copies"], sheet = find_copies(metrics.features, data, reference, generated, files)
+        file = Path(args.save_folder) / "metrics" / "copies.png"
+        create(file.parent)
+        log(f"{write_free(file, lambda path: write_png(sheet, path), args.overwrite)}")
     return {name: one["value"] for name, one in found.items()} | {
         "features": metrics.features.about,
         "num_real": len(reference["features"]),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import UserError, shown
@@ -32,7 +33,7 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 RESERVED = set(
     "fid kid precision recall inception_score inception_score_std features num_real num_fake "
     "sampler steps evaluations seconds step loss heldout_loss lr grad_norm skipped img_per_s "
-    "fid_seconds fid_num_images".split()
+    "fid_seconds fid_num_images copies".split()
 )
 
 
@@ -102,11 +103,15 @@ def name_of(path: str | None) -> str:
 
 
 def open_features(path: str | None, device: torch.device) -> Features:
-    """Open clean-fid's Inception (path None), or a TorchScript file of one's own.
+    """Open clean-fid's Inception (path None), "pixels", or a TorchScript file of one's own.
 
-    The file's network takes uint8 (N, 3, H, W) at the images' own size and returns (N, D).
+    pixels: 16x16 of the image, 0 to 1, which need no file and know nothing of pictures.
+    A file's network takes uint8 (N, 3, H, W) at the images' own size and returns (N, D).
     Raises UserError if it is missing and cannot be fetched, or is no TorchScript file.
     """
+    if path == "pixels":
+        scaled = lambda x: F.adaptive_avg_pool2d(x / 255, 16).flatten(1)
+        return Features("pixels", "16x16 pixels", "16x16 pixels", scaled, device)
     file = inception_file() if path is None else Path(path)
     advice = "; give a file that torch.jit.script(network).save(FILE) has written"
     with blame(f"{file} cannot be read as TorchScript", advice), warnings.catch_warnings():

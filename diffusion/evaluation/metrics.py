@@ -52,6 +52,7 @@ class Metrics:
         """Compute what each image of a batch contributes; for LPIPS, keep the first images."""
         H, W = images.shape[1:3]
         rows = {"size": torch.tensor([[W, H]] * len(images)), "features": self.features(images)}
+        rows["number"] = torch.tensor(numbers)
         if self.clip is not None:
             rows["clip"] = self.clip(images, given["prompts"])
         if self.lpips is not None:

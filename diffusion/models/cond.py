@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+VECTOR = 6  # see data/augment.py
+
 
 class Cond(NamedTuple):
     """Hold the conditioning of a batch; None means that there is none of that kind.
@@ -11,11 +13,13 @@ class Cond(NamedTuple):
     context: (B, L, D) embeddings of a text, or (B, L) its ids for a network that embeds them.
     labels: (B,) int64 classes.
     image: (B, C, H, W) channels that the network reads behind those of x.
+    vector: (B, VECTOR) what was done to an image; None is the same as zeros.
     """
 
     context: Tensor | None = None
     labels: Tensor | None = None
     image: Tensor | None = None
+    vector: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """List those that are there."""

@@ -12,6 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .cond import VECTOR, Cond
+
 
 def zero_init(layer: nn.Module) -> nn.Module:
     """Set a layer to zero: a branch that ends in it leaves its block the identity at first."""
@@ -32,7 +34,10 @@ def sinusoids(t: Tensor, dim: int, shift: float = 0) -> Tensor:
 
 
 class Checkpointed(nn.Module):
-    """Run a network's blocks with gradient checkpointing if `checkpointing` is set."""
+    """Run a network's blocks, with gradient checkpointing if `checkpointing` is set.
+
+    dim_emb: width of the embedding. vector: the layer that `read_vector` makes.
+    """
 
     checkpointing = False
 
@@ -41,6 +46,20 @@ class Checkpointed(nn.Module):
         if self.checkpointing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+    def read_vector(self) -> None:
+        """Let the network read cond.vector, which at first changes nothing."""
+        self.vector = nn.Linear(VECTOR, self.dim_emb, bias=False)
+        nn.init.zeros_(self.vector.weight)
+
+    def told(self, emb: Tensor, t: Tensor, cond: Cond, classes: nn.Embedding | None) -> Tensor:
+        """Add class and vector to the embedding (B, E) of t (B,)."""
+        if classes is not None:
+            labels = cond.labels
+            if labels is None:
+                labels = torch.full_like(t, self.null_label, dtype=torch.long)
+            emb = emb + classes(labels)
+        return emb if cond.vector is None else emb + self.vector(cond.vector)
 
 
 # --- convolutions --------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class SDUNet(Checkpointed):
         dims = c.block_out_channels
         last = len(c.block_out_channels) - 1
         groups = c.norm_num_groups
-        E = 4 * dims[0]
+        self.dim_emb = E = 4 * dims[0]
 
         def res(dim_in: int, dim_out: int) -> ResnetBlock2D:
             return ResnetBlock2D(dim_in, dim_out, groups, c.norm_eps, E)
@@ -186,7 +186,7 @@ class SDUNet(Checkpointed):
                 f"this network attends to a context: give one (B, L, "
                 f"{self.config.cross_attention_dim}), got None"
             )
-        emb = self.embed(x, t, cond.labels)
+        emb = self.embed(x, t, cond)
 
         if cond.image is not None:
             x = torch.cat([x, cond.image], 1)
@@ -212,18 +212,14 @@ class SDUNet(Checkpointed):
 
         return self.conv_out(norm_silu(self.conv_norm_out, x))
 
-    def embed(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Embed time and class, with the SiLU that all ResBlocks would apply: (B, E)."""
+    def embed(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Embed time, class and vector, with the SiLU that all ResBlocks would apply: (B, E)."""
         c = self.config
         waves = sinusoids(t, c.block_out_channels[0], c.freq_shift)
         if c.flip_sin_to_cos:
             waves = torch.cat(waves.chunk(2, dim=1)[::-1], 1)
         emb = self.time_embedding(waves.to(x.dtype))
-        if self.class_embedding is not None:
-            if labels is None:
-                labels = torch.full_like(t, self.null_label, dtype=torch.long)
-            emb = emb + self.class_embedding(labels)
-        return F.silu(emb)
+        return F.silu(self.told(emb, t, cond, self.class_embedding))
 
     def layer(self, layer, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         """Run a ResBlock and, if there, the attention after it."""

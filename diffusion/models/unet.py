@@ -144,7 +144,7 @@ class UNet(Checkpointed):
         super().__init__()
         dims = [dim * m for m in dim_mults]
         last = len(dims) - 1
-        E = 4 * dim
+        self.dim_emb = E = 4 * dim
         self.factor = 2**last
         self.null_label = num_classes
 
@@ -181,12 +181,7 @@ class UNet(Checkpointed):
         pad_w = -W % self.factor
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
-        emb = self.time(t)
-        if self.label is not None:
-            labels = cond.labels
-            if labels is None:
-                labels = torch.full_like(t, self.null_label, dtype=torch.long)
-            emb = emb + self.label(labels)
+        emb = self.told(self.time(t), t, cond, self.label)
 
         x = stem = self.stem(x)
 

@@ -244,6 +244,8 @@ def build_network(config: Config, num_classes: int, stack: FrozenStack | None = 
             text_dim=config.text_dim,
         )
         unet = networks.build("unet", sizes)
+    if config.augment:
+        unet.read_vector()
     unet = unet.to(memory_format=torch.channels_last)
     unet.checkpointing = config.checkpointing
     if prompts is None or not prompts.joint:
@@ -442,6 +444,8 @@ def load_latent(
     sizes = metadata["networks"]
     model = build("unet", sizes.get("unet"), str(path))
     check_channels(model, stack.codec.channels, str(path))
+    if config.augment:
+        model.read_vector()
     prompts = stack.prompts
     if "text" in sizes:
         model = TextUNet(model, build("text_encoder", sizes["text"], str(path)))

@@ -25,6 +25,7 @@ NETWORK = (
     "dim_mults",
     "heads",
     "latent_channels",
+    "augment",
 )
 DECIDED = (
     *NETWORK,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config, sides, size_text
+from ..data.augment import augment
 from ..data.batch import Batch
 from ..data.batches import open_batches
 from ..data.latents import EncodedBatches
@@ -175,7 +176,11 @@ class Recipe:
     def inputs(self, batch: Batch, draw: Draw) -> "Inputs":
         """Put together what the loss of the samples of a batch needs."""
         x0 = self.codec.x0(batch, draw.vae_eps)
-        return Inputs(draw.levels, x0, draw.eps, self.conditioning.of_batch(batch, draw.drop))
+        cond = self.conditioning.of_batch(batch, draw.drop)
+        if draw.augment is not None:
+            x0 = augment(x0, draw.augment)
+            cond = cond._replace(vector=draw.augment)
+        return Inputs(draw.levels, x0, draw.eps, cond)
 
     # --- every few hundred steps
 
@@ -283,13 +288,9 @@ class Inputs(NamedTuple):
 
     def beside(self, other: "Inputs") -> "Inputs":
         """Put other samples behind these."""
-        pairs = zip(self.cond, other.cond)
-        return Inputs(
-            torch.cat([self.levels, other.levels], -1),
-            torch.cat([self.x0, other.x0]),
-            torch.cat([self.eps, other.eps]),
-            Cond(*(None if a is None else torch.cat([a, b]) for a, b in pairs)),
-        )
+        levels = torch.cat([self.levels, other.levels], -1)
+        pairs = zip(self.tensors()[1:], other.tensors()[1:])
+        return self.refilled((levels, *map(torch.cat, pairs)))
 
 
 def heldout_noise(seed: int, low: int, high: int, shape: tuple[int, ...]) -> Tensor:

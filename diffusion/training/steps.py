@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import UserError
 from ..config import Config
+from ..data.augment import augmentations
 from ..data.batches import move
 from ..process.consistency import consistency_coefficients
 from ..process.objective import training_coefficients
@@ -63,17 +64,18 @@ class Draw:
 
     levels: (7, B) or (7, 2, B), see `loss_coefficients`; eps (B, C, h, w); drop (B,) bool on the
     CPU, whose condition is dropped; vae_eps: eps's shape, what samples latents from the VAE's
-    distribution.
+    distribution. augment (B, 6): see data/augment.py.
     """
 
     levels: Tensor
     eps: Tensor
     drop: Tensor
     vae_eps: Tensor | None = None
+    augment: Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Draw":
-        vae_eps = None if self.vae_eps is None else self.vae_eps[part]
-        return Draw(self.levels[..., part], self.eps[part], self.drop[part], vae_eps)
+        rows = (self.eps, self.drop, self.vae_eps, self.augment)
+        return Draw(self.levels[..., part], *(x if x is None else x[part] for x in rows))
 
 
 def loss_coefficients(
@@ -119,7 +121,11 @@ def draw(
         eps = eps + c.noise_offset * normal("noise offset", shape[0], 1, 1)
     vae_eps = normal("latents", *shape) if c.mode == "latent" else None
     eps = eps.contiguous(memory_format=torch.channels_last)
-    return Draw(move(levels, device), eps, drop, vae_eps)
+    vectors = None
+    if c.augment:
+        g = generator(seed, "augment", step)
+        vectors = move(augmentations(B, c.augment, *shape[1:], g), device)
+    return Draw(move(levels, device), eps, drop, vae_eps, vectors)
 
 
 # --- the update ----------------------------------------------------------------------------------

@@ -16,14 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def augmentations(
-    count: int, probability: float, H: int, W: int, g: torch.Generator
-) -> Tensor:
+def augmentations(count: int, probability: float, H: int, W: int, g: torch.Generator) -> Tensor:
     """Sample vectors (count, 6) float32 for images, or latents, of H x W pixels.
 
     probability: with it each of four things is done, independently: mirroring, in half of the
-    cases; 0 to 3 quarter turns, of images that are not square 0 or 2; scaling by 2^(n / 5), n standard normal, as in EDM; a shift by
-    whole pixels, uniform up to an eighth of the side, as its code has it.
+    cases; 0 to 3 quarter turns, or 0 or 2 where H is not W; scaling by 2^(n / 5), n standard
+    normal, as in EDM; a shift by whole pixels, uniform up to an eighth of a side, as its code has.
     """
     u = torch.rand(8, count, generator=g)
     mirrored, turned, scaled, shifted = u[:4] < probability

@@ -54,7 +54,7 @@ from .image_batches import collect, folder_batches
 from .metrics import Metrics, open_metrics
 
 MODEL = Rule("a model in place of the folder FAKE", lambda a: not Path(a.fake).is_dir())
-SIZED = Rule("a folder FAKE and --size N", lambda a: a.size and not MODEL.holds(a))
+SIZED = Rule("a folder FAKE and --size", lambda a: a.size and not MODEL.holds(a))
 PICTURES = Rule(f"{MODEL.text}, or --copies", lambda a: a.copies or MODEL.holds(a))
 NAMES_WITH_STEPS = Rule(
     "names with steps, such as ddim:50,dpmpp_2m:10",

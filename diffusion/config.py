@@ -136,6 +136,7 @@ TEXT = Rule("--condition text, a model that reads prompts", lambda c: c.conditio
 SD_PATH = Rule("--sd_path", lambda c: c.sd_path is not None)
 SD_FILE = Rule("--sd_path FILE", lambda c: c.sd_path and not Path(c.sd_path).is_dir())
 SD_START = Rule("a start from --sd_path itself", lambda c: c.load_path is None)
+WHOLE = Rule("--adapter none", lambda c: c.adapter == "none")
 LORA = Rule("--adapter lora", lambda c: c.adapter == "lora")
 INVERSION = TEXT & Rule("--adapter textual_inversion", lambda c: c.adapter == "textual_inversion")
 DREAMBOOTH = TEXT & Rule("--instance_prompt", lambda c: c.instance_prompt is not None)
@@ -271,6 +272,7 @@ class Config:
     grad_accum: int = opt(1, "number of micro-batches per step and rank", POSITIVE)
     grad_clip: float = opt(1.0, "largest gradient norm; 0: no clipping", NOT_NEGATIVE)
     ema_decay: float = opt(0.9999, "largest decay of the EMA weights; the decay after n steps is at most (1+n)/(10+n)", BELOW_ONE)
+    posthoc_ema: bool = opt(False, "keep two more averages of the weights, and snapshots of them, of which python -m diffusion.training.posthoc_ema makes an EMA of any length", requires=DIFFUSION & WHOLE)
 
     save_and_sample_every: int = opt(1000, "number of steps between checkpoints, held-out losses and sample grids", POSITIVE, free=True)
     log_every: int = opt(10, "number of steps between lines of metrics.jsonl", POSITIVE, free=True)

@@ -92,9 +92,9 @@ def step_file(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:08d}.pt"
 
 
-def step_files(folder: Path) -> list[Path]:
-    """List a run's checkpoints, newest first."""
-    files = (folder / "checkpoints").glob("step_*.pt")
+def step_files(folder: Path, names: str = "checkpoints/step_*.pt") -> list[Path]:
+    """List a run's checkpoints, or other files of steps, newest first."""
+    files = folder.glob(names)
     steps = {int(file.stem[5:]): file for file in files if re.fullmatch(r"step_\d{8,}", file.stem)}
     return [steps[step] for step in sorted(steps, reverse=True)]
 

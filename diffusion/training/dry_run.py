@@ -128,7 +128,8 @@ def describe(config: Config, given: set[str] | None = None) -> str:
         parameters, trained, flops, activations = forward_cost(config, len(data.classes))
     except ValueError as error:
         raise UserError(str(error)) from None
-    fixed = 4 * (2 * parameters + 3 * trained)  # weights, EMA; gradients, two moments; float32
+    # weights, EMA; gradients, two moments, averages; float32
+    fixed = 4 * (2 * parameters + (3 + 2 * config.posthoc_ema) * trained)
     part = "" if trained == parameters else f" ({trained:,} trained)"
     epochs = f" ({total * config.batch_size / data.length:.1f} epochs)" if data.length else ""
     return "\n".join(

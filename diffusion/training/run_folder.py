@@ -2,6 +2,7 @@
 
 config.json  metadata.json  metrics.jsonl  tensorboard/  samples/step_*.png
 checkpoints/  model.pt  ema.safetensors  best.safetensors      (see files/checkpoint.py)
+averages/     of --posthoc_ema                                 (see training/posthoc_ema.py)
 of an adapter, instead of the last two: adapter.safetensors  adapter_kohya.safetensors
 and for peft: adapter_config.json  adapter_model.safetensors
 """
@@ -38,7 +39,7 @@ from ..runtime.distributed import any_rank, barrier, from_main, is_main, is_rest
 from ..runtime.seeding import seed_of
 from .finetune_config import open_base
 
-FOLDERS = ("checkpoints", "samples", "tensorboard")
+FOLDERS = ("checkpoints", "averages", "samples", "tensorboard")
 OVERWRITTEN = ".overwritten"
 NAMES = (
     r"(config|metadata|adapter_config)\.json|metrics\.jsonl|model\.pt|\.overwritten"
@@ -47,6 +48,7 @@ NAMES = (
 # paths of a run's files, relative to its folder; .tmp: half-written, by a process that was killed
 RUN_FILE = re.compile(
     r"checkpoints/(step_\d{8,}\.(pt|damaged)|\.step_\d{8,}\.pt(\.[0-9a-f]+)?\.tmp)"
+    r"|averages/(step_\d{8,}\.safetensors|\.step_\d{8,}\.safetensors(\.[0-9a-f]+)?\.tmp)"
     r"|samples/(step_\d{8,}\.png|\.step_\d{8,}\.png(\.[0-9a-f]+)?\.tmp)"
     r"|tensorboard/events\.out\.tfevents\..+"
     rf"|({NAMES})|\.({NAMES})(\.[0-9a-f]+)?\.tmp"

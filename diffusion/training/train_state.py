@@ -48,6 +48,8 @@ class TrainState:
         self.best_loss = saved["best_loss"]
         trainable.restore(self.model, saved["model"], saved)
         trainable.restore(self.ema.model, saved["ema"], saved)
+        for track, values in zip(self.ema.tracks, saved.get("tracks", ()), strict=True):
+            trainable.restore(track.model, values, saved)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scaler.is_enabled() and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -85,6 +87,7 @@ class TrainState:
             "data": {"order": batches.order_key(), "length": batches.length},
             "model": trainable.state(self.model),
             "ema": trainable.state(self.ema.model),
+            "tracks": [trainable.state(track.model) for track in self.ema.tracks],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "tally": self.stats.values.cpu(),

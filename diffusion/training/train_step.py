@@ -108,5 +108,7 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.ema.update(ok)
+        for track in self.ema.tracks:  # also where nothing changed: the profile is of all steps
+            track.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.stats.add_step(norm, ok)

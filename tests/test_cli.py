@@ -251,7 +251,16 @@ def test_the_readme_tells_the_truth():
     from diffusion.study.__main__ import parse as study_parse
 
     known = {f"--{f.name}" for f in fields(Config)} | {f"--no_{f.name}" for f in fields(Config)}
-    known |= {"--data_path", "--preset", "--dry_run", "--help", "--nproc_per_node", "--limit"}
+    known |= {
+        "--data_path",
+        "--preset",
+        "--dry_run",
+        "--help",
+        "--nproc_per_node",
+        "--limit",
+        "--sigma_rel",
+        "--best",
+    }
     known |= {f"--{name}" for name in vars(study_parse(["--load_path", "X", "--data", "Y"])[0])}
     for parsed in (sample.parse([]), visualize.parse([]), metrics.parse(["REAL", "FAKE"])):
         known |= {f"--{name}" for name in vars(parsed)}

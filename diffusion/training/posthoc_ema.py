@@ -30,8 +30,8 @@ from .run_folder import made_here
 FILES = "averages/step_*.safetensors"
 KEPT = 32  # files
 GRID = (0.03, 0.05, 0.07, 0.1, 0.14, 0.2)
-MOST_MISSED = 0.1  # of a profile
-COMMON = 1e6
+FEWEST = 16  # of fewer, an average of 0.03 or 0.2 is wrong by more than 1 %
+COMMON = 1e6  # of all weights, next to their changes
 
 
 def step_of(file: Path) -> int:
@@ -54,24 +54,21 @@ def keep(folder: Path, step: int, config: Config, tracks: list[EMA]) -> None:
         files.pop(gaps.index(min(gaps))).unlink()
 
 
-def solve(steps: list[int], sigma_rel: float) -> tuple[Tensor, float]:
-    """Give (N, 2) coefficients of the snapshots of N steps, the newest first, and what they miss.
+def solve(steps: list[int], sigma_rel: float) -> Tensor:
+    """Give (N, 2) float64 coefficients of the snapshots of N steps, the newest first.
 
     Their profile is the nearest to that of sigma_rel at the newest step, by the integral of the
-    squared difference; its root, relative to that of the profile itself, is what is missed.
+    squared difference. What the weights have in common changes nothing: the coefficients add up
+    to 1 as nearly as a share of COMMON in all profiles makes them.
     """
     ends = [(step / steps[0], power(length)) for step in steps for length in TRACKS]
     t, p = torch.tensor([*ends, (1, power(sigma_rel))], dtype=torch.float64).T
     # integrals of products of the profiles p s^(p-1) / t^p
     both = p[:, None] + p - 1
     heights = p / t**p
-    products = torch.minimum(t[:, None], t) ** both / both * torch.outer(heights, heights)
-    norm = products[-1, -1].clone()
-    products += COMMON  # what all weights share is far more than their changes: the sum must be 1
-    wanted = products[-1, :-1]
-    x = torch.linalg.solve(products[:-1, :-1], wanted)
-    missed = (products[-1, -1] - x @ wanted) / norm
-    return x.view(-1, 2), missed.item() ** 0.5
+    changes = torch.minimum(t[:, None], t) ** both / both * torch.outer(heights, heights)
+    products = changes + COMMON
+    return torch.linalg.solve(products[:-1, :-1], products[:-1, -1]).view(-1, 2)
 
 
 def main() -> None:
@@ -79,7 +76,7 @@ def main() -> None:
     # fmt: off
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.target = parser.add_mutually_exclusive_group(required=True)
-    parser.option("--sigma_rel X", "relative length of the average", between(0.01, 0.28))
+    parser.option("--sigma_rel X", "relative length of the average", between(0.03, 0.2))
     parser.option("--best", "the length of the lowest held-out loss, of six from 0.03 to 0.2")
     # fmt: on
     args = parser.parse_args()
@@ -88,21 +85,17 @@ def main() -> None:
     weights, config, about = load_weights(folder / "model.pt")
     config = made_here(folder) or config  # which knows where all things are
     files = step_files(folder, FILES)
-    if not files:
-        raise UserError(f"{folder} holds no snapshots; train with --posthoc_ema, to a checkpoint")
-    steps = [*map(step_of, files)]
-    lengths = GRID if args.best else [args.sigma_rel]
-    lengths = [length for length in lengths if solve(steps, length)[1] < MOST_MISSED]
-    if not lengths:
+    if len(files) < FEWEST:
         raise UserError(
-            f"{len(files)} snapshots do not make a sigma_rel of {args.sigma_rel}: take one "
-            "nearer to 0.05 to 0.1, or train with a smaller --save_and_sample_every"
+            f"{folder} holds {len(files)} snapshots, and {FEWEST} are needed: train with "
+            "--posthoc_ema, and with a --save_and_sample_every that gives as many"
         )
+    steps = [*map(step_of, files)]
 
     def average(length: float) -> dict[str, Tensor]:
         """Add up the snapshots. Raises UserError for one of another run."""
-        sums: dict[str, Tensor] = {}
-        for file, row in zip(files, solve(steps, length)[0].float()):
+        sums = {}
+        for file, row in zip(files, solve(steps, length).float()):
             values, other, _ = load_weights(file)
             if config.differences(other):
                 raise UserError(f"{file} is of another run than model.pt; move it elsewhere")
@@ -116,14 +109,14 @@ def main() -> None:
         log(f"sigma_rel {length}: held-out loss {value:.5f}")
         return value
 
-    best = lengths[0]
+    best = args.sigma_rel
     if args.best:
         device = setup(config.device)
         recipe = open_recipe(config, device, open_base(config) if config.adapts else None)
         if not len(recipe.batches.held_out):
             raise UserError("--best: the run has no held-out images; give --sigma_rel X")
         model = recipe.build().to(device).eval()
-        best = min(lengths, key=loss)
+        best = min(GRID, key=loss)
     file = folder / f"ema_{best:.3f}.safetensors"
     save_weights(file, average(best), config, **about | {"step": steps[0]})
     log(f"{file}: the average of sigma_rel {best} at step {steps[0]}")

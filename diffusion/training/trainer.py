@@ -113,8 +113,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     # from 2^12 even ten overflows in a row leave a usable scale
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)
-    if config.posthoc_ema:
-        ema.tracks = [EMA(model, 1, length) for length in TRACKS]
+    ema.tracks = [EMA(model, 1, length) for length in TRACKS if config.posthoc_ema]
     stats = StepStats(device)
     state = TrainState(recipe, split, model, ema, optimizer, scaler, stats, origin=origin)
     if saved is not None:
@@ -203,7 +202,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
                         dist.log(f"warning: no sample grid at step {step}: {error}")
                     if picture is not None:
                         logs.picture(step, picture)
-                if config.posthoc_ema and dist.is_main():
+                if ema.tracks and dist.is_main():
                     posthoc_ema.keep(folder, step, config, ema.tracks)
                 state.save(folder, logs, improved)
                 dist.barrier(f"sampling and saving at step {step}")

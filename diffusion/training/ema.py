@@ -37,7 +37,7 @@ class EMA:
         self.model = copied.eval().requires_grad_(False)
         self.decay = decay
         self.power = length and power(length)
-        self.tracks: list[EMA] = []
+        self.tracks = []
         self.weight = torch.zeros((), device=self.ema[0].device)
 
     def begin(self, n: int) -> None:

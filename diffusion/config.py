@@ -205,7 +205,7 @@ class Config:
     image_size: int | tuple[int, ...] = opt(64, "height and width of the images, in pixels, or HEIGHTxWIDTH, such as 96x128", SIZE)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
-    augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, of which the network is told, so that samples do not show them; for few images, 0.12 (--flip is separate: the network is not told, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
+    augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, which the network is given as well, so that samples do not show them; for few images, 0.12 (--flip is separate: the network does not see it, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
     cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
     cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents")
     streaming: bool = opt(False, "read a hub set as a stream instead of downloading it", requires=HUB)

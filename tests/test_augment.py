@@ -1,4 +1,4 @@
-"""--augment: what is done to images, by hand; that the network is told; runs with it."""
+"""--augment: what is done to images, by hand; that the network is given it; runs."""
 
 import json
 

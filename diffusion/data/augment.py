@@ -1,4 +1,4 @@
-"""Augment images without leaking: the network is told what was done (EDM, arXiv:2206.00364, F.2).
+"""Augment images without leaking: the network is given what was done (EDM, arXiv:2206.00364, F.2).
 
     a pixel of the result at p is that of the image at A (p, 1)     p in half sides from the centre
     vector = A - (1 0 0, 0 1 0), row by row                         0: nothing is done

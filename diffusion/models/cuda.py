@@ -7,24 +7,19 @@ comes with torch for CUDA. torch.compile leaves them as they are, and fuses what
 """
 
 import warnings
-from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import cpu, unet
-from .layers import Conv3x3, WSConv3x3, to_image, to_tokens
+from .layers import Conv3x3, WSConv3x3, replace_methods, to_image, to_tokens
 from .sd_blocks import ResnetBlock2D, Upsample2D
 
 
 def install(network: nn.Module) -> nn.Module:
     """Replace the forwards of a network's layers; returns the network."""
-    for module in network.modules():
-        for kind, name, fast in FAST:
-            if isinstance(module, kind):
-                setattr(module, name, MethodType(fast, module))
-    return network
+    return replace_methods(network, FAST)
 
 
 WORKING: dict[int, bool] = {}  # whether kernels run, by the number of the GPU

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W pixels, N tokens (the H W positions of an image
 """
 
 import math
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,15 @@ def zero_init(layer: nn.Module) -> nn.Module:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def replace_methods(network: nn.Module, table) -> nn.Module:
+    """Replace methods of a network's layers, by rows (kind of layer, name, function); returns it."""
+    for module in network.modules():
+        for kind, name, function in table:
+            if isinstance(module, kind):
+                setattr(module, name, MethodType(function, module))
+    return network
 
 
 def sinusoids(t: Tensor, dim: int, shift: float = 0) -> Tensor:
@@ -52,7 +62,9 @@ class Checkpointed(nn.Module):
         self.vector = nn.Linear(VECTOR, self.dim_emb, bias=False)
         nn.init.zeros_(self.vector.weight)
 
-    def told(self, emb: Tensor, t: Tensor, cond: Cond, classes: nn.Embedding | None) -> Tensor:
+    def conditioned(
+        self, emb: Tensor, t: Tensor, cond: Cond, classes: nn.Embedding | None
+    ) -> Tensor:
         """Add class and vector to the embedding (B, E) of t (B,)."""
         if classes is not None:
             labels = cond.labels

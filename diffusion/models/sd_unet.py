@@ -219,7 +219,7 @@ class SDUNet(Checkpointed):
         if c.flip_sin_to_cos:
             waves = torch.cat(waves.chunk(2, dim=1)[::-1], 1)
         emb = self.time_embedding(waves.to(x.dtype))
-        return F.silu(self.told(emb, t, cond, self.class_embedding))
+        return F.silu(self.conditioned(emb, t, cond, self.class_embedding))
 
     def layer(self, layer, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         """Run a ResBlock and, if there, the attention after it."""

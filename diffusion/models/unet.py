@@ -181,7 +181,7 @@ class UNet(Checkpointed):
         pad_w = -W % self.factor
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
-        emb = self.told(self.time(t), t, cond, self.label)
+        emb = self.conditioned(self.time(t), t, cond, self.label)
 
         x = stem = self.stem(x)
 

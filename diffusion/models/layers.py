@@ -24,7 +24,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 def replace_methods(network: nn.Module, table) -> nn.Module:
-    """Replace methods of a network's layers, by rows (kind of layer, name, function); returns it."""
+    """Replace methods of a network's layers by rows (kind of layer, name, function); return it."""
     for module in network.modules():
         for kind, name, function in table:
             if isinstance(module, kind):

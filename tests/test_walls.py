@@ -25,7 +25,7 @@ FLOORS = [
     {"pictures"},
     {"evaluation"},
     {"training"},
-    {"commands", "study", "export", "learn_table"},
+    {"commands", "study", "export", "learn_table", "reproduce"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FOREIGN = {
@@ -169,6 +169,7 @@ OTHER_WRITES = {
     ("runner.py", "run_child"): "files.atomic.open_append",
     ("experiment.py", "note"): "files.atomic.append_text",
     ("styles.py", "training_folder"): "files.atomic.create_whole",
+    ("reproduce.py", "main"): "a temporary folder, for runs whose number alone counts",
 }
 
 

@@ -78,7 +78,7 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         value = number(mean(row["values"]))
         if "sides" in row:
-            cells = [f"{number(side)} {row['unit']}" for side in row["compared"]] + [value]
+            cells = [f"{number(side)} {row['of']}" for side in row["compared"]] + [value]
         else:
             seeds = ", ".join(map(number, row["values"])) if len(row["values"]) > 1 else ""
             when = f"{row['date']}, {row['machine']}, torch {row['torch']}"

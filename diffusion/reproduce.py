@@ -17,7 +17,7 @@ version), and of all else where --amp is not no. Seconds and ratios of them are 
 #   threads: of each command
 #   file: what then holds the number, a pattern in {out}; null: the last line that was printed
 #   path: the keys that lead to the number there
-#   sides: of a ratio, the paths of what it compares; compared: these two numbers, in `unit`
+#   sides: of a ratio, the paths of what it compares; compared: these two numbers; of: their unit
 #   raw: the dated file of benchmarks/results that the number comes from, in place of a run here;
 #     a row that nobody can run again has no commands
 #   data, features: {digest, get}

@@ -526,7 +526,7 @@ def test_visualize_takes_latent_models(latent, tmp_path, monkeypatch):
     visualize.main()
     text = (tmp_path / "viz" / "index.html").read_text()
     data = json.loads(text.split('type="application/json">')[1].split("</script>")[0])
-    assert data["size"] == 16 and len(data["runs"]) == 6
+    assert data["size"] == [16, 16] and len(data["runs"]) == 6
 
 
 def test_presets_are_whole():

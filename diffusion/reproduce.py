@@ -161,7 +161,8 @@ def check(row: dict, given: dict) -> bool:
     error = deviation(found, row["curve"]["losses"][0])
     good = error <= CLOSE
     log(
-        f"{row['name']}: {'as' if good else 'NOT as'} in the ledger, {error:.1e} apart ({CLOSE:g} is allowed)"
+        f"{row['name']}: {'as' if good else 'NOT as'} in the ledger, {error:.1e} apart "
+        f"({CLOSE:g} is allowed)"
     )
     return good
 

@@ -1,7 +1,7 @@
 """Small things on channels_last tensors that torch does slowly on CUDA: biases, upsampling.
 
-torch adds the bias of a convolution in bf16 by a kernel of two-byte accesses, and sums its gradient
-over channels_last images at a few percent of the memory's speed, as it repeats pixels.
+torch repeats pixels, and sums the gradient of a bias over channels_last images, at about a tenth of
+the memory's speed (docs/log.md).
 Shapes: M rows, positions of all images or tokens, of C channels.
 """
 

@@ -260,6 +260,7 @@ def test_the_readme_tells_the_truth():
         "--limit",
         "--sigma_rel",
         "--best",
+        "--check",
     }
     known |= {f"--{name}" for name in vars(study_parse(["--load_path", "X", "--data", "Y"])[0])}
     for parsed in (sample.parse([]), visualize.parse([]), metrics.parse(["REAL", "FAKE"])):

@@ -145,6 +145,8 @@ TEXT_ENCODER = TEXT & Rule(
     lambda c: c.adapter == "lora" or c.adapter == "none" and c.adapts and c.sd_path is None,
 )
 FID = Rule("--fid", lambda c: c.fid)
+STORED = Rule("images that are stored, not --streaming", lambda c: not c.streaming)
+UNPAIRED = Rule("a run without --class_prompt", lambda c: c.class_prompt is None)
 HUB = Rule("a hub set, --data hf:owner/name", lambda c: c.data.startswith("hf:"))
 CLASS_PROMPT = Rule("--class_prompt", lambda c: c.class_prompt is not None)
 
@@ -203,6 +205,7 @@ class Config:
     image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
     caption_column: str | None = opt(None, "column of a hub set's captions, or of the captions in a folder's metadata.* (default: text, caption or prompt)", requires=OTHER_DATA)
     image_size: int | tuple[int, ...] = opt(64, "height and width of the images, in pixels, or HEIGHTxWIDTH, such as 96x128", SIZE)
+    aspect_buckets: bool = opt(False, "train on images in about their own aspect, at sizes of image_size's area, a batch of one size each; held-out images and sample grids are of image_size", requires=LATENT & STORED & UNPAIRED)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
     augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, which the network is given as well, so that samples do not show them; for few images, 0.12 (--flip is separate: the network does not see it, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
@@ -418,6 +421,7 @@ def _choose(value, choices) -> str:
 OTHER_NAMES = """
 adapter: network_module use_lora lora_type lora
 alpha: network_alpha lora_alpha
+aspect_buckets: enable_bucket bucketing
 amp: mixed_precision fp16 bf16 half precision use_fp16 use_amp dtype
 batch_size: train_batch_size eval_batch_size batch bs total_batch_size max_batch_size
 checkpointing: gradient_checkpointing use_checkpoint

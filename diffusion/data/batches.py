@@ -36,7 +36,7 @@ class Batches(StepBatches):
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
         self.length = len(self.train)  # samples in an epoch, where known
-        self.order = lru_cache(2)(lambda e: permutation(len(self.train), seed, "order", e))
+        self.order = lru_cache(2)(lambda n, *key: permutation(n, seed, "order", *key))
 
     def __len__(self) -> int:
         """Count the images of an epoch."""
@@ -55,10 +55,14 @@ class Batches(StepBatches):
 
     def indices(self, step: int) -> np.ndarray:
         """Find the images of a step: (batch_size,) indices into pixels."""
+        return self.in_turn(self.train, step)
+
+    def in_turn(self, members: np.ndarray, step: int, *key: int) -> np.ndarray:
+        """Take batch `step` of the endless sequence of members, whose orders depend on key."""
         positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, len(self.train))
-        chosen = [self.order(e)[p] for e, p in zip(epochs.tolist(), places)]
-        return self.train[chosen]
+        epochs, places = np.divmod(positions, len(members))
+        orders = [self.order(len(members), *key, e) for e in epochs.tolist()]
+        return members[[order[place] for order, place in zip(orders, places)]]
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         batch = self._batch(self.indices(step)[low:high])

@@ -7,6 +7,7 @@ import numpy as np
 from .. import UserError
 from ..config import Config, sides
 from ..data.batches import Batches, Pixels
+from ..data.buckets import BucketBatches, bucket_sizes, read_shapes
 from ..data.cache import Cache
 from ..data.image_set import digest
 from ..data.latents import EncodedBatches, caption_embeddings, image_latents, weights_digest
@@ -43,20 +44,28 @@ def encode_images(
 ) -> EncodedBatches:
     """Encode images, and their captions where the network reads texts; both are cached."""
     c = config
-    h, w = sides(c.image_size)
-    latents = image_latents(
-        pixels,
-        codec.moments,
-        f"{codec.digests['VAE']} {codec.amp}",
-        (codec.channels, h // codec.factor, w // codec.factor),
-        c.flip,
-        Path(c.cache_dir),
-        codec.device,
-    )
+    folder = Path(c.cache_dir)
+
+    def encode(pixels: Pixels) -> Cache:
+        h, w = sides(pixels.size)
+        return image_latents(
+            pixels,
+            codec.moments,
+            f"{codec.digests['VAE']} {codec.amp}",
+            (codec.channels, h // codec.factor, w // codec.factor),
+            c.flip,
+            folder,
+            codec.device,
+        )
+
     text = (None, None)
     if c.condition == "text":
-        text = encode_captions(pixels.images.texts, prompts, Path(c.cache_dir))
-    return EncodedBatches(pixels, c.batch_size, seed, c.flip, latents, *text)
+        text = encode_captions(pixels.images.texts, prompts, folder)
+    if c.aspect_buckets:
+        shapes = read_shapes(pixels.images, folder, c.num_workers)
+        buckets = (bucket_sizes(c.image_size, codec.factor), shapes[np.arange(len(shapes))])
+        return BucketBatches(pixels, c.batch_size, seed, c.flip, encode, *buckets, *text)
+    return EncodedBatches(pixels, c.batch_size, seed, c.flip, encode(pixels), *text)
 
 
 def encode_captions(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import UserError
-from ..config import Config, sides, size_text
+from ..config import Config, Size, sides, size_text
 from ..data.augment import augment
 from ..data.batch import Batch
 from ..data.batches import open_batches
@@ -132,7 +132,11 @@ class Recipe:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Give (C, h, w) of x0."""
-        h, w = sides(self.config.image_size)
+        return self.shape_of(self.config.image_size)
+
+    def shape_of(self, size: Size) -> tuple[int, int, int]:
+        """Give (C, h, w) of the x0 of images of a size in pixels."""
+        h, w = sides(size)
         return (self.codec.channels, h // self.codec.factor, w // self.codec.factor)
 
     def draw(self, step: int) -> list[Draw]:
@@ -141,8 +145,9 @@ class Recipe:
         if self.prior is not None:
             seeds.append(seed_of(self.config.seed, "class"))
         progress = (step + 1) / total_steps(self.config, self.batches.length)
+        shape = self.shape_of(self.batches.size_at(step) or self.config.image_size)
         return [
-            draw(self.config, self.schedule, self.shape, step, self.device, seed, progress)
+            draw(self.config, self.schedule, shape, step, self.device, seed, progress)
             for seed in seeds
         ]
 

@@ -8,9 +8,11 @@ import os
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -174,6 +176,31 @@ def equal_costs(dim: int, mults, size: int) -> tuple[int, int, dict[str, int]]:
 def add_device(parser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
+
+
+def run_script(name: str, options: list[str], log: Path, threads: int | None = None) -> float:
+    """Seconds of train.py or sample.py, whose output goes into a file. Raises RuntimeError with its
+    last line. threads: to compute on (default: the program's own choice)."""
+    env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("w") as out:
+        command = [sys.executable, ROOT / name, *options]
+        status = subprocess.run(command, env=env, stdout=out, stderr=out).returncode
+    if status:
+        raise RuntimeError((log.read_text().strip().splitlines() or ["(nothing)"])[-1])
+    return time.perf_counter() - began
+
+
+def moments_of(folder: Path, features, side: int) -> tuple:
+    """Mean and covariance of the features of a folder's images, the central square of each."""
+    from diffusion.data.images import read_image
+    from diffusion.evaluation.distances import moments
+
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    parts = [files[low : low + 100] for low in range(0, len(files), 100)]
+    read = (np.stack([read_image(file, side) for file in part]) for part in parts)
+    return moments(torch.cat([features(images) for images in read]))
 
 
 def commit() -> str:

@@ -19,7 +19,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -28,15 +27,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import common
-import numpy as np
 import torch
 
 sys.path.insert(0, str(common.ROOT))
 
 from diffusion.commands.sample import parse as parse_sample
 from diffusion.config import Config
-from diffusion.data.images import read_image
-from diffusion.evaluation.distances import frechet_distance, moments
+from diffusion.evaluation.distances import frechet_distance
 from diffusion.evaluation.features import open_features
 
 TRAIN = {field.name for field in fields(Config)} | {"preset"}
@@ -59,27 +56,6 @@ def options_of(cell: dict) -> list[str]:
     return options
 
 
-def run(script: str, options: list[str], log: Path) -> float:
-    """Run it on one thread; return its seconds. Raises RuntimeError with its last line."""
-    began = time.perf_counter()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        status = subprocess.run(
-            [sys.executable, common.ROOT / script, *options],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out,
-        ).returncode  # fmt: skip
-    if status:
-        raise RuntimeError((log.read_text().strip().splitlines() or ["(nothing)"])[-1])
-    return time.perf_counter() - began
-
-
-def pictures(folder: Path, side, count: int | None = None):
-    """Yield (n, H, W, 3) uint8 of the first images."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())[:count]
-    for low in range(0, len(files), 100):
-        yield np.stack([read_image(file, side) for file in files[low : low + 100]])
-
-
 class Grid:
     """Runs cells; found: what is known of them, kept in --out."""
 
@@ -87,16 +63,13 @@ class Grid:
         self.args = args
         self.lock = threading.Lock()
         self.features = open_features(args.features, torch.device("cpu"))
-        self.side = args.image_size
-        self.real = self.moments(Path(args.real), None)
+        self.real = self.moments(Path(args.real))
         self.found = []
         if args.out.exists():
             self.found = json.loads(args.out.read_text())["found"]
 
-    def moments(self, folder: Path, count: int | None):
-        return moments(
-            torch.cat([self.features(part) for part in pictures(folder, self.side, count)])
-        )
+    def moments(self, folder: Path):
+        return common.moments_of(folder, self.features, self.args.image_size)
 
     def keep(self, **found) -> None:
         with self.lock:
@@ -118,7 +91,7 @@ class Grid:
         try:
             if waiting:
                 options = shlex.split(self.args.train) + options_of(trained)
-                seconds = run("train.py", options + own, folder / "train.log")
+                seconds = common.run_script("train.py", options + own, folder / "train.log", 1)
         except RuntimeError as error:
             self.keep(cell=trained, seed=seed, error=str(error))
             return
@@ -128,8 +101,10 @@ class Grid:
             options += ["--num_images", str(self.args.images), "--seed", str(seed)]
             options += ["--load_path", str(folder / "model.pt"), "--save_folder", str(out)]
             try:
-                took = run("sample.py", shlex.split(self.args.sample) + options, out / "log")
-                distance = frechet_distance(*self.moments(out / "images", None), *self.real)
+                took = common.run_script(
+                    "sample.py", shlex.split(self.args.sample) + options, out / "log", 1
+                )
+                distance = frechet_distance(*self.moments(out / "images"), *self.real)
             except RuntimeError as error:
                 self.keep(cell=trained | cell, seed=seed, error=str(error))
                 continue

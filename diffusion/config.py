@@ -145,8 +145,10 @@ TEXT_ENCODER = TEXT & Rule(
     lambda c: c.adapter == "lora" or c.adapter == "none" and c.adapts and c.sd_path is None,
 )
 FID = Rule("--fid", lambda c: c.fid)
-STORED = Rule("images that are stored, not --streaming", lambda c: not c.streaming)
-UNPAIRED = Rule("a run without --class_prompt", lambda c: c.class_prompt is None)
+UNPAIRED = Rule(
+    "a run without --streaming and --class_prompt",
+    lambda c: not c.streaming and c.class_prompt is None,
+)
 HUB = Rule("a hub set, --data hf:owner/name", lambda c: c.data.startswith("hf:"))
 CLASS_PROMPT = Rule("--class_prompt", lambda c: c.class_prompt is not None)
 
@@ -205,7 +207,7 @@ class Config:
     image_column: str | None = opt(None, "column of a hub set's images, or of the file names in a folder's metadata.* (default: image, or the only one)", requires=OTHER_DATA)
     caption_column: str | None = opt(None, "column of a hub set's captions, or of the captions in a folder's metadata.* (default: text, caption or prompt)", requires=OTHER_DATA)
     image_size: int | tuple[int, ...] = opt(64, "height and width of the images, in pixels, or HEIGHTxWIDTH, such as 96x128", SIZE)
-    aspect_buckets: bool = opt(False, "train on images in about their own aspect, at sizes of image_size's area, a batch of one size each; held-out images and sample grids are of image_size", requires=LATENT & STORED & UNPAIRED)
+    aspect_buckets: bool = opt(False, "train on images in about their own aspect, at sizes of image_size's area, a batch of one size each; held-out images and sample grids are of image_size", requires=LATENT & OTHER_DATA & UNPAIRED)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
     augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, which the network is given as well, so that samples do not show them; for few images, 0.12 (--flip is separate: the network does not see it, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)

@@ -70,7 +70,7 @@ def test_latents_of_tall_images(tiny, tmp_path):
     train(Config(**options | dict(mode="vae", save_folder=vae, latent_channels=3)))
     latent = options | dict(mode="latent", vae=vae, unet_dim=16, layers_per_block=1, sample_steps=2)
     recipe = open_recipe(Config(**latent), CPU)
-    assert recipe.shape == (3, 12, 8)
+    assert recipe.shape(recipe.config.image_size) == (3, 12, 8)
     batch, (draw,) = recipe.batches(0, 0, 2), recipe.draw(0)
     assert recipe.inputs(batch, draw[0:2]).x0.shape == (2, 3, 12, 8)
     train(Config(**latent))

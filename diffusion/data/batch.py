@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Size
 from ..runtime.seeding import generator
 
 
@@ -54,10 +53,6 @@ class StepBatches:
         if then is not None:
             self.ahead = (then, self.pool.submit(self._load, *then))
         return batch
-
-    def size_at(self, step: int) -> Size | None:
-        """Give the size of a step's images where it is not the same for all."""
-        return None
 
     def flips(self, step: int) -> np.ndarray:
         """Sample which images of a step are mirrored: (batch_size,) bool."""

@@ -36,7 +36,7 @@ class Batches(StepBatches):
         self.labels = np.asarray(pixels.images.labels, np.int64)
         self.classes = pixels.images.classes
         self.length = len(self.train)  # samples in an epoch, where known
-        self.order = lru_cache(2)(lambda n, *key: permutation(n, seed, "order", *key))
+        self.order = lru_cache(2)(lambda e: permutation(len(self.train), seed, "order", e))
 
     def __len__(self) -> int:
         """Count the images of an epoch."""
@@ -55,14 +55,10 @@ class Batches(StepBatches):
 
     def indices(self, step: int) -> np.ndarray:
         """Find the images of a step: (batch_size,) indices into pixels."""
-        return self.in_turn(self.train, step)
-
-    def in_turn(self, members: np.ndarray, step: int, *key: int) -> np.ndarray:
-        """Take batch `step` of the endless sequence of members, whose orders depend on key."""
         positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, places = np.divmod(positions, len(members))
-        orders = [self.order(len(members), *key, e) for e in epochs.tolist()]
-        return members[[order[place] for order, place in zip(orders, places)]]
+        epochs, places = np.divmod(positions, len(self.train))
+        chosen = [self.order(e)[p] for e, p in zip(epochs.tolist(), places)]
+        return self.train[chosen]
 
     def _load(self, step: int, low: int, high: int) -> Batch:
         batch = self._batch(self.indices(step)[low:high])
@@ -98,7 +94,8 @@ def open_batches(config: Config) -> Batches | StreamBatches:
     images = open_data(*configured(c))
     if c.condition == "class" and not c.adapts:
         check_classes(images, movable=not c.data.startswith("hf:"))
-    pixels = Pixels(images, c.image_size, Path(c.cache_dir) if c.cache else None, c.num_workers)
+    cached = c.cache and not c.aspect_buckets  # whose latents are of other sizes
+    pixels = Pixels(images, c.image_size, Path(c.cache_dir) if cached else None, c.num_workers)
     return Batches(pixels, c.batch_size, c.seed, c.flip)
 
 

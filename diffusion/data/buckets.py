@@ -1,12 +1,11 @@
 """Aspect-ratio buckets: a batch is of images of one size, whose area is about that of all others.
 
-Step s is batch s mod M of epoch s // M. Buckets share an epoch's batches by the numbers of their
-images, in an order that depends on (seed, epoch). Nothing is saved: a resumed run and another
-number of ranks see the same batches.
+Step s is batch s mod M of epoch s // M. An epoch is planned from (seed, epoch): its M batches are
+shared out to the buckets so that over epochs each has its part of the images, be it less than a
+batch. Nothing is saved: a resumed run and another number of ranks see the same batches.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -18,12 +17,13 @@ from .. import UserError
 from ..config import Size, sides, size_text
 from ..runtime.seeding import permutation
 from .cache import Cache
-from .image_set import ImageSet, digest
-from .images import TRANSFORM, BadImage
+from .image_set import digest
+from .images import TRANSFORM
 from .latents import EncodedBatches
 from .pixels import CHUNK, SHARD, Pixels
 
 MAX_ASPECT = 3  # of a bucket: what is longer is cut
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 are spread evenly
 
 
 def bucket_sizes(size: Size, factor: int) -> list[tuple[int, int]]:
@@ -48,102 +48,84 @@ def nearest(shapes: np.ndarray, sizes: list[tuple[int, int]]) -> np.ndarray:
     return np.abs(aspects[0][:, None] - aspects[1]).argmin(1)
 
 
-def read_shapes(images: ImageSet, cache_dir: Path, workers: int) -> Cache:
-    """Read (height, width) of every image, upright; (0, 0) where it cannot be read."""
+def read_shapes(pixels: Pixels, cache_dir: Path) -> tuple[Pixels, np.ndarray]:
+    """Read every image, upright: those that can be, and their (height, width), (N, 2).
+
+    Raises UserError if there is none.
+    """
+    images = pixels.images
 
     def shape(i: int) -> tuple[int, ...]:
-        try:
-            return images.read(i, None, lambda _: None).shape[:2]
-        except BadImage:
-            return (0, 0)
+        image = pixels.log.read(repr(images.names[i]), images.read, i, None)
+        return (0, 0) if image is None else image.shape[:2]
 
     def compute(indices):
-        with ThreadPoolExecutor(max(1, workers)) as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as Pixels does
+        with ThreadPoolExecutor(pixels.workers) as pool:
             return np.array(list(pool.map(shape, indices)))
 
     folder = cache_dir / digest("shapes", images.stamp, TRANSFORM, *images.names)
     what = f"shapes of the images of {images.name}"
-    return Cache(folder, len(images), (2,), np.int32, compute, CHUNK, what, shard=SHARD)
+    cache = Cache(folder, len(images), (2,), np.int32, compute, CHUNK, what, shard=SHARD)
+    shapes = np.concatenate(cache.arrays)
+    usable = np.flatnonzero(shapes.all(1))
+    if not len(usable):
+        raise UserError(f"none of the {len(images)} images of {images.name} can be used")
+    return pixels.with_images(images.subset(usable)), shapes[usable]
 
 
 class BucketBatches(EncodedBatches):
     """Gives batches of latents of one size each; held-out images are of the first size.
 
     encode(pixels): their latents, as `image_latents` gives them. sizes: (height, width) each, and
-    shapes: (N, 2), those of the images. text: as EncodedBatches takes it.
-    Raises UserError if no image can be read.
+    shapes: (N, 2), those of the images. others: as EncodedBatches takes them, without latents.
     """
 
     def __init__(
         self,
-        pixels: Pixels,
-        batch_size: int,
-        seed: int,
-        flip: bool,
         encode: Callable[[Pixels], Cache],
         sizes: list[tuple[int, int]],
         shapes: np.ndarray,
-        *text,
+        pixels: Pixels,
+        *others,
     ):
-        super().__init__(pixels, batch_size, seed, flip, None, *text)
-        readable = shapes.all(1)
-        self.train = self.train[readable[self.train]]
-        self.held_out = self.held_out[readable[self.held_out]]
-        if not len(self.train):
-            raise UserError(f"none of the {len(shapes)} images of {pixels.images.name} can be used")
-        self.length = len(self.train)
+        super().__init__(pixels, *others)
         self.sizes = sizes
-        self.bucket_of = nearest(np.maximum(shapes, 1), sizes)
+        self.bucket_of = nearest(shapes, sizes)
         self.bucket_of[self.held_out] = 0
-        self.latents = Parts(pixels, encode, sizes, np.where(readable, self.bucket_of, -1))
-
-        buckets = self.bucket_of[self.train]
-        self.members = {int(k): self.train[buckets == k] for k in np.unique(buckets)}
-        counts = {k: max(1, round(len(m) / batch_size)) for k, m in self.members.items()}
-        self.turns = np.repeat([*counts], [*counts.values()])  # the batches of an epoch
-        self.order = lru_cache(2 * len(counts))(self.order.__wrapped__)
-        self.turns_of = lru_cache(2)(
-            lambda e: self.turns[permutation(len(self.turns), seed, "buckets", e)]
-        )
+        self.parts = {}  # by bucket: its images, and their latents
+        for k in np.unique(self.bucket_of):
+            members = np.flatnonzero(self.bucket_of == k)
+            part = Pixels(pixels.images.subset(members), sizes[k], None, pixels.workers)
+            part.log = pixels.log
+            self.parts[k] = (members, encode(part))
+        self.plan = lru_cache(2)(self._plan)
 
     def describe(self) -> str:
-        counts = ", ".join(
-            f"{size_text(self.sizes[k])} ({len(m):,})" for k, m in self.members.items()
-        )
+        buckets = zip(*np.unique(self.bucket_of[self.train], return_counts=True))
+        counts = ", ".join(f"{size_text(self.sizes[k])} ({n:,})" for k, n in buckets)
         return f"{super().describe()}, of {counts} pixels"
 
-    def order_key(self) -> str:
-        return digest(super().order_key(), *self.bucket_of, *self.sizes)
+    def _plan(self, epoch: int) -> np.ndarray:
+        """Put an epoch's images into batches: (M, batch_size) indices.
 
-    def turn(self, step: int) -> tuple[int, int]:
-        """Tell a step's bucket, and how many batches of it there were before."""
-        epoch, place = divmod(step, len(self.turns))
-        turns = self.turns_of(epoch)
-        k = turns[place]
-        return int(k), int(epoch * (turns == k).sum() + (turns[:place] == k).sum())
-
-    def size_at(self, step: int) -> tuple[int, int]:
-        return self.sizes[self.turn(step)[0]]
+        Of a bucket's images, in random order, some are left out or come again, to fill batches.
+        """
+        N = len(self.train)
+        M = max(1, N // self.batch_size)
+        order = self.train[permutation(N, self.seed, "order", epoch)]
+        buckets = self.bucket_of[order]
+        marks = ((np.arange(M) + epoch * GOLDEN % 1) * N / M).astype(int)
+        shares = zip(*np.unique(np.sort(buckets)[marks], return_counts=True))
+        parts = [np.resize(order[buckets == k], (n, self.batch_size)) for k, n in shares]
+        return np.concatenate(parts)[permutation(M, self.seed, "batches", epoch)]
 
     def indices(self, step: int) -> np.ndarray:
-        k, before = self.turn(step)
-        return self.in_turn(self.members[k], before, k)
+        epoch, place = divmod(step, max(1, len(self.train) // self.batch_size))
+        return self.plan(epoch)[place]
 
+    def size_at(self, step: int) -> tuple[int, int]:
+        return self.sizes[self.bucket_of[self.indices(step)[0]]]
 
-class Parts:
-    """Reads the latents of images of one bucket each. bucket_of: (N,), -1 for those of none."""
-
-    def __init__(self, pixels: Pixels, encode, sizes, bucket_of: np.ndarray):
-        self.bucket_of = bucket_of
-        self.place = np.zeros(len(bucket_of), int)
-        self.parts = {}
-        for k, size in enumerate(sizes):
-            chosen = np.flatnonzero(bucket_of == k)
-            self.place[chosen] = np.arange(len(chosen))
-            if len(chosen):
-                part = Pixels(pixels.images.subset(chosen), size, None, pixels.workers)
-                self.parts[k] = encode(part)
-
-    def __getitem__(self, chosen: np.ndarray) -> np.ndarray:
-        return self.parts[self.bucket_of[chosen[0]]][self.place[chosen]]
+    def views(self, chosen: np.ndarray) -> np.ndarray:
+        members, latents = self.parts[self.bucket_of[chosen[0]]]
+        return latents[np.searchsorted(members, chosen)]

@@ -137,7 +137,7 @@ class EncodedBatches(Batches):
         return self._encoded(chosen, *np.zeros((2, len(chosen)), int))
 
     def _encoded(self, chosen: np.ndarray, flips: np.ndarray, which: np.ndarray) -> Batch:
-        views = self.latents[chosen]  # (b, F, 2, C, h, w)
+        views = self.views(chosen)
         moments = torch.from_numpy(views[np.arange(len(chosen)), flips.astype(int)])
         shown = self.pixels.shown(chosen)
         labels = torch.from_numpy(self.labels[shown])
@@ -146,6 +146,10 @@ class EncodedBatches(Batches):
         # a stand-in for a damaged image may have fewer captions than the image
         text = self.entries(self.text_of[shown, which % self.counts[shown]])
         return Batch(None, labels, moments, text, self.empty)
+
+    def views(self, chosen: np.ndarray) -> np.ndarray:
+        """Give latents of images, and of their mirror images: (b, F, 2, C, h, w)."""
+        return self.latents[chosen]
 
     def entries(self, indices: np.ndarray) -> Tensor:
         """Give texts by the number of their caption."""

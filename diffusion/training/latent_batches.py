@@ -58,14 +58,16 @@ def encode_images(
             codec.device,
         )
 
+    if c.aspect_buckets:
+        pixels, shapes = read_shapes(pixels, folder)
     text = (None, None)
     if c.condition == "text":
         text = encode_captions(pixels.images.texts, prompts, folder)
+    parts = (pixels, c.batch_size, seed, c.flip)
     if c.aspect_buckets:
-        shapes = read_shapes(pixels.images, folder, c.num_workers)
-        buckets = (bucket_sizes(c.image_size, codec.factor), shapes[np.arange(len(shapes))])
-        return BucketBatches(pixels, c.batch_size, seed, c.flip, encode, *buckets, *text)
-    return EncodedBatches(pixels, c.batch_size, seed, c.flip, encode(pixels), *text)
+        sizes = bucket_sizes(c.image_size, codec.factor)
+        return BucketBatches(encode, sizes, shapes, *parts, None, *text)
+    return EncodedBatches(*parts, encode(pixels), *text)
 
 
 def encode_captions(

@@ -129,12 +129,7 @@ class Recipe:
 
     # --- a step
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Give (C, h, w) of x0."""
-        return self.shape_of(self.config.image_size)
-
-    def shape_of(self, size: Size) -> tuple[int, int, int]:
+    def shape(self, size: Size) -> tuple[int, int, int]:
         """Give (C, h, w) of the x0 of images of a size in pixels."""
         h, w = sides(size)
         return (self.codec.channels, h // self.codec.factor, w // self.codec.factor)
@@ -145,9 +140,11 @@ class Recipe:
         if self.prior is not None:
             seeds.append(seed_of(self.config.seed, "class"))
         progress = (step + 1) / total_steps(self.config, self.batches.length)
-        shape = self.shape_of(self.batches.size_at(step) or self.config.image_size)
+        size = self.config.image_size
+        if self.config.aspect_buckets:
+            size = self.batches.size_at(step)
         return [
-            draw(self.config, self.schedule, shape, step, self.device, seed, progress)
+            draw(self.config, self.schedule, self.shape(size), step, self.device, seed, progress)
             for seed in seeds
         ]
 
@@ -196,7 +193,7 @@ class Recipe:
         order = torch.randperm(n, generator=generator(c.seed, "held out t"))
         t = self.schedule.stratified_t(order, n)[low:high]
         levels = loss_coefficients(c, self.schedule, t).to(self.device)
-        eps = heldout_noise(c.seed, low, high, self.shape)
+        eps = heldout_noise(c.seed, low, high, self.shape(c.image_size))
         fixed = Draw(levels, eps.to(self.device), torch.zeros(high - low, dtype=torch.bool))
         batch = self.batches.held_out_batch(low, high)
         return self.criterion(network, *self.inputs(batch, fixed))

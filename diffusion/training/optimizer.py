@@ -1,7 +1,12 @@
-"""AdamW, on weights in the order in which they lie in memory."""
+"""AdamW and Muon, on weights in the order in which they lie in memory."""
 
 import torch
 from torch import Tensor, nn
+
+from ..config import Config
+
+MOMENTUM = 0.95  # of Muon
+NARROW = 16  # channels, below which a layer is the network's first or last, and AdamW's
 
 
 class AdamW(torch.optim.AdamW):
@@ -36,6 +41,10 @@ class AdamW(torch.optim.AdamW):
             p.grad = None
         return taken
 
+    def sizes(self, parameter: nn.Parameter) -> dict[str, int]:
+        """Give the numbers of elements of what is kept of a parameter."""
+        return {"step": 1, "exp_avg": parameter.numel(), "exp_avg_sq": parameter.numel()}
+
     def load_state_dict(self, state: dict) -> None:
         """Take the moments, also of the shape of their weights, as they once were saved.
 
@@ -45,14 +54,94 @@ class AdamW(torch.optim.AdamW):
         moments = {}
         for i, values in state["state"].items():
             like = self.parameters[i]
-            sizes = {"step": 1, "exp_avg": like.numel(), "exp_avg_sq": like.numel()}
-            if sizes != {k: v.numel() for k, v in values.items()}:
-                raise ValueError(f"the optimizer's state of weight {i} is not that of AdamW")
+            if self.sizes(like) != {k: v.numel() for k, v in values.items()}:
+                raise ValueError(
+                    f"the optimizer's state of weight {i} is not that of {type(self).__name__}"
+                )
             moments[i] = {
                 k: (flat(v, like) if v.shape == like.shape and k != "step" else v).clone()
                 for k, v in values.items()
             }
         super().load_state_dict(self.state_dict() | {"state": moments})
+
+
+class Muon(AdamW):
+    """Move matrices by Muon (Jordan et al. 2024), and all else by AdamW.
+
+    A matrix, or the weights of a convolution as one of (C_out, rest), moves by its averaged
+    gradient with singular values near 1, times 0.2 sqrt(its longer side): as far as AdamW would
+    (arXiv:2502.16982). It needs half of AdamW's memory. matrices: those of the parameters.
+    """
+
+    def __init__(self, parameters, learning_rate: float, matrices: list[nn.Parameter], **options):
+        super().__init__(parameters, learning_rate, **options)
+        self.matrices = set(matrices)
+
+    def sizes(self, parameter: nn.Parameter) -> dict[str, int]:
+        if parameter in self.matrices:
+            return {"step": 1, "momentum": parameter.numel()}
+        return super().sizes(parameter)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Step; where found_inf is 1, nothing changes."""
+        [group] = self.param_groups
+        ok = 1 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))
+        rate = group["lr"] * ok
+        alike = {}  # by shape: matrices, (gradient averaged, weights)
+        for parameter, view in zip(self.parameters, group["params"]):
+            if parameter not in self.matrices or view.grad is None:
+                continue
+            state = self.state[view]
+            momentum = state.setdefault("momentum", torch.zeros_like(view))
+            state.setdefault("step", torch.zeros_like(ok)).add_(ok)  # torch asks for it
+            gradient = torch.where(ok > 0, view.grad, momentum)
+            view.grad = None  # AdamW passes over it
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            matrix = gradient.lerp_(momentum, MOMENTUM).view(len(parameter), -1)
+            alike.setdefault(matrix.shape, []).append((matrix, view))
+        for shape, pairs in alike.items():
+            gradients, views = zip(*pairs)
+            directions = orthogonal(torch.stack(gradients)) * (0.2 * max(shape) ** 0.5 * rate)
+            for view, direction in zip(views, directions):
+                view.mul_(1 - rate * group["weight_decay"]).sub_(direction.flatten())
+        return super().step(closure)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Bring the singular values of matrices (N, R, C) near to 1, from 0.7 to 1.2; small ones less.
+
+    That is five times X <- (a + b A + c A^2) X with A = X X^T (Newton-Schulz). All of these factors
+    and A commute, so that X is multiplied once, with their product.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    product = factor = factor_of(gram)
+    for _ in range(4):
+        gram = factor @ factor @ gram
+        factor = factor_of(gram)
+        product = factor @ product
+    return product @ x
+
+
+def factor_of(gram: Tensor) -> Tensor:
+    """Give a + b A + c A^2 of A (N, R, R)."""
+    factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return factor
+
+
+def open_optimizer(config: Config, model: nn.Module) -> AdamW:
+    """Make the optimizer of a model's trained parameters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = dict(betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return AdamW(trained, config.learning_rate, **options)
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for p in trained if p.dim() > 1 and min(p.shape[:2]) >= NARROW]
+    return Muon(trained, config.learning_rate, [p for p in matrices if p not in tables], **options)
 
 
 def flat(x: Tensor, like: Tensor) -> Tensor:

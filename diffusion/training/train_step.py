@@ -64,7 +64,7 @@ class TrainStep:
         weights = self.optimizer.parameters
         kernels = weights[0].is_cuda and works(weights[0].device)
         simple = not self.scaler.is_enabled() and {p.dtype for p in weights} == {torch.float32}
-        if kernels and simple:
+        if kernels and simple and type(self.optimizer) is AdamW:
             from .triton_update import Update
 
             self.one_pass = Update(self.optimizer, self.ema)

@@ -27,7 +27,7 @@ from .autoencoder import AutoencoderRecipe
 from .ema import EMA, TRACKS
 from .faults import friendly_errors
 from .finetune_config import Base, open_base, resolve_config
-from .optimizer import AdamW
+from .optimizer import open_optimizer
 from .progress import Clock, StopSignal, announce, measure_fid
 from .recipe import heldout_loss, open_recipe
 from .run_folder import (
@@ -106,10 +106,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
     recipe.start(model, base, fresh=saved is None)
     origin = saved.get("origin") if saved is not None else base and base.digest()
     del base
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(
-        trained, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
+    optimizer = open_optimizer(config, model)
     # from 2^12 even ten overflows in a row leave a usable scale
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=dtype == torch.float16)
     ema = EMA(model, config.ema_decay)

@@ -16,8 +16,9 @@ PRESETS: dict[str, dict] = {
         learning_rate=1e-4, lr_schedule="cosine", lr_warmup_steps=500, dropout=0.1, loss="l2",
     ),
     "afhq_cat32": dict(
-        data="data/afhq_cat_128", image_size=32, batch_size=32, learning_rate=1e-3,
-        time_steps=50, unet_dim=16, train_steps=10_000, sampler="ddpm",
+        data="data/afhq_cat_128", image_size=32, batch_size=32, optimizer="muon",
+        learning_rate=3e-3, lr_schedule="linear", objective="eps", time_steps=50, unet_dim=16,
+        train_steps=10_000,
     ),
     # from scratch on two CPU cores: a VAE, then text-conditioned latents
     "sd_tiny_vae": dict(

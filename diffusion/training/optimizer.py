@@ -88,23 +88,29 @@ class Muon(AdamW):
         [group] = self.param_groups
         ok = 1 - getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))
         rate = group["lr"] * ok
-        alike = {}  # by shape: matrices, (gradient averaged, weights)
+        alike = {}  # by shape: weights
         for parameter, view in zip(self.parameters, group["params"]):
-            if parameter not in self.matrices or view.grad is None:
-                continue
-            state = self.state[view]
-            momentum = state.setdefault("momentum", torch.zeros_like(view))
-            state.setdefault("step", torch.zeros_like(ok)).add_(ok)  # torch asks for it
-            gradient = torch.where(ok > 0, view.grad, momentum)
-            view.grad = None  # AdamW passes over it
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            matrix = gradient.lerp_(momentum, MOMENTUM).view(len(parameter), -1)
-            alike.setdefault(matrix.shape, []).append((matrix, view))
-        for shape, pairs in alike.items():
-            gradients, views = zip(*pairs)
-            directions = orthogonal(torch.stack(gradients)) * (0.2 * max(shape) ** 0.5 * rate)
-            for view, direction in zip(views, directions):
-                view.mul_(1 - rate * group["weight_decay"]).sub_(direction.flatten())
+            if parameter in self.matrices and view.grad is not None:
+                shape = (len(parameter), parameter.numel() // len(parameter))
+                alike.setdefault(shape, []).append(view)
+        for shape, views in alike.items():
+            for view in views:
+                if not self.state[view]:
+                    step = torch.zeros_like(ok)  # torch asks for it
+                    self.state[view] |= {"step": step, "momentum": torch.zeros_like(view)}
+            torch._foreach_add_([self.state[view]["step"] for view in views], [ok] * len(views))
+            momenta = [self.state[view]["momentum"] for view in views]
+            averages = torch.stack(momenta)
+            gradients = torch.where(ok > 0, torch.stack([view.grad for view in views]), averages)
+            averages.lerp_(gradients, 1 - MOMENTUM)
+            torch._foreach_copy_(momenta, averages.unbind())
+            matrices = gradients.lerp_(averages, MOMENTUM).view(-1, *shape)
+            directions = orthogonal(matrices) * (0.2 * max(shape) ** 0.5 * rate)
+            if group["weight_decay"]:
+                torch._foreach_mul_(views, [1 - rate * group["weight_decay"]] * len(views))
+            torch._foreach_sub_(views, directions.flatten(1).unbind())
+            for view in views:
+                view.grad = None  # AdamW passes over it
         return super().step(closure)
 
 

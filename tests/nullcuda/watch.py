@@ -59,6 +59,7 @@ MODES: dict[str, dict] = {  # options; `after`: the mode whose model it starts f
     "pixel": PIXEL,
     "class": PIXEL | dict(condition="class"),
     "dropout": PIXEL | dict(dropout=0.1),
+    "muon": PIXEL | dict(optimizer="muon"),
     "fp16": PIXEL | dict(amp="fp16"),
     "accumulated": PIXEL | dict(grad_accum=2),
     "eager": PIXEL | dict(cuda_graph="off"),

@@ -4,6 +4,7 @@ python tests/resnet56.py WEIGHTS.safetensors OUT.pt      for --fid_features OUT.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ def write(weights: str | None, out: str) -> None:
         tensors = load_file(weights)
         missing, _ = network.load_state_dict(tensors, strict=False)
         assert {m.split(".")[-1] for m in missing} <= {"mean", "std", "num_batches_tracked"}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     torch.jit.script(network).save(out)
 
 

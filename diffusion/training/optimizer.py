@@ -118,7 +118,8 @@ def orthogonal(x: Tensor) -> Tensor:
     """Bring the singular values of matrices (N, R, C) near to 1, from 0.7 to 1.2; small ones less.
 
     That is five times X <- (a + b A + c A^2) X with A = X X^T (Newton-Schulz). All of these factors
-    and A commute, so that X is multiplied once, with their product.
+    and A commute, so that X is multiplied once, with their product. float32 is needed: coarser
+    rounding makes small eigenvalues of A negative, and these grow.
     """
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT

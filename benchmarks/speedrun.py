@@ -30,7 +30,7 @@ IMAGES = 1000
 
 
 class Track(NamedTuple):
-    """What is allowed, and the options of train.py and sample.py that are our record."""
+    """What is allowed, and the options of train.py and sample.py: the record's, for gpu a guess."""
 
     about: str
     seconds: float  # of training, from its start to its end

@@ -84,6 +84,8 @@ def main() -> None:
     for seed in args.seeds.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             root = (args.save_folder or Path(temporary)).resolve() / seed
+            if root.exists():  # a run that is there would be continued, in no time
+                parser.error(f"{root} exists: give another --save_folder, or delete it")
             own = ["--data", str(args.data.resolve()), "--cache_dir", str(root / "cache")]
             own += ["--seed", seed, "--save_folder", str(root / "run")]
             took = common.run_script("train.py", shlex.split(training) + own, root / "train.log")

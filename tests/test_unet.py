@@ -11,11 +11,11 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from diffusion.models import cpu
+from diffusion.models import cpu, lora
 from diffusion.models.build import build_pixel_unet, for_inference
 from diffusion.models.cond import Cond
 from diffusion.models.layers import Conv3x3, WSConv3x3, sinusoids
-from diffusion.models.unet import GroupNorm, LinearAttention, UNet
+from diffusion.models.unet import GroupNorm, LinearAttention, UNet, join_films
 
 
 def small(**options) -> UNet:
@@ -122,6 +122,28 @@ def test_for_inference_is_the_same_function(dtype):
     if dtype is None:
         shared = {id(p) for p in model.parameters()} & {id(p) for p in ready.parameters()}
         assert len(shared) > len(list(model.parameters())) // 2
+
+
+def test_all_films_by_one_product():
+    model = small(num_classes=3)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
+    cond = Cond(labels=torch.tensor([0, 2]))
+    want = model(x, t, cond)
+    join_films(model)
+    for name, p in model.named_parameters():
+        if ".film." in name:
+            p.data.zero_()  # what was joined is a copy
+    assert_close(model(x, t, cond), want, rtol=1e-4, atol=1e-5)
+
+
+def test_films_with_branches_stay_apart():
+    model = small()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
+    lora.inject(model, lora.find(model, "film"), 2, adapter="one")
+    torch.nn.init.normal_(model.last.film.lora["one"].up.weight)
+    want = model(x, t)
+    join_films(model)
+    assert torch.equal(model(x, t), want)
 
 
 def test_under_autocast_the_network_stays_close():

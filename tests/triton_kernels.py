@@ -89,7 +89,9 @@ def plain_norm(x, norm, film, residual, silu):
 def check_norm(device: str) -> None:
     from diffusion.models.triton_norm import norm_act
 
-    def compare(shape, groups, dtype, film=False, residual=False, silu=True, offset=0.0):
+    def compare(
+        shape, groups, dtype, film=False, residual=False, silu=True, offset=0.0, longer=False
+    ):
         torch.manual_seed(shape[1])
         B, C = shape[:2]
         norm = torch.nn.GroupNorm(groups, C)
@@ -111,6 +113,8 @@ def check_norm(device: str) -> None:
             return y, *torch.autograd.grad(y, (*inputs, *norm.parameters()), grad)
 
         on_device = [v.detach().to(device) for v in given]
+        if longer:  # as part of what one product makes for all blocks
+            on_device[1] = F.pad(on_device[1], (3, 5)).narrow(1, 3, 2 * C)
         got = both(norm_act, on_device, copy.deepcopy(norm).to(device), grad.to(device))
         exact = [v.double() for v in given]
         want = both(plain_norm, exact, norm.double(), grad.double())
@@ -129,6 +133,7 @@ def check_norm(device: str) -> None:
     compare((5, 8, 33, 34), 8, torch.float32, film=True)
     compare((2, 16, 90, 92), 2, torch.float32, film=True, residual=True)  # more than one part
     compare((2, 64, 1, 1), 8, torch.float32)
+    compare((3, 16, 6, 7), 8, torch.float32, film=True, longer=True)
     compare((2, 128, 8, 8), 8, torch.bfloat16, film=True, residual=True)
     compare((2, 32, 8, 8), 8, torch.float16, film=True, residual=True)
 

@@ -22,7 +22,7 @@ from .configs import CLIPConfig, CLIPTextConfig, UNetConfig, VAEConfig
 from .layers import Conv3x3, WSConv3x3
 from .sd_unet import SDUNet
 from .tokenizer import Tokenizer
-from .unet import UNet
+from .unet import UNet, join_films
 from .vae import AutoencoderKL
 
 MAX_INITS = 4000  # Stable Diffusion's U-Net takes 468
@@ -174,7 +174,8 @@ def for_inference(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     """Copy a network to the same function, which does once what the network does at every call.
 
     Standardised weights are computed, and cast to dtype, that of autocast, as the weights of all
-    convolutions and linear layers are. What stays as it is is shared with the network.
+    convolutions and linear layers are. On a GPU, the pixel U-Net computes all its FiLMs at once.
+    What stays as it is is shared with the network.
     """
     network = copy.deepcopy(network, {id(p): p for p in network.parameters()})
     for parent in list(network.modules()):
@@ -185,6 +186,8 @@ def for_inference(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         if dtype is not None and isinstance(module, nn.Conv2d | nn.Linear):
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))
+    if isinstance(network, UNet) and next(network.parameters()).is_cuda:
+        join_films(network)  # launches bind there
     return network
 
 

@@ -83,7 +83,7 @@ def res_block(layer: unet.ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     """Let the second block add the skip."""
     if not fits(x):
         return type(layer).forward(layer, x, emb)
-    h = layer.block1(x, layer.film(F.silu(emb)))
+    h = layer.block1(x, layer.modulation(emb))
     return layer.block2(layer.dropout(h), None, layer.skip(x))
 
 
@@ -141,11 +141,17 @@ def upsample_2d(layer: Upsample2D, x: Tensor, size: tuple[int, int] | None = Non
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Add the bias, and sum its gradient, by kernels for channels_last images."""
+    """Add the bias, and sum its gradient, by kernels for channels_last images.
+
+    A convolution by 1x1 that needs no gradients is one matrix product, bias and all.
+    """
     if bias is None or not fits(x):
         if isinstance(layer, Conv3x3):
             return cpu.convolve(layer, x, weight, bias)
         return type(layer)._conv_forward(layer, x, weight, bias)
+    pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
+    if pointwise and not torch.is_grad_enabled():
+        return to_image(F.linear(to_tokens(x), weight.flatten(1), bias), x.shape[2])
     from . import triton_images
 
     y = type(layer)._conv_forward(layer, x, weight, None)

@@ -50,6 +50,7 @@ def _forward(
     y,
     N,
     C,
+    film_row,
     eps,
     width: tl.constexpr,
     SILU: tl.constexpr,
@@ -83,7 +84,7 @@ def _forward(
     tl.store(stats, pivot + offset)
     tl.store(stats + 1, rstd)
     if film is not None:
-        film += b * 2 * C
+        film += b * film_row
     a, d, _ = _scale_shift(weight, bias, film, C, column, place < width)
     for first in range(0, N, BLOCK_N):
         row = first + tl.arange(0, BLOCK_N)[:, None]
@@ -124,6 +125,7 @@ def _backward(
     daffine,
     N,
     C,
+    film_row,
     width: tl.constexpr,
     SILU: tl.constexpr,
     ONE: tl.constexpr,
@@ -143,7 +145,7 @@ def _backward(
     mean = tl.load(stats)
     rstd = tl.load(stats + 1)
     if film is not None:
-        film += b * 2 * C
+        film += b * film_row
     a, d, gain = _scale_shift(weight, bias, film, C, column, place < width)
     one = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     two = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -197,7 +199,8 @@ class NormAct(torch.autograd.Function):
         y = torch.empty_like(x)
         stats = x.new_empty((B, groups, 2), dtype=torch.float32)
         tensors = (x, stats, weight, bias, film, residual, y)
-        _forward[(groups, B)](*tensors, N, C, eps, width, silu, **blocks(N, width))
+        sizes = (N, C, row_of(film))
+        _forward[(groups, B)](*tensors, *sizes, eps, width, silu, **blocks(N, width))
         ctx.save_for_backward(x, stats, weight, bias, film)
         ctx.silu = silu
         return y
@@ -211,12 +214,18 @@ class NormAct(torch.autograd.Function):
         width = C // groups
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        dfilm = None if film is None else torch.empty_like(film)
+        dfilm = None if film is None else film.new_empty(film.shape)
         daffine = stats.new_empty((B, 2, C))
         tensors = (x, stats, weight, bias, film, dy, dx, dfilm, daffine)
-        _backward[(groups, B)](*tensors, N, C, width, ctx.silu, **blocks(N, width))
+        sizes = (N, C, row_of(film))
+        _backward[(groups, B)](*tensors, *sizes, width, ctx.silu, **blocks(N, width))
         dweight, dbias = daffine.sum(0)
         return dx, dweight, dbias, dfilm, dy if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def row_of(film: Tensor | None) -> int:
+    """Give the numbers from one image's scales to the next one's."""
+    return 0 if film is None else film.stride(0)
 
 
 def norm_act(
@@ -228,11 +237,11 @@ def norm_act(
 ) -> Tensor:
     """Normalise x (B, C, H, W), scale and shift it by film (B, 2 C), SiLU, add the residual.
 
-    The residual has x's shape. All lie in channels_last memory, or are copied to it.
+    The residual has x's shape. Both lie in channels_last memory, or are copied to it. Rows of film
+    may be parts of longer ones.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    film = None if film is None else film.contiguous()
     options = (norm.num_groups, norm.eps, silu)
     return NormAct.apply(x, norm.weight, norm.bias, film, residual, *options)

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W pixels, N = HW positions, D channels of a head,
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,12 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.block1(x, self.film(F.silu(emb)))
+        h = self.block1(x, self.modulation(emb))
         return self.block2(self.dropout(h)) + self.skip(x)
+
+    def modulation(self, emb: Tensor) -> Tensor:
+        """Give scale and shift (B, 2 C) of the embedding (B, E)."""
+        return self.film(F.silu(emb))
 
 
 class Attention(MultiHead):
@@ -181,7 +186,7 @@ class UNet(Checkpointed):
         pad_w = -W % self.factor
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h), mode="replicate")
-        emb = self.conditioned(self.time(t), t, cond, self.label)
+        emb = self.embed(t, cond)
 
         x = stem = self.stem(x)
 
@@ -203,3 +208,26 @@ class UNet(Checkpointed):
 
         x = self.out(self.run(self.last, torch.cat([x, stem], 1), emb))
         return x[..., :H, :W]
+
+    def embed(self, t: Tensor, cond: Cond) -> Tensor:
+        """Give what the ResBlocks are told of t (B,) and the condition: (B, E)."""
+        return self.conditioned(self.time(t), t, cond, self.label)
+
+
+def join_films(network: UNet) -> None:
+    """Compute the scales and shifts of all ResBlocks by one product, of copies of their weights.
+
+    Nothing is done where one of them has hooks, such as a LoRA's.
+    """
+    blocks = [module for module in network.modules() if isinstance(module, ResBlock)]
+    films = [block.film for block in blocks]
+    if any(film._forward_hooks or film._forward_pre_hooks for film in films):
+        return
+    weight = torch.cat([film.weight for film in films])
+    bias = torch.cat([film.bias for film in films])
+    embed = network.embed
+    network.embed = lambda t, cond: F.linear(F.silu(embed(t, cond)), weight, bias)
+    first = 0
+    for block, film in zip(blocks, films):
+        block.modulation = partial(torch.narrow, dim=1, start=first, length=film.out_features)
+        first += film.out_features

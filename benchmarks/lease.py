@@ -318,7 +318,8 @@ def numbers() -> dict:
         g = torch.Generator().manual_seed(3)
         for p in network.parameters():  # layers that start at zero would hide those before them
             p.data += 0.02 * torch.randn(p.shape, generator=g).to(device)
-        inputs = [v.to(device) for v in side.recipe.inputs.tensors()]
+        given = side.recipe.inputs
+        inputs = given.refilled(tuple(v.to(device) for v in given.tensors()))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             loss = training_loss(network, *inputs).mean()
         loss.backward()

@@ -289,6 +289,7 @@ class Config:
     fid: bool = opt(False, "measure FID during training", requires=DIFFUSION, free=True)
     fid_every: int = opt(5000, "number of steps between FID measurements", POSITIVE, FID, free=True)
     fid_num_images: int = opt(10_000, "number of samples of an FID measurement", at_least(2), FID, free=True)
+    fid_copies: bool = opt(False, "measure with each FID which fraction of its samples are copies of training images", requires=FID, free=True)
     fid_features: str | None = opt(None, "TorchScript network to use instead of Inception; it is a program that is run, and the distance is named after its file; or pixels, the images' own at 16x16", requires=FID)
     validation_prompts: str | None = opt(None, "file with a prompt per line for the sample grids (default: captions of the data)", requires=TEXT)
     guidance_scale: float = opt(1.0, "classifier-free guidance scale of the sample grids; 1: no guidance", GUIDANCE, DIFFUSION, free=True)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from diffusion import UserError
 from diffusion.evaluation import __main__ as evaluation
 from diffusion.evaluation import copies
-from diffusion.evaluation.copies import nearest
+from diffusion.evaluation.copies import nearest, nearness
 
 SIZE = 32
 
@@ -131,3 +131,16 @@ def test_options_that_do_not_go_together(folders, measure, tmp_path):
         measure(folders[0], tmp_path / "model.pt", folders[1])
     with pytest.raises(UserError):
         measure(folders[0], folders[1], tmp_path / "none")
+
+
+def test_nearness_of_training_images(images, monkeypatch):
+    """Each against the others and their mirror images, but its own; in chunks of any size."""
+    own = pooled(images[:50])
+    mirrored = pooled(images[:50, :, ::-1])
+    expected = [
+        brute(own[i : i + 1], np.delete(np.concatenate([own, mirrored]), [i, 50 + i], 0))[0]
+        for i in range(50)
+    ]
+    train = torch.from_numpy(np.concatenate([own, mirrored]))
+    monkeypatch.setattr(copies, "CHUNK", 7)
+    assert_close(float(nearness(train)), np.quantile(expected, 0.01))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -487,6 +488,38 @@ def test_fid_during_training(fid, tmp_path, capsys):
     save_file({"mean": torch.zeros(3), "sigma": torch.eye(3)}, file)
     train(Config(**fid | dict(save_folder=str(tmp_path / "fourth"))))
     assert values_of(tmp_path / "fourth") == first
+
+
+def test_copies_during_training(fid, tmp_path, capsys, monkeypatch):
+    """A curve: none of what is nearer than no training image is to another, all where all are near."""
+    from diffusion.data.batches import open_batches
+    from diffusion.evaluation import fid as module
+    from diffusion.pictures.grid import to_uint8
+    from diffusion.sampling.load import load
+
+    train(Config(**fid | dict(fid_copies=True)))
+    lines = [line for line in run_lines(tmp_path / "run") if "pooled" in line]
+    assert [line["step"] for line in lines] == [6, 12] and "% copies" in capsys.readouterr().out
+
+    # against the definition: these samples, the training images and their mirror images
+    pipeline, data = load(tmp_path / "run" / "model.pt"), open_batches(Config(**fid))
+    features = open_features(fid["fid_features"], CPU)
+    order = permutation(118, 0, "fid")
+    labels = torch.tensor([data.labels[data.train[order[i]]] for i in range(10)])
+    fake = features(to_uint8(pipeline.sample(range(10), sampler="dpmpp_2m", steps=20, labels=labels, amp="no")))  # fmt: skip
+    images = data.pixels[data.train]
+    a, b = features(images), features(images[:, :, ::-1].copy())
+    between = torch.minimum(torch.cdist(a, a), torch.cdist(a, b))
+    near = between.fill_diagonal_(math.inf).amin(1).quantile(0.01)
+    distances = torch.cdist(fake, torch.cat([a, b])).amin(1)
+    assert lines[-1]["copies"] == pytest.approx(float((distances < near).double().mean()))
+
+    # as near as the fourth of ten samples
+    middle = distances.sort().values[3:5].mean()
+    monkeypatch.setattr(module, "nearness", lambda train: middle)
+    train(Config(**fid | dict(fid_copies=True, save_folder=str(tmp_path / "middle"))))
+    [*_, last] = [line for line in run_lines(tmp_path / "middle") if "pooled" in line]
+    assert last["copies"] == pytest.approx(0.4)
 
 
 def without(fid: dict) -> dict:

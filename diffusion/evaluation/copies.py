@@ -5,8 +5,12 @@
 
 A model that has learned what its images have in common gives about 0.01. Blurred images are near to
 everything, and give more in pixels: the picture of the pairs shows which it is.
+
+While a model trains (--fid_copies) the quantile is that of training images, each measured against
+all others: a small set holds too few images out. Pictures of the same thing make it smaller.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,32 @@ def nearest(points: Tensor, others: Tensor) -> Tensor:
     return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(CHUNK)])
 
 
+def features_of(data: Batches, features: Features) -> Tensor:
+    """Compute the features of n training images, then of their mirror images: (2 n, D)."""
+    return torch.cat(
+        [
+            features(np.ascontiguousarray(data.pixels[chunk][:, :, ::direction]))
+            for direction in (1, -1)
+            for chunk in np.split(data.train, range(CHUNK, len(data), CHUNK))
+        ]
+    )
+
+
+def nearness(train: Tensor) -> Tensor:
+    """Give the 1 % quantile of the distances of training images to the nearest of the others.
+
+    train: see `features_of`. An image's own mirror image is none of the others.
+    """
+    n = len(train) // 2
+    found = []
+    for rows in torch.arange(n).split(CHUNK):
+        distances = torch.cdist(train[rows], train)
+        for own in (rows, rows + n):
+            distances.scatter_(1, own[:, None], math.inf)
+        found.append(distances.amin(1))
+    return torch.cat(found).quantile(0.01)
+
+
 def find_copies(
     features: Features, data: Batches, real: dict, fake: dict, files: list[Path]
 ) -> tuple[dict, Image.Image]:
@@ -46,13 +76,7 @@ def find_copies(
     for too few held-out images.
     """
     n = len(data)
-    train = torch.cat(
-        [
-            features(np.ascontiguousarray(data.pixels[chunk][:, :, ::direction]))
-            for direction in (1, -1)
-            for chunk in np.split(data.train, range(CHUNK, n, CHUNK))
-        ]
-    )
+    train = features_of(data, features)
     others, samples = real["features"], fake["features"]
     usual = nearest(others, train)
     held_out = usual > SAME * others.norm(dim=1)

@@ -22,9 +22,10 @@ from ..files.tensors import read_safetensors, write_tensors
 from ..files.validate import is_finite
 from ..pictures.grid import NonFinite
 from ..pictures.samples import behind, sample_batches
-from ..runtime.distributed import any_rank, is_main, log, progress, rank, world_size
+from ..runtime.distributed import all_reduce_sum, any_rank, is_main, log, progress, rank, world_size
 from ..runtime.seeding import permutation
 from ..sampling.pipeline import Pipeline
+from .copies import features_of, nearest, nearness
 from .distances import MIN_IMAGES, Moments, frechet_distance
 from .features import Features, open_features
 
@@ -53,6 +54,8 @@ class Fid:
         self.name = self.features.name
         self.steps = min(STEPS, config.time_steps)
         self.reference = reference_moments(config, data, self.features)
+        self.train = features_of(data, self.features) if config.fid_copies else None
+        self.near = nearness(self.train) if config.fid_copies else None
         few = f"; below {MIN_IMAGES} it is mostly bias"
         log(
             f"{self.name} every {config.fid_every} steps: {self.features.about}, "
@@ -77,7 +80,10 @@ class Fid:
         return {}
 
     def measure(self, pipeline: Pipeline, micro: int, stopped: Callable[[], bool]) -> dict | None:
-        """Return {name: distance, how it was measured}; None if `stopped` says so on some rank."""
+        """Return {name: distance, how it was measured}; None if `stopped` says so on some rank.
+
+        With --fid_copies also the fraction of the samples that are copies, see copies.py.
+        """
         start = time.perf_counter()
         c = self.config
         count = c.fid_num_images
@@ -89,7 +95,15 @@ class Fid:
         found = Moments(len(self.reference[0]))
         value = math.nan  # null in the run's metrics
         broken = 0.0
-        with behind(lambda images: found.add(self.features(images)), pipeline.device) as add:
+        copies = torch.zeros((), dtype=torch.float64)
+
+        def take(images: np.ndarray) -> None:
+            points = self.features(images)
+            found.add(points)
+            if self.train is not None:
+                copies.add_((nearest(points, self.train) < self.near).sum())
+
+        with behind(take, pipeline.device) as add:
             for _ in range(0, count, micro * world_size()):  # as many turns on each rank
                 try:
                     for _, _, images in islice(batches, 1):
@@ -104,8 +118,10 @@ class Fid:
             log(f"warning: {self.name} is not measured: pictures or features are not finite")
         elif is_main():
             value = frechet_distance(*self.reference, *statistics)
-        seconds = time.perf_counter() - start
-        return {self.name: value, "fid_num_images": count, "fid_seconds": seconds}
+        values = {self.name: value, "fid_num_images": count}
+        if self.train is not None:
+            values["copies"] = float(all_reduce_sum(copies) / found.n)
+        return values | {"fid_seconds": time.perf_counter() - start}
 
 
 # --- the reference -------------------------------------------------------------------------------

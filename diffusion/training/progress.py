@@ -82,5 +82,7 @@ def measure_fid(fid: Fid, state: TrainState, total: int, logs: RunLog, stop: Sto
     values = fid.measure(pipeline, state.split.micro, lambda: stop.requested)
     if values is not None:
         logs.metrics(step, values)
-        dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g} ({values['fid_seconds']:.0f} s)")
+        copies = f", {values['copies']:.1%} copies" if "copies" in values else ""
+        took = f" ({values['fid_seconds']:.0f} s)"
+        dist.log(f"step {step}: {fid.name} {values[fid.name]:.4g}{copies}{took}")
     return True

@@ -30,7 +30,7 @@ IMAGES = 1000
 
 
 class Track(NamedTuple):
-    """What is allowed, and the options of train.py and sample.py: the record's, for gpu a guess."""
+    """What is allowed, and the options of train.py and sample.py: the record's, for gpu a first try."""
 
     about: str
     seconds: float  # of training, from its start to its end
@@ -49,8 +49,8 @@ TRACKS = {
     "gpu": Track(
         "one H100, 10 minutes, cats at 64 px", 600, 64,
         "--preset afhq_cat32 --device cuda --image_size 64 --unet_dim 64 --batch_size 128"
-        " --train_steps 30000 --save_and_sample_every 5000 --keep_last 9 --num_samples 0",
-        "--steps 20 --batch_size 250 --guide {run}/checkpoints/step_00005000.pt --guidance_scale 2",
+        " --train_steps 14000 --save_and_sample_every 3500 --num_samples 0",
+        "--steps 20 --batch_size 250",
     ),
 }  # fmt: skip
 

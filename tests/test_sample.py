@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from diffusion import UserError
 from diffusion.config import Config
 from diffusion.files import checkpoint
 from diffusion.pictures import grid as viz
+from diffusion.runtime import precision
 from diffusion.runtime.precision import amp_dtype
 from diffusion.runtime.seeding import ImageNoise
 from diffusion.sampling.load import build_network, load
@@ -256,12 +259,24 @@ def test_options_that_would_do_nothing_are_refused(call, given, needed):
         call(*given.split())
 
 
-def test_amp_choices():
+@pytest.mark.parametrize("has", [(), ("amx",), ("avx512_bf16",)])
+def test_amp_choices(monkeypatch, has):
     cpu = torch.device("cpu")
+    for name, check in precision.PRODUCTS.items():
+        monkeypatch.setattr(torch.cpu, check, lambda name=name: name in has)
     assert amp_dtype("no", cpu) is None and amp_dtype("bf16", cpu) == torch.bfloat16
-    assert amp_dtype("auto", cpu) in (None, torch.bfloat16)
+    assert amp_dtype("auto", cpu) == (torch.bfloat16 if has else None)
+    told = precision.describe("auto", cpu)
+    assert told.startswith("bfloat16" if has else "float32") and all(name in told for name in has)
     with pytest.raises(UserError, match="fp16"):
         amp_dtype("fp16", cpu)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says what the CPU has")
+def test_what_the_cpu_has_is_what_linux_says():
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    known = {"amx": {"amx_tile", "amx_bf16"} <= flags, "avx512_bf16": "avx512_bf16" in flags}
+    assert precision.bf16_products() in (None, *(name for name in known if known[name]))
 
 
 def test_null_label_is_beyond_the_classes():

@@ -3,11 +3,11 @@
 import signal
 import time
 
-import torch
 from torch import nn
 
 from ..evaluation.fid import Fid
 from ..runtime import distributed as dist
+from ..runtime.precision import describe
 from .run_folder import RunLog, logged
 from .steps import BatchSplit, count_parameters
 from .train_state import TrainState
@@ -54,14 +54,13 @@ class StopSignal:
 def announce(
     recipe,
     model: nn.Module,
-    dtype: torch.dtype | None,
     split: BatchSplit,
     total: int,
     eager: str | None,
 ) -> None:
     """Print what is about to be trained. eager: why steps are no CUDA graphs, None if they are."""
     parameters, trained = count_parameters(model)
-    precision = str(dtype).removeprefix("torch.") if dtype else "float32"
+    precision = describe(recipe.config.amp, recipe.device)
     dist.log(f"{recipe.config.data}: {recipe.batches.describe()}")
     part = "" if trained == parameters else f" ({trained:,} trained)"
     dist.log(

@@ -136,7 +136,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         loss = state.best_loss
         best = loss is not None and logged(logs.path, state.step, "heldout_loss", loss)
         state.publish(folder, recipe.metadata(ema.model), best)
-    announce(recipe, model, dtype, split, total, eager)
+    announce(recipe, model, split, total, eager)
 
     with (
         friendly_errors(config, split.micro, lambda: state.step),

@@ -4,7 +4,8 @@
 python benchmarks/startup.py [FOLDER] [--repeats 3] [any other option of train.py]
 
 Cold: nothing is cached; warm: the data's cache is there. FOLDER: of images (default: the embedded
-toy set). For scale, what `import torch` alone takes. The last line is JSON.
+toy set). For scale, what `import torch` alone takes. --whole: instead, a whole run in an empty cache, from
+the command to its end. The last line is JSON.
 """
 
 import argparse
@@ -35,23 +36,32 @@ def first_step(options: list[str], folder: Path) -> float:
     return seconds
 
 
+def import_torch() -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", default="toy")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--whole", action="store_true", help="measure whole runs instead")
     args, options = parser.parse_known_args()
-    times = {"import_torch": [], "cold": [], "warm": []}
+    times = {"whole": []} if args.whole else {"import_torch": [], "cold": [], "warm": []}
     for _ in range(args.repeats):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-        times["import_torch"].append(time.perf_counter() - began)
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
             run = ["--data", args.folder, "--cache_dir", str(root / "cache"), *options]
-            times["cold"].append(first_step(run, root / "a"))
-            times["warm"].append(first_step(run, root / "b"))
+            if args.whole:
+                run += ["--save_folder", str(root / "run")]
+                times["whole"].append(common.run_script("train.py", run, root / "train.log"))
+            else:
+                times["import_torch"].append(import_torch())
+                times["cold"].append(first_step(run, root / "a"))
+                times["warm"].append(first_step(run, root / "b"))
     median = {name: statistics.median(t) for name, t in times.items()}
     for name, seconds in median.items():
         print(f"{name:>12}: {seconds:.2f} s")

@@ -49,7 +49,7 @@ TRACKS = {
     "gpu": Track(
         "one H100, 10 minutes, cats at 64 px", 600, 64,
         "--preset afhq_cat32 --device cuda --image_size 64 --unet_dim 64 --batch_size 128"
-        " --train_steps 14000 --save_and_sample_every 3500 --num_samples 0",
+        " --train_steps 12000 --save_and_sample_every 3000 --num_samples 0",
         "--steps 20 --batch_size 250",
     ),
 }  # fmt: skip

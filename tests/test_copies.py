@@ -11,9 +11,12 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion import UserError
+from diffusion.config import Config
+from diffusion.data.batches import open_batches
 from diffusion.evaluation import __main__ as evaluation
 from diffusion.evaluation import copies
 from diffusion.evaluation.copies import nearest, nearness
+from diffusion.evaluation.features import open_features
 
 SIZE = 32
 
@@ -141,6 +144,25 @@ def test_nearness_of_training_images(images, monkeypatch):
         brute(own[i : i + 1], np.delete(np.concatenate([own, mirrored]), [i, 50 + i], 0))[0]
         for i in range(50)
     ]
-    train = torch.from_numpy(np.concatenate([own, mirrored]))
     monkeypatch.setattr(copies, "CHUNK", 7)
-    assert_close(float(nearness(train)), np.quantile(expected, 0.01))
+    none = own[:0]
+    for again, mirror in ((none, none), (own[:20], mirrored[:20]), (mirrored[:20], own[:20])):
+        train = torch.from_numpy(np.concatenate([own, again, mirrored, mirror]))
+        known = np.quantile(expected + expected[: len(again)], 0.01)
+        assert_close(float(nearness(train)), known)  # an image another time changes nothing
+    assert nearness(torch.ones(6, 5, dtype=torch.float64)) == 0
+
+
+def test_ranks_share_the_features(images, folders, monkeypatch):
+    data = open_batches(Config(data=str(folders[1]), image_size=SIZE, cache=False))
+    features = open_features("pixels", torch.device("cpu"))
+    monkeypatch.setattr(copies, "CHUNK", 40)  # six chunks for four ranks
+    whole = copies.features_of(data, features)
+    assert_close(whole[:90].numpy(), pooled(images[:90]))
+    assert_close(whole[90:].numpy(), pooled(images[:90, :, ::-1]))
+    monkeypatch.setattr(copies, "world_size", lambda: 4)
+    parts = []
+    for number in range(4):
+        monkeypatch.setattr(copies, "rank", lambda number=number: number)
+        parts.append(copies.features_of(data, features))
+    assert torch.equal(sum(parts), whole) and not torch.equal(parts[0], whole)

@@ -491,12 +491,15 @@ def test_fid_during_training(fid, tmp_path, capsys):
 
 
 def test_copies_during_training(fid, tmp_path, capsys, monkeypatch):
-    """A curve: none of what is nearer than no training image is to another, all where all are near."""
+    """A curve, by the definition; then with a nearness that four of ten samples have."""
     from diffusion.data.batches import open_batches
     from diffusion.evaluation import fid as module
+    from diffusion.evaluation.copies import nearness
     from diffusion.pictures.grid import to_uint8
     from diffusion.sampling.load import load
 
+    known = []
+    monkeypatch.setattr(module, "nearness", lambda train: known.append(nearness(train)) or known[0])
     train(Config(**fid | dict(fid_copies=True)))
     lines = [line for line in run_lines(tmp_path / "run") if "pooled" in line]
     assert [line["step"] for line in lines] == [6, 12] and "% copies" in capsys.readouterr().out
@@ -511,10 +514,10 @@ def test_copies_during_training(fid, tmp_path, capsys, monkeypatch):
     a, b = features(images), features(images[:, :, ::-1].copy())
     between = torch.minimum(torch.cdist(a, a), torch.cdist(a, b))
     near = between.fill_diagonal_(math.inf).amin(1).quantile(0.01)
+    assert_close(known[0], near)
     distances = torch.cdist(fake, torch.cat([a, b])).amin(1)
     assert lines[-1]["copies"] == pytest.approx(float((distances < near).double().mean()))
 
-    # as near as the fourth of ten samples
     middle = distances.sort().values[3:5].mean()
     monkeypatch.setattr(module, "nearness", lambda train: middle)
     train(Config(**fid | dict(fid_copies=True, save_folder=str(tmp_path / "middle"))))

@@ -1,6 +1,7 @@
 """The U-Net: shapes, weight standardisation, padding, labels, checkpointing."""
 
 import ast
+import copy
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT
 from torch.testing import assert_close
 
-from diffusion.models import cpu, lora
+from diffusion.models import cpu, cuda, lora
 from diffusion.models.build import build_pixel_unet, for_inference
 from diffusion.models.cond import Cond
 from diffusion.models.layers import Conv3x3, WSConv3x3, sinusoids
@@ -124,6 +125,16 @@ def test_for_inference_is_the_same_function(dtype):
         assert len(shared) > len(list(model.parameters())) // 2
 
 
+def test_a_convolution_by_1x1_is_one_product(monkeypatch):
+    monkeypatch.setattr(cuda, "fits", lambda x: True)
+    layer = torch.nn.Conv2d(6, 10, 1)
+    x = torch.randn(2, 6, 5, 7).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        got = cuda.convolve(layer, x, layer.weight, layer.bias)
+        assert_close(got, layer(x))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_all_films_by_one_product():
     model = small(num_classes=3)
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([3.0, 400.0])
@@ -134,6 +145,10 @@ def test_all_films_by_one_product():
         if ".film." in name:
             p.data.zero_()  # what was joined is a copy
     assert_close(model(x, t, cond), want, rtol=1e-4, atol=1e-5)
+    twin = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data.zero_()
+    assert_close(twin(x, t, cond), want, rtol=1e-4, atol=1e-5)
 
 
 def test_films_with_branches_stay_apart():

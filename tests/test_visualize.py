@@ -317,6 +317,25 @@ def test_curves_of_a_killed_run_and_of_other_counts(tmp_path):
     assert len(where(fid_plot, plot.COLOURS[0])) and len(where(fid_plot, plot.COLOURS[1]))
 
 
+def test_copies_are_a_curve_of_their_own(tmp_path, monkeypatch):
+    drawn = {}
+
+    def spy(lines, title, *rest, **options):
+        drawn[title] = [line.y for line in lines]
+        return plot.line_plot(lines, title, *rest, **options)
+
+    monkeypatch.setattr(views, "line_plot", spy)
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "pixels": 3.0, "fid_num_images": 10, "copies": i / 10, "fid_seconds": 1.0}
+             for i in (1, 2)]  # fmt: skip
+    file.write_text("\n".join(map(json.dumps, lines)))
+    views.curves(file)
+    assert drawn == {
+        plot.distance_title("pixels"): [(3.0, 3.0)],
+        "Fraction of copies": [(0.1, 0.2)],
+    }
+
+
 ODD = [None, 0, -1, True, "x", [], {}, [[1]], 1e300, -3e38, 10**30, 10**400, 5e-324]
 RAW = ["1e400", "-Infinity", "NaN", "1" * 5000, '"\\ud800"', "[" * 3000]
 

@@ -7,7 +7,8 @@ A model that has learned what its images have in common gives about 0.01. Blurre
 everything, and give more in pixels: the picture of the pairs shows which it is.
 
 While a model trains (--fid_copies) the quantile is that of training images, each measured against
-all others: a small set holds too few images out. Pictures of the same thing make it smaller.
+all others: a small set holds too few images out. Pictures of the same thing make it smaller; the
+same picture twice does not count.
 """
 
 import math
@@ -22,6 +23,7 @@ from .. import UserError
 from ..data.batches import Batches
 from ..data.images import read_image
 from ..pictures.grid import strip
+from ..runtime.distributed import all_reduce_sum, progress, rank, world_size
 from .clip_score import measure
 from .features import Features
 
@@ -41,29 +43,40 @@ def nearest(points: Tensor, others: Tensor) -> Tensor:
 
 
 def features_of(data: Batches, features: Features) -> Tensor:
-    """Compute the features of n training images, then of their mirror images: (2 n, D)."""
-    return torch.cat(
-        [
-            features(np.ascontiguousarray(data.pixels[chunk][:, :, ::direction]))
-            for direction in (1, -1)
-            for chunk in np.split(data.train, range(CHUNK, len(data), CHUNK))
-        ]
-    )
+    """Compute the features of n training images, then of their mirror images: (2 n, D) float64.
+
+    Ranks share the work.
+    """
+    n = len(data)
+    width = features(data.pixels[data.train[:1]]).shape[1]
+    found = torch.zeros((2 * n, width), dtype=torch.float64)
+    chunks = [(low, direction) for direction in (1, -1) for low in range(0, n, CHUNK)]
+    for low, direction in progress(chunks[rank() :: world_size()], desc="copies", leave=False):
+        rows = data.train[low : low + CHUNK]
+        part = features(np.ascontiguousarray(data.pixels[rows][:, :, ::direction]))
+        first = low if direction == 1 else n + low
+        found[first : first + len(part)] = part
+    return all_reduce_sum(found)
 
 
 def nearness(train: Tensor) -> Tensor:
     """Give the 1 % quantile of the distances of training images to the nearest of the others.
 
-    train: see `features_of`. An image's own mirror image is none of the others.
+    train: see `features_of`. An image's own mirror image is none of the others, nor is the same
+    image another time. 0 where there are no others.
     """
     n = len(train) // 2
     found = []
     for rows in torch.arange(n).split(CHUNK):
-        distances = torch.cdist(train[rows], train)
+        points = train[rows]
+        distances = torch.cdist(points, train)
         for own in (rows, rows + n):
             distances.scatter_(1, own[:, None], math.inf)
+        distances[distances <= SAME * points.norm(dim=1, keepdim=True)] = math.inf
         found.append(distances.amin(1))
-    return torch.cat(found).quantile(0.01)
+    nearest_others = torch.cat(found)
+    nearest_others = nearest_others[nearest_others.isfinite()]
+    return nearest_others.quantile(0.01) if len(nearest_others) else torch.zeros(())
 
 
 def find_copies(

@@ -187,7 +187,7 @@ def for_inference(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
             for name, p in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(p.to(dtype), requires_grad=False))
     if isinstance(network, UNet) and next(network.parameters()).is_cuda:
-        join_films(network)  # launches bind there
+        join_films(network)  # launches are the limit there
     return network
 
 

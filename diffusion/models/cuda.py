@@ -149,8 +149,8 @@ def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -
         if isinstance(layer, Conv3x3):
             return cpu.convolve(layer, x, weight, bias)
         return type(layer)._conv_forward(layer, x, weight, bias)
-    pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
-    if pointwise and not torch.is_grad_enabled():
+    pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    if pointwise and layer.groups == 1 and not torch.is_grad_enabled():
         return to_image(F.linear(to_tokens(x), weight.flatten(1), bias), x.shape[2])
     from . import triton_images
 

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W pixels, N = HW positions, D channels of a head,
 
 import math
 from functools import partial
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -214,6 +215,11 @@ class UNet(Checkpointed):
         return self.conditioned(self.time(t), t, cond, self.label)
 
 
+def embed_for_all(network: UNet, t: Tensor, cond: Cond) -> Tensor:
+    """Give the scales and shifts of all ResBlocks, side by side."""
+    return network.films(F.silu(UNet.embed(network, t, cond)))
+
+
 def join_films(network: UNet) -> None:
     """Compute the scales and shifts of all ResBlocks by one product, of copies of their weights.
 
@@ -223,10 +229,15 @@ def join_films(network: UNet) -> None:
     films = [block.film for block in blocks]
     if any(film._forward_hooks or film._forward_pre_hooks for film in films):
         return
-    weight = torch.cat([film.weight for film in films])
-    bias = torch.cat([film.bias for film in films])
-    embed = network.embed
-    network.embed = lambda t, cond: F.linear(F.silu(embed(t, cond)), weight, bias)
+    weight, bias = (
+        nn.Parameter(torch.cat([getattr(film, name) for film in films]), requires_grad=False)
+        for name in ("weight", "bias")
+    )
+    with torch.device("meta"):
+        network.films = nn.Linear(*weight.shape[::-1])
+    network.films.weight = weight
+    network.films.bias = bias
+    network.embed = MethodType(embed_for_all, network)
     first = 0
     for block, film in zip(blocks, films):
         block.modulation = partial(torch.narrow, dim=1, start=first, length=film.out_features)

@@ -47,6 +47,7 @@ MAX_FRAMES = 51  # of a trajectory, besides those at PERCENT
 WEIGHTS = torch.linspace(0, 1, 8).tolist()  # of an interpolation
 MAX_PLOTS = 8  # of a log's curves, beneath each other
 DISTANCE = re.compile(r"\w{1,80}")  # a name of one, as `name_of` makes it
+COPIES = "copies"  # of --fid_copies
 OTHERS = ("step", "fid_seconds", "fid_num_images")  # numbers beside it
 LOSSES = {"loss": "training loss", "heldout_loss": "held-out loss"}
 # what the page compares with the chosen sampler, from the same noise
@@ -295,7 +296,7 @@ def table_plot(table: Table) -> Image.Image:
 
 
 def curves(metrics: Path) -> Image.Image | None:
-    """Plot loss, held-out loss and distances over steps; None where nothing is logged.
+    """Plot loss, held-out loss, distances and copies over steps; None where nothing is logged.
 
     Of the distances, those with names as `name_of` makes them, the first few of them.
     """
@@ -306,6 +307,8 @@ def curves(metrics: Path) -> Image.Image | None:
         for name, value in entry.items():
             if name in LOSSES:
                 curve = ("Loss", LOSSES[name])
+            elif name == COPIES:
+                curve = ("Fraction of copies", samples)
             elif "fid_seconds" in entry and name not in OTHERS and DISTANCE.fullmatch(name):
                 curve = (distance_title(name), samples)
             else:

@@ -19,8 +19,8 @@ def bf16_products() -> str | None:
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype that --amp means on a device; None means float32.
 
-    auto: bf16 on CUDA from sm_80 and on CPUs with AMX or avx512_bf16 (1.3 to 1.9 times as fast as
-    float32, docs/log.md), fp16 on older CUDA, else float32.
+    auto: bf16 on CUDA from sm_80 and on CPUs with AMX or avx512_bf16 (which train 1.3 to 1.9 times
+    as fast by it, docs/log.md), fp16 on older CUDA, else float32.
     Raises UserError for fp16 on a CPU.
     """
     if amp == "auto":

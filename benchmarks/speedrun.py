@@ -42,9 +42,9 @@ class Track(NamedTuple):
 TRACKS = {
     "cpu": Track(
         "two CPU cores, 400 s, cats at 32 px", 400, 32,
-        "--preset afhq_cat32 --device cpu --train_steps 1250 --save_and_sample_every 250 --keep_last 9"
-        " --num_samples 0",
-        "--steps 10 --batch_size 50 --guide {run}/checkpoints/step_00000500.pt --guidance_scale 2",
+        "--preset afhq_cat32 --device cpu --amp no --train_steps 1000 --save_and_sample_every 250"
+        " --keep_last 9 --num_samples 0",
+        "--steps 10 --batch_size 50 --amp no --guide {run}/checkpoints/step_00000250.pt --guidance_scale 2",
     ),
     "gpu": Track(
         "one H100, 10 minutes, cats at 64 px", 600, 64,

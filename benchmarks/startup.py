@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Seconds from the command to the end of the first training step, cold and warm.
 
-python benchmarks/startup.py [FOLDER] [--repeats 3] [any other option of train.py]
+python benchmarks/startup.py [--repeats 3] [options of train.py, such as --data FOLDER]
 
-Cold: nothing is cached; warm: the data's cache is there. FOLDER: of images (default: the embedded
-toy set). For scale, what `import torch` alone takes. --whole: instead, a whole run in an empty cache, from
-the command to its end. The last line is JSON.
+Cold: nothing is cached; warm: the data's cache is there. For scale, what `import torch` alone takes.
+--whole: instead, a whole run in an empty cache, from the command to its end. The last line is JSON.
 """
 
 import argparse
@@ -46,7 +45,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", nargs="?", default="toy")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--whole", action="store_true", help="measure whole runs instead")
     args, options = parser.parse_known_args()
@@ -54,7 +52,7 @@ def main() -> None:
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
-            run = ["--data", args.folder, "--cache_dir", str(root / "cache"), *options]
+            run = ["--cache_dir", str(root / "cache"), *options]
             if args.whole:
                 run += ["--save_folder", str(root / "run")]
                 times["whole"].append(common.run_script("train.py", run, root / "train.log"))
@@ -66,8 +64,7 @@ def main() -> None:
     for name, seconds in median.items():
         print(f"{name:>12}: {seconds:.2f} s")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    common.report("startup", device, {"data": Path(args.folder).name, "options": options,
-                                      "repeats": args.repeats, "seconds": median})  # fmt: skip
+    common.report("startup", device, {"options": options, "repeats": args.repeats, "seconds": median})  # fmt: skip
 
 
 if __name__ == "__main__":

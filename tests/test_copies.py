@@ -158,8 +158,10 @@ def test_ranks_share_the_features(images, folders, monkeypatch):
     features = open_features("pixels", torch.device("cpu"))
     monkeypatch.setattr(copies, "CHUNK", 40)  # six chunks for four ranks
     whole = copies.features_of(data, features)
-    assert_close(whole[:90].numpy(), pooled(images[:90]))
-    assert_close(whole[90:].numpy(), pooled(images[:90, :, ::-1]))
+    for part, direction in ((whole[:90], 1), (whole[90:], -1)):
+        expected = pooled(images[data.train][:, :, ::direction])
+        channels_last = part.unflatten(1, (3, -1)).mT.flatten(1)
+        assert_close(channels_last.numpy(), expected)
     monkeypatch.setattr(copies, "world_size", lambda: 4)
     parts = []
     for number in range(4):

@@ -64,7 +64,8 @@ def test_commands_are_what_the_programs_take(row):
             add_config_arguments(parser)
             values = vars(parser.parse_args(command[1:]))
             config = config_from_args(values, values.pop("preset"))
-            assert config.device == "cpu" and config.amp == "no" and config.log_every == 1
+            assert config.device == "cpu" and config.amp != "auto"  # which depends on the CPU
+            assert "curve" not in row or (config.amp == "no" and config.log_every == 1)
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "raw" in row], ids=lambda row: row["name"])

@@ -259,6 +259,7 @@ def fid_of(pipeline, pooled) -> Fid:
         name="pooled",
         steps=3,
         reference=reference,
+        train=None,
         conditioning=lambda indices: {"labels": pipeline.labels_in_turn(indices)},
     )
     return found

@@ -175,7 +175,7 @@ PROMPTS = {
 @pytest.mark.parametrize("skip", [1, 2])
 def test_vectors_are_those_of_a1111(tiny, a1111, number, skip):
     prompt = list(PROMPTS)[number]
-    pipeline = load(tiny, clip_skip=skip)
+    pipeline = load(tiny, amp="no", clip_skip=skip)
     ours = context(pipeline, [prompt])
     assert ours.shape[1] % 77 == 0
     expected = a1111(PROMPTS[prompt], ours.shape[1] // 77, skip)
@@ -185,7 +185,7 @@ def test_vectors_are_those_of_a1111(tiny, a1111, number, skip):
 
 
 def test_batch_mates_change_nothing(tiny, a1111):
-    pipeline = load(tiny)
+    pipeline = load(tiny, amp="no")
     prompts = ["a (red:1.4) fox", "a fox", "x " * 100, "a BREAK b"]
     options = pipeline.prompted(prompts, "(bad:1.2)")
     together = options(range(4))
@@ -205,7 +205,7 @@ def test_batch_mates_change_nothing(tiny, a1111):
 
 
 def test_prompts_without_syntax_are_read_as_before(tiny):
-    pipeline = load(tiny)
+    pipeline = load(tiny, amp="no")
     prompts = ["a fox: red, 10:30 :) 50% {x} a|b ]) <my-cat>", "x " * 100]
     options = pipeline.prompted(prompts)(range(2))
     assert options["plain_prompts"] is True and options["chunks"] == 2
@@ -299,7 +299,7 @@ def test_the_default_and_plain_prompts(tiny, call, capsys):
 @pytest.fixture(scope="module")
 def loras(tiny, tmp_path_factory):
     """A folder of LoRAs: fox.v1, and wolf in two places."""
-    parts = {"unet": load(tiny).model}
+    parts = {"unet": load(tiny, amp="no").model}
     lora.inject(parts["unet"], lora.find(parts["unet"], "attention"), 1, 1.0)
     states = lora.state(parts["unet"])
     for branch in states.values():

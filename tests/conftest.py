@@ -11,7 +11,8 @@ sys.path.insert(0, str(ROOT))
 pytest.register_assert_rewrite("helpers")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads on tiny tensors mostly wait
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache")  # not the user's own
+CACHE = tempfile.TemporaryDirectory(prefix="cache")  # not the user's own; removed at exit
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 def script(name: str, *args, cwd: Path, ranks: int = 0, **options) -> subprocess.CompletedProcess:

@@ -37,7 +37,8 @@ class Process:
     """What subprocess.Popen has; of several ranks, the first one's output. Signals go to all."""
 
     def __init__(self, name: str, *args, cwd: Path, ranks: int = 0, env: dict | None = None):
-        self.folder = Path(tempfile.mkdtemp(prefix="warm"))
+        self.outputs = tempfile.TemporaryDirectory(prefix="warm")  # goes when this object goes
+        self.folder = Path(self.outputs.name)
         self.args = [name, *map(str, args)]
         name = str(ROOT / name) if name.endswith(".py") else name
         port = free_port()

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import UserError, printable
 from .malloc import keep_freed_memory
+from .threads import use_free_cores
 
 TIMEOUT = 3600.0  # seconds
 LONG_WORK = 24 * 3600.0  # seconds; one rank may decode or download while the others wait
@@ -61,6 +62,8 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
         _join(device.startswith("cuda"), timeout)
     if device == "cpu":
         keep_freed_memory()
+        if not launched and (changed := use_free_cores()):
+            log(changed)
     return torch.device(device)
 
 

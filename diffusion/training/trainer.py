@@ -22,6 +22,7 @@ from ..runtime import compiler
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import seed_of
+from ..runtime.threads import use_threads_of
 from . import posthoc_ema
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA, TRACKS
@@ -119,6 +120,8 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         ranks = saved["ranks"]
         other = f"; {ranks} ranks saved it, {split.ranks} resume" if ranks != split.ranks else ""
         dist.log(f"resuming the run in {folder} from step {state.step}{other}")
+        if device.type == "cpu" and (changed := use_threads_of(saved.get("threads"))):
+            dist.log(changed)
         del saved
     if config.compile:
         model.compile()

@@ -99,17 +99,39 @@ def test_standardised_weights_do_not_depend_on_autocast(layout):
 
 
 @pytest.mark.parametrize("size, dim", [((4, 4), 256), ((2, 3), 160), ((16, 16), 64)])
-def test_convolution_is_torchs(size, dim):
-    """On a CPU by patches (the first two) or not, with gradients."""
+def test_a_product_of_patches_is_a_convolution(size, dim):
+    """With gradients, in float64."""
     torch.manual_seed(0)
-    conv = cpu.install(Conv3x3(8, dim)).to(memory_format=torch.channels_last).double()
+    conv = Conv3x3(8, dim).to(memory_format=torch.channels_last).double()
     x, y = (torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
     y.data.copy_(x.data)
     w, b = (p.detach().clone().requires_grad_() for p in conv.parameters())
     g = torch.randn(2, dim, *size, dtype=torch.float64)
-    conv(x).backward(g)
+    cpu.product_of_patches(x, conv.weight, conv.bias).backward(g)
     torch.nn.functional.conv2d(y, w, b, padding=1).backward(g)
     assert_close([x.grad, conv.weight.grad, conv.bias.grad], [y.grad, w.grad, b.grad])
+
+
+@pytest.mark.parametrize("amx, dtype, batch, size, dim, patches", [
+    (True, torch.bfloat16, 16, 4, 256, True),
+    (True, torch.bfloat16, 16, 4, 248, False),  # narrow
+    (True, torch.float32, 16, 4, 256, False),
+    (False, torch.bfloat16, 8, 4, 256, True),  # 128 positions
+    (False, torch.bfloat16, 9, 4, 256, False),
+    (False, torch.float32, 1, 4, 256, False),
+])  # fmt: skip
+@pytest.mark.parametrize("autocast", [False, True])
+def test_patches_where_they_pay(monkeypatch, amx, dtype, batch, size, dim, patches, autocast):
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    product = Mock(side_effect=cpu.product_of_patches)
+    monkeypatch.setattr(cpu, "product_of_patches", product)
+    kept = torch.float32 if autocast else dtype  # autocast decides, and not what comes
+    conv = cpu.install(Conv3x3(8, dim)).to(kept, memory_format=torch.channels_last)
+    x = torch.randn(batch, 8, size, size).to(kept)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+        out = conv(x)
+    assert out.dtype == dtype
+    assert product.called == patches
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -252,6 +274,8 @@ def test_the_network_is_the_same_with_and_without_fast_paths(monkeypatch):
     monkeypatch.setattr(cpu, "product_of_patches", patches)
     x, t = torch.randn(2, 3, 4, 4), torch.tensor([3.0, 400.0])
     assert_close(fast(x, t), plain(x, t), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(fast(x, t), plain(x, t), rtol=0.05, atol=0.05)
     assert patches.called  # 256 channels at 2x2
 
 

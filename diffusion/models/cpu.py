@@ -3,17 +3,20 @@
 A network computes the same without them, and on other devices they do nothing.
 
 A CPU's convolution brings the weights into its own order at every call, and the gradient of the
-weights it sums slowly where an image has few positions. For wide layers on small images both take
-longer than to convolve: with (16, 448, 4, 4) in bfloat16 a product of 3x3 patches takes half the
-time forward and 40 % of it with backward, with (2, 2560, 8, 8) less than a quarter of either.
+weights it sums slowly where an image has few positions. In bfloat16 a product of 3x3 patches then
+takes less: with AMX for all wide layers on small images ((16, 448, 4, 4) half the time forward,
+(2, 2560, 8, 8) a quarter), with avx512_bf16 for few positions in all only ((2, 1280, 8, 8) four
+fifths with backward, (1, 448, 4, 4) three fifths). In float32 it takes longer (docs/log.md).
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.precision import bf16_products
 from . import unet
 from .layers import Conv3x3, MultiHead, replace_methods
 from .sd_unet import FeedForward
@@ -27,10 +30,27 @@ def install(network: nn.Module) -> nn.Module:
 def convolve(conv: Conv3x3, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve by a product of patches where that is faster."""
     channels_last = weight.permute(0, 2, 3, 1).is_contiguous()
-    narrowest = 64 * math.sqrt(x.shape[2] * x.shape[3])
-    if x.device.type == "cpu" and channels_last and len(weight) >= narrowest:
+    if x.device.type == "cpu" and channels_last and in_bfloat16(x) and patches_pay(x, weight):
         return product_of_patches(x, weight, bias)
     return type(conv)._conv_forward(conv, x, weight, bias)
+
+
+def in_bfloat16(x: Tensor) -> bool:
+    """Tell whether a layer that is given x computes in bfloat16."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return (torch.get_autocast_dtype("cpu") if autocast else x.dtype) == torch.bfloat16
+
+
+def patches_pay(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether patches take less time than this CPU's convolution in bfloat16."""
+    B, _, H, W = x.shape
+    narrowest = 64 * math.sqrt(H * W)
+    return len(weight) >= narrowest and (has_amx() or B * H * W <= 128)
+
+
+@cache
+def has_amx() -> bool:
+    return bf16_products() == "amx"
 
 
 def product_of_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,9 +93,10 @@ def attend_in_float32(layer: MultiHead, q: Tensor, k: Tensor, v: Tensor) -> Tens
 def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     """Run 1024 tokens at a time, so that the wide layer stays in the cache.
 
-    (2, 4096, 320) takes 35 ms instead of 62. In training backward needs all of it anyway.
+    With AMX (2, 4096, 320) takes 35 ms instead of 62; with avx512_bf16 it takes no less. In
+    training backward needs all of it anyway.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not has_amx():
         return type(layer).forward(layer, x)
     chunks = x.flatten(0, 1).split(1024)
     return torch.cat([layer.net(chunk) for chunk in chunks]).view_as(x)

@@ -1,5 +1,6 @@
 """What the benchmarks share: turns, clocks, the machine's peak, the last line."""
 
+import bisect
 import contextlib
 import json
 import math
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,10 @@ def in_turn(
                 del pipes[name]
                 continue
             times[name] += [seconds] if i >= warm_up else []
+            if i == warm_up:  # something to see before the end
+                print(
+                    f"{name}: {seconds:.3g} s at its first measured turn of {repeats}", flush=True
+                )
             if device.type == "cpu":
                 time.sleep(0.3)  # until its threads no longer spin
     for pipe in pipes.values():
@@ -115,18 +121,25 @@ def lucidrains_flops(dim: int, mults, size: int) -> int:
     return flops_of(lambda: unet(x, t))
 
 
-def our_width(target: int, mults, size: int) -> tuple[int, int]:
-    """The width, a multiple of 8, whose forward pass costs nearest to `target`; and its FLOPs."""
+def nearest_width(target: int, flops_at) -> tuple[int, int]:
+    """Find the multiple of 8 whose network costs nearest to `target`; and its FLOPs.
+
+    flops_at(width): those of a forward pass, which grow with the width.
+    """
+    flops_at = cache(flops_at)
+    widths = range(8, 257, 8)
+    i = bisect.bisect_left(widths, target, key=flops_at)  # builds five networks of the 32
+    near = widths[max(0, i - 1) : i + 1]
+    best = min(near, key=lambda width: abs(flops_at(width) - target))
+    return best, flops_at(best)
+
+
+def our_flops(dim: int, mults, size: int) -> int:
+    """Count those of a forward pass of our pixel U-Net."""
     from diffusion.models.build import build_pixel_unet
 
-    x, t, costs = torch.zeros(1, 3, size, size), torch.zeros(1), {}
-    for dim in range(8, 257, 8):
-        unet = build_pixel_unet(dim, mults)
-        costs[dim] = flops_of(lambda unet=unet: unet(x, t))
-        if costs[dim] > 1.5 * target:
-            break
-    best = min(costs, key=lambda dim: abs(costs[dim] - target))
-    return best, costs[best]
+    unet, x, t = build_pixel_unet(dim, mults), torch.zeros(1, 3, size, size), torch.zeros(1)
+    return flops_of(lambda: unet(x, t))
 
 
 def diffusers_model(width: int, size: int):
@@ -142,34 +155,25 @@ def diffusers_model(width: int, size: int):
     )  # fmt: skip
 
 
-def diffusers_width(target: int, size: int) -> int:
-    """The width whose forward pass costs nearest to `target` FLOPs."""
-    x = torch.zeros(1, 3, size, size)
-    costs = {}
-    for width in range(32, 257, 8):
-        model = diffusers_model(width, size)
-        costs[width] = flops_of(lambda m=model: m(x, 1))
-        if costs[width] > 1.5 * target:
-            break
-    return min(costs, key=lambda w: abs(costs[w] - target))
+def diffusers_flops(width: int, size: int) -> int:
+    """Count those of a forward pass of `diffusers_model`."""
+    model, x = diffusers_model(width, size), torch.zeros(1, 3, size, size)
+    return flops_of(lambda: model(x, 1))
 
 
 def equal_costs(dim: int, mults, size: int) -> tuple[int, int, dict[str, int]]:
     """Our width and diffusers' whose forward passes cost nearest to lucidrains' of width dim, and the
     FLOPs of each side. A peer that is not installed has none; without lucidrains' dim is our width."""
-    from diffusion.models.build import build_pixel_unet
-
-    x, t, flops, ours, theirs = torch.zeros(1, 3, size, size), torch.zeros(1), {}, dim, 0
+    flops, ours, theirs = {}, dim, 0
+    try:
+        target = flops["lucidrains"] = lucidrains_flops(dim, mults, size)
+        ours, flops["ours"] = nearest_width(target, lambda width: our_flops(width, mults, size))
+    except ImportError:
+        target = flops["ours"] = our_flops(dim, mults, size)
     with contextlib.suppress(ImportError):
-        flops["lucidrains"] = lucidrains_flops(dim, mults, size)
-        ours, flops["ours"] = our_width(flops["lucidrains"], mults, size)
-    if "ours" not in flops:
-        unet = build_pixel_unet(ours, mults)
-        flops["ours"] = flops_of(lambda: unet(x, t))
-    with contextlib.suppress(ImportError):
-        theirs = diffusers_width(flops.get("lucidrains", flops["ours"]), size)
-        model = diffusers_model(theirs, size)
-        flops["diffusers"] = flops_of(lambda: model(x, 1))
+        theirs, flops["diffusers"] = nearest_width(
+            target, lambda width: diffusers_flops(width, size)
+        )
     return ours, theirs, flops
 
 

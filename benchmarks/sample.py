@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     device, bf16 = torch.device(args.device), torch.bfloat16
     dim, width, cost = common.equal_costs(args.dim, args.mults, args.size)
-    print("GFLOP of a forward pass:", {k: round(v / 1e9, 2) for k, v in cost.items()})
+    print("GFLOP of a forward pass:", {k: round(v / 1e9, 2) for k, v in cost.items()}, flush=True)
     images, ratio = {}, {}
     for n in args.counts:
         mine = partial(ours, args, dim, n)

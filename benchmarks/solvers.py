@@ -11,18 +11,22 @@ the picture that a deterministic solver makes of the same noise in 100 evaluatio
 import argparse
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 
-import diffusion
-from diffusion.data.images import read_image
-from diffusion.evaluation.distances import frechet_distance, moments
-from diffusion.evaluation.features import open_features
-from diffusion.pictures.grid import to_uint8
-from diffusion.process.names import SAMPLERS, SPACINGS
+sys.path.insert(0, str(common.ROOT))
+
+import diffusion  # noqa: E402
+from diffusion.data.images import read_image  # noqa: E402
+from diffusion.evaluation.distances import frechet_distance, moments  # noqa: E402
+from diffusion.evaluation.features import open_features  # noqa: E402
+from diffusion.pictures.grid import to_uint8  # noqa: E402
+from diffusion.process.names import SAMPLERS, SPACINGS  # noqa: E402
 
 REFERENCE = ("adams4", 100, "logsnr")
 

@@ -114,6 +114,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     dim, width, flops = common.equal_costs(args.dim, args.mults, args.size)
+    costs = {name: round(count / 1e9, 2) for name, count in flops.items()}
+    print("GFLOP of a forward pass:", costs, flush=True)
     sides = {"ours": partial(ours, args, dim), "ours_update": partial(ours, args, dim, True)}
     peers = {"lucidrains": lucidrains, "diffusers": partial(diffusers, width=width)}
     for name, build in peers.items():

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 
 import pytest
@@ -191,6 +193,31 @@ def test_help_lists_every_option_in_groups(tmp_path):
         assert f"--{f.name}" in done.stdout or f"--no_{f.name}" in done.stdout
     assert all(f"\n{section}:" in done.stdout for section in config.SECTIONS.values())
     assert "(default: 64)" in done.stdout and "--data_path" in done.stdout
+
+
+PROGRAMS = [
+    path.relative_to(ROOT)
+    for folder in ("diffusion", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "ArgumentParser(" in path.read_text() or "Parser(" in path.read_text()
+    if 'if __name__ == "__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_every_program_explains_itself(path, monkeypatch, capsys):
+    """argparse formats its texts only here: a per cent sign in one ends --help with an error."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+    with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that a module is imported already
+        if path.parts[0] == "diffusion":
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+    assert end.value.code in (0, None)
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_dry_run_tells_and_writes_nothing(tmp_path, faces):

@@ -73,7 +73,7 @@ def parse(args: list[str] | None = None):
     option("--fid_features FILE", "TorchScript network instead of Inception: uint8 NCHW to (N, D); or pixels, the images' own at 16x16")
     option("--clip FOLDER", "CLIP model as transformers writes it: also measure the CLIP score of FAKE with its prompts")
     option("--lpips", "also measure the diversity of FAKE: mean LPIPS of pairs (pip install lpips)")
-    option("--copies TRAIN", "also look for copies of training images, those of TRAIN (a folder, or what else --data of training takes) that training does not hold out: the fraction of FAKE nearer to one of them than 99 % of REAL's images that are not trained on. Without --fid_features FILE all is measured in pixels. metrics/copies.png shows the nearest pairs", requires=SIZED)
+    option("--copies TRAIN", "also look for copies of training images, those of TRAIN (a folder, or what else --data of training takes) that training does not hold out: the fraction of FAKE nearer to one of them than 99 in 100 of REAL's images that are not trained on. Without --fid_features FILE all is measured in pixels. metrics/copies.png shows the nearest pairs", requires=SIZED)
     option("--num_images N", "number of images to sample from a model", at_least(2), MODEL, default=10_000)
     option("--batch_size N", "images that a model samples at a time", POSITIVE, default=64)
     option("--samplers NAME:N,...", "samplers of a model, each with its steps", NAMES_WITH_STEPS, MODEL, default="dpmpp_2m:20")

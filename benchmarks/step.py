@@ -76,6 +76,6 @@ class Step:
         def update() -> None:
             for p, gradient in zip(self.network.parameters(), gradients):
                 p.grad = gradient
-            self.step.run([])
+            self.step.update()
 
         return update

@@ -83,6 +83,11 @@ class TrainStep:
 
     def run(self, parts: Sequence) -> None:
         """Step, and count what happened in stats."""
+        self.backward(parts)
+        self.update()
+
+    def backward(self, parts: Sequence) -> None:
+        """Leave each parameter its gradient of the mean loss of the parts."""
         device = self.recipe.device.type
         for p in self.optimizer.parameters:
             p.grad = None  # what a capture without enough memory left
@@ -93,7 +98,11 @@ class TrainStep:
                 self.scaler.scale(loss).backward()
             self.stats.add_loss(loss)
 
-        # a non-finite gradient is the same on all ranks, and changes nothing
+    def update(self) -> None:
+        """Clip the gradients, step the optimizer and the averages, and forget the gradients.
+
+        A non-finite gradient is the same on all ranks, and changes nothing.
+        """
         gradients = self.optimizer.take_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # all sides', however busy
 
 
 def timed(call, device) -> float:
@@ -128,7 +130,7 @@ def nearest_width(target: int, flops_at) -> tuple[int, int]:
     """
     flops_at = cache(flops_at)
     widths = range(8, 257, 8)
-    i = bisect.bisect_left(widths, target, key=flops_at)  # builds five networks of the 32
+    i = bisect.bisect_left(widths, target, key=flops_at)  # builds six networks of the 32 at most
     near = widths[max(0, i - 1) : i + 1]
     best = min(near, key=lambda width: abs(flops_at(width) - target))
     return best, flops_at(best)
@@ -162,6 +164,12 @@ def diffusers_flops(width: int, size: int) -> int:
 
 
 def equal_costs(dim: int, mults, size: int) -> tuple[int, int, dict[str, int]]:
+    """Call `count_costs` in a process of its own, whose memory is no side's: peaks are inherited."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(count_costs, dim, mults, size).result()
+
+
+def count_costs(dim: int, mults, size: int) -> tuple[int, int, dict[str, int]]:
     """Our width and diffusers' whose forward passes cost nearest to lucidrains' of width dim, and the
     FLOPs of each side. A peer that is not installed has none; without lucidrains' dim is our width."""
     flops, ours, theirs = {}, dim, 0

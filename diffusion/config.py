@@ -692,7 +692,8 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
 
     preset: names, the later ones on top. With no preset named, or those of PROCESSES alone,
     --sd_path brings fine_tune, unless an adapter is trained, and --data NAME its own
-    (PRESET_OF_DATA); preset "none" prevents that.
+    (PRESET_OF_DATA); preset "none" prevents that. A preset's Muon, and its learning rate, are for
+    pixel models from scratch.
     """
     check_bounds(values, BOUNDS)
     names = preset.split(",") if preset else []
@@ -702,10 +703,15 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
             own = "fine_tune" if values.get("adapter", "none") == "none" else "none"
         names = [own, *names]
     base = {}
+    from_scratch = values.get("load_path") is None and values.get("mode", "pixel") == "pixel"
     for name in names:
         if name not in ("none", *PRESETS):
             raise UserError(f"preset {name!r} is unknown; {_choose(name, ('none', *PRESETS))}")
-        base |= PRESETS.get(name, {})
+        own = dict(PRESETS.get(name, {}))
+        if own.get("optimizer") == "muon":
+            if not from_scratch or values.get("optimizer", "muon") != "muon":
+                del own["optimizer"], own["learning_rate"]
+        base |= own
     if "train_steps" in values and "epochs" in values:
         raise UserError("give either --train_steps or --epochs: both say how long to train")
     if "train_steps" in values:

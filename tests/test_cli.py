@@ -199,7 +199,7 @@ PROGRAMS = [
     path.relative_to(ROOT)
     for folder in ("diffusion", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if "ArgumentParser(" in path.read_text() or "Parser(" in path.read_text()
+    if "Parser(" in path.read_text()
     if 'if __name__ == "__main__"' in path.read_text()
 ]
 
@@ -209,6 +209,7 @@ def test_every_program_explains_itself(path, monkeypatch, capsys):
     """argparse formats its texts only here: a per cent sign in one ends --help with an error."""
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))  # benchmarks have a common.py
     name = ".".join(path.with_suffix("").parts).removesuffix(".__main__")
     with pytest.raises(SystemExit) as end, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that a module is imported already
@@ -541,3 +542,23 @@ def test_nothing_asks_the_network_unless_told_to(tmp_path, model, scratch, faces
     offline(tmp_path, ROOT / "sample.py", "--load_path", model, *few.split())
     offline(tmp_path, ROOT / "visualize.py", "--load_path", model, "--data", faces, *few.split())
     offline(tmp_path, "-m", "diffusion.study", "--load_path", scratch, "--data", faces, *study.split())  # fmt: skip
+
+
+@pytest.mark.parametrize("given, optimizer, rate", [
+    ({}, "muon", 3e-3),
+    ({"preset": "flow"}, "muon", 3e-3),
+    ({"learning_rate": 0.01}, "muon", 0.01),
+    ({"optimizer": "adamw"}, "adamw", 1e-3),
+    ({"mode": "vae"}, "adamw", 1e-3),
+    ({"mode": "latent", "vae": "results/vae"}, "adamw", 1e-3),
+    ({"load_path": "model.pt"}, "adamw", 1e-3),
+    ({"load_path": "model.pt", "optimizer": "muon"}, "muon", 1e-3),
+    ({"load_path": "model.pt", "adapter": "lora"}, "adamw", 1e-3),
+    ({"load_path": "model.pt", "adapter": "lora", "optimizer": "adamw"}, "adamw", 1e-3),
+    ({"load_path": "model.pt", "consistency": True}, "adamw", 1e-3),
+    ({"load_path": "model.pt", "preset": "toy,fine_tune"}, "adamw", 1e-5),
+])  # fmt: skip
+def test_a_presets_muon_is_for_pixel_models_from_scratch(given, optimizer, rate):
+    """At its learning rate, which is no other optimizer's."""
+    found = config_from_args({k: v for k, v in given.items() if k != "preset"}, given.get("preset"))
+    assert (found.optimizer, found.learning_rate) == (optimizer, rate)

@@ -122,7 +122,7 @@ def test_a_product_of_patches_is_a_convolution(size, dim):
 ])  # fmt: skip
 @pytest.mark.parametrize("autocast", [False, True])
 def test_patches_where_they_pay(monkeypatch, amx, dtype, batch, size, dim, patches, autocast):
-    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu, "AMX", amx)
     product = Mock(side_effect=cpu.product_of_patches)
     monkeypatch.setattr(cpu, "product_of_patches", product)
     kept = torch.float32 if autocast else dtype  # autocast decides, and not what comes
@@ -132,6 +132,19 @@ def test_patches_where_they_pay(monkeypatch, amx, dtype, batch, size, dim, patch
         out = conv(x)
     assert out.dtype == dtype
     assert product.called == patches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amx", [False, True])
+def test_torch_compile_makes_one_graph_of_a_network(monkeypatch, amx):
+    """In bfloat16: what a fast path asks of the CPU would cut it."""
+    monkeypatch.setattr(cpu, "AMX", amx)
+    network = build_pixel_unet(8, (1, 2))
+    inputs = (torch.randn(2, 3, 8, 8), torch.tensor([3.0, 400.0]))
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch._dynamo.explain(network)(*inputs)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

@@ -137,6 +137,9 @@ def read(path: Path) -> dict:
 def check_parts(path: Path, state: dict, kinds: dict) -> None:
     """Refuse a checkpoint in which a part is missing or of another kind."""
     odd = [name for name, kind in kinds.items() if not isinstance(state.get(name, ...), kind)]
+    threads = state.get("threads")  # none in older ones
+    if threads is not None and (type(threads) is not int or threads < 1):
+        odd.append("threads")
     if odd:
         raise UserError(f"{path} is damaged: it has no usable {', '.join(odd)}")
 

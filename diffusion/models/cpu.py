@@ -6,11 +6,11 @@ A CPU's convolution brings the weights into its own order at every call, and the
 weights it sums slowly where an image has few positions. In bfloat16 a product of 3x3 patches then
 takes less: with AMX for all wide layers on small images ((16, 448, 4, 4) half the time forward,
 (2, 2560, 8, 8) a quarter), with avx512_bf16 for few positions in all only ((2, 1280, 8, 8) four
-fifths with backward, (1, 448, 4, 4) three fifths). In float32 it takes longer (docs/log.md).
+fifths with backward, (1, 448, 4, 4) three fifths). In float32 it takes longer on the one CPU on
+which that was measured (docs/log.md).
 """
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from ..runtime.precision import bf16_products
 from . import unet
 from .layers import Conv3x3, MultiHead, replace_methods
 from .sd_unet import FeedForward
+
+AMX = bf16_products() == "amx"  # a constant: torch.compile cannot ask the CPU
 
 
 def install(network: nn.Module) -> nn.Module:
@@ -45,12 +47,7 @@ def patches_pay(x: Tensor, weight: Tensor) -> bool:
     """Tell whether patches take less time than this CPU's convolution in bfloat16."""
     B, _, H, W = x.shape
     narrowest = 64 * math.sqrt(H * W)
-    return len(weight) >= narrowest and (has_amx() or B * H * W <= 128)
-
-
-@cache
-def has_amx() -> bool:
-    return bf16_products() == "amx"
+    return len(weight) >= narrowest and (AMX or B * H * W <= 128)
 
 
 def product_of_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,7 +93,7 @@ def feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     With AMX (2, 4096, 320) takes 35 ms instead of 62; with avx512_bf16 it takes no less. In
     training backward needs all of it anyway.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or not has_amx():
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not AMX:
         return type(layer).forward(layer, x)
     chunks = x.flatten(0, 1).split(1024)
     return torch.cat([layer.net(chunk) for chunk in chunks]).view_as(x)

@@ -1,11 +1,15 @@
 """Choose how many threads compute on a CPU: as many as there are free cores.
 
 A layer's work is cut into equal parts, one for each thread, and ends with the slowest: beside a
-process that keeps one of two cores busy, two threads take more than twice as long as one.
+process that keeps one of two cores busy, two threads take more than twice as long as one. Torch's
+own number is the most; where it counts cores and Linux two threads of each, a half-busy machine
+looks free.
 """
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -17,64 +21,83 @@ QUOTAS = (  # where Linux says how much of the cores a container may use: micros
     ("cpu.max",),
     ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
 )
+USUAL = torch.get_num_threads()
+_set = [USUAL]  # the numbers that were set here; another one is a caller's choice
 
 
 def is_asked() -> bool:
-    """Tell whether the user, or torchrun, has set the number of threads."""
-    return any(name in os.environ for name in ASKED) or "RANK" in os.environ
+    """Tell whether the user, a caller or torchrun has set the number of threads."""
+    named = any(name in os.environ for name in (*ASKED, "RANK"))
+    return named or torch.get_num_threads() != _set[-1]
+
+
+def use(threads: int) -> None:
+    """Compute on this many threads from here on."""
+    torch.set_num_threads(threads)
+    _set.append(threads)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Restore, at the end, the number of threads that there was."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            use(before)
 
 
 @cache
 def use_free_cores() -> str | None:
     """Compute on as many threads as there are free cores, at most torch's own number.
 
-    Looks once in a process, for a fifth of a second. Returns what to tell the user, None where
-    nothing changed.
+    Looks once in a process, for a fifth of a second, and if a core is busy then for another second.
+    Returns what to tell the user, None where nothing changed.
     """
-    usual = torch.get_num_threads()
-    free = None if is_asked() or usual == 1 else free_cores()
-    threads = usual if free is None else min(usual, max(1, int(free + BUSY)))
-    if threads == usual:
+    if is_asked() or USUAL == 1:
         return None
-    torch.set_num_threads(threads)
+    for seconds in (0.2, 1.0):  # a moment's load says little of a long run
+        free = free_cores(seconds)
+        if free is None or int(free + BUSY) >= USUAL:
+            return None
+    threads = max(1, int(free + BUSY))
+    use(threads)
     return (
-        f"computing on {threads} of {usual} threads, as {free:.1f} cores are free; "
-        f"OMP_NUM_THREADS={usual} uses them all"
+        f"computing on {threads} of {USUAL} threads, as {free:.1f} cores are free; "
+        "OMP_NUM_THREADS sets another number"
     )
 
 
 def use_threads_of(saved: int | None) -> str | None:
-    """Compute on as many threads as a run has so far: other numbers round its sums otherwise.
+    """Compute on as many threads as a run has so far, since others round its sums differently.
 
-    saved: that number, None if unknown. Nothing changes where there are fewer cores than that, or
-    where the user has chosen. Returns what to tell the user, None where nothing changed.
+    saved: that number, None if unknown. Returns what to tell the user, None if there is nothing.
     """
-    if saved is None or is_asked() or saved == torch.get_num_threads() or saved > cores():
+    wanted = USUAL if saved is None else saved
+    now = torch.get_num_threads()
+    if wanted == now:
         return None
-    torch.set_num_threads(saved)
-    number = "one thread" if saved == 1 else f"{saved} threads"
-    return f"computing on {number}, as the run has so far; OMP_NUM_THREADS sets another number"
+    if is_asked() or wanted > USUAL:
+        return f"threads: {now} from here on, {wanted} so far; sums are rounded differently"
+    use(wanted)
+    return f"computing on {wanted} of {USUAL} threads, as the run has so far"
 
 
-def cores() -> int:
-    """Count the cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+def free_cores(seconds: float) -> float | None:
+    """Measure for so long how many of the cores that this process may use are idle, in cores.
 
-
-def free_cores(seconds: float = 0.2) -> float | None:
-    """Measure how many of the cores that this process may use are idle, in cores.
-
-    None where the system does not tell (all but Linux).
+    None where the system does not tell (all but Linux, and containers that number them anew).
     """
     try:
         mine = os.sched_getaffinity(0)
         before = ticks(Path("/proc/stat").read_text())
         time.sleep(seconds)
         after = ticks(Path("/proc/stat").read_text())
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, ValueError):
         return None
-    return min(idle_cores(before, after, mine), quota(Path("/sys/fs/cgroup")))
+    idle = idle_cores(before, after, mine)
+    return None if idle is None else min(idle, quota(Path("/sys/fs/cgroup")))
 
 
 def ticks(stat: str) -> dict[int, tuple[int, int]]:
@@ -89,12 +112,14 @@ def ticks(stat: str) -> dict[int, tuple[int, int]]:
     return found
 
 
-def idle_cores(before: dict, after: dict, cores: set[int]) -> float:
-    """Sum the idle share of cores between two readings of `ticks`."""
+def idle_cores(before: dict, after: dict, cores: set[int]) -> float | None:
+    """Sum the idle share of cores between two readings of `ticks`; None if one is not in them."""
+    if not cores <= before.keys() & after.keys():
+        return None
     free = 0.0
-    for core in cores & before.keys() & after.keys():
+    for core in cores:
         idle, total = (late - early for late, early in zip(after[core], before[core]))
-        free += idle / total if total > 0 else 1.0
+        free += min(1.0, max(0.0, idle / total)) if total > 0 else 1.0
     return free
 
 

@@ -108,8 +108,6 @@ def resolve_config(
         config.check_use(given)
         return config
     values: dict = {"condition_dropout": 0.0}
-    if config.optimizer == "muon" and "optimizer" not in given:  # a preset's, for whole trainings
-        values |= {name: DEFAULTS[name] for name in ("optimizer", "learning_rate")}
     if config.load_path is not None:
         theirs = base.config
         if theirs.mode == "vae":

@@ -86,6 +86,12 @@ class Recipe:
         """
         if base is not None and (fresh or self.config.adapts):
             start_from(model, base, self.config)
+            theirs = base.config.objective
+            if fresh and theirs != self.config.objective:
+                dist.log(
+                    f"warning: {self.config.load_path} predicts {theirs}, and from here on it "
+                    f"learns to predict {self.config.objective}; --objective {theirs} keeps it"
+                )
         if self.config.class_prompt is not None:
             self.prior = finetune.prior_batches(self, model)
         self.trainable.prepare(model)

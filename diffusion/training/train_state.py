@@ -81,7 +81,7 @@ class TrainState:
             "samples_seen": self.samples_seen,
             "best_loss": self.best_loss,
             "ranks": self.split.ranks,
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() if self.recipe.device.type == "cpu" else None,
             "config": config.shared(),
             "origin": self.origin,
             **metadata,

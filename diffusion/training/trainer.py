@@ -18,11 +18,10 @@ from ..evaluation.fid import Fid
 from ..files import checkpoint
 from ..files.atomic import blame
 from ..pictures.grid import NonFinite
-from ..runtime import compiler
+from ..runtime import compiler, threads
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import seed_of
-from ..runtime.threads import use_threads_of
 from . import posthoc_ema
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA, TRACKS
@@ -64,7 +63,7 @@ def train(config: Config, given: set[str] | None = None) -> None:
         compiler.prepare(device)
     split = split_batch(config)
     folder = Path(config.save_folder)
-    with friendly_errors(config, split.micro, lambda: 0), claim(folder):
+    with friendly_errors(config, split.micro, lambda: 0), claim(folder), threads.kept():
         if config.overwrite and is_overwritten(folder):
             dist.log("Restarted: resuming, --overwrite already applied.")
             config = replace(config, overwrite=False)
@@ -78,6 +77,10 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
 
     # the parts
     config, saved = resume(config, folder)
+    if saved is not None and device.type == "cpu" and saved["ranks"] == split.ranks:
+        # before anything is computed
+        if said := threads.use_threads_of(saved.get("threads")):
+            dist.log(said)
     if config.wandb:
         import_wandb()  # missing: say so now
     if base is None and saved is None:
@@ -120,8 +123,6 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         ranks = saved["ranks"]
         other = f"; {ranks} ranks saved it, {split.ranks} resume" if ranks != split.ranks else ""
         dist.log(f"resuming the run in {folder} from step {state.step}{other}")
-        if device.type == "cpu" and (changed := use_threads_of(saved.get("threads"))):
-            dist.log(changed)
         del saved
     if config.compile:
         model.compile()

@@ -3,7 +3,7 @@
 python -m diffusion.reproduce                   list the rows of docs/ledger.jsonl
 python -m diffusion.reproduce toy               run one: its value, the ledger's, and a verdict
 python -m diffusion.reproduce cats --data PATH  one whose images are not in the clone
-python -m diffusion.reproduce --check           the first steps of what trains, within a minute
+python -m diffusion.reproduce --check           the first steps of what trains, in a minute
 
 The order of the images, the timesteps and the noise are functions of the seed, on every machine.
 What depends on the machine is rounding: of sums (the kind of CPU, the number of threads, torch's
@@ -46,7 +46,7 @@ from .runtime.distributed import log
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "docs" / "ledger.jsonl"
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # which decide how a CPU computes
-STEPS = 5  # that --check trains
+STEPS = 15  # that --check trains: enough for the loss to fall
 CLOSE = 1e-4  # relative difference of their losses
 RUN = Rule("NAME without --check", lambda args: args.name and not args.check)
 ANY = Rule("NAME or --check", lambda args: args.name or args.check)

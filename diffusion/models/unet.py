@@ -211,7 +211,7 @@ class UNet(Checkpointed):
         return x[..., :H, :W]
 
     def embed(self, t: Tensor, cond: Cond) -> Tensor:
-        """Give what the ResBlocks are told of t (B,) and the condition: (B, E)."""
+        """Give what the ResBlocks read of t (B,) and the condition: (B, E)."""
         return self.conditioned(self.time(t), t, cond, self.label)
 
 

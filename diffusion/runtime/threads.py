@@ -87,7 +87,7 @@ def use_threads_of(saved: int | None) -> str | None:
 def free_cores(seconds: float) -> float | None:
     """Measure for so long how many of the cores that this process may use are idle, in cores.
 
-    None where the system does not tell (all but Linux, and containers that number them anew).
+    None where the system does not tell (all but Linux, and containers with numbers of their own).
     """
     try:
         mine = os.sched_getaffinity(0)

@@ -126,10 +126,10 @@ import json, os, sys, time
 seed, out, wait = float(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 os.makedirs(out, exist_ok=True)
 with open(out + "/metrics.jsonl", "w") as file:
-    for step in range(1, 8):
+    for step in range(1, 18):
         print(json.dumps({"step": step, "loss": seed / step}), file=file, flush=True)
     time.sleep(wait)
-    print(json.dumps({"step": 8, "heldout_loss": seed / 9}), file=file)
+    print(json.dumps({"step": 18, "heldout_loss": seed / 9}), file=file)
 print("noise")
 print(json.dumps({"threads": int(os.environ["OMP_NUM_THREADS"]), "deep": [{"x": seed}]}))
 """
@@ -144,7 +144,7 @@ def call(tmp_path, monkeypatch, capsys):
         row = dict(name="r", about="a loss", unit="", seeds=[1, 2], values=[1 / 9, 2 / 9], threads=3,
                    file="metrics.jsonl", path=[-1, "heldout_loss"], tolerance=1e-4, machine="M", torch="2")  # fmt: skip
         row["commands"] = [[str(tmp_path / "trains.py"), "{seed}", "{out}", str(wait)]]
-        row["curve"] = dict(file="metrics.jsonl", losses=[[1 / n for n in range(1, 8)]] * 2)
+        row["curve"] = dict(file="metrics.jsonl", losses=[[1 / n for n in range(1, 18)]] * 2)
         file = tmp_path / "ledger.jsonl"
         file.write_text(json.dumps(row | more) + "\n")
         monkeypatch.setattr(reproduce, "LEDGER", file)
@@ -178,10 +178,11 @@ def test_the_first_steps_are_compared(call, tmp_path):
     """The run is not waited for, and nothing but the losses counts."""
     status, said = call({"values": [5.0, 5.0]}, "--check", wait=600)
     assert status == 0 and "as in the ledger" in said
-    losses = [1.0, 0.5, 1 / 3, 0.25, 0.2 * (1 + 2e-4)]
+    losses = [1 / n for n in range(1, 18)]
+    losses[14] *= 1 + 2e-4  # the last one that is compared
     wrong = {"curve": dict(file="metrics.jsonl", losses=[losses])}
     assert call(wrong, "r", "--check", wait=600)[0] == 1
-    with pytest.raises(UserError, match="5 steps"):
+    with pytest.raises(UserError, match="15 steps"):
         call({"curve": dict(file="none.jsonl", losses=[losses])}, "--check")
 
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Train a diffusion model; see diffusion/commands/train.py."""
 
-from diffusion.commands.train import main
-from diffusion.config import run_script
+from diffusion.commands.train import command
 
 if __name__ == "__main__":
-    run_script(main)
+    command()

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Draw the forward and the reverse process of a model; see diffusion/commands/visualize.py."""
 
-from diffusion.commands.visualize import main
-from diffusion.config import run_script
+from diffusion.commands.visualize import command
 
 if __name__ == "__main__":
-    run_script(main)
+    command()

@@ -1,11 +1,24 @@
 """Image diffusion in plain PyTorch: train, sample, look, measure.
 
-pipeline = diffusion.load("results/model.pt")
-images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
+model = diffusion.load()              # results/model.pt, else the model that comes with the package
+images = model.sample(16, steps=20)   # (16, 3, H, W) in [-1, 1]; images.pil(), images.grid()
+folder = diffusion.train(data="FOLDER", train_steps=5000)
 """
+
+from __future__ import annotations
 
 import itertools
 import reprlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from .sampling.pipeline import Pipeline
+
+    File = str | Path
+    Lora = File | tuple[File, float]
 
 __version__ = "0.1.0"
 
@@ -45,8 +58,66 @@ def printable(text: str) -> str:
     )
 
 
-def load(path, weights=None, device="cpu", **options):
-    """Open any model as something to sample from; see `sampling.load.load`."""
-    from .sampling.load import load  # torch takes seconds to import: only when it is needed
+def load(
+    path: File | None = None,
+    *,
+    lora: Lora | list[Lora] = (),
+    embedding: File | Sequence[File] = (),
+    guide: File | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    sd_path: File | None = None,
+    config: File | None = None,
+    vae: File | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    **options,
+) -> Pipeline:
+    """Open any model as something to sample from.
 
-    return load(path, weights, device, **options)
+    path: a model.pt or ema.safetensors, the folder of a run, or Stable Diffusion 1.x as a diffusers
+    folder or a single file; None: results/model.pt, and where there is none, the model that comes
+    with the package. lora: a file, (file, weight), or a list of these. embedding: files of textual
+    inversions. guide: a worse model of the same kind, which guidance leads away from. weights:
+    "ema" or "raw". device: "cpu", "cuda", "mps" or "auto". sd_path, vae: where the networks are now
+    that a latent model was trained with; config: the configs of a single file of other sizes.
+    height, width: of a latent model's images, in pixels. options: amp, clip_skip, objective,
+    vae_tiling, as for sample.py.
+    Raises UserError for files that are no models, and for options that the model has no use for.
+    """
+    from .runtime.distributed import find_device  # torch takes seconds to import
+    from .sampling.load import load
+
+    loras = lora if isinstance(lora, list) else [lora] if lora else []
+    embeddings = embedding if isinstance(embedding, list | tuple) else [embedding]
+    places = {"guide": guide, "config": config, "vae": vae}
+    return load(
+        path,
+        weights,
+        find_device(device),
+        sd_path and str(sd_path),
+        loras=[one if isinstance(one, tuple) else (one, 1.0) for one in loras],
+        embeddings=embeddings,
+        **{name: place and str(place) for name, place in places.items()},
+        height=height,
+        width=width,
+        **options,
+    )
+
+
+def train(*, preset: str | None = None, **options) -> Path:
+    """Train a model, or go on with the run in save_folder; return this folder, for `load`.
+
+    options: those of train.py, by the same names: data, image_size, train_steps, save_folder, ...
+    preset: a recipe to start from, or several with commas; None: that of the data, as train.py.
+    Ctrl-C (in a notebook: stop) saves the step that was reached, and the same call resumes it.
+    Raises UserError for mistakes in the options.
+    """
+    from pathlib import Path
+
+    from .config import config_from_options
+    from .training.trainer import train
+
+    config = config_from_options(options, preset)
+    train(config, set(options))
+    return Path(config.save_folder)

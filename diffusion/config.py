@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -720,6 +721,34 @@ def config_from_args(values: dict, preset: str | None = None) -> Config:
     if values.get("data", "") is None:
         raise UserError(f"preset {preset} has no data of its own: give --data FOLDER")
     return Config.from_dict(values)
+
+
+def config_from_options(options: dict, preset: str | None = None) -> Config:
+    """Build the configuration of options by their names in Python, as `config_from_args` does.
+
+    Raises UserError for one that there is not, with what it may be called here.
+    """
+    parser = Parser()
+    add_config_arguments(parser)
+    if unknown := [name for name in options if name not in DEFAULTS]:
+        raise UserError(f"unknown option {unknown[0]}{parser.guess(unknown[0])}")
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    values |= {k: PATH(values[k]) for k in PATHS if values.get(k) is not None}
+    values |= {k: model_path(values[k]) for k in ("load_path", "guide") if values.get(k)}
+    return config_from_args(values, preset)
+
+
+def command_line(program: str, *args, **options) -> str:
+    """Write a command that can be pasted; options that are None or False are left out.
+
+    program: train, sample or visualize, of the clone or as it was installed; or a module.
+    """
+    installed = Path(sys.argv[0]).stem.startswith("diffusion-")
+    start = ["python", "-m", program] if "." in program else ["python", f"{program}.py"]
+    start = [f"diffusion-{program}"] if installed and "." not in program else start
+    given = {f"--{name}": value for name, value in options.items() if value not in (None, False)}
+    rest = [part for pair in given.items() for part in pair if part is not True]
+    return shlex.join(map(str, [*start, *args, *rest]))
 
 
 def fail(text: str) -> typing.NoReturn:

@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import GUIDANCE, STEPS, Parser, add_runtime_arguments, model_path, run_script
+from .config import (
+    GUIDANCE,
+    STEPS,
+    Parser,
+    add_runtime_arguments,
+    command_line,
+    model_path,
+    run_script,
+)
 from .data.latents import weights_digest
 from .files.sd_files import write_json
 from .process.samplers import D0, NOISE, Table, X, Y, one_state
@@ -134,6 +142,7 @@ def main() -> None:
     file = Path(args.save or Path(args.model).with_name(f"table_{args.steps}.json"))
     write_json(file, dict(model=digest, taught_by=about, rows=rows.tolist()))
     log(f"{file}: {about}")
+    log(f"next: {command_line('sample', load_path=args.model, sampler=file)}")
 
 
 if __name__ == "__main__":

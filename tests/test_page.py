@@ -35,7 +35,7 @@ def few_tables(monkeypatch):
     monkeypatch.setattr(page_module, "EXACT", ("ddim", 1))
 
 
-def write(path, size=16, trained=True, images=2, name="vp"):
+def write(path, size=16, images=2, name="vp"):
     """A page in which every frame has a colour of its own."""
     config = Config(image_size=size, path=name)
     pipeline = Pipeline(config, torch.nn.Identity(), make_path(name, 1000, "v"))
@@ -47,7 +47,7 @@ def write(path, size=16, trained=True, images=2, name="vp"):
         return Trajectory(name, t, x, x + 100)
 
     forward = Trajectory("forward", [0.0, 500.0, 999.0], np.stack([colour(v) for v in (7, 8, 9)]))
-    runs = [process("ddpm, 50 steps", 50, 0), process("ddim, 10 steps", 10, 1)] if trained else []
+    runs = [process("ddpm, 50 steps", 50, 0), process("ddim, 10 steps", 10, 1)]
     data = Picked(torch.zeros(images, 3, size, size), ["a.png", EVIL], ["", EVIL])
     write_page(path, pipeline, forward, data, runs)
 
@@ -118,18 +118,6 @@ def test_play_runs_to_the_image(tmp_path):
       out.end = pixel("x"); out.after = $("play").textContent""")  # fmt: skip
     assert out["label"] == "Pause" and out["after"] == "Play" and out["errors"] == []
     np.testing.assert_allclose(out["end"], 110, atol=1)
-
-
-@needs_chromium
-@pytest.mark.usefixtures("few_tables")
-def test_without_a_model_the_forward_process_remains(tmp_path):
-    write(tmp_path / "index.html", trained=False)
-    out = play(tmp_path / "index.html", """
-      slide(0); out.noise = pixel("forward"); slide(1000); out.image = pixel("forward");
-      out.hidden = [...document.querySelectorAll(".model")].every(e => e.hidden)""")  # fmt: skip
-    assert out["errors"] == [] and out["hidden"]
-    np.testing.assert_allclose(out["noise"], 9, atol=1)
-    np.testing.assert_allclose(out["image"], 7, atol=1)
 
 
 @pytest.mark.usefixtures("few_tables")

@@ -391,13 +391,13 @@ def test_pictures_that_are_not_finite_are_not_saved(model, tmp_path):
 
 
 def test_good_batches_before_a_bad_one_stay(model, tmp_path, call, monkeypatch):
-    sample_well = Pipeline.sample
+    sample_well = Pipeline.sample_batch
 
     def sample(self, indices, **options):
         x = sample_well(self, indices, **options)
         return x if 3 not in indices else torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.inf, x)  # fmt: skip
 
-    monkeypatch.setattr(Pipeline, "sample", sample)
+    monkeypatch.setattr(Pipeline, "sample_batch", sample)
     with pytest.raises(UserError, match=r"1 of 2 pictures \(3\)"):
         call("sample", *plain(model, tmp_path), "--num_images", 6, "--batch_size", 2)
     assert set(contents(tmp_path / "images")) == {"000000.png", "000001.png"}
@@ -496,13 +496,6 @@ def test_options_of_visualize(model, tmp_path, call, args, name):
     with pytest.raises(UserError, match=name):
         call("visualize", "--load_path", model, "--save_folder", tmp_path / "s", *args.split())
     assert not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize("args", ["--prompt a", "--class_label a", "--guidance_scale 2", "--weights raw", "--vae x"])  # fmt: skip
-def test_options_of_visualize_without_a_model(tmp_path, call, args, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"{args.split()[0]}.*load_path"):
-        call("visualize", "--save_folder", tmp_path / "s", *args.split())
 
 
 @pytest.mark.parametrize("args, name", [

@@ -58,11 +58,12 @@ def pixels(path) -> np.ndarray:
 
 
 def test_as_a_user_calls_it(tmp_path):
-    """Without arguments and without a model: the toy's forward process and the schedules."""
+    """Without arguments and without a model of one's own: the one that comes with the package."""
     done = script("visualize.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "only the forward process" in done.stdout
-    assert {p.name for p in (tmp_path / "results" / "viz").iterdir()} == FORWARD
+    viz = tmp_path / "results" / "viz"
+    assert {p.name for p in viz.iterdir()} == FORWARD | REVERSE - {"curves.png"}
+    assert done.stdout.splitlines()[-1] == "next: python visualize.py --html"
 
 
 def test_a_model(model, tmp_path, show):

@@ -7,6 +7,7 @@ torchrun --nproc_per_node=8 sample.py --load_path results/model.pt --num_images 
 """
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from ..config import (
     add_guidance_arguments,
     add_runtime_arguments,
     at_least,
+    command_line,
+    run_script,
 )
-from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS, SPACINGS
+from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS, PROMPT_SCALE, SPACINGS
 
 MAX_LORA_WEIGHT = 1000  # far beyond it pictures saturate, then numbers overflow
 LORA_SUFFIXES = (".safetensors", ".pt", ".ckpt")
@@ -55,7 +58,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     option = parser.option
     # fmt: off
-    option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt)")
+    option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt; without it the one that comes with the program, cartoon faces)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
@@ -64,7 +67,7 @@ def parse(args: list[str] | None = None):
     option("--spacing NAME", f"spacing of the timesteps: {'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
     option("--churn X", "S_churn of the heun and dpm2 samplers: noise that is added before each step but the first", NOT_NEGATIVE, default=0.0)
     option("--shift X", "factor on sigma / alpha of the levels that --spacing flow visits (default: the model's noise_shift)", POSITIVE, SHIFTS)
-    option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance (default: 7.5 with prompts, else 1)", GUIDANCE)
+    option("--guidance_scale X", f"classifier-free guidance scale; 1: no guidance (default: {PROMPT_SCALE} with prompts, else 1)", GUIDANCE)
     option("--guidance_rescale X", "strength of the correction of the contrast that guidance raises, 0 to 1", FRACTION, GUIDED, default=0.0)
     add_guidance_arguments(parser)
     option("--class_label NAME", "class of the images, by name or number; all: every class in turn (default: no label)")
@@ -115,7 +118,7 @@ def parse(args: list[str] | None = None):
 
         args.guidance_scale = read_table(Path(args.sampler))[0].weight[0].item()
     if args.guidance_scale is None:
-        args.guidance_scale = 7.5 if args.prompt else 1.0
+        args.guidance_scale = PROMPT_SCALE if args.prompt else 1.0
     parser.check(args)
     return args
 
@@ -169,13 +172,15 @@ def open_model(args, device):
     """Open the pipeline that the arguments name. Raises UserError for what it has no use for."""
     from ..files.sd_files import check_averaged
     from ..runtime import compiler
-    from ..sampling.load import Options, open_pipeline
+    from ..sampling.load import Options, default_model, open_pipeline
 
     if args.cuda_graph == "on" and device.type != "cuda":
         raise UserError(f"--cuda_graph on needs a CUDA device; this is {device.type}")
     if args.compile:
         compiler.prepare(device)
-    foreign = args.load_path is None and args.sd_path is not None
+    if args.load_path is None and args.sd_path is None:
+        args.load_path = str(default_model())
+    foreign = args.load_path is None
     if args.weights == "ema" and foreign:
         check_averaged(args.sd_path, "--weights")
     if args.weights is None and not (foreign and Path(args.sd_path).is_dir()):
@@ -198,7 +203,7 @@ def open_model(args, device):
 
 
 def sampling_options(args, pipeline, device):
-    """Return the function (indices) -> options of `Pipeline.sample`.
+    """Return the function (indices) -> options of `Pipeline.sample_batch`.
 
     Raises UserError for options that do not go together.
     """
@@ -253,7 +258,7 @@ def sampling_options(args, pipeline, device):
 def parameters(args, pipeline, options: dict, row: int, index: int, image) -> str:
     """Describe how a picture came about, as other programs read it.
 
-    options: those of `Pipeline.sample` that it was sampled with, in which it is row `row`.
+    options: those of `Pipeline.sample_batch` that it was sampled with, in which it is row `row`.
     """
     from ..pictures.grid import parameters_text
     from ..process.names import SAMPLERS, TITLES
@@ -272,7 +277,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
         "Seed": options["seed"],
         "Image": index,
         "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": short_name(args.load_path or args.sd_path or "results/model.pt"),
+        "Model": short_name(args.load_path or args.sd_path),
         "Weights": args.weights,
         "VAE": short_name(vae) if vae else None,
         "Clip skip": pipeline.clip_skip,
@@ -336,6 +341,7 @@ def main() -> None:
     from ..runtime import distributed as dist
 
     device = dist.setup(args.device)
+    named = args.load_path
     pipeline = open_model(args, device)
     samples = Samples(
         pipeline=pipeline,
@@ -351,4 +357,14 @@ def main() -> None:
     elif dist.is_main():
         samples.write_interpolation(args.lora_interpolate, len(args.lora), args.points)
     dist.barrier()
+    if args.sd_path is None or named is not None:
+        then = command_line("visualize", "--html", load_path=named)
+    else:
+        then = command_line("sample", *sys.argv[1:], "--seed", args.seed + 1)
+    dist.log(f"next: {then}")
     dist.cleanup()
+
+
+def command() -> None:
+    """Run this as a program, see `run_script`."""
+    run_script(main)

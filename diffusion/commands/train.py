@@ -5,7 +5,16 @@ python train.py --data FOLDER --image_size 64          a folder of images
 torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
 """
 
-from ..config import PRESETS, Parser, add_config_arguments, config_from_args
+import sys
+
+from ..config import (
+    PRESETS,
+    Parser,
+    add_config_arguments,
+    command_line,
+    config_from_args,
+    run_script,
+)
 
 
 def parse(args: list[str] | None = None):
@@ -31,10 +40,16 @@ def main() -> None:
     if dry_run:
         from ..training.dry_run import describe
 
-        print(describe(config, given))
+        typed = [arg for arg in sys.argv[1:] if arg != "--dry_run"]
+        print(f"{describe(config, given)}\nnext: {command_line('train', *typed)}")
         return
     from ..runtime import distributed
     from ..training.trainer import train
 
     train(config, given)
     distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
+
+
+def command() -> None:
+    """Run this as a program, see `run_script`."""
+    run_script(main)

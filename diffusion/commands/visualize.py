@@ -1,10 +1,12 @@
 """Look at a model: the forward and the reverse process, interpolations, schedule, curves.
 
-python visualize.py                        results/model.pt, or the toy's forward process
+python visualize.py                        results/model.pt, or the model of the program
 python visualize.py --load_path results/model.pt --data FOLDER --html
 """
 
+import sys
 from pathlib import Path
+from shlex import quote
 
 from .. import UserError, shown
 from ..config import (
@@ -14,63 +16,46 @@ from ..config import (
     SEED,
     STEPS,
     UTF8,
-    Config,
     Parser,
     Rule,
     add_runtime_arguments,
     between,
+    command_line,
+    run_script,
 )
 from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS
 
 PROMPT = Rule("--prompt", lambda a: a.prompt)
-MODEL = Rule("--load_path, a model", lambda a: a.load_path is not None)
 
 
 def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     option = parser.option
     # fmt: off
-    option("--load_path MODEL", "model.pt or .safetensors file of the model, or the folder of its run (default: results/model.pt if there is one)")
-    option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from", requires=MODEL)
-    option("--vae PATH", "where the VAE is now that the model was trained with", requires=MODEL)
+    option("--load_path MODEL", "model.pt or .safetensors file of the model, or the folder of its run (default: results/model.pt; without it the one that comes with the program, cartoon faces)")
+    option("--sd_path PATH", "where the Stable Diffusion model is now that the model was trained from")
+    option("--vae PATH", "where the VAE is now that the model was trained with")
     option("--data TEXT", type=PATH, help="images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
     option("--num_images N", "number of images in each picture", between(1, 16), default=4)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)} (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
     option("--steps N", f"number of network evaluations per image (default: {DEFAULT_STEPS}, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
-    option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance", GUIDANCE, MODEL, default=1.0)
-    option("--class_label NAME", "class of the images, by name or number (default: every class in turn)", requires=MODEL)
-    option("--prompt TEXT", "text for a model that reads prompts; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself (default: the data's captions)", UTF8, MODEL, action="append")
+    option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance", GUIDANCE, default=1.0)
+    option("--class_label NAME", "class of the images, by name or number (default: every class in turn)")
+    option("--prompt TEXT", "text for a model that reads prompts; may be given again; @FILE: a prompt per line, @@TEXT: @TEXT itself (default: the data's captions)", UTF8, action="append")
     option("--plain_prompts", "take prompts as they stand: no (word:1.4), [word] or BREAK", requires=PROMPT)
     option("--seed N", "seed of the noise", SEED, default=0)
-    add_runtime_arguments(parser, requires=MODEL)
+    add_runtime_arguments(parser)
     option("--save_folder FOLDER", "folder for viz/; where viz/ holds pictures, for viz_2/ and so on", default="results")
     option("--overwrite", "replace the viz/ that this program wrote to save_folder")
     option("--html", "also write viz/index.html, an interactive page")
     # fmt: on
     args = parser.parse_args(args)
-    if args.load_path is None and Path("results/model.pt").is_file():
-        args.load_path = "results/model.pt"
     if args.prompt:
         from ..files.text_files import prompts_of
 
         args.prompt = prompts_of(args.prompt)
     parser.check(args)
     return args
-
-
-def open_model(args, device):
-    """Open the model's pipeline; without a model, one of the toy that has a schedule only."""
-    import torch
-
-    from ..runtime.distributed import log
-    from ..sampling.load import open_pipeline, path_of
-    from ..sampling.pipeline import Pipeline
-
-    if args.load_path is not None:
-        return open_pipeline(args.load_path, args.sd_path, args.weights, device, vae=args.vae)
-    log("no results/model.pt: only the forward process and the schedules are shown")
-    config = Config(data="toy")
-    return Pipeline(config, torch.nn.Identity(), path_of(config), device=device)
 
 
 def choose_images(args, pipeline):
@@ -119,19 +104,22 @@ def main() -> None:
     from ..pictures.grid import Picked
     from ..pictures.views import Gallery
     from ..runtime import distributed as dist
+    from ..sampling.load import default_model, open_pipeline
 
-    pipeline = open_model(args, dist.setup(args.device))
+    device = dist.setup(args.device)
+    if args.load_path is None:
+        args.load_path = str(default_model())
+    pipeline = open_pipeline(args.load_path, args.sd_path, args.weights, device, vae=args.vae)
     data = choose_images(args, pipeline)
     options = sampling_options(args, pipeline, [""] if data is None else data.captions)
     try:  # mistakes show before the work
         table = pipeline.table(args.sampler, args.steps)
-        if args.load_path is not None:
-            pipeline.frames([0], table=table, **options([0]))
+        pipeline.frames([0], table=table, **options([0]))
     except ValueError as error:
         raise UserError(str(error)) from None
     if data is None:
         indices = range(2 * args.num_images)
-        images = pipeline.sample(indices, table=table, **options(indices))
+        images = pipeline.sample_batch(indices, table=table, **options(indices))
         names = [f"sample {i}" for i in indices]
         data = Picked(images.clamp(-1, 1).cpu(), names, [""] * len(names))
 
@@ -150,4 +138,14 @@ def main() -> None:
             options=options,
             conditioned=args.class_label is not None or bool(args.prompt),
         )
-        gallery.draw(None if args.load_path is None else Path(args.load_path), args.html)
+        gallery.draw(Path(args.load_path), args.html)
+    if args.html:
+        then = f"python -m webbrowser {quote(str(chosen / 'index.html'))}"
+    else:
+        then = command_line("visualize", *sys.argv[1:], "--html")
+    dist.log(f"next: {then}")
+
+
+def command() -> None:
+    """Run this as a program, see `run_script`."""
+    run_script(main)

@@ -20,10 +20,10 @@ from ..data.image_set import digest
 from ..data.images import TRANSFORM
 from ..files.tensors import read_safetensors, write_tensors
 from ..files.validate import is_finite
-from ..pictures.grid import NonFinite
 from ..pictures.samples import behind, sample_batches
 from ..runtime.distributed import all_reduce_sum, any_rank, is_main, log, progress, rank, world_size
 from ..runtime.seeding import permutation
+from ..sampling.image_tensor import NonFinite
 from ..sampling.pipeline import Pipeline
 from .copies import features_of, nearest, nearness
 from .distances import MIN_IMAGES, Moments, frechet_distance

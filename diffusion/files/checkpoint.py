@@ -125,8 +125,8 @@ def read(path: Path) -> dict:
     """
     if not path.exists():
         raise UserError(
-            f"{path} does not exist; train first (python train.py), or give a model.pt or an "
-            "ema.safetensors"
+            f"{path} does not exist; train first (python train.py), give another model.pt or "
+            "ema.safetensors, or none: a model comes with the program"
         )
     state, _ = read_content(path, check_crc=True)
     check_format(path, state if isinstance(state, dict) else {})

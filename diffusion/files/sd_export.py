@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import UserError
-from ..config import Parser, model_path, run_script
+from ..config import Parser, command_line, model_path, run_script
 from .atomic import create_whole
 from .checkpoint import load_weights
 from .sd_files import PREDICTIONS, load_sd, read_scheduler, save_sd_file, save_sd_folder
@@ -75,6 +75,7 @@ def main() -> None:
             "other programs sample it as they do the base"
         )
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")
+    print(f"next: {command_line('sample', sd_path=target, prompt='...')}")
 
 
 if __name__ == "__main__":

@@ -4,22 +4,21 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .. import UserError
 from ..files.atomic import atomic
 from ..files.owned import SOFTWARE, SOFTWARE_TAG, picture_text
 from ..runtime import distributed as dist
+from ..sampling.image_tensor import grid, to_uint8
 from .plot import INK, font
 
 MAX_PROMPT = 1 << 16  # characters of a picture's text; no prompt is longer
@@ -46,41 +45,6 @@ class Picked(NamedTuple):
     images: Tensor
     names: list[str]
     captions: list[str]
-
-
-class NonFinite(UserError):
-    """Says that pictures have values that are NaN or infinite."""
-
-    def __init__(self, names: str):
-        super().__init__(
-            f"{names} would not be finite: the network's numbers have overflowed. Try a smaller "
-            "--guidance_scale or LoRA weight, or --amp no; a model of a diverged training "
-            "cannot be sampled"
-        )
-
-
-def to_uint8(x: Tensor, indices: Sequence[int] | None = None) -> np.ndarray:
-    """Convert images (B, 3, H, W) in [-1, 1] to pixels (B, H, W, 3) uint8.
-
-    indices: the images' numbers, for the message. Raises NonFinite where a value is not finite.
-    """
-    rows = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if rows:
-        shown = ", ".join(str(row if indices is None else indices[row]) for row in rows[:8])
-        raise NonFinite(f"{len(rows)} of {len(x)} pictures ({shown})")
-    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return x.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Arrange (N, H, W, 3) uint8 row by row in one picture, by default as square as possible."""
-    n, H, W, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    cells = np.full((rows * columns, gap + H, gap + W, 3), 255, np.uint8)
-    cells[:n, gap:, gap:] = images
-    table = rearrange(cells, "(row column) H W C -> (row H) (column W) C", column=columns)
-    return Image.fromarray(np.pad(table, ((0, gap), (0, gap), (0, 0)), constant_values=255))
 
 
 def save_png(

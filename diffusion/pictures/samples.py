@@ -30,8 +30,8 @@ def sample_batches(
 ) -> Iterator[tuple[range, dict, np.ndarray]]:
     """Sample this rank's part of images 0 ... count - 1: indices, options and (b, H, W, 3) uint8.
 
-    options: indices -> the options of `Pipeline.sample` for these images. Batches go to the ranks
-    in turn, so that an image's batch mates never change. title: of a bar that does not stay.
+    options: indices -> the options of `Pipeline.sample_batch` for these images. Batches go to the
+    ranks in turn, so that an image's batch mates never change. title: of a bar that does not stay.
     Raises NonFinite.
     """
     turn = batch_size * dist.world_size()
@@ -39,7 +39,7 @@ def sample_batches(
         for low in range(dist.rank() * batch_size, count, turn):
             indices = range(low, min(low + batch_size, count))
             given = options(indices)
-            yield indices, given, to_uint8(pipeline.sample(indices, **given), indices)
+            yield indices, given, to_uint8(pipeline.sample_batch(indices, **given), indices)
             bar.update(min(turn, count - bar.n))
 
 
@@ -69,7 +69,7 @@ def behind(function: Callable[..., None], device: torch.device) -> Iterator[Call
 class Samples:
     """Sample images 0 to count - 1 of a pipeline, for the folder that they are written to.
 
-    options: indices -> the options of `Pipeline.sample` for these images.
+    options: indices -> the options of `Pipeline.sample_batch` for these images.
     describe: (options, row of the batch, index, pixels) -> the text of an image's PNG.
     overwrite: whether pictures of earlier calls may be replaced.
     """
@@ -142,7 +142,8 @@ class Samples:
         for w in dist.progress(fractions, unit="column"):
             weights = {str(first): (1 - w) * weight_a, str(first + 1): w * weight_b}
             set_weights(self.pipeline, weights)
-            column = [to_uint8(self.pipeline.sample(i, **self.options(i)), i) for i in batches]
+            sample = self.pipeline.sample_batch
+            column = [to_uint8(sample(i, **self.options(i)), i) for i in batches]
             columns.append(np.concatenate(column))
         picture = strip(np.stack(columns, 1), [f"{w:.2g}" for w in fractions])
         text = {"parameters": self.describe(self.options(range(1)), 0, 0, columns[-1][0])}

@@ -162,26 +162,26 @@ class Gallery:
     conditioned: bool
     names: list[str] = field(default_factory=list)
 
-    def draw(self, model: Path | None, html: bool) -> None:
-        """Draw everything. model: the model's file; None: the forward process only."""
+    def draw(self, model: Path, html: bool) -> None:
+        """Draw everything, and the curves of the run that the model's file lies in."""
         T = len(self.pipeline.schedule)
         runs = []
-        if model is not None:  # first: a model whose pictures are not finite replaces nothing
-            chosen = [(self.table.sampler, self.table.steps)]
-            compared = [(name, min(steps, T)) for name, steps in PAGE_RUNS] if html else []
-            indices = range(self.count)
-            for run in dict.fromkeys(chosen + compared):
-                runs.append(reverse(self.pipeline, indices, *run, **self.options(indices)))
-            self.process("backward", runs[0])
-            heading = f"between the noise of seeds {self.seed} and {self.seed + 1}, {self.sampler}"
-            labels = [f"{w:.2g}" for w in WEIGHTS]
-            self.png("interpolate_seeds", strip(self.between_seeds(), labels, heading))
-            if len(self.data.images) > 1:
-                heading = f"between two images, noised for half of the steps, {self.sampler}"
-                labels = ["image", *labels, "image"]
-                self.png("interpolate_images", strip(self.between_images(), labels, heading))
-            if (picture := curves(model.parent / "metrics.jsonl")) is not None:
-                self.png("curves", picture)
+        # first: a model whose pictures are not finite replaces nothing
+        chosen = [(self.table.sampler, self.table.steps)]
+        compared = [(name, min(steps, T)) for name, steps in PAGE_RUNS] if html else []
+        indices = range(self.count)
+        for run in dict.fromkeys(chosen + compared):
+            runs.append(reverse(self.pipeline, indices, *run, **self.options(indices)))
+        self.process("backward", runs[0])
+        heading = f"between the noise of seeds {self.seed} and {self.seed + 1}, {self.sampler}"
+        labels = [f"{w:.2g}" for w in WEIGHTS]
+        self.png("interpolate_seeds", strip(self.between_seeds(), labels, heading))
+        if len(self.data.images) > 1:
+            heading = f"between two images, noised for half of the steps, {self.sampler}"
+            labels = ["image", *labels, "image"]
+            self.png("interpolate_images", strip(self.between_images(), labels, heading))
+        if (picture := curves(model.parent / "metrics.jsonl")) is not None:
+            self.png("curves", picture)
         noised = forward(self.pipeline, self.data.images[: self.count], self.seed)
         self.process("forward", noised)
         self.png("schedule", schedule_plot(self.pipeline.schedule, self.table))
@@ -224,7 +224,7 @@ class Gallery:
         """Sample image i from each of the noises or images that are given, (W, H, W, 3) uint8."""
         indices = [i] * len(WEIGHTS)
         given |= options(indices) | {"sampler": self.sampler, "steps": self.table.steps}
-        return to_uint8(self.pipeline.sample(indices, **given))
+        return to_uint8(self.pipeline.sample_batch(indices, **given))
 
     def between_seeds(self) -> np.ndarray:
         """Interpolate each image's noise to the next seed's by slerp: (count, W, H, W, 3)."""

@@ -39,6 +39,7 @@ SAMPLERS = {
 }
 DEFAULT_SAMPLER = "dpmpp_2m_sde"  # the best of docs/solvers.md
 DEFAULT_STEPS = 20
+PROMPT_SCALE = 7.5  # of guidance, where a prompt leads and no scale is given
 ALIASES = {"euler": "ddim", "euler_a": "ddpm"}  # the same tables by their other names
 TITLES = {"euler": "Euler", "euler_a": "Euler a"}
 SPACINGS = ("leading", "trailing", "linspace", "logsnr", "karras", "flow", "consistency")

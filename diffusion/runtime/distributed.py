@@ -34,12 +34,8 @@ COMMUNICATION_ERRORS = (
 _barriers: dict[str, tuple] = {}  # "milestone", "long work": (gloo group, its timeout in seconds)
 
 
-def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
-    """Join the process group if torchrun started us; return this process's device.
-
-    timeout: seconds that a collective, and a barrier at a milestone, wait for the other ranks.
-    Raises UserError for a device that is not there, and if not all ranks come.
-    """
+def find_device(device: str = "auto") -> torch.device:
+    """Find this process's device. Raises UserError for one that is not there."""
     mps = torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -55,16 +51,27 @@ def setup(device: str = "auto", timeout: float = TIMEOUT) -> torch.device:
                 f"rank {index} of this machine needs a GPU of its own and there are {count}; "
                 f"start at most {count} ranks, or use --device cpu"
             )
-        torch.cuda.set_device(index)
-        device = f"cuda:{index}"
+        return torch.device("cuda", index)
+    return torch.device(device)
+
+
+def setup(name: str = "auto", timeout: float = TIMEOUT) -> torch.device:
+    """Join the process group if torchrun started us; return this process's device.
+
+    timeout: seconds that a collective, and a barrier at a milestone, wait for the other ranks.
+    Raises UserError for a device that is not there, and if not all ranks come.
+    """
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # by torchrun
     if launched and not dist.is_initialized():
-        _join(device.startswith("cuda"), timeout)
-    if device == "cpu":
+        _join(device.type == "cuda", timeout)
+    if device.type == "cpu":
         keep_freed_memory()
         if not launched and (changed := use_free_cores()):
             log(changed)
-    return torch.device(device)
+    return device
 
 
 def _join(cuda: bool, timeout: float) -> None:

@@ -1,7 +1,9 @@
 """Images to start from: an init image and its mask, read as `Pipeline.frames` takes them."""
 
+import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,13 +14,18 @@ from .. import UserError
 from ..config import SIDE, check_bounds, sides
 from ..data.images import BadImage, read_image, read_mask
 from ..runtime.distributed import log
-from .pipeline import INPAINTS, Pipeline
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+INPAINTS = "this model repaints a part of an image (inpainting): give --init_image and --mask"
+Picture = str | Path | Image.Image
 
 
 def read_init_image(
-    pipeline: Pipeline,
-    init_image: str | None,
-    mask: str | None = None,
+    pipeline: "Pipeline",
+    init_image: Picture | None,
+    mask: Picture | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> dict:
@@ -62,7 +69,7 @@ def read_init_image(
 
 
 def _read_mask(
-    mask: str, image: Image.Image, init_image: str, size: tuple[int, int]
+    mask: Picture, image: Image.Image, init_image: Picture, size: tuple[int, int]
 ) -> torch.Tensor:
     """Read a mask (1, 1, H, W) from 0 to 1, cut as its image is, to (W, H) = size."""
     strokes = _read(mask, read_mask)
@@ -77,11 +84,18 @@ def _read_mask(
     return torch.from_numpy(white).float()[None, None] / 255
 
 
-def _read(path: str, reader) -> Image.Image:
+def _read(picture: Picture, reader) -> Image.Image:
+    """Read a file; what is a picture already, as if it were one."""
+    if isinstance(picture, Image.Image):
+        file = io.BytesIO()
+        ImageOps.exif_transpose(picture).save(file, "PNG")
+        source = file.getvalue()
+    else:
+        source = Path(picture)
     try:
-        return Image.fromarray(reader(Path(path)))
+        return Image.fromarray(reader(source))
     except BadImage as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{picture}: {error}") from None
 
 
 def _crop(picture: Image.Image, W: int, H: int) -> np.ndarray:

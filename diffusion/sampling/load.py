@@ -56,6 +56,7 @@ from .codec import LatentCodec
 from .conditioning import ClassLabels, Prompts, Unconditional
 from .pipeline import Pipeline
 
+SHIPPED = Path(__file__).parents[1] / "shipped" / "toy_faces.safetensors"
 TILE = 64  # latent pixels of a tile's side
 
 
@@ -312,8 +313,20 @@ def check_digests(found: dict, saved: dict | None) -> list[str]:
 # --- pipelines -----------------------------------------------------------------------------------
 
 
+def default_model() -> Path:
+    """Choose the model where none is named: results/model.pt, else the one of the program."""
+    own = Path("results/model.pt")
+    if own.exists():
+        return own
+    log(
+        "no results/model.pt yet: these are faces of the model that comes with the program; "
+        "python train.py trains your own"
+    )
+    return SHIPPED
+
+
 def load(
-    path: str | Path,
+    path: str | Path | None,
     weights: str | None = None,
     device: str | torch.device = "cpu",
     sd_path: str | None = None,
@@ -322,13 +335,13 @@ def load(
     """Open any model as a `Pipeline`.
 
     path: a model.pt or ema.safetensors, the folder of a run, or Stable Diffusion 1.x as a
-    diffusers folder or a single file.
+    diffusers folder or a single file; None: see `default_model`.
     weights: "ema" or "raw"; None: EMA weights of a model that was trained here, and the plain ones
     of Stable Diffusion. sd_path: where the one is that the model was trained from.
     options: guide, loras, embeddings, vae, height, ..., see `open_pipeline`.
     Raises UserError for files that are none, and for options that the model has no use for.
     """
-    path = Path(model_path(path))
+    path = default_model() if path is None else Path(model_path(path))
     foreign = path.is_dir() or (path.is_file() and not is_own(path))
     where = (None, str(path)) if foreign else (str(path), sd_path)
     return open_pipeline(*where, weights, torch.device(device), **options)
@@ -375,7 +388,7 @@ def open_pipeline(
     if load_path is None and sd_path is not None:
         pipeline = load_stable_diffusion(sd_path, weights or "raw", device, wanted)
     else:
-        path = Path("results/model.pt" if load_path is None else load_path)
+        path = default_model() if load_path is None else Path(load_path)
         pipeline = load_own(path, sd_path, weights or "ema", device, wanted)
     raw = "raw" if guide == load_path else None
     pipeline.guide = guide and load(guide, raw, device, sd_path, **options)

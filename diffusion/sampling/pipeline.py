@@ -1,7 +1,7 @@
 """A model as something to sample from: network, noise path, codec and conditioning.
 
-pipeline = diffusion.load("results/model.pt")
-images = pipeline.sample(range(16), steps=50)          # (16, 3, H, W) in [-1, 1]
+model = diffusion.load("results/model.pt")
+images = model.sample(16, steps=20)                    # (16, 3, H, W) in [-1, 1]
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown, some
-from ..config import Config, sides
+from ..config import POSITIVE, Config, check_bounds, sides
 from ..data.latents import weights_digest
 from ..files.sd_files import spacing_of
 from ..files.table_files import read_table
@@ -22,18 +22,23 @@ from ..models.configs import MAX_SIDE
 from ..models.cuda import works
 from ..models.text_unet import networks_of
 from ..process.loop import Inpaint, differentiable_loop, guided, sample_loop
-from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS
+from ..process.names import DEFAULT_SAMPLER, DEFAULT_STEPS, PROMPT_SCALE
 from ..process.objective import Denoiser
 from ..process.samplers import Table, make_table
 from ..process.schedule import NoisePath
 from ..runtime import compiler
 from ..runtime.cuda_graph import Graphs
+from ..runtime.distributed import progress
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import ImageNoise
 from .codec import LatentCodec, PixelCodec
 from .conditioning import ClassLabels, Prompts, Request, Unconditional
+from .image_tensor import Images
+from .init_image import INPAINTS, Picture, read_init_image
 
-INPAINTS = "this model repaints a part of an image (inpainting): give --init_image and --mask"
+TABLE = ("sampler", "steps", "spacing", "eta", "churn", "shift")  # what `Pipeline.table` takes
+# options of `Pipeline.frames` with a row for each image
+EACH = ("labels", "prompts", "negative_prompts", "eps", "init", "mask", "kept")
 
 
 @dataclass(eq=False)
@@ -240,12 +245,77 @@ class Pipeline:
             capture=capture,
         )
 
-    def sample(self, indices, **options) -> Tensor:
+    def sample_batch(self, indices, **options) -> Tensor:
         """Decode the last x of `frames`: (B, 3, H, W) float32 in [-1, 1]."""
         states = self.frames(indices, **options)
         for x, _ in states:  # noqa: B007
             pass
         return self.decode(x)
+
+    def sample(
+        self,
+        what: int | str | Sequence[int] | Sequence[str] = 1,
+        *,
+        class_label: str | None = None,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
+        init_image: Picture | None = None,
+        mask: Picture | Tensor | None = None,
+        strength: float | None = None,
+        batch_size: int = 16,
+        **options,
+    ) -> Images:
+        """Sample images, (n, 3, H, W) float32 in [-1, 1]; `.pil()` and `.grid()` make pictures.
+
+        what: how many; or prompts, for an image each; or the images' indices: image i of a seed is
+        always the same. class_label: a class's name or number; "all": the classes in turn.
+        guidance_scale: None means 7.5 with prompts, a learned table's own, else 1: no guidance.
+        init_image: a file or a Pillow image to start from, noised for the last `strength` of the
+        steps (None: 0.8; 1 with a model that inpaints); mask: another, white where to repaint.
+        options: sampler, steps, seed, spacing, guidance_interval, ..., see `frames`.
+        Raises UserError for what the model has no use for, and files that cannot be read.
+        """
+        if isinstance(what, int):
+            check_bounds({"the number of images": what}, {"the number of images": POSITIVE})
+        what = [what] if isinstance(what, str) else range(what) if isinstance(what, int) else what
+        prompts = options.get("prompts")
+        turn = None
+        if len(what) and isinstance(what[0], str):
+            prompts = what
+            what = range(len(prompts))
+            plain = options.pop("plain_prompts", None)
+            turn = self.prompted(prompts, negative_prompt, plain)
+        if init_image is None and isinstance(mask, Picture):
+            raise UserError("mask: it says what of an image is repainted: give init_image as well")
+        if isinstance(mask, Tensor):
+            options["mask"] = mask
+        start = {} if init_image is None else read_init_image(self, init_image, mask)
+        if strength is None:
+            strength = 0.8 if start and not self.inpaints else 1.0
+        kind = {name: options.pop(name) for name in TABLE if name in options}
+        table = options.pop("table", None) or self.table(strength=strength, **kind)
+        if guidance_scale is None and table.spacing == "learned":
+            guidance_scale = table.weight[0].item()
+        elif guidance_scale is None:
+            guidance_scale = PROMPT_SCALE if prompts else 1.0
+        same = {"cuda_graph": self.device.type == "cuda"} | options
+        same |= {"table": table, "guidance_scale": guidance_scale}
+        given = {name: same[name] for name in EACH if same.get(name) is not None}
+        each = {name: x for name, x in given.items() if len(x) == len(what)}
+        images = []
+        with progress(total=len(what) * len(table), unit="step", leave=False, delay=2) as bar:
+            for low in range(0, len(what), batch_size):
+                part = what[low : low + batch_size]
+                own = {name: x[low : low + batch_size] for name, x in each.items()}
+                own |= {name: x.expand(len(part), *x.shape[1:]) for name, x in start.items()}
+                if class_label is not None:
+                    own["labels"] = self.labels(class_label, part)
+                if turn is not None:
+                    own |= turn(part)
+                for x, _ in self.frames(part, **same | own):  # noqa: B007
+                    bar.update(len(part))
+                images.append(self.decode(x))
+        return torch.cat(images).as_subclass(Images)
 
     def table(
         self,

@@ -11,6 +11,7 @@ The same command resumes a study that was stopped.
 import gc
 import signal
 from pathlib import Path
+from shlex import quote
 
 from .. import UserError
 from ..config import (
@@ -217,7 +218,8 @@ def main() -> None:
     del pipeline  # the children need the memory
     gc.collect()
     judge = Judge(styles, classifier, features, clip)
-    dist.log(f"report: {run_study(Study(s, folder, judge, metrics))}")
+    report = run_study(Study(s, folder, judge, metrics))
+    dist.log(f"report: {report}\nnext: python -m webbrowser {quote(str(report))}")
 
 
 if __name__ == "__main__":

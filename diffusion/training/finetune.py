@@ -16,13 +16,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 from torch import Tensor, nn
 
 from .. import UserError, shown
-from ..config import Config
+from ..config import Config, command_line
 from ..data.batches import Batches, open_batches
 from ..data.folder import scan
 from ..data.image_set import ImageSet, digest
@@ -35,10 +34,11 @@ from ..files.strict import some
 from ..models import lora
 from ..models.text_unet import TextUNet, networks_of
 from ..models.textual_inversion import extend, initial_rows, new_rows
-from ..pictures.grid import NonFinite, save_png, to_uint8
+from ..pictures.grid import save_png, to_uint8
 from ..runtime import distributed as dist
 from ..runtime.machine import is_of_gpu
 from ..runtime.seeding import seed_of
+from ..sampling.image_tensor import NonFinite
 from ..sampling.load import FrozenStack, build_network
 from .finetune_config import NETWORK, Base
 from .latent_batches import encode_images
@@ -128,12 +128,13 @@ class Everything:
 
     def result(self, folder: Path) -> str:
         """Say where the result is, and how to use it."""
+        file = folder / "model.pt"
         if self.config.mode == "vae":
-            command = f"train.py --mode latent --vae {quote(str(folder))} --save_folder ANOTHER"
-            return f"{folder / 'model.pt'}; python {command} --data ..."
-        prompt = ' --prompt "..."' if self.config.condition == "text" else ""
-        file = str(folder / "model.pt")
-        return f"{file}; python sample.py --load_path {quote(file)}{prompt}"
+            other = f"{folder}_latent"
+            options = {"vae": folder, "data": self.config.data, "save_folder": other}
+            return f"{file}; next: {command_line('train', mode='latent', **options)}"
+        prompt = "..." if self.config.condition == "text" else None
+        return f"{file}; next: {command_line('sample', load_path=file, prompt=prompt)}"
 
 
 class Adapter:
@@ -194,10 +195,9 @@ class Adapter:
                 "clip_skip": c.clip_skip if c.clip_skip > 1 else None,
                 "objective": c.objective if stated != c.objective else None,
             }
-        file = str(folder / "adapter.safetensors")
+        file = folder / "adapter.safetensors"
         options = base | {"lora" if c.adapter == "lora" else "embedding": file}
-        given = [f"--{name} {quote(str(v))}" for name, v in options.items() if v is not None]
-        return f"{file}; python sample.py {' '.join(given)}"
+        return f"{file}; next: {command_line('sample', **options)}"
 
 
 def open_trainable(config: Config, stack: FrozenStack | None = None) -> Everything | Adapter:
@@ -389,7 +389,7 @@ def sample_class_images(recipe, model: nn.Module) -> Path:
         batches = [ours[low : low + ENCODE_BATCH] for low in range(0, len(ours), ENCODE_BATCH)]
         batches = [indices for indices in batches if missing.intersection(indices)]
         for indices in batches[dist.rank() :: dist.world_size()]:
-            images = pipeline.sample(
+            images = pipeline.sample_batch(
                 indices,
                 seed=c.seed,
                 sampler=c.sampler,

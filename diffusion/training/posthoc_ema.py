@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import UserError
-from ..config import Config, Parser, between, run_script
+from ..config import Config, Parser, between, command_line, run_script
 from ..files.checkpoint import load_weights, save_weights, step_files
 from ..runtime.distributed import log, setup
 from .ema import EMA, TRACKS, power
@@ -120,6 +120,7 @@ def main() -> None:
     file = folder / f"ema_{best:.3f}.safetensors"
     save_weights(file, average(best), config, **about | {"step": steps[0]})
     log(f"{file}: the average of sigma_rel {best} at step {steps[0]}")
+    log(f"next: {command_line('sample', load_path=file)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The speed of the training loop, its stop, what it announces, and when it measures FID."""
 
 import signal
+import threading
 import time
 
 from torch import nn
@@ -37,7 +38,9 @@ class StopSignal:
     def __init__(self):
         self.requested = False
         self.alone = dist.world_size() == 1
-        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()  # others get no signals
+        both = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self.old = {s: signal.signal(s, self.ask) for s in both}
 
     def ask(self, number, _frame) -> None:
         # torchrun passes on a Ctrl-C that its children have already got: not a second one

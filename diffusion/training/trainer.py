@@ -17,11 +17,11 @@ from ..config import Config
 from ..evaluation.fid import Fid
 from ..files import checkpoint
 from ..files.atomic import blame
-from ..pictures.grid import NonFinite
 from ..runtime import compiler, threads
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import seed_of
+from ..sampling.image_tensor import NonFinite
 from . import posthoc_ema
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA, TRACKS

@@ -54,6 +54,8 @@ ANY = Rule("NAME or --check", lambda args: args.name or args.check)
 
 def read_ledger() -> dict[str, dict]:
     """Read the rows by name, in order. Raises UserError if the ledger is missing or damaged."""
+    if not LEDGER.is_file():
+        raise UserError(f"{LEDGER} is missing: run this in a clone, which has the programs, too")
     rows = [parse_json(line, LEDGER) for line in read_text_file(LEDGER)[0].splitlines()]
     return {row["name"]: row for row in rows}
 

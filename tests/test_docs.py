@@ -1,5 +1,7 @@
 """What the documents promise and calculate is so."""
 
+import ast
+import functools
 import re
 from pathlib import Path
 
@@ -71,13 +73,91 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
+    """Pages, files of code, pictures and headings, all within the clone."""
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        assert file.exists(), target
+        assert file.exists() and file.is_relative_to(ROOT), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pictures_are_pictures_and_say_what_they_show(page):
+    from PIL import Image
+
+    for text, target in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", page.read_text()):
+        assert text, target
+        Image.open(page.parent / target).verify()
+
+
+def test_every_page_and_every_picture_is_led_to():
+    texts = {page: page.read_text() for page in PAGES}
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page, text in texts.items()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text)
+    }
+    pages = {page for page in PAGES if page.parent == ROOT / "docs"}
+    assert pages | set((ROOT / "docs/images").iterdir()) <= linked
+
+
+@functools.cache
+def defined() -> tuple[set[str], dict[str, set[str]]]:
+    """(functions, classes and fields of the package, what each module and class has)."""
+    names, members = set(), {"diffusion": {"load"}}
+    for path in (ROOT / "diffusion").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        top = members.setdefault(path.stem, set())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            if not isinstance(node, ast.ClassDef | ast.Module):
+                continue
+            into = top if node is tree else members.setdefault(node.name, set())
+            for child in node.body:
+                into |= {getattr(child, "name", None)}
+                targets = getattr(child, "targets", [getattr(child, "target", None)])
+                into |= {t.id for t in targets if isinstance(t, ast.Name)}
+    return names.union(*members.values()), members
+
+
+# What is in backticks and looks like a name of the package, and is not one.
+OTHERS = {
+    "torch",
+    "zipfile",
+    "os",
+    "PeftModel",
+    "modelspec",
+    "diffusion.sha256",
+    "np",
+    "Class",
+    "module",
+}
+FORMULAS = {"abs", "max", "min", "sin", "cos", "sqrt", "log", "exp"}
+SUFFIXES = (
+    "py md json jsonl png txt pt ckpt safetensors caption html csv parquet yaml toml sh".split()
+)
+NAMED = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]  # history
+
+
+@pytest.mark.parametrize("page", NAMED, ids=lambda p: p.name)
+def test_functions_and_classes_in_backticks_exist(page):
+    names, members = defined()
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for code in re.findall(r"`([^`\n]+)`", text):
+        found = re.fullmatch(r"((?:\w+\.)*)([A-Za-z_]\w*)(\(.*\))?", code)
+        if not found or not (found[1] or found[3]) or code in OTHERS:
+            continue
+        owner, name = found[1].rstrip(".").rpartition(".")[2], found[2]
+        if owner in OTHERS or (owner and name in SUFFIXES) or code.endswith(".png.txt"):
+            continue
+        if owner:
+            of_a_variable = owner.islower() and name in names  # codec.x0(batch)
+            assert of_a_variable or name in members.get(owner, ()), code
+        elif len(name) > 2 and name not in FORMULAS | OTHERS:  # f(x, t) is mathematics
+            assert name in names, code
 
 
 def test_the_tour_names_what_exists():

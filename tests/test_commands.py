@@ -153,8 +153,8 @@ def fenced(block: str) -> list[str]:
 
 def commands_of(page: Path) -> list[str]:
     text = page.read_text()
-    found = [c for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S) for c in fenced(block)]  # fmt: skip
-    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    found = [c for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S) for c in fenced(block)]  # fmt: skip
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
     return found + [" ".join(c.split()) for c in inline if c.startswith(("python ", "torchrun "))]
 
 

@@ -145,7 +145,7 @@ NAMED = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")] 
 @pytest.mark.parametrize("page", NAMED, ids=lambda p: p.name)
 def test_functions_and_classes_in_backticks_exist(page):
     names, members = defined()
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
     for code in re.findall(r"`([^`\n]+)`", text):
         found = re.fullmatch(r"((?:\w+\.)*)([A-Za-z_]\w*)(\(.*\))?", code)
         if not found or not (found[1] or found[3]) or code in OTHERS:

@@ -135,7 +135,12 @@ OTHER_DATA = Rule("--data FOLDER or hf:owner/name, not toy", lambda c: c.data !=
 CONDITION = Rule("--condition class or text", lambda c: c.condition != "none")
 TEXT = Rule("--condition text, a model that reads prompts", lambda c: c.condition == "text")
 SD_PATH = Rule("--sd_path", lambda c: c.sd_path is not None)
-SD_FILE = Rule("--sd_path FILE", lambda c: c.sd_path and not Path(c.sd_path).is_dir())
+SD_FILE = Rule(
+    "--sd_path FILE",
+    lambda c: (
+        c.sd_path and not (Path(c.sd_path).is_dir() or re.fullmatch("hf:[^/]+/[^/]+", c.sd_path))
+    ),
+)
 SD_START = Rule("a start from --sd_path itself", lambda c: c.load_path is None)
 WHOLE = Rule("--adapter none", lambda c: c.adapter == "none")
 LORA = Rule("--adapter lora", lambda c: c.adapter == "lora")
@@ -188,11 +193,11 @@ class Config:
     mode: str = opt("pixel", "what to train: a diffusion model of pixels, one of latents, or the VAE that makes latents", ("pixel", "latent", "vae"))
     save_folder: str = opt("results", "folder of the run; a run found there is resumed")
     overwrite: bool = opt(False, "start from scratch in save_folder, deleting the run found there", free=True)
-    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0, or the folder of a run")
-    sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, or a .safetensors or .ckpt file", requires=LATENT)
+    load_path: str | None = opt(None, "model.pt or .safetensors file of the weights to start from, at step 0, the folder of a run, or hf:owner/name of the hub")
+    sd_path: str | None = opt(None, "Stable Diffusion 1.x to fine-tune: a diffusers folder, a .safetensors or .ckpt file, or hf:owner/name[/file] of the hub", requires=LATENT)
     sd_config: str | None = opt(None, "folder with the configs and the tokenizer of a single file of other sizes than 1.5's", requires=SD_FILE)
     sd_weights: str = opt("raw", "weights of a single file that has both: raw, its plain ones, or ema, its model_ema.*, which merged files carry stale", ("raw", "ema"), SD_FILE & SD_START, free=True)
-    vae: str | None = opt(None, "VAE of a latent model trained from scratch: the folder of a run of --mode vae, or a diffusers VAE folder", requires=LATENT)
+    vae: str | None = opt(None, "VAE of a latent model trained from scratch: the folder of a run of --mode vae, a diffusers VAE folder, or hf:owner/name", requires=LATENT)
     seed: int = opt(0, "seed of all random numbers", SEED)
     device: str = opt("auto", "device to compute on", DEVICES, free=True)
     amp: str = opt("auto", "mixed precision; auto: bf16 where the hardware has it, fp16 on older CUDA GPUs, else no", AMP)

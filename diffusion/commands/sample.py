@@ -58,7 +58,7 @@ def parse(args: list[str] | None = None):
     parser = Parser(description=__doc__)
     option = parser.option
     # fmt: off
-    option("--load_path MODEL", "model.pt or ema.safetensors file of the model, or the folder of its run (default: results/model.pt; without it the one that comes with the program, cartoon faces)")
+    option("--load_path MODEL", "model.pt or ema.safetensors file of the model, the folder of its run, or hf:owner/name[/file] of the Hugging Face hub, as other options may have, too (default: results/model.pt; without it the one that comes with the program, cartoon faces)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
     option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
@@ -79,7 +79,7 @@ def parse(args: list[str] | None = None):
     option("--overwrite", "replace the pictures that this program wrote to save_folder")
 
     parser.section("latent models")
-    option("--sd_path PATH", "Stable Diffusion 1.x: a diffusers folder, or a .safetensors or .ckpt file")
+    option("--sd_path PATH", "Stable Diffusion 1.x: a diffusers folder, a .safetensors or .ckpt file, or hf:owner/name[/file]")
     option("--config FOLDER", "folder with the configs and the tokenizer of a single file of other sizes than 1.5's")
     option("--objective", "what the model of --sd_path predicts (default: as it states, else eps)", choices=OBJECTIVES)
     option("--vae PATH", "VAE to use instead of the one that the model was trained with")
@@ -93,7 +93,7 @@ def parse(args: list[str] | None = None):
     option("--sequential_guidance", "make two network calls per step, in half the memory", requires=UNGUIDED)
 
     parser.section("adapters")
-    option("--lora FILE[:X]", "LoRA of train.py, kohya, diffusers or peft, and its weight; may be given again", LORA_WEIGHTS, action="append", type=weighted, default=[])
+    option("--lora FILE[:X]", "LoRA of train.py, kohya, diffusers or peft, a file or hf:owner/name[/file], and its weight; may be given again", LORA_WEIGHTS, action="append", type=weighted, default=[])
     option("--lora_dir FOLDER", "folder of the LoRAs that --prompt names as <lora:name:0.8>", requires=SYNTAX)
     option("--embedding FILE", "textual inversion, whose word --prompt may use; may be given again", requires=PROMPT, action="append", default=[])
     option("--lora_interpolate A B", "write interpolation.png instead, from LoRA A to LoRA B", LORA_WEIGHTS, type=weighted, default=[])
@@ -323,6 +323,8 @@ def short_name(path: str | Path) -> str:
     path = Path(path)
     name = path.name if path.is_dir() else path.stem
     parent = path.resolve().parent
+    if str(path).startswith("hf:"):
+        return str(path)[3:]
     shared = (
         name in COMMON_NAMES and parent.name and parent != Path.home()
     )  # whose name is a user's

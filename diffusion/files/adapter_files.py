@@ -44,6 +44,7 @@ from ..models.lora import Delta, LowRank
 from ..runtime.distributed import log
 from . import sd_names
 from .atomic import blame, write_text
+from .hub_files import local
 from .strict import UNUSED, some
 from .tensors import read_content, read_metadata, read_tensors, write_tensors
 from .text_files import parse_json, read_json
@@ -131,7 +132,7 @@ def read_lora(path: str | Path, networks: Networks) -> Parts:
     fit; and for files that hold no adapter, or one of a kind that is not read.
     """
     folder = Path(path).is_dir()
-    path = _find_file(Path(path))
+    path = _find_file(path)
     tensors = _name_layers(path, _open(path), networks)
     settings = _settings(path, folder)
     family = sd_names.family(tensors)
@@ -181,8 +182,9 @@ def read_lora(path: str | Path, networks: Networks) -> Parts:
     return parts
 
 
-def _find_file(path: Path) -> Path:
+def _find_file(path: str | Path) -> Path:
     """Find the LoRA of a folder; a file is itself. Raises UserError if there is no or no one."""
+    path = local(path)
     if not path.is_dir():
         return path
     for name in IN_FOLDERS:
@@ -212,7 +214,7 @@ def read_tokens(path: str | Path, width: int) -> Tensors:
 
     Raises UserError for another width.
     """
-    path = _find_file(Path(path))
+    path = _find_file(path)
     tokens = [name for name, mark in read_metadata(path).items() if mark == EMBEDDING]
     with blame(f"{path}: its vectors of {some(tokens)} are for another text encoder"):
         tensors = read_tensors(path) if tokens else {}

@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import UserError, shown
 from ..config import Config
 from .atomic import atomic
+from .hub_files import local
 from .tensors import (
     Unreadable,
     kind_of,
@@ -200,6 +201,7 @@ def load_weights(path: Path, which: str = "ema") -> tuple[Tensors, Config, dict]
     which: "ema" or "raw"; a .safetensors file holds EMA weights only. metadata: step and classes.
     Raises UserError for foreign, damaged or unsuitable files.
     """
+    path = local(path)
     if path.is_dir():
         raise UserError(
             f"{path} is a folder without a model.pt; a Stable Diffusion model is given with "

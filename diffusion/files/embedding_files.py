@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import UserError, shown, some
 from ..models.tokenizer import plain
 from . import sd_names
+from .hub_files import local
 from .tensors import read_content, write_tensors
 from .torch_files import Stub
 from .validate import Tensors, check_tensors
@@ -42,7 +43,7 @@ def read_embeddings(
     Raises UserError where a token is left without a name, and as `read_embedding` does.
     """
     tokens = []  # (file, "file" or "inside" -> name, vectors)
-    for path in map(Path, paths):
+    for path in map(local, paths):
         inside = read_embedding(path, width)
         for token, vectors in inside.items():
             names = {"file": path.stem, "inside": token} if len(inside) == 1 else {"inside": token}

@@ -30,6 +30,7 @@ from ..models.vae import AutoencoderKL
 from ..runtime.distributed import log
 from .atomic import blame, write_text
 from .checkpoint import is_own, load_weights
+from .hub_files import local
 from .sd_names import PREFIXES, family, tables, translate
 from .strict import PARTS, load_part
 from .tensors import find_weights, inspect, read_tensors, write_tensors
@@ -220,7 +221,7 @@ def load_sd(
     has them (see `check_averaged`); merged files carry stale ones. vae: one to take in place of
     the model's own.
     """
-    path = Path(path)
+    path = local(path, sd=True)
     folder = _config_folder(path, config)
     tensors = {} if path.is_dir() else read_tensors(path)
     if kind := family(tensors):
@@ -296,7 +297,7 @@ def load_vae(path: AnyPath) -> AutoencoderKL:
     weights in any known layout, of the sizes of the config.json beside it or else Stable
     Diffusion 1.5's.
     """
-    path = Path(path)
+    path = local(path)
     if not path.exists():
         raise UserError(
             f"--vae {path} does not exist; give a run of --mode vae (train.py --preset "
@@ -407,11 +408,11 @@ def find_prediction(path: AnyPath, config: AnyPath | None = None) -> Prediction:
     A single file's own statements come before those of config, the folder of its sizes, where
     epsilon states nothing: it may be any folder of Stable Diffusion 1.5.
     """
-    path = Path(path)
+    path = local(path, sd=True)
     if not path.exists():
         raise UserError(
-            f"--sd_path {path} does not exist; give a diffusers folder, or a .safetensors or .ckpt "
-            "file; `hf download OWNER/NAME` fetches a model of huggingface.co"
+            f"--sd_path {path} does not exist; give a diffusers folder, a .safetensors or .ckpt "
+            "file, or hf:owner/name of huggingface.co"
         )
     own = Path(model_path(path))
     if own.is_file() and is_own(own):
@@ -478,7 +479,7 @@ def _averaged(names: Collection[str]) -> dict[str, str]:
 
 def check_averaged(path: AnyPath, option: str) -> None:
     """Refuse an option that asks for EMA weights, unless a single file has them."""
-    path = Path(path)
+    path = local(path, sd=True)
     if path.exists() and not has_averaged(path):
         raise UserError(
             f"{option} ema: {path} holds no EMA weights (model_ema.*), or not all of them; leave "
@@ -488,7 +489,7 @@ def check_averaged(path: AnyPath, option: str) -> None:
 
 def read_image_size(path: AnyPath, config: AnyPath | None) -> int:
     """Find the side of the images that a model was trained for; 512 if its configs are unusable."""
-    folder = _config_folder(path, config)
+    folder = _config_folder(local(path, sd=True), config)
     try:
         unet, vae = (NETWORKS[part][0].from_dict(_part_config(folder, part)) for part in PARTS[:2])
     except UserError:

@@ -20,6 +20,7 @@ from ..config import Config, model_path, sides
 from ..data.latents import settings_digest
 from ..files.atomic import blame
 from ..files.checkpoint import is_own, load_weights
+from ..files.hub_files import local
 from ..files.sd_files import (
     OBJECTIVES,
     PREDICTIONS,
@@ -335,14 +336,16 @@ def load(
     """Open any model as a `Pipeline`.
 
     path: a model.pt or ema.safetensors, the folder of a run, or Stable Diffusion 1.x as a
-    diffusers folder or a single file; None: see `default_model`.
+    diffusers folder or a single file; or one of these on the hub, hf:owner/name[/file]. None: see
+    `default_model`.
     weights: "ema" or "raw"; None: EMA weights of a model that was trained here, and the plain ones
     of Stable Diffusion. sd_path: where the one is that the model was trained from.
     options: guide, loras, embeddings, vae, height, ..., see `open_pipeline`.
     Raises UserError for files that are none, and for options that the model has no use for.
     """
-    path = default_model() if path is None else Path(model_path(path))
-    foreign = path.is_dir() or (path.is_file() and not is_own(path))
+    path = default_model() if path is None else model_path(path)
+    file = local(path)
+    foreign = file.is_dir() or (file.is_file() and not is_own(file))
     where = (None, str(path)) if foreign else (str(path), sd_path)
     return open_pipeline(*where, weights, torch.device(device), **options)
 
@@ -482,7 +485,7 @@ def load_stable_diffusion(
     path: str, weights: str, device: torch.device, wanted: Options
 ) -> Pipeline:
     """Make the pipeline of Stable Diffusion as it is, its weights in the precision of --amp."""
-    if wanted.config is not None and Path(path).is_dir():
+    if wanted.config is not None and local(path, sd=True).is_dir():
         raise UserError(f"--config describes a single file; the folder {path} has its own")
     dtype = amp_dtype(wanted.amp, device)
     config = Config(

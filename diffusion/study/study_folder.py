@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import UserError, shown
 from ..data.image_set import digest
 from ..files.atomic import is_number
+from ..files.hub_files import local
 from ..files.output import names
 from ..files.sd_files import has_averaged, write_json
 from ..files.text_files import read_json, read_optional
@@ -26,7 +27,7 @@ WAY = re.compile(rf'("({"|".join(PATHS)}|base)": )"[^"]*/')
 
 def describe(s: Settings) -> dict:
     """Describe a study as config.json does; it is resumed where this is equal."""
-    base = Path(s.load_path or s.sd_path)
+    base = local(s.load_path or s.sd_path, sd=s.load_path is None)
     settings = dict(vars(s))
     del settings["keep_images"]
     # older studies do not have these: they took the EMA weights of a file that held them
@@ -37,7 +38,7 @@ def describe(s: Settings) -> dict:
             del settings[name]
     for name in PATHS & settings.keys():
         if settings[name] is not None:
-            path = Path(settings[name]).resolve()
+            path = local(settings[name], sd=name == "sd_path").resolve()
             stamped = name != "data" and path != base.resolve()
             settings[name] = f"{path.name} {stamp(path)}" if stamped else path.name
     found = {

@@ -309,7 +309,7 @@ class RunLog:
             append_text(lock, str(folder.stat().st_ino))  # see made_here
         # where things are on this machine stands here alone, see `checkpoint.locate`
         networks = {n: getattr(config, n) for n in checkpoint.NETWORKS}
-        private = {n: os.path.abspath(path) for n, path in networks.items() if path}
+        private = {n: os.path.abspath(p) for n, p in networks.items() if p and p[:3] != "hf:"}
         private = dataclasses.asdict(config) | private
         write_text(folder / "config.json", json.dumps(private, indent=2))
         if config.overwrite:

@@ -155,6 +155,7 @@ UNPAIRED = Rule(
     "a run without --streaming and --class_prompt",
     lambda c: not c.streaming and c.class_prompt is None,
 )
+HUB_NAME = Rule("owner/name", re.compile(r"[\w.-]+/[\w.-]+").fullmatch)
 HUB = Rule("a hub set, --data hf:owner/name", lambda c: c.data.startswith("hf:"))
 CLASS_PROMPT = Rule("--class_prompt", lambda c: c.class_prompt is not None)
 
@@ -205,6 +206,7 @@ class Config:
     cuda_graph: str = opt("auto", "run each training step as one CUDA graph; auto: on one GPU, in bf16 or float32, without checkpointing or consistency", ("auto", "on", "off"), free=True)
     num_workers: int = opt(2, "number of threads that decode images", NOT_NEGATIVE, free=True)
     rank_timeout: float = opt(3600.0, "seconds that ranks wait for one that hangs before all stop", Rule("above 0 and at most 1,000,000", lambda v: 0 < v <= 1_000_000), free=True)
+    push_to_hub: str | None = opt(None, "repository owner/name of the Hugging Face hub to upload the model to, with a model card, at each save; it is made, for all to see, unless it is there (pip install huggingface_hub)", HUB_NAME, free=True)
     wandb: bool = opt(False, "log to Weights & Biases, too (pip install wandb)", free=True)
 
     data: str = opt("toy", "images to train on: toy, a folder, a set's name (looked up under data/, then downloaded) or hf:owner/name")
@@ -479,6 +481,7 @@ perceptual_weight: lpips_weight
 prior_weight: prior_loss_weight with_prior_preservation
 prompt: prompts text caption
 prompt @FILE: from_file
+push_to_hub: hub_model_id push_to_hub_model_id
 rank: network_dim lora_rank lora_r
 sampler: scheduler sample_sampler solver plms
 save_and_sample_every: checkpointing_steps save_every_n_steps validation_steps save_interval save_every

@@ -515,3 +515,121 @@ def test_export_and_study_of_the_hub(hub, faces, sd_folder, tmp_path, monkeypatc
     assert about[0] == about[1]
     tuned = ["--load_path", "hf:me/tuned", "--guide", "hf:me/tuned", "--guidance_scale", "2"]
     assert describe(parse([*tuned, "--sd_path", sd, "--data", str(faces)])[0]) != about[0]
+
+
+# --- uploading -----------------------------------------------------------------------------------
+
+SHARED = {"README.md", "metadata.json", "metrics.jsonl"}
+
+
+def test_push_and_load_back(hub, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", tiny["data"], f"--cache_dir={tiny['cache_dir']}"])  # fmt: skip
+    train(Config(**tiny, push_to_hub="me/new"))
+    files = hub.repositories["me/new"]
+    assert files.keys() == SHARED | {"ema.safetensors", "best.safetensors", "samples.png"}
+    assert len(hub.commits) == 3  # at each milestone
+    folder = Path(tiny["save_folder"])
+    assert files["ema.safetensors"] == (folder / "ema.safetensors").read_bytes()
+    assert files["samples.png"] == (folder / "samples" / "step_00000012.png").read_bytes()
+    card = files["README.md"].decode()
+    assert card.startswith("---\n") and "--data faces" in card and "--cache_dir=" in card
+    for name, content in files.items():
+        for private in (tiny["data"], str(folder.parent), TOKEN):
+            assert private.encode() not in content, name
+    last = json.loads(files["metrics.jsonl"].splitlines()[-1])
+    assert f"| loss | {last['loss']} |" in card and "| step | 12 |" in card
+    assert torch.equal(picture(diffusion.load("hf:me/new")), picture(diffusion.load(folder)))
+
+    # a finished run may be uploaded later, elsewhere or after a failure
+    train(Config(**tiny, push_to_hub="me/later"))
+    assert hub.repositories["me/later"].keys() == files.keys()
+    # and a run may go on without
+    train(Config(**tiny | {"train_steps": 13}))
+    assert "| step | 12 |" in hub.repositories["me/new"]["README.md"].decode()
+
+
+def test_a_failing_upload_is_a_warning(hub, tiny, capsys):
+    hub.full = True
+    own = tiny | {"train_steps": 4, "num_samples": 0}
+    train(Config(**own, push_to_hub="me/new"))
+    assert checkpoint.read(Path(tiny["save_folder"]) / "model.pt")["step"] == 4
+    assert "hf upload me/new" in capsys.readouterr().out + capsys.readouterr().err
+    assert not hub.repositories["me/new"]
+
+
+@pytest.mark.parametrize("name", ["new", "me/a/b", "me/", "/home/me/x", "hf:me/new", "me/n ew"])
+def test_no_name_to_upload_to(name):
+    with pytest.raises(UserError, match="owner/name"):
+        Config(push_to_hub=name)
+
+
+@pytest.mark.parametrize("why", ["token", "other", "network"])
+def test_refused_before_anything_is_written(hub, tiny, monkeypatch, why):
+    from huggingface_hub import constants, hf_api
+
+    if why == "token":
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "absent")
+    if why == "network":
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        use(monkeypatch, constants, hf_api, "http://127.0.0.1:9")
+    name = "them/new" if why == "other" else "me/new"
+    with pytest.raises(UserError, match="hf auth login"):
+        train(Config(**tiny, push_to_hub=name))
+    assert not Path(tiny["save_folder"]).exists() and not hub.repositories
+
+
+def test_push_an_adapter(hub, faces, sd_folder, adapters, tmp_path):
+    sd = hub.add("o/sd", Path(sd_folder))
+    for kind, more in dict(lora=LORA, token=INVERSION).items():
+        options = quick(faces, tmp_path / kind, sd) | more | {"push_to_hub": f"me/{kind}"}
+        train(Config(**options), set(options))
+        files = hub.repositories[f"me/{kind}"]
+        peft = {"adapter_config.json", "adapter_model.safetensors"} if kind == "lora" else set()
+        assert files.keys() == SHARED | peft | {"adapter.safetensors", "adapter_kohya.safetensors"}
+        card = files["README.md"].decode()
+        assert "base_model: o/sd\n" in card and f"hf:me/{kind}" in card and sd in card
+    code = card.split("\n\n")[-1]  # it runs as it stands
+    found = {}
+    exec("\n".join(line.strip() for line in code.splitlines()), found)
+    assert len(found["images"]) == 4
+
+
+def test_push_a_vae(hub, faces, vae, tmp_path):
+    config = Config.from_dict(json.loads((vae / "config.json").read_text()))
+    train(dataclasses.replace(config, push_to_hub="me/vae"))
+    assert "--vae hf:me/vae" in hub.repositories["me/vae"]["README.md"].decode()
+    assert load_vae("hf:me/vae").state_dict().keys() == load_vae(vae).state_dict().keys()
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_commands(hub, tiny, model, tmp_path, monkeypatch):
+    """Each in its own process, with the library's own variables."""
+    name = hub.add("me/faces", model.parent, ("ema.safetensors",))
+    options = ["--steps", 2, "--num_images", 2, "--device", "cpu"]
+    for path, folder in ((name, "a"), (model, "b")):
+        done = script(
+            "sample.py", "--load_path", path, "--save_folder", folder, *options, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    a, b = (sorted((tmp_path / f / "images").iterdir()) for f in "ab")
+    from PIL import Image
+
+    assert [Image.open(f).tobytes() for f in a] == [Image.open(f).tobytes() for f in b]
+    assert "Model: me/faces" in Image.open(a[0]).text["parameters"]
+    done = script(
+        "visualize.py", "--load_path", name, "--steps", 2, "--device", "cpu", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    run = flags(tiny | {"train_steps": 4}) + ["--push_to_hub", "me/new"]
+    done = script("train.py", *run, cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "ema.safetensors" in hub.repositories["me/new"]
+    assert "--preset none" in hub.repositories["me/new"]["README.md"].decode()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = script("sample.py", "--load_path", "hf:me/unknown", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: hf:me/unknown")
+    assert len(done.stderr.splitlines()) == 1

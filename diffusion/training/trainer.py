@@ -17,12 +17,13 @@ from ..config import Config
 from ..evaluation.fid import Fid
 from ..files import checkpoint
 from ..files.atomic import blame
+from ..files.hub_files import upload
 from ..runtime import compiler, threads
 from ..runtime import distributed as dist
 from ..runtime.precision import amp_dtype
 from ..runtime.seeding import seed_of
 from ..sampling.image_tensor import NonFinite
-from . import posthoc_ema
+from . import posthoc_ema, share
 from .autoencoder import AutoencoderRecipe
 from .ema import EMA, TRACKS
 from .faults import friendly_errors
@@ -59,6 +60,8 @@ def train(config: Config, given: set[str] | None = None) -> None:
     base = open_base(config) if config.adapts else None  # others need it at their start only
     config = resolve_config(config, given, base)
     device = dist.setup(config.device, config.rank_timeout)
+    if config.push_to_hub and dist.is_main():
+        upload(config.push_to_hub, {})  # refused: say so now
     if config.compile:
         compiler.prepare(device)
     split = split_batch(config)
@@ -100,6 +103,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
         checkpoint.complete(folder, saved["step"], config.keep_last)
     if saved is not None and saved["step"] >= total:
         if not dist.any_rank(not published or fid_is_missing(config, saved["step"])):
+            share.push(config, folder)
             dist.log(
                 f"{folder} holds a finished run of {saved['step']} steps; give more --train_steps "
                 "to continue it, or --overwrite to start from scratch"
@@ -207,8 +211,10 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
                     posthoc_ema.keep(folder, step, config, ema.tracks)
                 state.save(folder, logs, improved)
                 dist.barrier(f"sampling and saving at step {step}")
-                clock.skip(step)
-            if fid is not None and measure_fid(fid, state, total, logs, stop):
+            measured = fid is not None and measure_fid(fid, state, total, logs, stop)
+            if milestone:
+                share.push(config, folder)
+            if milestone or measured:
                 clock.skip(step)
 
             # stop

@@ -103,7 +103,7 @@ def test_a_mistyped_model_is_said_before_what_it_needs(preset):
     parsed = train.parse(
         ["--mode", "latent", "--sd_path", "owner/name"] + ["--preset", "none"][: 2 * bool(preset)]
     )
-    with pytest.raises(UserError, match="--sd_path owner/name does not exist.*hf download"):
+    with pytest.raises(UserError, match="--sd_path owner/name does not exist.*hf:owner/name"):
         resolve_config(*parsed[:2])
 
 

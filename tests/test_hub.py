@@ -532,6 +532,7 @@ def test_push_and_load_back(hub, tiny, monkeypatch, capsys):
     assert files["ema.safetensors"] == (folder / "ema.safetensors").read_bytes()
     assert files["samples.png"] == (folder / "samples" / "step_00000012.png").read_bytes()
     card = files["README.md"].decode()
+    assert "](samples.png)" in card
     assert card.startswith("---\n") and "--data faces" in card and "--cache_dir=" in card
     for name, content in files.items():
         for private in (tiny["data"], str(folder.parent), TOKEN):
@@ -588,6 +589,7 @@ def test_push_an_adapter(hub, faces, sd_folder, adapters, tmp_path):
         peft = {"adapter_config.json", "adapter_model.safetensors"} if kind == "lora" else set()
         assert files.keys() == SHARED | peft | {"adapter.safetensors", "adapter_kohya.safetensors"}
         card = files["README.md"].decode()
+        assert not [n for n, content in files.items() if str(tmp_path).encode() in content]
         assert "base_model: o/sd\n" in card and f"hf:me/{kind}" in card and sd in card
     code = card.split("\n\n")[-1]  # it runs as it stands
     found = {}
@@ -624,7 +626,8 @@ def test_commands(hub, tiny, model, tmp_path, monkeypatch):
         "visualize.py", "--load_path", name, "--steps", 2, "--device", "cpu", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    run = flags(tiny | {"train_steps": 4}) + ["--push_to_hub", "me/new"]
+    shutil.rmtree(tmp_path / "home")  # both ranks find an empty cache
+    run = flags(tiny | {"train_steps": 4, "load_path": name}) + ["--push_to_hub", "me/new"]
     done = script("train.py", *run, cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "ema.safetensors" in hub.repositories["me/new"]

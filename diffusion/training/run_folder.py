@@ -308,8 +308,11 @@ class RunLog:
         if not lock.exists() or not lock.stat().st_size:
             append_text(lock, str(folder.stat().st_ino))  # see made_here
         # where things are on this machine stands here alone, see `checkpoint.locate`
-        networks = {n: getattr(config, n) for n in checkpoint.NETWORKS}
-        private = {n: os.path.abspath(p) for n, p in networks.items() if p and p[:3] != "hf:"}
+        private = {
+            name: os.path.abspath(path)
+            for name in checkpoint.NETWORKS
+            if (path := getattr(config, name)) and not path.startswith("hf:")
+        }
         private = dataclasses.asdict(config) | private
         write_text(folder / "config.json", json.dumps(private, indent=2))
         if config.overwrite:

@@ -19,13 +19,11 @@ FILES = """ema.safetensors best.safetensors adapter.safetensors adapter_kohya.sa
     adapter_model.safetensors adapter_config.json metadata.json metrics.jsonl""".split()
 CARD = """---
 library_name: diffusion
-tags: [diffusion, {mode}, {adapter}]
+tags: [diffusion, "mode:{mode}", "adapter:{adapter}"]
 {parent}---
 # {push_to_hub}
 
-![samples](samples.png)
-
-Trained on `{data}` by
+{grid}Trained on `{data}` by
 
     {command}
 
@@ -78,6 +76,7 @@ def push(config: Config, folder: Path) -> None:
     text = (CARD + USES.get(config.mode, USES[config.adapter])).format(
         **shared,
         parent=f"base_model: {base[1]}\n" if base else "",
+        grid="![samples](samples.png)\n\n" if "samples.png" in files else "",
         start=start,
         base=shared[start],
         command=shlex.join(args),

@@ -268,6 +268,8 @@ def test_other_weights_of_a_network(hub, sd_folder, kept):
         load_sd("hf:o/sd").unet.conv_in.weight, load_sd(sd_folder).unet.conv_in.weight
     )
     assert not [n for n in hub.taken if n.endswith("fp16.bin")]
+    same = [diffusion.load(path, amp="no") for path in ("hf:o/sd", sd_folder)]
+    assert torch.equal(*(picture(p, prompts=["a face"] * 2) for p in same))
 
 
 def test_own_models(hub, model):
@@ -396,7 +398,7 @@ def test_unknown_repositories_and_files(hub, model):
     hub.repositories["me/empty"] = {}
     for name, said in {
         "hf:me/unknown": "hf auth login",
-        "hf:me/faces@v9": "hf:me/faces@v9",
+        "hf:me/faces@v9": "revision",
         "hf:me/faces/best.safetensors": "ema.safetensors",
         "hf:me/faces/../x": "ema.safetensors",
         "hf:me/closed": "terms",

@@ -30,8 +30,9 @@ WEIGHTS = """diffusion_pytorch_model.safetensors model.safetensors
 FILES = """ema.safetensors adapter.safetensors adapter_model.safetensors adapter_model.bin
     pytorch_lora_weights.safetensors pytorch_lora_weights.bin learned_embeds.safetensors
     learned_embeds.bin model.pt vae/diffusion_pytorch_model.safetensors
-    vae/diffusion_pytorch_model.bin diffusion_pytorch_model.safetensors diffusion_pytorch_model.bin
-    *.safetensors""".split()
+    vae/diffusion_pytorch_model.fp16.safetensors vae/diffusion_pytorch_model.bin
+    vae/diffusion_pytorch_model.fp16.bin diffusion_pytorch_model.safetensors
+    diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.bin *.safetensors""".split()
 # what is read beside weights
 SMALL = """unet/config.json vae/config.json text_encoder/config.json tokenizer/* scheduler/*
     config.json adapter_config.json */adapter_config.json""".split()
@@ -39,6 +40,7 @@ REASONS = {  # of errors, by their names
     "ModuleNotFoundError": "the huggingface_hub library is needed: pip install huggingface_hub",
     "RepositoryNotFoundError": "no such repository, or a private one: check the name, or log in "
     "with `hf auth login`",
+    "RevisionNotFoundError": "it has no such revision",
     "GatedRepoError": "it is gated: accept its terms on the hub, and `hf auth login`",
 }
 

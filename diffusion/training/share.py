@@ -25,7 +25,7 @@ tags: [diffusion, "mode:{mode}", "adapter:{adapter}"]
 
 {grid}Trained on `{data}` by
 
-    {command}
+    python {command}
 
 | | |
 |---|---|
@@ -39,13 +39,13 @@ USES = {  # by the adapter, or the mode of what is no model
 
     import diffusion
     pipeline = diffusion.load("hf:{push_to_hub}")
-    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]
+    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]; prompts=[...] of a text model
 """,
     "lora": """    python sample.py --{start} {base} --lora hf:{push_to_hub}
 
     import diffusion
     pipeline = diffusion.load("{base}", loras=[("hf:{push_to_hub}", 1.0)])
-    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]
+    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]; prompts=[...] of a text model
 """,
     "textual_inversion": """    python sample.py --{start} {base} \\
         --embedding hf:{push_to_hub} --prompt "{token}"
@@ -69,7 +69,7 @@ def push(config: Config, folder: Path) -> None:
     lines = read_lines(folder / "metrics.jsonl")
     rows = {key: f"| {key} | {value} |" for line in lines for key, value in line.items()}
     start = "load_path" if config.load_path else "sd_path"
-    base = NAME.match(str(shared[start]))
+    base = NAME.match(f"{shared[start]}")
     args = [
         re.sub("(?:^|(?<=[=@:]))/.*", lambda path: shared_path(path[0]), arg) for arg in sys.argv
     ]

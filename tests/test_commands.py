@@ -36,10 +36,12 @@ NOT_RUN = {
 # Commands that another test runs, or more than one command.
 COVERED = {
     r"torchrun --nnodes=8 .*": "test_two_machines_one_cut_off_and_brought_back",
-    r"python -m diffusion.reproduce (toy|study)": "test_a_row_comes_back",
+    r"python -m diffusion.reproduce (toy|toy_whole|study)": "test_a_row_comes_back",
     r"python -m diffusion.reproduce cats --data PATH": "test_data_are_those_of_the_row",
     r"python -m diffusion.reproduce --check": "test_the_first_steps_come_back",
     r"python -m diffusion.evaluation REAL results/images --clip .* --lpips": "test_the_command_measures_a_folder",
+    r"python sample.py --sd_path hf:.*": "test_stable_diffusion_of_the_hub",
+    r"python train.py .* --push_to_hub .*": "test_push_and_load_back",
     r"python benchmarks/ledger.py": "test_tables_are_the_ledgers",
     r"python benchmarks/speedrun.py TRACK .*": "test_every_program_explains_itself",
 }
@@ -99,7 +101,7 @@ RULES = [
     Rule(r"python -m diffusion.learn_table .*", "--device cpu", "results/model.pt", "results/table_6.json"),
     # looking and measuring
     Rule(r"python visualize.py", "--steps 2 --device cpu", "results/model.pt", "results/viz*"),
-    Rule(r"python visualize.py .* --html", "--steps 2 --device cpu", "results/model.pt", "results/viz*/index.html", slow=True),
+    Rule(r"python visualize.py (.* )?--html", "--steps 2 --device cpu", "results/model.pt", "results/viz*/index.html", slow=True),
     Rule(r"python -m diffusion.(evaluation|study)", "--help"),
     Rule(r"python -m diffusion.evaluation REAL FAKE", "--fid_features pooled.pt"),
     Rule(r"python -m diffusion.evaluation REAL results/model.pt .*", "--samplers ddim:2,dpmpp_2m:2 --num_images 16 --device cpu --fid_features pooled.pt", "results/model.pt", "results/metrics/quality.json"),
@@ -310,3 +312,40 @@ RUN = [marked(c) for c in COMMANDS if c not in FOREIGN and rule_of(c)]
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_of_the_pages(command, workshop):
     workshop.run(command)
+
+
+# --- Python --------------------------------------------------------------------------------------
+
+BLOCKS = {
+    f"{page.name} {i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S))
+}
+# what makes them small: texts, and what stands for them
+SHORT = {
+    "image_size=64, train_steps=5000": "image_size=16, unet_dim=8, batch_size=4, train_steps=2, num_samples=1",
+    "strength=0.4, steps=20": "strength=0.5, steps=2",
+    "steps=20": "steps=2",
+    "steps=25": "steps=2",
+}
+
+
+def test_each_python_of_the_pages_is_found():
+    assert {name.split()[0] for name in BLOCKS} >= {"README.md", "sample.md", "train.md"}
+    text = "".join(BLOCKS.values())
+    assert all(long in text for long in SHORT)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_python_of_the_pages(name, workshop, monkeypatch):
+    """Each runs by itself, beside the files that it names."""
+    block = BLOCKS[name]
+    for path in ("results/model.pt", "stable-diffusion-v1-5", "one.safetensors"):
+        if path in block:
+            workshop.need(path)
+    for long, short in SHORT.items():
+        block = block.replace(long, short)
+    monkeypatch.chdir(workshop.root)
+    before = set(workshop.root.rglob("*"))
+    exec(compile(block, name, "exec"), {})
+    assert set(workshop.root.rglob("*")) - before  # each leaves something

@@ -279,10 +279,10 @@ def test_own_models(hub, model):
     assert torch.equal(picture(diffusion.load(name)), expected)
     assert hub.taken == ["ema.safetensors"]
     assert torch.equal(picture(diffusion.load(f"{name}/model.pt")), expected)
-    raw = picture(diffusion.load(f"{name}/model.pt", "raw"))
-    assert torch.equal(raw, picture(diffusion.load(model, "raw")))
+    raw = picture(diffusion.load(f"{name}/model.pt", weights="raw"))
+    assert torch.equal(raw, picture(diffusion.load(model, weights="raw")))
     with pytest.raises(UserError):
-        diffusion.load(name, "raw")  # ema.safetensors has none
+        diffusion.load(name, weights="raw")  # ema.safetensors has none
     guided = diffusion.load(name, guide=f"{name}/model.pt")
     assert torch.equal(picture(guided.guide), expected)
     del hub.repositories["me/faces"]["ema.safetensors"]
@@ -335,15 +335,15 @@ def test_adapters(hub, sd_folder, adapters):
         own = adapters["lora"] / (
             name.rpartition("/")[2] if name != lora else "adapter.safetensors"
         )
-        found = diffusion.load(sd, loras=[(name, 0.7)])
-        expected = diffusion.load(sd_folder, loras=[(own, 0.7)])
+        found = diffusion.load(sd, lora=(name, 0.7))
+        expected = diffusion.load(sd_folder, lora=(own, 0.7))
         pictures = [picture(p, prompts=["a face"] * 2) for p in (found, expected)]
         assert torch.equal(*pictures)
         assert not torch.equal(
             pictures[0], picture(diffusion.load(sd_folder), prompts=["a face"] * 2)
         )
-    found = diffusion.load(sd, embeddings=[token])
-    expected = diffusion.load(sd_folder, embeddings=[adapters["token"] / "adapter.safetensors"])
+    found = diffusion.load(sd, embedding=token)
+    expected = diffusion.load(sd_folder, embedding=adapters["token"] / "adapter.safetensors")
     assert torch.equal(*(picture(p, prompts=["a <new> face"] * 2) for p in (found, expected)))
 
 

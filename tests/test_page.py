@@ -97,7 +97,8 @@ def test_the_slider_and_the_keys_move_the_frames(tmp_path):
       out.dots = document.querySelectorAll("#plots circle").length""")  # fmt: skip
     assert out["errors"] == [] and out["evil"] == 0
     near = lambda name, value: np.testing.assert_allclose(out[name], value, atol=1)  # noqa: E731
-    near("opened", 110), near("start", 10), near("half", 10 + 2 * 25), near("x0", 110 + 2 * 25), near("end", 110)
+    near("opened", 110)
+    near("start", 10), near("half", 10 + 2 * 25), near("x0", 110 + 2 * 25), near("end", 110)
     near("forward", 8)  # t = 499
     near("back", 108), near("second", 12), near("other", 11)
     assert "ddim, 10 steps" in out["sampler"] and "ddpm, 50 steps" in out["clicked"]

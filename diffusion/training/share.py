@@ -38,21 +38,21 @@ USES = {  # by the adapter, or the mode of what is no model
     "none": """    python sample.py --load_path hf:{push_to_hub}
 
     import diffusion
-    pipeline = diffusion.load("hf:{push_to_hub}")
-    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]; prompts=[...] of a text model
+    model = diffusion.load("hf:{push_to_hub}")
+    images = model.sample(4)    # (4, 3, H, W) in [-1, 1]; of a text model sample(["a prompt"])
 """,
     "lora": """    python sample.py --{start} {base} --lora hf:{push_to_hub}
 
     import diffusion
-    pipeline = diffusion.load("{base}", loras=[("hf:{push_to_hub}", 1.0)])
-    images = pipeline.sample(range(4))    # (4, 3, H, W) in [-1, 1]; prompts=[...] of a text model
+    model = diffusion.load("{base}", lora="hf:{push_to_hub}")
+    images = model.sample(4)    # (4, 3, H, W) in [-1, 1]; of a text model sample(["a prompt"])
 """,
     "textual_inversion": """    python sample.py --{start} {base} \\
         --embedding hf:{push_to_hub} --prompt "{token}"
 
     import diffusion
-    pipeline = diffusion.load("{base}", embeddings=["hf:{push_to_hub}"])
-    images = pipeline.sample(range(4), prompts=["{token}"] * 4)    # (4, 3, H, W) in [-1, 1]
+    model = diffusion.load("{base}", embedding="hf:{push_to_hub}")
+    images = model.sample(["{token}"] * 4)    # (4, 3, H, W) in [-1, 1]
 """,
     "vae": "    python train.py --mode latent --vae hf:{push_to_hub}\n",
 }

@@ -81,9 +81,9 @@ RULES = [
     Rule(r"python -m diffusion.training.posthoc_ema results/run .*", needs="results/run/model.pt", makes="results/run/*ema_*", slow=True),
     Rule(r"python train.py --preset edm .*", f"{SMALL} {BALD}", makes="results/edm/model.pt"),
     Rule(r"python train.py --preset flow .*", SMALL, makes="results/flow/model.pt"),
-    Rule(r"python train.py --path flow .*", ALONE, makes="results/new"),
-    Rule(r"python train.py --consistency .*", TRAIN, "results/model.pt", "results/fast/model.pt"),
-    Rule(r"python train.py --data FOLDER --fid .*", ALONE + " --fid_every 2 --fid_num_images 16", makes="results/new"),
+    Rule(r"python train.py --path flow .*", ALONE, makes="results/new", slow=True),
+    Rule(r"python train.py --consistency .*", f"{TRAIN} {BALD}", "results/model.pt", "results/fast/model.pt"),
+    Rule(r"python train.py --data FOLDER --fid .*", ALONE + " --fid_every 2 --fid_num_images 16", makes="results/new", slow=True),
     Rule(r"torchrun .* train.py --data anime_faces --fid .*", ALONE + " --fid_every 2 --fid_num_images 16 --fid_features pooled.pt", makes="results/new", slow=True),
     Rule(r"torchrun .* train.py --mode pixel --data anime_faces", ALONE, makes="results/new"),
     # sampling of pixels
@@ -103,8 +103,8 @@ RULES = [
     Rule(r"python visualize.py", "--steps 2 --device cpu", "results/model.pt", "results/viz*"),
     Rule(r"python visualize.py (.* )?--html", "--steps 2 --device cpu", "results/model.pt", "results/viz*/index.html", slow=True),
     Rule(r"python -m diffusion.(evaluation|study)", "--help"),
-    Rule(r"python -m diffusion.evaluation REAL FAKE", "--fid_features pooled.pt"),
-    Rule(r"python -m diffusion.evaluation REAL results/model.pt .*", "--samplers ddim:2,dpmpp_2m:2 --num_images 16 --device cpu --fid_features pooled.pt", "results/model.pt", "results/metrics/quality.json"),
+    Rule(r"python -m diffusion.evaluation REAL FAKE", "--fid_features pooled.pt", slow=True),
+    Rule(r"python -m diffusion.evaluation REAL results/model.pt .*", "--samplers ddim:2,dpmpp_2m:2 --num_images 16 --device cpu --fid_features pooled.pt", "results/model.pt", "results/metrics/quality.json", slow=True),
     Rule(r"python -m diffusion.evaluation REAL results/images --size 64 --copies TRAIN", "--size 16", "results/images", "results/metrics/copies.png"),
     Rule(r"python -m diffusion.reproduce"),
     Rule(r"python benchmarks/solvers.py .*", "--features pooled.pt --images 8 --steps 2 --only ddim:trailing", "results/model.pt", "solvers.json", slow=True),
@@ -114,8 +114,8 @@ RULES = [
     Rule(r"python sample.py --load_path results/sd_tiny/model.pt --lora .*", PROMPTED + " --save_folder new", "results/sd_tiny/model.pt results/lora/adapter.safetensors", "new/images"),
     Rule(r"python sample.py --load_path results/sd_tiny/model.pt .*", PROMPTED + " --save_folder new", "results/sd_tiny/model.pt", "new/images"),
     Rule(r"python train.py --load_path results/sd_tiny/model.pt --adapter lora .*", TRAIN, "results/sd_tiny/model.pt", "results/lora/adapter.safetensors"),
-    Rule(r"python train.py --preset sd_tiny_vae --data styles2 .*", VAE, makes="vae/model.pt"),
-    Rule(r"python train.py --preset sd_tiny --data styles2 .*", LATENT, "vae/model.pt", "base/ema.safetensors"),
+    Rule(r"python train.py --preset sd_tiny_vae --data styles2 .*", VAE, makes="vae/model.pt", slow=True),
+    Rule(r"python train.py --preset sd_tiny --data styles2 .*", LATENT, "vae/model.pt", "base/ema.safetensors", slow=True),
     Rule(r"python -m diffusion.study --load_path base/.*", STUDY + " --image_size 16 --experiments 1,4 --mix_images 2 --points 2", "base/ema.safetensors", "results/*_styles/report.html", slow=True),
     Rule(r"python -m diffusion.study --load_path results/sd_tiny/.*", STUDY + " --image_size 16 --experiments 3", "results/sd_tiny/model.pt", "results/*_STYLES/report.html", slow=True),
     # Stable Diffusion
@@ -129,10 +129,10 @@ RULES = [
     Rule(r"python train.py --mode latent .* --adapter lora .*", SD15, "stable-diffusion-v1-5", "results/lora_sd/adapter_kohya.safetensors"),
     Rule(r"python train.py --mode latent .* --adapter textual_inversion .*", SD15, "stable-diffusion-v1-5", "results/my-cat/adapter.safetensors"),
     Rule(r"python train.py --mode latent .* --instance_prompt .*", SD15 + " --class_images 2", "stable-diffusion-v1-5", "results/sks/model.pt"),
-    Rule(r"python train.py --sd_path .* --path flow .*", SD15 + " --save_folder results/sd_flow", "stable-diffusion-v1-5", "results/sd_flow/model.pt"),
+    Rule(r"python train.py --sd_path .* --path flow .*", SD15 + " --save_folder results/sd_flow", "stable-diffusion-v1-5", "results/sd_flow/model.pt", slow=True),
     Rule(r"python train.py --sd_path .*", SD15, "stable-diffusion-v1-5", "results/tuned/model.pt"),
-    Rule(r"torchrun .* train.py --preset anime_sd15 --sd_path (SD15|stable-diffusion-v1-5) --data FOLDER", SD15 + " --save_folder results/new", "stable-diffusion-v1-5 SD15", "results/new"),
-    Rule(r"python -m diffusion.export results/tuned/model.pt my-model", "", "results/tuned/model.pt", "my-model/model_index.json"),
+    Rule(r"torchrun .* train.py --preset anime_sd15 --sd_path (SD15|stable-diffusion-v1-5) --data FOLDER", SD15 + " --save_folder results/new", "stable-diffusion-v1-5 SD15", "results/new", slow=True),
+    Rule(r"python -m diffusion.export results/tuned/model.pt my-model", "", "results/tuned/model.pt", "my-model/model_index.json", slow=True),
 ]  # fmt: skip
 
 
@@ -303,7 +303,8 @@ def workshop(tmp_path_factory, request) -> Workshop:
 
 
 def marked(command: str):
-    return pytest.param(command, marks=[pytest.mark.slow] if rule_of(command).slow else [])
+    marks = [pytest.mark.slow] if rule_of(command).slow else []
+    return pytest.param(command, marks=marks, id=command[:90])
 
 
 RUN = [marked(c) for c in COMMANDS if c not in FOREIGN and rule_of(c)]

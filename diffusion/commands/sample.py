@@ -209,7 +209,6 @@ def sampling_options(args, pipeline, device):
     """
     from ..runtime.distributed import log
     from ..sampling.adapt import warn_unused
-    from ..sampling.init_image import read_init_image
 
     prompts = (args.prompt or [])[: args.num_images]
     if (left := len(args.prompt or ()) - len(prompts)) > 0:
@@ -217,12 +216,17 @@ def sampling_options(args, pipeline, device):
             f"warning: --num_images {args.num_images}: the last {left} of "
             f"{len(args.prompt)} prompts are not sampled"
         )
-    prompted = None
-    if args.prompt:
-        plain = args.plain_prompts or None
-        prompted = pipeline.prompted(args.prompt, args.negative_prompt, plain)
+    of_image = pipeline.options_of(
+        args.prompt,
+        args.negative_prompt,
+        args.plain_prompts or None,
+        args.class_label,
+        args.init_image,
+        args.mask,
+        args.height,
+        args.width,
+    )
     warn_unused(pipeline, [*prompts, args.negative_prompt], args.plain_prompts)
-    start = read_init_image(pipeline, args.init_image, args.mask, args.height, args.width)
     same = {
         "seed": args.seed,
         "guidance_scale": args.guidance_scale,
@@ -236,13 +240,10 @@ def sampling_options(args, pipeline, device):
     }
 
     def options(indices) -> dict:
-        own = {"labels": pipeline.labels(args.class_label, indices)}
-        if prompted is not None:
-            own |= prompted(indices)
-        return same | own | {k: v.expand(len(indices), *v.shape[1:]) for k, v in start.items()}
+        return same | of_image(indices)
 
     try:  # mistakes show before the work
-        usual = 0.8 if start and not pipeline.inpaints else 1.0
+        usual = pipeline.usual_strength(args.init_image)
         strength = usual if args.strength is None else args.strength
         kind = (args.sampler, args.steps, args.spacing, args.eta)
         same["table"] = pipeline.table(*kind, strength, args.churn, args.shift)
@@ -264,7 +265,7 @@ def parameters(args, pipeline, options: dict, row: int, index: int, image) -> st
     from ..process.names import SAMPLERS, TITLES
 
     table = options["table"]
-    labels = options["labels"]
+    labels = options.get("labels")
     prompt = args.typed[index % len(args.typed)] if args.prompt else None
     guided = options["guidance_scale"] != 1
     vae = args.vae or (pipeline.config.vae if pipeline.config.mode == "latent" else None)

@@ -82,19 +82,10 @@ def choose_images(args, pipeline):
 def sampling_options(args, pipeline, captions: list[str]):
     """Return the function (indices) -> options of `Pipeline.frames`."""
     same = {"guidance_scale": args.guidance_scale, "amp": args.amp, "seed": args.seed}
-    prompted = None
-    if args.prompt or pipeline.reads_prompts:
-        plain = args.plain_prompts or not args.prompt or None  # captions always are
-        prompted = pipeline.prompted(args.prompt or captions, plain_prompts=plain)
-
-    def options(indices) -> dict:
-        if args.class_label is None:
-            own = {"labels": pipeline.labels_in_turn(indices)}
-        else:
-            own = {"labels": pipeline.labels(args.class_label, indices)}
-        return same | own | (prompted(indices) if prompted is not None else {})
-
-    return options
+    plain = args.plain_prompts or not args.prompt or None  # captions always are
+    prompts = args.prompt or (captions if pipeline.reads_prompts else None)
+    own = pipeline.options_of(prompts, "", plain, args.class_label)
+    return lambda indices: same | {"labels": pipeline.labels_in_turn(indices)} | own(indices)
 
 
 def main() -> None:

@@ -36,10 +36,10 @@ def read_init_image(
     A latent pipeline takes the image's aspect where height and width do not say otherwise.
     Raises UserError for files that cannot be read, and for a mask of another size than the image.
     """
-    if pipeline.inpaints and mask is None:
-        raise UserError(INPAINTS)
     if init_image is None:
         return {}
+    if pipeline.inpaints and mask is None:
+        raise UserError(INPAINTS)
     image = _read(init_image, lambda path: read_image(path, None))
     if pipeline.codec.factor > 1:
         pipeline.set_size(*size_like(image, pipeline, height, width))

@@ -277,41 +277,35 @@ class Pipeline:
         """
         if isinstance(what, int):
             check_bounds({"the number of images": what}, {"the number of images": POSITIVE})
-        what = [what] if isinstance(what, str) else range(what) if isinstance(what, int) else what
-        prompts = options.get("prompts")
-        turn = None
-        if len(what) and isinstance(what[0], str):
-            prompts = what
-            what = range(len(prompts))
-            plain = options.pop("plain_prompts", None)
-            turn = self.prompted(prompts, negative_prompt, plain)
-        if init_image is None and isinstance(mask, Picture):
-            raise UserError("mask: it says what of an image is repainted: give init_image as well")
+            what = range(what)
+        prompts = [what] if isinstance(what, str) else what
+        told = len(prompts) and isinstance(prompts[0], str)
+        indices = range(len(prompts)) if told else what
         if isinstance(mask, Tensor):
             options["mask"] = mask
-        start = {} if init_image is None else read_init_image(self, init_image, mask)
+        elif mask is not None and init_image is None:
+            raise UserError("mask: it says what of an image is repainted: give init_image as well")
+        plain = options.pop("plain_prompts", None) if told else None
+        of_image = self.options_of(
+            prompts if told else None, negative_prompt, plain, class_label, init_image, mask
+        )
         if strength is None:
-            strength = 0.8 if start and not self.inpaints else 1.0
+            strength = self.usual_strength(init_image)
         kind = {name: options.pop(name) for name in TABLE if name in options}
         table = options.pop("table", None) or self.table(strength=strength, **kind)
         if guidance_scale is None and table.spacing == "learned":
             guidance_scale = table.weight[0].item()
         elif guidance_scale is None:
-            guidance_scale = PROMPT_SCALE if prompts else 1.0
-        same = {"cuda_graph": self.device.type == "cuda"} | options
-        same |= {"table": table, "guidance_scale": guidance_scale}
-        given = {name: same[name] for name in EACH if same.get(name) is not None}
-        each = {name: x for name, x in given.items() if len(x) == len(what)}
+            guidance_scale = PROMPT_SCALE if told or options.get("prompts") else 1.0
+        same = {"cuda_graph": self.device.type == "cuda", "table": table} | options
+        given = {name: options[name] for name in EACH if options.get(name) is not None}
+        each = {name: rows for name, rows in given.items() if len(rows) == len(indices)}
         images = []
-        with progress(total=len(what) * len(table), unit="step", leave=False, delay=2) as bar:
-            for low in range(0, len(what), batch_size):
-                part = what[low : low + batch_size]
-                own = {name: x[low : low + batch_size] for name, x in each.items()}
-                own |= {name: x.expand(len(part), *x.shape[1:]) for name, x in start.items()}
-                if class_label is not None:
-                    own["labels"] = self.labels(class_label, part)
-                if turn is not None:
-                    own |= turn(part)
+        with progress(total=len(indices) * len(table), unit="step", leave=False, delay=2) as bar:
+            for low in range(0, len(indices), batch_size):
+                part = indices[low : low + batch_size]
+                own = {name: rows[low : low + batch_size] for name, rows in each.items()}
+                own |= {"guidance_scale": guidance_scale} | of_image(part)
                 for x, _ in self.frames(part, **same | own):  # noqa: B007
                     bar.update(len(part))
                 images.append(self.decode(x))
@@ -401,6 +395,35 @@ class Pipeline:
         if not self.conditional:
             return None
         return torch.tensor([i % len(self.classes) for i in indices])
+
+    def usual_strength(self, init_image: Picture | None) -> float:
+        """Tell which part of the steps is run where that is not said: less on an init image."""
+        return 1.0 if init_image is None or self.inpaints else 0.8
+
+    def options_of(
+        self,
+        prompts: Sequence[str] | None = None,
+        negative: str = "",
+        plain_prompts: bool | None = None,
+        class_label: str | None = None,
+        init_image: Picture | None = None,
+        mask: Picture | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Callable[..., dict]:
+        """Make a function of indices that gives the options of `frames` for these images.
+
+        See `prompted`, `labels` and `read_init_image`; None leaves a part out.
+        """
+        turn = self.prompted(prompts, negative, plain_prompts) if prompts else None
+        start = read_init_image(self, init_image, mask, height, width)
+
+        def options(indices) -> dict:
+            own = {} if class_label is None else {"labels": self.labels(class_label, indices)}
+            own |= {name: x.expand(len(indices), *x.shape[1:]) for name, x in start.items()}
+            return own if turn is None else own | turn(indices)
+
+        return options
 
     def prompted(
         self, prompts: Sequence[str], negative: str = "", plain_prompts: bool | None = None

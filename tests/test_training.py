@@ -83,6 +83,10 @@ def test_tensorboard_has_the_same_numbers(tiny, tmp_path):
         "img_per_s",
         "skipped",
     }
+    assert events.Tags()["images"] == ["samples"]
+    text = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    kept = checkpoint.read(tmp_path / "run" / "model.pt")["config"]
+    assert json.loads(text) == json.loads(json.dumps(kept))
     lines = run_lines(tmp_path / "run")
     assert_close(
         [e.value for e in events.Scalars("loss")],

@@ -330,6 +330,11 @@ class RunLog:
         self.event(step=step + 1, file_version="brain.Event:2")
         # steps from here on that are in older files are not shown
         self.event(step=step + 1, session_log={"status": "START"})
+        text = "    " + config.to_json().replace("\n", "\n    ")  # as Markdown's code
+        tensor = {"dtype": "DT_STRING", "string_val": [text.encode()], "tensor_shape": {"dim": []}}
+        kind = {"plugin_data": {"plugin_name": "text"}}
+        value = {"tag": "config", "metadata": kind, "tensor": tensor}
+        self.event(step=step + 1, summary={"value": [value]})
 
     def event(self, **fields) -> None:
         """Append a record to this start's TensorBoard file."""

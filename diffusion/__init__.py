@@ -85,7 +85,7 @@ def load(
     vae_tiling, as for sample.py.
     Raises UserError for files that are no models, and for options that the model has no use for.
     """
-    from .runtime.distributed import find_device  # torch takes seconds to import
+    from .runtime import distributed  # torch takes seconds to import
     from .sampling.load import load
 
     loras = lora if isinstance(lora, list) else [lora] if lora else []
@@ -94,7 +94,7 @@ def load(
     return load(
         path,
         weights,
-        find_device(device),
+        distributed.prepare(distributed.find_device(device)),
         sd_path and str(sd_path),
         loras=[one if isinstance(one, tuple) else (one, 1.0) for one in loras],
         embeddings=embeddings,

@@ -7,6 +7,12 @@ PRESETS: dict[str, dict] = {
         optimizer="muon", learning_rate=3e-3, lr_schedule="linear", objective="eps", loss="l2",
         train_steps=600, save_and_sample_every=150,
     ),
+    # the same on your own pictures, for which it takes a little longer
+    "small": dict(
+        data=None, image_size=32, unet_dim=24, dim_mults=(1, 2, 4), batch_size=32,
+        optimizer="muon", learning_rate=3e-3, lr_schedule="linear", objective="eps", loss="l2",
+        train_steps=2000, save_and_sample_every=250,
+    ),
     # 8 GPUs: torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
     "anime_faces128": dict(
         data="anime_faces", image_size=128, unet_dim=64, batch_size=256, epochs=300,
@@ -43,7 +49,7 @@ PRESETS: dict[str, dict] = {
     "anime_sd15": dict(
         mode="latent", data=None, image_size=512, condition="text",
         objective="eps", loss="l2", batch_size=128, train_steps=50_000,
-        learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995, amp="fp16",
+        learning_rate=1e-4, lr_warmup_steps=500, ema_decay=0.9995,
         save_and_sample_every=500, num_samples=4, guidance_scale=7.5,
     ),
     "cifar10": dict(

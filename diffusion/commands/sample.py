@@ -61,10 +61,10 @@ def parse(args: list[str] | None = None):
     option("--load_path MODEL", "model.pt or ema.safetensors file of the model, the folder of its run, or hf:owner/name[/file] of the Hugging Face hub, as other options may have, too (default: results/model.pt; without it the one that comes with the program, cartoon faces)")
     option("--num_images N", "number of images (default: one for each prompt, 16 without prompts)", POSITIVE)
     option("--batch_size N", "number of images sampled at a time", POSITIVE, default=16)
-    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)}, or the .json file of a learned table (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
+    option("--sampler NAME", f"sampler: {', '.join(SAMPLERS)}, or the .json file of a learned table (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
     option("--steps N", f"number of network evaluations per image (default: {DEFAULT_STEPS}, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
     option("--eta X", "noise of the ddim sampler, 0 to 1 (default: the sampler's own)", FRACTION)
-    option("--spacing NAME", f"spacing of the timesteps: {'|'.join(SPACINGS)} (default: the sampler's or the model's own)")
+    option("--spacing NAME", f"spacing of the timesteps: {', '.join(SPACINGS)} (default: the sampler's or the model's own)")
     option("--churn X", "S_churn of the heun and dpm2 samplers: noise that is added before each step but the first", NOT_NEGATIVE, default=0.0)
     option("--shift X", "factor on sigma / alpha of the levels that --spacing flow visits (default: the model's noise_shift)", POSITIVE, SHIFTS)
     option("--guidance_scale X", f"classifier-free guidance scale; 1: no guidance (default: {PROMPT_SCALE} with prompts, else 1)", GUIDANCE)
@@ -371,3 +371,7 @@ def main() -> None:
 def command() -> None:
     """Run this as a program, see `run_script`."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    command()

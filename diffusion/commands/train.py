@@ -37,19 +37,25 @@ def parse(args: list[str] | None = None):
 
 def main() -> None:
     config, given, dry_run = parse()
+    from ..runtime import distributed
+
     if dry_run:
         from ..training.dry_run import describe
 
+        distributed.setup(config.device)
         typed = [arg for arg in sys.argv[1:] if arg != "--dry_run"]
-        print(f"{describe(config, given)}\nnext: {command_line('train', *typed)}")
-        return
-    from ..runtime import distributed
-    from ..training.trainer import train
+        distributed.log(f"{describe(config, given)}\nnext: {command_line('train', *typed)}")
+    else:
+        from ..training.trainer import train
 
-    train(config, given)
+        train(config, given)
     distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
 
 
 def command() -> None:
     """Run this as a program, see `run_script`."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -37,7 +37,7 @@ def parse(args: list[str] | None = None):
     option("--vae PATH", "where the VAE is now that the model was trained with")
     option("--data TEXT", type=PATH, help="images of the forward process: toy, a folder, a set's name (default: toy, or what a run was trained on that was made in the folder of the model; else samples of the model)")
     option("--num_images N", "number of images in each picture", between(1, 16), default=4)
-    option("--sampler NAME", f"sampler: {'|'.join(SAMPLERS)} (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
+    option("--sampler NAME", f"sampler: {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER}; lcm for a model of --consistency)")
     option("--steps N", f"number of network evaluations per image (default: {DEFAULT_STEPS}, or all of a shorter schedule; 2 for a model of --consistency)", STEPS)
     option("--guidance_scale X", "classifier-free guidance scale; 1: no guidance", GUIDANCE, default=1.0)
     option("--class_label NAME", "class of the images, by name or number (default: every class in turn)")
@@ -140,3 +140,7 @@ def main() -> None:
 def command() -> None:
     """Run this as a program, see `run_script`."""
     run_script(main)
+
+
+if __name__ == "__main__":
+    command()

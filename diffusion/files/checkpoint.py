@@ -126,8 +126,8 @@ def read(path: Path) -> dict:
     """
     if not path.exists():
         raise UserError(
-            f"{path} does not exist; train first (python train.py), give another model.pt or "
-            "ema.safetensors, or none: a model comes with the program"
+            f"{path} does not exist; give another model.pt or ema.safetensors. python train.py "
+            "makes results/model.pt; sample.py without --load_path has a model of its own"
         )
     state, _ = read_content(path, check_crc=True)
     check_format(path, state if isinstance(state, dict) else {})

@@ -42,6 +42,9 @@ REASONS = {  # of errors, by their names
     "with `hf auth login`",
     "RevisionNotFoundError": "it has no such revision",
     "GatedRepoError": "it is gated: accept its terms on the hub, and `hf auth login`",
+    "ConnectError": "the hub cannot be reached; download the repository elsewhere (hf download "
+    "OWNER/NAME --local-dir FOLDER) and name the folder",
+    401: "not logged in, or the token may not do this: `hf auth login`",
 }
 
 
@@ -56,6 +59,7 @@ def _library(what):
         raise
     except Exception as error:
         usual = f"{reason(error)}; check the name, the network and HF_ENDPOINT, or `hf auth login`"
+        usual = REASONS.get(getattr(getattr(error, "response", None), "status_code", None), usual)
         raise UserError(f"{what}: {REASONS.get(type(error).__name__, usual)}") from None
 
 

@@ -75,7 +75,7 @@ def main() -> None:
             "other programs sample it as they do the base"
         )
     print(f"{target}: the model of step {metadata['step']}, {args.dtype}")
-    print(f"next: {command_line('sample', sd_path=target, prompt='...')}")
+    print(f"next: {command_line('sample', sd_path=target, prompt='a picture')}")
 
 
 if __name__ == "__main__":

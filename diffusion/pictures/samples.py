@@ -98,7 +98,7 @@ class Samples:
             if numbers.older and not self.overwrite:
                 dist.log(
                     f"{folder} holds {numbers.older} pictures from before: these are numbered "
-                    f"from {numbers.first}"
+                    f"from {numbers.first}; the same --seed makes the same pictures, another others"
                 )
 
             def save(indices: range, options: dict, images: np.ndarray) -> None:
@@ -121,9 +121,10 @@ class Samples:
                 sheet = ImageOps.scale(grid(images), times, Image.Resampling.NEAREST)
                 path = self.write("grid.png", sheet)
                 last = numbers.file(self.count - 1)
+                part = "all" if len(first) == self.count else f"the first {len(first)}"
                 dist.log(
-                    f"{self.count} images in {folder}, {first[0].name} to {last.name}, the "
-                    f"first in {path}"
+                    f"{self.count} images in {folder}, {first[0].name} to {last.name}; {part} of "
+                    f"them in {path}"
                 )
 
     def write_interpolation(

@@ -33,7 +33,8 @@ COLUMNS = 4 + HISTORY
 class Table:
     """Hold a sampler's rows, all float64.
 
-    to_x, to_y: (N, 7), A and B. keep: (N, 2), p and q.
+    to_x, to_y: (N, 7), A and B, the weights of x, y, d0, d1, d2, d3 and noise.
+    keep: (N, 2), p and q.
     t: (N,), levels: (N+1, 2) alpha and sigma, where y is evaluated, and at the end.
     weight: (N,), of guidance; 1 means none. The rest is what it was made of, see `make_table`.
     spacing "learned": the table was, at this guidance, and `sampler` is its file.
@@ -158,8 +159,10 @@ def multistep(
 ) -> Rows:
     """Make rows whose history is weighed by weigh(nodes, h), nodes being those of `past`.
 
-    x_s / sigma_s = x_t / sigma_t + e^lam_s sum w_j x0_j (arXiv:2206.00927, eq. 3.4), or, with eps
-    in the history, x_s / alpha_s = x_t / alpha_t - e^-lam_t sum w_j eps_j (eq. 3.1 there).
+    x_s / sigma_s = x_t / sigma_t + e^lam_s sum w_j x0_j (arXiv:2211.01095, proposition 4.1),
+    or, with eps
+    in the history, x_s / alpha_s = x_t / alpha_t - e^-lam_t sum w_j eps_j
+    (arXiv:2206.00927, proposition 3.1).
     first: makes the rows of a history that is shorter than `least`, and x's and the noise's weight.
     """
     rows = first(levels, eta)

@@ -67,9 +67,14 @@ def setup(name: str = "auto", timeout: float = TIMEOUT) -> torch.device:
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ  # by torchrun
     if launched and not dist.is_initialized():
         _join(device.type == "cuda", timeout)
+    return prepare(device)
+
+
+def prepare(device: torch.device) -> torch.device:
+    """Set up memory and threads where a CPU computes; return the device."""
     if device.type == "cpu":
         keep_freed_memory()
-        if not launched and (changed := use_free_cores()):
+        if "RANK" not in os.environ and (changed := use_free_cores()):
             log(changed)
     return device
 
@@ -159,13 +164,27 @@ def log(message: str = "") -> None:
         tqdm.write(printable(message))
 
 
+LINE = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class Lines:
+    """Write to stderr what a bar writes over itself, a line each."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress(iterable=None, **options):
     """Show a tqdm bar on rank 0; where it is not on a terminal, a line every ten seconds."""
     from tqdm import tqdm
 
-    seen = sys.stderr.isatty()
-    interval = 0.2 if seen else 10
-    defaults = dict(disable=not is_main(), mininterval=interval, dynamic_ncols=seen)
+    defaults = dict(disable=not is_main(), dynamic_ncols=True, mininterval=0.2)
+    if not sys.stderr.isatty():
+        defaults |= dict(file=Lines(), dynamic_ncols=False, mininterval=10, bar_format=LINE)
     options |= {"desc": printable(options.get("desc") or "")}
     return tqdm(iterable, **defaults | options)
 

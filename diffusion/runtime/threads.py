@@ -64,8 +64,8 @@ def use_free_cores() -> str | None:
     threads = max(1, int(free + BUSY))
     use(threads)
     return (
-        f"computing on {threads} of {USUAL} threads, as {free:.1f} cores are free; "
-        "OMP_NUM_THREADS sets another number"
+        f"computing on {threads} of {USUAL} threads, since other programs keep cores busy "
+        f"({free:.1f} are free); OMP_NUM_THREADS={USUAL} takes them all"
     )
 
 

@@ -134,11 +134,6 @@ def open_stack(
     """
     if config.sd_path is not None:
         return open_sd_stack(config, device, tile, **of_sd)
-    if config.vae is None:
-        raise UserError(
-            "--mode latent needs latents: give --sd_path, or the --vae of a model from "
-            "scratch (python train.py --mode vae)"
-        )
     try:
         vae = load_vae(config.vae).float().to(device).to(memory_format=torch.channels_last)
     except UserError as error:

@@ -171,7 +171,10 @@ class Pipeline:
         amp: str = "auto",
         cuda_graph: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample the images with these indices; yields (x_s, x0) after each step.
+        """Sample the images with these indices; yields (x_s, x0) after each row of the table.
+
+        x0 is what the row predicted from the state before it, clipped for pixels, and x_s the state
+        that it made of that (y' of a table with two states); the first noise is not yielded.
 
         Image i of a seed starts from the same noise whatever stands beside it. steps: None means
         20, or all of a shorter schedule. table: what is run, in place of sampler, steps, spacing,

@@ -133,8 +133,12 @@ class Everything:
             other = f"{folder}_latent"
             options = {"vae": folder, "data": self.config.data, "save_folder": other}
             return f"{file}; next: {command_line('train', mode='latent', **options)}"
-        prompt = "..." if self.config.condition == "text" else None
-        return f"{file}; next: {command_line('sample', load_path=file, prompt=prompt)}"
+        options = {"load_path": file}
+        if self.config.condition == "text":
+            options["prompt"] = self.config.instance_prompt or "a picture"
+        if folder != Path("results"):
+            options["save_folder"] = folder
+        return f"{file}; next: {command_line('sample', **options)}"
 
 
 class Adapter:
@@ -197,6 +201,8 @@ class Adapter:
             }
         file = folder / "adapter.safetensors"
         options = base | {"lora" if c.adapter == "lora" else "embedding": file}
+        if c.condition == "text":
+            options["prompt"] = c.token if c.adapter == "textual_inversion" else "a picture"
         return f"{file}; next: {command_line('sample', **options)}"
 
 

@@ -210,6 +210,9 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
                 if ema.tracks and dist.is_main():
                     posthoc_ema.keep(folder, step, config, ema.tracks)
                 state.save(folder, logs, improved)
+                best = " (the best yet)" if improved else ""
+                held = "" if math.isnan(loss) else f", held-out loss {loss:.4f}{best}"
+                dist.log(f"step {step}: saved, {line}{held}")
                 dist.barrier(f"sampling and saving at step {step}")
             measured = fid is not None and measure_fid(fid, state, total, logs, stop)
             if milestone:
@@ -220,7 +223,7 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
             # stop
             if dist.should_poll_stop(step) and dist.any_rank(stop.requested) and step < total:
                 state.save(folder, logs, improved=False)
-                dist.log(f"Stopped at step {step}. Run the same command to resume.")
+                dist.log(f"Stopped at step {step}, which is saved. Run the same command to resume.")
                 break
 
     if state.step >= total:

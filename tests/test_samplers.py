@@ -123,7 +123,7 @@ def test_order_of_convergence(x, name, order):
 def test_stochastic_samplers_reach_the_data():
     """Mean and variance of the ideal denoiser's samples are the data's."""
     g = torch.Generator().manual_seed(3)
-    for name in ("ddpm", "ddpm_large", "dpmpp_2m_sde"):
+    for name in ("ddpm", "ddpm_large", "dpmpp_2m_sde", "dpmpp_3m_sde"):
         table = make_table(make_schedule("linear", 1000), name, 200)
         x = torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
         noise = [torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(200)]

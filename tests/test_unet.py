@@ -69,6 +69,16 @@ def test_time_and_labels_matter():
     assert not torch.allclose(model(x, t + 5), outs[3], atol=1e-4)
 
 
+def test_film_scales_and_shifts():
+    block = Block(4, 8).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    scale, shift = torch.randn(2, 2, 8, dtype=torch.float64)
+    found = block(x, torch.cat([scale, shift], 1))
+    plain = block.norm(block.conv(x)).double()
+    expected = F.silu(plain * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    assert_close(found, expected)
+
+
 def test_weight_standardisation():
     conv = WSConv3x3(64, 32)
     with torch.no_grad():

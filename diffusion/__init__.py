@@ -82,7 +82,7 @@ def load(
     "ema" or "raw". device: "cpu", "cuda", "mps" or "auto". sd_path, vae: where the networks are now
     that a latent model was trained with; config: the configs of a single file of other sizes.
     height, width: of a latent model's images, in pixels. options: amp, clip_skip, objective,
-    vae_tiling, as for sample.py.
+    vae_tiling, as for sample.py; merged=False leaves LoRAs beside the weights, see `adapt`.
     Raises UserError for files that are no models, and for options that the model has no use for.
     """
     from .runtime import distributed  # torch takes seconds to import

@@ -218,7 +218,7 @@ class Config:
     aspect_buckets: bool = opt(False, "train on images in about their own aspect, at sizes of image_size's area, a batch of one size each; held-out images and sample grids are of image_size", requires=LATENT & OTHER_DATA & UNPAIRED)
     default_caption: str = opt("", "caption of images that have none", UTF8)
     flip: bool = opt(True, "never mirror an image (otherwise each is mirrored in half of the steps, at random)")
-    augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, which the network is given as well, so that samples do not show them; for few images, 0.12 (beside --no_flip: the usual mirroring is not told to the network, and samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
+    augment: float = opt(0.0, "probability of each of mirroring, quarter turns, shifts and scaling of an image, which the network is given as well, so that samples do not show them; for few images, 0.12 (the usual mirroring, without --no_flip, is not shown to the network: samples may be mirrored)", FRACTION, DIFFUSION & SCRATCH)
     cache: bool = opt(True, "decode images at every use (otherwise once, into cache_dir)", free=True)
     cache_dir: str = opt("data/.cache", "folder of the cache of decoded images and latents")
     streaming: bool = opt(False, "read a hub set as a stream instead of downloading it", requires=HUB)
@@ -314,11 +314,6 @@ class Config:
     def _check_together(self) -> None:
         if self.mode != "latent" and self.condition == "text":
             raise UserError("--condition text requires --mode latent: pixel networks read no text")
-        if self.mode == "latent" and not (self.sd_path or self.vae or self.load_path):
-            raise UserError(
-                "--mode latent needs latents: give --sd_path, or the --vae of a model from "
-                "scratch (python train.py --mode vae)"
-            )
         if self.sd_path is not None and self.vae is not None and self.mode == "latent":
             raise UserError("give either --sd_path or --vae: both say where the VAE comes from")
         if self.zero_snr and self.objective in ("eps", "edm"):

@@ -281,9 +281,9 @@ def known_options() -> set[str]:
         known |= {f"--{name}" for name in vars(parsed)}
     for program in PROGRAMS:  # those whose options are read in main
         known |= set(re.findall(r'"(--[a-z_]+)', (ROOT / program).read_text()))
-    # of torchrun, Slurm and pytest
+    # of torchrun, Slurm, pip and pytest
     known |= set("--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --rdzv_id --max_restarts "
-                 "--shutdown_timeout --kill --ntasks --cpus --gpus --nodes --requeue --signal --open".split())  # fmt: skip
+                 "--shutdown_timeout --no --index --kill --ntasks --cpus --gpus --nodes --requeue --signal --open".split())  # fmt: skip
     known |= {"--lr", "--output_dir"}  # which are errors that say the name here
     return known | {"--help", "--preset", "--dry_run", "--data_path"}
 

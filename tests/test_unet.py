@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from torch.testing import assert_close
 
@@ -16,7 +17,7 @@ from diffusion.models import cpu, cuda, lora
 from diffusion.models.build import build_pixel_unet, for_inference
 from diffusion.models.cond import Cond
 from diffusion.models.layers import Conv3x3, WSConv3x3, sinusoids
-from diffusion.models.unet import GroupNorm, LinearAttention, UNet, join_films
+from diffusion.models.unet import Block, GroupNorm, LinearAttention, UNet, join_films
 
 
 def small(**options) -> UNet:

@@ -47,7 +47,8 @@ def read_init_image(
     W = pipeline.width
     scale = max(W / image.width, H / image.height)
     kept = f"{round(W / scale)}x{round(H / scale)}"
-    log(f"{init_image}: {image.width}x{image.height}, cut to {kept}, becomes {W}x{H}")
+    name = "the init image" if isinstance(init_image, Image.Image) else init_image
+    log(f"{name}: {image.width}x{image.height}, cut to {kept}, becomes {W}x{H}")
     x = torch.from_numpy(_crop(image, W, H)).permute(2, 0, 1)[None].float() / 127.5 - 1
     start = {"init": pipeline.encode(x)}
     if mask is None:

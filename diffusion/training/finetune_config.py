@@ -99,6 +99,11 @@ def resolve_config(
     """
     if given is None:
         given = {name for name, usual in DEFAULTS.items() if getattr(config, name) != usual}
+    if config.mode == "latent" and not (config.sd_path or config.vae or config.load_path):
+        raise UserError(
+            "--mode latent needs latents: give --sd_path, or the --vae of a model from scratch "
+            "(python train.py --mode vae)"
+        )
     own = own_settings(config, given)
     asked = "condition" in given or not config.adapts
     if config.sd_path is not None and asked and config.condition != "text":

@@ -324,13 +324,13 @@ def test_a_copy_of_model_outlives_a_damaged_checkpoint(tiny, tmp_path):
 def test_class_images_are_sampled_in_the_batches_of_before(tiny, tmp_path, scratch, monkeypatch):
     """In a smaller batch, an image can be another by rounding: after a kill others would be trained on."""
     seen = []
-    real = Pipeline.sample
+    real = Pipeline.sample_batch
 
     def sample(self, indices, **options):
         seen.append(list(indices))
         return real(self, indices, **options)
 
-    monkeypatch.setattr(Pipeline, "sample", sample)
+    monkeypatch.setattr(Pipeline, "sample_batch", sample)
     options = plain(tiny, "condition", "unet_dim", "dim_mults", "time_steps") | on_scratch(scratch)
     options |= dict(instance_prompt="sks face", class_prompt="a face", class_images=11, train_steps=1, num_samples=0,
                     class_data=str(tmp_path / "class"))  # fmt: skip

@@ -781,12 +781,14 @@ def test_networks_are_kept_where_no_other_user_writes(monkeypatch, tmp_path):
 
 
 def test_tensorboard_gets_no_text_of_captions_or_file_names(model):
-    """Its text panel renders Markdown; tags are names of numbers, and all of them are ours."""
+    """Its text panel renders Markdown: what options say stands there as code, a line each."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(model.parent / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert not tags["tensors"]
+    assert tags["tensors"] == ["config"]
+    text = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert all(line.startswith("    ") for line in text.splitlines())
     assert set(tags["scalars"]) <= features.RESERVED
     assert features.name_of("<img src=x onerror=alert(1)>.pt") == "img_src_x_onerror_alert_1"

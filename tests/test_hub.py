@@ -577,7 +577,7 @@ def test_refused_before_anything_is_written(hub, tiny, monkeypatch, why):
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         use(monkeypatch, constants, hf_api, "http://127.0.0.1:9")
     name = "them/new" if why == "other" else "me/new"
-    with pytest.raises(UserError, match="hf auth login"):
+    with pytest.raises(UserError, match="HF_ENDPOINT" if why == "network" else "hf auth login"):
         train(Config(**tiny, push_to_hub=name))
     assert not Path(tiny["save_folder"]).exists() and not hub.repositories
 

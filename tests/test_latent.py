@@ -537,7 +537,7 @@ def test_presets_are_whole():
         assert dataclasses.asdict(config)["mode"] == PRESETS[name]["mode"]
     made = config_from_args({"sd_path": "x", "data": "y"}, "anime_sd15")
     assert (made.learning_rate, made.batch_size, made.train_steps) == (1e-4, 128, 50_000)
-    assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "fp16", 3, 512)
+    assert (made.ema_decay, made.amp, made.keep_last, made.image_size) == (0.9995, "auto", 3, 512)
 
 
 def test_damaged_latents_are_not_trained_on(tmp_path, capsys):

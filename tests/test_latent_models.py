@@ -309,6 +309,7 @@ def test_presets_give_no_option_that_does_nothing(preset, tmp_path, monkeypatch)
     given = {
         "anime_sd15": {"sd_path": "x", "data": "y"},
         "fine_tune": {"sd_path": "x"},
+        "small": {"data": "y"},
     }.get(preset, {})
     resolve_config(config_from_args(given, preset))
 

@@ -42,8 +42,8 @@ REASONS = {  # of errors, by their names
     "with `hf auth login`",
     "RevisionNotFoundError": "it has no such revision",
     "GatedRepoError": "it is gated: accept its terms on the hub, and `hf auth login`",
-    "ConnectError": "the hub cannot be reached; download the repository elsewhere (hf download "
-    "OWNER/NAME --local-dir FOLDER) and name the folder",
+    "ConnectError": "the hub cannot be reached: check the network and HF_ENDPOINT. What was "
+    "downloaded elsewhere (hf download OWNER/NAME --local-dir FOLDER) is named as a folder",
     401: "not logged in, or the token may not do this: `hf auth login`",
 }
 

@@ -85,18 +85,23 @@ def load(
     vae_tiling, as for sample.py; merged=False leaves LoRAs beside the weights, see `adapt`.
     Raises UserError for files that are no models, and for options that the model has no use for.
     """
+    from pathlib import Path
+
     from .runtime import distributed  # torch takes seconds to import
     from .sampling.load import load
 
-    loras = lora if isinstance(lora, list) else [lora] if lora else []
-    embeddings = embedding if isinstance(embedding, list | tuple) else [embedding]
+    one = isinstance(lora, tuple) and len(lora) == 2 and isinstance(lora[1], int | float)
+    loras = [lora] if one or isinstance(lora, str | Path) else lora or []
+    embeddings = [embedding] if isinstance(embedding, str | Path) else embedding or []
+    if path is None:
+        path, sd_path = sd_path, None
     places = {"guide": guide, "config": config, "vae": vae}
     return load(
         path,
         weights,
         distributed.prepare(distributed.find_device(device)),
         sd_path and str(sd_path),
-        loras=[one if isinstance(one, tuple) else (one, 1.0) for one in loras],
+        loras=[pair if isinstance(pair, tuple) else (pair, 1.0) for pair in loras],
         embeddings=embeddings,
         **{name: place and str(place) for name, place in places.items()},
         height=height,

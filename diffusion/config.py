@@ -740,26 +740,36 @@ def config_from_options(options: dict, preset: str | None = None) -> Config:
     add_config_arguments(parser)
     if unknown := [name for name in options if name not in DEFAULTS]:
         raise UserError(f"unknown option {unknown[0]}{parser.guess(unknown[0])}")
-    values = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    values |= {k: PATH(values[k]) for k in PATHS if values.get(k) is not None}
-    values |= {k: model_path(values[k]) for k in ("load_path", "guide") if values.get(k)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    for f in fields(Config):
+        value = values.get(f.name)
+        if f.name in PATHS and isinstance(value, str | Path):
+            if not str(value):
+                raise UserError(f"{f.name} is empty; expected a file or folder")
+            take = model_path if f.name in ("load_path", "guide") else PATH
+            values[f.name] = take(value)
+        if f.name in values:
+            _check_field(f, values[f.name])
     return config_from_args(values, preset)
 
 
+PROGRAMS = ("train", "sample", "visualize")
+
+
 def command_line(program: str, *args, **options) -> str:
-    """Write a command that can be pasted; options that are None or False are left out.
+    """Write a command that can be pasted; options that are None are left out.
 
     program: train, sample or visualize, of the clone or as it was installed.
     """
     ranks = os.environ.get("LOCAL_WORLD_SIZE") if program == "train" else None
     start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    start += [f"{program}.py"]
-    if Path(sys.argv[0]).stem.startswith("diffusion-"):
-        start = [*start[:-1], "--no-python"] if ranks else []
+    if Path(sys.argv[0]).stem in PROGRAMS or Path(f"{program}.py").is_file():
+        start += [f"{program}.py"]
+    else:
+        start = [*start, "--no-python"] if ranks else []
         start += [f"diffusion-{program}"]
-    given = {f"--{name}": value for name, value in options.items() if value not in (None, False)}
-    rest = [part for pair in given.items() for part in pair if part is not True]
-    return shlex.join(map(str, [*start, *args, *rest]))
+    given = [(f"--{name}", value) for name, value in options.items() if value is not None]
+    return shlex.join(map(str, [*start, *args, *(part for pair in given for part in pair)]))
 
 
 def fail(text: str) -> typing.NoReturn:

@@ -139,10 +139,12 @@ def main() -> None:
     about = dict(teacher=TEACHER, seed=SEED, psnr_before=psnr(start), psnr=psnr(table))
     rows = torch.column_stack([table.t, table.levels[:-1], table.weight, table.to_x])
     digest = weights_digest(pipeline.model)
-    file = Path(args.save or Path(args.model).with_name(f"table_{args.steps}.json"))
+    place = Path() if args.model.startswith("hf:") else Path(args.model).parent
+    file = Path(args.save or place / f"table_{args.steps}.json")
     write_json(file, dict(model=digest, taught_by=about, rows=rows.tolist()))
     log(f"{file}: {about}")
-    log(f"next: {command_line('sample', load_path=args.model, sampler=file)}")
+    raw = "raw" if args.weights == "raw" else None
+    log(f"next: {command_line('sample', load_path=args.model, weights=raw, sampler=file)}")
 
 
 if __name__ == "__main__":

@@ -638,3 +638,30 @@ def test_commands(hub, tiny, model, tmp_path, monkeypatch):
     done = script("sample.py", "--load_path", "hf:me/unknown", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: hf:me/unknown")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "program", ["train.py", "/home/me/bin/diffusion-train", "ipykernel_launcher.py"]
+)
+def test_the_command_of_a_card(monkeypatch, program):
+    """None of it tells where things are; what was no program of ours is a call."""
+    from diffusion.training.share import command_of
+
+    typed = [
+        "--data",
+        "/home/me/pics",
+        "--vae=/home/me/v",
+        "--load_path",
+        "../../me/model.pt",
+        "--cache_dir",
+        "~/me",
+    ]
+    monkeypatch.setattr("sys.argv", [program, *typed, "--preset", "none"])
+    config = Config(data="/home/me/pics", load_path="/home/me/model.pt", train_steps=7)
+    said = command_of(config)
+    assert "/home" not in said and "me/" not in said and "~" not in said
+    if program.startswith("ipy"):
+        assert said == "diffusion.train(load_path='model.pt', data='pics', train_steps=7)"
+    else:
+        assert said.split()[-2:] == ["--preset", "none"] and "--data pics" in said
+        assert said.startswith("python train.py" if program == "train.py" else "diffusion-train")

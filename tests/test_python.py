@@ -50,10 +50,20 @@ def test_a_number_prompts_and_indices(ours, scratch):
     assert not torch.allclose(plain, pair, atol=1e-2)
 
 
-@pytest.mark.parametrize("wrong", [0, -1])
-def test_a_number_of_images_that_is_none(ours, wrong):
-    with pytest.raises(UserError, match=f"{wrong}"):
-        ours.sample(wrong)
+def test_numbers_and_lists_of_any_kind(ours):
+    expected = ours.sample([0, 1], steps=2)
+    for what in (np.int64(2), range(2), (0, 1), np.arange(2), iter([0, 1])):
+        assert_close(ours.sample(what, steps=2), expected)
+
+
+@pytest.mark.parametrize("options, named", [
+    (dict(what=0), "number of images is 0"), (dict(what=-1), "is -1"), (dict(what=[]), "number of images is 0"),
+    (dict(what=2, batch_size=0), "batch_size"), (dict(what=1, strength=0.3), "init_image"),
+    (dict(what=1, negative_prompt="grey"), "negative_prompt"), (dict(what="a face"), "no text"),
+])  # fmt: skip
+def test_what_would_do_nothing(ours, options, named):
+    with pytest.raises(UserError, match=named):
+        ours.sample(**options)
 
 
 def test_batches_change_nothing(ours):
@@ -126,6 +136,13 @@ def test_from_a_picture_and_with_a_mask(ours, tmp_path):
     file = ours.sample(1, init_image=tmp_path / "side.jpg", strength=0.1, steps=10)
     opened = ours.sample(1, init_image=Image.open(tmp_path / "side.jpg"), strength=0.1, steps=10)
     assert_close(opened, file)
+    # as a tensor, and of modes that a PNG has not
+    white = torch.zeros(2, 1, 16, 16)
+    white[..., :8] = 1
+    assert_close(ours.sample(2, init_image=red, mask=white, steps=10), kept)
+    for mode in ("CMYK", "YCbCr", "RGBa", "HSV"):
+        of = ours.sample(2, init_image=red.convert(mode), strength=0.3, steps=10)
+        assert_close(of, near, rtol=0, atol=0.05)
     with pytest.raises(UserError, match="init_image"):
         ours.sample(1, mask=mask)
     with pytest.raises(UserError, match="missing.png"):
@@ -157,6 +174,18 @@ def test_load_takes_what_sample_py_takes(model, sd_folder):
     pair = diffusion.load(Path(sd_folder), height=64, width=48, clip_skip=2, amp="no", device="cpu")
     assert (pair.height, pair.width, pair.clip_skip) == (64, 48, 2)
     assert pair.sample(["a fox"], steps=1, guidance_scale=7.5).shape == (1, 3, 64, 48)
+    # an init image brings its own size for its own call
+    photo = Image.new("RGB", (96, 32), (255, 0, 0))
+    sd = diffusion.load(sd_folder, amp="no")
+    own = (sd.height, sd.width)
+    wide = sd.sample("a fox", steps=2, init_image=photo).shape
+    assert wide[3] > 2 * wide[2] and (sd.height, sd.width) == own
+    assert pair.sample("a fox", steps=2, init_image=photo).shape == (1, 3, 64, 48)
+    assert diffusion.load(sd_path=sd_folder, amp="no").config.sd_path == sd_folder
+    # of the folder of its own run, too, the guide is the raw weights
+    guide = diffusion.load(model.parent, guide=model.parent).guide
+    raw = load_weights(model, "raw")[0]
+    assert all(torch.equal(v, raw[name]) for name, v in guide.model.state_dict().items())
     with pytest.raises(UserError, match="nowhere"):
         diffusion.load("nowhere/model.pt")
     if not torch.cuda.is_available():
@@ -192,11 +221,15 @@ def test_training_is_train_py(faces, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("option, ours_is", [("lr", "learning_rate"), ("output_dir", "save_folder"), ("nonsense", "nonsense")])  # fmt: skip
-def test_options_that_there_are_not(option, ours_is, tmp_path):
-    with pytest.raises(UserError, match=ours_is):
-        diffusion.train(**{option: 1})
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("options, named", [
+    (dict(lr=1), "learning_rate"), (dict(output_dir=1), "save_folder"), (dict(nonsense=1), "nonsense"),
+    (dict(image_size="96x128"), "image_size"), (dict(data=""), "data"), (dict(train_steps="5"), "train_steps"),
+    (dict(save_folder=Path("x"), preset="nonsense"), "nonsense"),
+])  # fmt: skip
+def test_mistakes_in_the_options_of_training(options, named):
+    with pytest.raises(UserError, match=named):
+        diffusion.train(**options)
+    assert not list(Path().iterdir())
 
 
 def test_training_in_a_thread(faces, tmp_path):
@@ -271,3 +304,28 @@ def test_the_file_is_made_by_its_benchmark(model, tmp_path):
     assert other.save_folder == "results" and config.differences(other) == {}
     for name, value in full.items():
         assert_close(half[name], value.half())
+
+
+# --- bars where there is no terminal --------------------------------------------------------------
+
+BARS = """
+from diffusion.runtime.distributed import progress
+with progress(total=3, unit="step") as outer:
+    for i in range(3):
+        for j in progress(range(4), desc="fid", leave=False, mininterval=0):
+            pass
+        outer.update()
+"""
+
+
+def test_a_log_gets_lines():
+    import subprocess
+    import sys
+
+    env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", BARS], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and done.stdout == ""
+    assert not set("\r\x1b") & set(done.stderr)
+    lines = done.stderr.splitlines()
+    assert all(line.strip() and "/" in line for line in lines) and lines[-1].startswith("100% 3/3")
+    assert any(line.startswith("fid") for line in lines)

@@ -361,16 +361,15 @@ def main() -> None:
         samples.write_interpolation(args.lora_interpolate, len(args.lora), args.points)
     dist.barrier()
     if args.sd_path is None or named is not None:
-        then = command_line("visualize", "--html", load_path=named)
+        where = {"load_path": named, "sd_path": args.sd_path, "vae": args.vae}
+        then = command_line("visualize", "--html", **where)
     else:
         then = command_line("sample", *sys.argv[1:], "--seed", args.seed + 1)
     dist.log(f"next: {then}")
     dist.cleanup()
 
 
-def command() -> None:
-    """Run this as a program, see `run_script`."""
-    run_script(main)
+command = partial(run_script, main)
 
 
 if __name__ == "__main__":

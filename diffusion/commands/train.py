@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 train.py --mode pixel --data anime_faces
 """
 
 import sys
+from functools import partial
 
 from ..config import (
     PRESETS,
@@ -42,7 +43,7 @@ def main() -> None:
     if dry_run:
         from ..training.dry_run import describe
 
-        distributed.setup(config.device)
+        distributed.setup("cpu")
         typed = [arg for arg in sys.argv[1:] if arg != "--dry_run"]
         distributed.log(f"{describe(config, given)}\nnext: {command_line('train', *typed)}")
     else:
@@ -52,9 +53,7 @@ def main() -> None:
     distributed.cleanup()  # not after an error: other ranks may be waiting, torchrun ends them
 
 
-def command() -> None:
-    """Run this as a program, see `run_script`."""
-    run_script(main)
+command = partial(run_script, main)
 
 
 if __name__ == "__main__":

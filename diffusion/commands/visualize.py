@@ -5,6 +5,7 @@ python visualize.py --load_path results/model.pt --data FOLDER --html
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from shlex import quote
 
@@ -131,15 +132,13 @@ def main() -> None:
         )
         gallery.draw(Path(args.load_path), args.html)
     if args.html:
-        then = f"python -m webbrowser {quote(str(chosen / 'index.html'))}"
+        then = f"python -m webbrowser {quote((chosen / 'index.html').resolve().as_uri())}"
     else:
         then = command_line("visualize", *sys.argv[1:], "--html")
     dist.log(f"next: {then}")
 
 
-def command() -> None:
-    """Run this as a program, see `run_script`."""
-    run_script(main)
+command = partial(run_script, main)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,8 @@ WEIGHTS = """diffusion_pytorch_model.safetensors model.safetensors
 # after the adapter; of several files that the last stands for none is taken
 FILES = """ema.safetensors adapter.safetensors adapter_model.safetensors adapter_model.bin
     pytorch_lora_weights.safetensors pytorch_lora_weights.bin learned_embeds.safetensors
-    learned_embeds.bin model.pt vae/diffusion_pytorch_model.safetensors
-    vae/diffusion_pytorch_model.fp16.safetensors vae/diffusion_pytorch_model.bin
-    vae/diffusion_pytorch_model.fp16.bin diffusion_pytorch_model.safetensors
-    diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.bin *.safetensors""".split()
+    learned_embeds.bin model.pt""".split()
+FILES += [*(part + name for part in ("vae/", "") for name in WEIGHTS[::2]), "*.safetensors"]
 # what is read beside weights
 SMALL = """unet/config.json vae/config.json text_encoder/config.json tokenizer/* scheduler/*
     config.json adapter_config.json */adapter_config.json""".split()
@@ -70,7 +68,7 @@ def local(path: str | Path, sd: bool = False) -> Path:
     sd: Stable Diffusion is wanted, as a folder; else, and where there is none, a file: the first of
     FILES, or the only .safetensors. Raises UserError for what cannot be had.
     """
-    match = NAME.fullmatch(str(path))
+    match = NAME.fullmatch(Path(path).as_posix())  # a Path of Windows turns the slashes
     if match is None:
         if str(path).startswith("hf:"):
             raise UserError(f"{path} is no name on the hub; expected hf:owner/name[/file]")
@@ -109,3 +107,4 @@ def upload(name: str, files: dict) -> None:
         if files:
             added = [hub.CommitOperationAdd(*row) for row in files.items()]
             hub.create_commit(name, added, commit_message="train.py")
+            local.cache_clear()

@@ -74,8 +74,10 @@ def prepare(device: torch.device) -> torch.device:
     """Set up memory and threads where a CPU computes; return the device."""
     if device.type == "cpu":
         keep_freed_memory()
+        before = torch.get_num_threads()
         if "RANK" not in os.environ and (changed := use_free_cores()):
-            log(changed)
+            if torch.get_num_threads() != before:  # not at the calls after the first
+                log(changed)
     return device
 
 
@@ -164,18 +166,15 @@ def log(message: str = "") -> None:
         tqdm.write(printable(message))
 
 
-LINE = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+LINE = "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class Lines:
     """Write to stderr what a bar writes over itself, a line each."""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        if text := text.replace("\x1b[A", "").strip():  # which moves up, of a bar below another
             sys.stderr.write(f"{text}\n")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
 
 
 def progress(iterable=None, **options):

@@ -71,8 +71,6 @@ class Images(Tensor):
         return self.clone().as_subclass(Images)
 
     def _repr_png_(self) -> bytes | None:
-        if self.ndim != 4:
-            return None
         out = io.BytesIO()
         self.grid().save(out, "PNG")
         return out.getvalue()

@@ -89,7 +89,9 @@ def _read(picture: Picture, reader) -> Image.Image:
     """Read a file; what is a picture already, as if it were one."""
     if isinstance(picture, Image.Image):
         file = io.BytesIO()
-        ImageOps.exif_transpose(picture).save(file, "PNG")
+        upright = ImageOps.exif_transpose(picture)
+        kept = upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # which a PNG can be
+        (upright if kept else upright.convert("RGB")).save(file, "PNG")
         source = file.getvalue()
     else:
         source = Path(picture)

@@ -386,8 +386,8 @@ def open_pipeline(
     if load_path is None and sd_path is not None:
         pipeline = load_stable_diffusion(sd_path, weights or "raw", device, wanted)
     else:
-        path = default_model() if load_path is None else Path(load_path)
-        pipeline = load_own(path, sd_path, weights or "ema", device, wanted)
+        pipeline = load_own(Path(load_path), sd_path, weights or "ema", device, wanted)
+    guide = guide and model_path(guide)
     raw = "raw" if guide == load_path else None
     pipeline.guide = guide and load(guide, raw, device, sd_path, **options)
     return adapt(pipeline, loras, embeddings, merged)

@@ -4,6 +4,7 @@ model = diffusion.load("results/model.pt")
 images = model.sample(16, steps=20)                    # (16, 3, H, W) in [-1, 1]
 """
 
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -259,7 +260,7 @@ class Pipeline:
         self,
         what: int | str | Sequence[int] | Sequence[str] = 1,
         *,
-        class_label: str | None = None,
+        class_label: str | int | None = None,
         negative_prompt: str = "",
         guidance_scale: float | None = None,
         init_image: Picture | None = None,
@@ -278,19 +279,24 @@ class Pipeline:
         options: sampler, steps, seed, spacing, guidance_interval, ..., see `frames`.
         Raises UserError for what the model has no use for, and files that cannot be read.
         """
-        if isinstance(what, int):
-            check_bounds({"the number of images": what}, {"the number of images": POSITIVE})
-            what = range(what)
-        prompts = [what] if isinstance(what, str) else what
-        told = len(prompts) and isinstance(prompts[0], str)
-        indices = range(len(prompts)) if told else what
+        counted = isinstance(what, numbers.Integral)
+        what = [what] if isinstance(what, str) else what if counted else list(what)
+        sizes = {"the number of images": what if counted else len(what), "batch_size": batch_size}
+        check_bounds(sizes, dict.fromkeys(sizes, POSITIVE))
+        told = not counted and isinstance(what[0], str)
+        indices = what if not counted and not told else range(sizes["the number of images"])
+        started = init_image is not None or options.get("init") is not None
+        if not started and (strength is not None or mask is not None):
+            raise UserError("strength, mask: no effect without init_image")
         if isinstance(mask, Tensor):
             options["mask"] = mask
-        elif mask is not None and init_image is None:
-            raise UserError("mask: it says what of an image is repainted: give init_image as well")
+            mask = None
         plain = options.pop("plain_prompts", None) if told else None
+        size = (self.height, self.width)
+        given = size if size != sides(self.config.image_size) else (None, None)
+        prompts = what if told else None
         of_image = self.options_of(
-            prompts if told else None, negative_prompt, plain, class_label, init_image, mask
+            prompts, negative_prompt, plain, class_label, init_image, mask, *given
         )
         if strength is None:
             strength = self.usual_strength(init_image)
@@ -301,17 +307,19 @@ class Pipeline:
         elif guidance_scale is None:
             guidance_scale = PROMPT_SCALE if told or options.get("prompts") else 1.0
         same = {"cuda_graph": self.device.type == "cuda", "table": table} | options
-        given = {name: options[name] for name in EACH if options.get(name) is not None}
-        each = {name: rows for name, rows in given.items() if len(rows) == len(indices)}
+        rows = {name: options[name] for name in EACH if options.get(name) is not None}
+        each = {name: given for name, given in rows.items() if len(given) == len(indices)}
         images = []
-        with progress(total=len(indices) * len(table), unit="step", leave=False, delay=2) as bar:
+        bars = dict(total=len(indices) * len(table), unit="step", leave=False, delay=2)
+        with progress(**bars) as bar:
             for low in range(0, len(indices), batch_size):
                 part = indices[low : low + batch_size]
-                own = {name: rows[low : low + batch_size] for name, rows in each.items()}
+                own = {name: given[low : low + batch_size] for name, given in each.items()}
                 own |= {"guidance_scale": guidance_scale} | of_image(part)
                 for x, _ in self.frames(part, **same | own):  # noqa: B007
                     bar.update(len(part))
                 images.append(self.decode(x))
+        self.set_size(*size)  # an init image brings its own
         return torch.cat(images).as_subclass(Images)
 
     def table(
@@ -334,7 +342,7 @@ class Pipeline:
         if self.config.consistency and sampler in (None, "lcm"):
             sampler = "lcm"
             steps = 2 if steps is None else steps
-        sampler = sampler or DEFAULT_SAMPLER
+        sampler = str(sampler or DEFAULT_SAMPLER)
         if sampler.endswith(".json"):
             table, model = read_table(Path(sampler))
             if (steps, spacing, eta, strength) != (None, None, None, 1.0):
@@ -379,6 +387,7 @@ class Pipeline:
             return None
         if self.reads_prompts:
             raise UserError("class_label: this model reads prompts, not classes: give --prompt")
+        choice = str(choice)
         names = list(self.classes)
         if choice in names:
             return torch.full((len(indices),), names.index(choice))
@@ -418,6 +427,8 @@ class Pipeline:
 
         See `prompted`, `labels` and `read_init_image`; None leaves a part out.
         """
+        if negative and not prompts:
+            raise UserError("negative_prompt: no effect without prompts")
         turn = self.prompted(prompts, negative, plain_prompts) if prompts else None
         start = read_init_image(self, init_image, mask, height, width)
 

@@ -219,7 +219,7 @@ def main() -> None:
     gc.collect()
     judge = Judge(styles, classifier, features, clip)
     report = run_study(Study(s, folder, judge, metrics))
-    dist.log(f"report: {report}\nnext: python -m webbrowser {quote(str(report))}")
+    dist.log(f"report: {report}\nnext: python -m webbrowser {quote(report.resolve().as_uri())}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 Never what names this machine or its user: config.json, checkpoints, TensorBoard's files.
 """
 
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 from .. import UserError
-from ..config import Config, shared_path
+from ..config import DEFAULTS, Config, command_line, shared_path
 from ..files.atomic import read_lines
 from ..files.checkpoint import step_files
 from ..files.hub_files import NAME, upload
@@ -25,7 +26,7 @@ tags: [diffusion, "mode:{mode}", "adapter:{adapter}"]
 
 {grid}Trained on `{data}` by
 
-    python {command}
+    {command}
 
 | | |
 |---|---|
@@ -33,29 +34,36 @@ tags: [diffusion, "mode:{mode}", "adapter:{adapter}"]
 
 To use it:
 
+    python {use}
 """
-USES = {  # by the adapter, or the mode of what is no model
-    "none": """    python sample.py --load_path hf:{push_to_hub}
-
+PYTHON = """
     import diffusion
-    model = diffusion.load("hf:{push_to_hub}")
+    model = diffusion.load({load})
     images = model.sample(4)    # (4, 3, H, W) in [-1, 1]; of a text model sample(["a prompt"])
-""",
-    "lora": """    python sample.py --{start} {base} --lora hf:{push_to_hub}
-
-    import diffusion
-    model = diffusion.load("{base}", lora="hf:{push_to_hub}")
-    images = model.sample(4)    # (4, 3, H, W) in [-1, 1]; of a text model sample(["a prompt"])
-""",
-    "textual_inversion": """    python sample.py --{start} {base} \\
-        --embedding hf:{push_to_hub} --prompt "{token}"
-
-    import diffusion
-    model = diffusion.load("{base}", embedding="hf:{push_to_hub}")
-    images = model.sample(["{token}"] * 4)    # (4, 3, H, W) in [-1, 1]
-""",
-    "vae": "    python train.py --mode latent --vae hf:{push_to_hub}\n",
+"""
+USES = {  # by the adapter: a command, arguments of load
+    "none": ("sample.py --load_path hf:{push_to_hub}", '"hf:{push_to_hub}"'),
+    "lora": (
+        "sample.py --{start} {base} --lora hf:{push_to_hub}",
+        '"{base}", lora="hf:{push_to_hub}"',
+    ),
+    "textual_inversion": (
+        'sample.py --{start} {base} --embedding hf:{push_to_hub} --prompt "{token}"',
+        '"{base}", embedding="hf:{push_to_hub}"',
+    ),
 }
+VAE = ("train.py --mode latent --vae hf:{push_to_hub}", "")  # which samples nothing by itself
+# of an argument, from where a path of this machine begins
+PLACE = re.compile(r"(?:^|(?<=[=@:,]))(?:/|\w:\\|~|(?:\.\./)+).*")
+
+
+def command_of(config: Config) -> str:
+    """Write the command, or the call, that trained a run, without places of this machine."""
+    if Path(sys.argv[0]).stem.removeprefix("diffusion-") == "train":
+        short = lambda found: shared_path(os.path.abspath(os.path.expanduser(found[0])))  # noqa: E731
+        return command_line("train", *(PLACE.sub(short, arg) for arg in sys.argv[1:]))
+    own = {name: value for name, value in config.shared().items() if value != DEFAULTS[name]}
+    return f"diffusion.train({', '.join(f'{name}={value!r}' for name, value in own.items())})"
 
 
 def push(config: Config, folder: Path) -> None:
@@ -70,18 +78,18 @@ def push(config: Config, folder: Path) -> None:
     rows = {key: f"| {key} | {value} |" for line in lines for key, value in line.items()}
     start = "load_path" if config.load_path else "sd_path"
     base = NAME.match(f"{shared[start]}")
-    args = [
-        re.sub("(?:^|(?<=[=@:]))/.*", lambda path: shared_path(path[0]), arg) for arg in sys.argv
-    ]
-    text = (CARD + USES.get(config.mode, USES[config.adapter])).format(
+    use, load = VAE if config.mode == "vae" else USES[config.adapter]
+    known = dict(
         **shared,
         parent=f"base_model: {base[1]}\n" if base else "",
         grid="![samples](samples.png)\n\n" if "samples.png" in files else "",
         start=start,
         base=shared[start],
-        command=shlex.join(args),
+        command=command_of(config),
         metrics="\n".join(rows.values()),
     )
+    card = CARD + (PYTHON if load else "")
+    text = card.format(use=use.format(**known), load=load.format(**known), **known)
     try:
         upload(name, files | {"README.md": text.encode()})
     except UserError as error:

@@ -215,8 +215,9 @@ def run(config: Config, device: torch.device, split: BatchSplit, base: Base | No
                 dist.log(f"step {step}: saved, {line}{held}")
                 dist.barrier(f"sampling and saving at step {step}")
             measured = fid is not None and measure_fid(fid, state, total, logs, stop)
-            if milestone:
+            if milestone and config.push_to_hub:
                 share.push(config, folder)
+                dist.barrier()  # the others wait for it as for any long work
             if milestone or measured:
                 clock.skip(step)
 

@@ -229,7 +229,6 @@ LABELLED = {  # the font in the picture is Pillow's
 
 VIEW = "--device cpu --amp no --seed 0 --num_images 2 --steps 4 --guidance_scale 1 --weights ema "
 VIEWS = {
-    "nothing": "--device cpu --amp no --seed 0 --num_images 2 --data toy",
     "class": VIEW + "--load_path {class}/model.pt --sampler ddim",
     "class ddpm": VIEW + "--load_path {class}/model.pt --sampler ddpm --class_label 1 --guidance_scale 2 --data toy",
     "text": VIEW + "--load_path {text}/model.pt --sampler dpmpp_2m",

@@ -427,7 +427,7 @@ def test_tables_do_not_stop_what_uses_no_captions(tmp_path):
     for name, (_, problem) in UNUSED.items():
         assert any(name in line and problem in line for line in done.stdout.split("\n")), name
     assert "no caption;" not in done.stdout and "1.txt" not in done.stdout
-    scratch = ("--mode", "latent", "--condition", "text", "--text_encoder", "scratch")
+    scratch = ("--mode", "latent", "--condition", "text", "--text_encoder", "scratch", "--vae", "x")
     done = warm.script("train.py", *scratch, *common, cwd=tmp_path)
     assert done.returncode == 1 and "metadata.csv" in done.stderr, done.stdout + done.stderr
 

@@ -162,7 +162,8 @@ def test_killed_between_snapshot_and_checkpoint(tiny, tmp_path, monkeypatch, cap
     losses = {float(row[1].rstrip(":")): float(row[-1]) for row in rows}
     best = min(losses, key=losses.get)
     file = whole / f"ema_{best:.3f}.safetensors"
-    assert len(losses) == 6 and last == f"next: python sample.py --load_path {file}"
+    # outside of a clone the program is the one that is installed
+    assert len(losses) == 6 and last == f"next: diffusion-sample --load_path {file}"
     found = load_file(file)
     make(monkeypatch, whole, "--sigma_rel", best)
     same(found, load_file(file))

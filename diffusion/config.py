@@ -736,9 +736,9 @@ def config_from_options(options: dict, preset: str | None = None) -> Config:
 
     Raises UserError for one that there is not, with what it may be called here.
     """
-    parser = Parser()
-    add_config_arguments(parser)
     if unknown := [name for name in options if name not in DEFAULTS]:
+        parser = Parser()
+        add_config_arguments(parser)
         raise UserError(f"unknown option {unknown[0]}{parser.guess(unknown[0])}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     for f in fields(Config):

@@ -180,6 +180,9 @@ def test_load_takes_what_sample_py_takes(model, sd_folder):
     own = (sd.height, sd.width)
     wide = sd.sample("a fox", steps=2, init_image=photo).shape
     assert wide[3] > 2 * wide[2] and (sd.height, sd.width) == own
+    with pytest.raises(ValueError):
+        sd.sample("a fox", steps=2, init_image=photo, eta=9)
+    assert (sd.height, sd.width) == own  # also of one that fails
     assert pair.sample("a fox", steps=2, init_image=photo).shape == (1, 3, 64, 48)
     assert diffusion.load(sd_path=sd_folder, amp="no").config.sd_path == sd_folder
     # of the folder of its own run, too, the guide is the raw weights

@@ -283,43 +283,45 @@ class Pipeline:
         what = [what] if isinstance(what, str) else what if counted else list(what)
         sizes = {"the number of images": what if counted else len(what), "batch_size": batch_size}
         check_bounds(sizes, dict.fromkeys(sizes, POSITIVE))
-        told = not counted and isinstance(what[0], str)
-        indices = what if not counted and not told else range(sizes["the number of images"])
+        texts = not counted and isinstance(what[0], str)
+        indices = what if not counted and not texts else range(sizes["the number of images"])
         started = init_image is not None or options.get("init") is not None
         if not started and (strength is not None or mask is not None):
             raise UserError("strength, mask: no effect without init_image")
         if isinstance(mask, Tensor):
             options["mask"] = mask
             mask = None
-        plain = options.pop("plain_prompts", None) if told else None
+        plain = options.pop("plain_prompts", None) if texts else None
         size = (self.height, self.width)
         given = size if size != sides(self.config.image_size) else (None, None)
-        prompts = what if told else None
-        of_image = self.options_of(
-            prompts, negative_prompt, plain, class_label, init_image, mask, *given
-        )
-        if strength is None:
-            strength = self.usual_strength(init_image)
-        kind = {name: options.pop(name) for name in TABLE if name in options}
-        table = options.pop("table", None) or self.table(strength=strength, **kind)
-        if guidance_scale is None and table.spacing == "learned":
-            guidance_scale = table.weight[0].item()
-        elif guidance_scale is None:
-            guidance_scale = PROMPT_SCALE if told or options.get("prompts") else 1.0
-        same = {"cuda_graph": self.device.type == "cuda", "table": table} | options
-        rows = {name: options[name] for name in EACH if options.get(name) is not None}
-        each = {name: given for name, given in rows.items() if len(given) == len(indices)}
-        images = []
-        bars = dict(total=len(indices) * len(table), unit="step", leave=False, delay=2)
-        with progress(**bars) as bar:
-            for low in range(0, len(indices), batch_size):
-                part = indices[low : low + batch_size]
-                own = {name: given[low : low + batch_size] for name, given in each.items()}
-                own |= {"guidance_scale": guidance_scale} | of_image(part)
-                for x, _ in self.frames(part, **same | own):  # noqa: B007
-                    bar.update(len(part))
-                images.append(self.decode(x))
-        self.set_size(*size)  # an init image brings its own
+        prompts = what if texts else None
+        try:
+            of_image = self.options_of(
+                prompts, negative_prompt, plain, class_label, init_image, mask, *given
+            )
+            if strength is None:
+                strength = self.usual_strength(init_image)
+            kind = {name: options.pop(name) for name in TABLE if name in options}
+            table = options.pop("table", None) or self.table(strength=strength, **kind)
+            if guidance_scale is None and table.spacing == "learned":
+                guidance_scale = table.weight[0].item()
+            elif guidance_scale is None:
+                guidance_scale = PROMPT_SCALE if texts or options.get("prompts") else 1.0
+            same = {"cuda_graph": self.device.type == "cuda", "table": table} | options
+            rows = {name: options[name] for name in EACH if options.get(name) is not None}
+            each = {name: given for name, given in rows.items() if len(given) == len(indices)}
+            images = []
+            bars = dict(total=len(indices) * len(table), unit="step", leave=False, delay=2)
+            with progress(**bars) as bar:
+                for low in range(0, len(indices), batch_size):
+                    part = indices[low : low + batch_size]
+                    own = {name: given[low : low + batch_size] for name, given in each.items()}
+                    own |= {"guidance_scale": guidance_scale} | of_image(part)
+                    for x, _ in self.frames(part, **same | own):  # noqa: B007
+                        bar.update(len(part))
+                    images.append(self.decode(x))
+        finally:
+            self.set_size(*size)  # an init image brings its own
         return torch.cat(images).as_subclass(Images)
 
     def table(
